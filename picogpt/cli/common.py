@@ -1,0 +1,117 @@
+"""What the commands share: a parser that answers in one line, the error boundary, and signals that end work cleanly."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import NoReturn
+
+from picogpt import __version__
+from picogpt.errors import ConfigError, PicoGPTError
+
+__all__ = ["Parser", "StopRequest", "notice", "run_command"]
+
+_WRONG_USAGE = 2
+_INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` without abbreviations, whose errors are one line and name the nearest flag."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_argument("--version", action="version", version=f"picogpt {__version__}")
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        """Parse, refusing an unknown flag with the name of the nearest one."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self._refuse(unknown[0])
+        return parsed
+
+    def _refuse(self, argument: str) -> NoReturn:
+        if not argument.startswith("-"):
+            self.error(f"{argument!r} belongs to no flag")
+        flag = argument.partition("=")[0]
+        nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        self.error(f"there is no flag {flag}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2 and one line."""
+        self.exit(_WRONG_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def notice(text: str) -> None:
+    """Say something about the work, on stderr."""
+    with contextlib.suppress(OSError, ValueError):  # a closed stderr stops no work
+        print(text, file=sys.stderr, flush=True)
+
+
+def run_command(body: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None) -> int:
+    """Parse `argv` (None: the process's own) and run `body`; return the exit code.
+
+    The one boundary at which the package's errors become a line on stderr. Other exceptions are bugs and go on.
+    """
+    arguments = parser.parse_args(argv)
+    try:
+        return body(arguments)
+    except ConfigError as error:
+        message = str(error)
+        if error.field is not None:
+            message = message.replace(error.field, "--" + error.field.replace("_", "-"), 1)
+        notice(f"{parser.prog}: {message}")
+        return error.exit_code
+    except PicoGPTError as error:
+        notice(f"{parser.prog}: {error}")
+        return error.exit_code
+    except BrokenPipeError:
+        # Whoever read us has gone. Nothing more can be written, not even at exit, when Python flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        notice(f"{parser.prog}: interrupted")
+        return _INTERRUPTED
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        notice(f"{parser.prog}: {where}{error.strerror or error}; check the disk and its permissions, then start again")
+        return 1
+
+
+class StopRequest:
+    """Whether a signal has asked the work to end. Calling it says so; use it within `listen`."""
+
+    _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    def __call__(self) -> bool:
+        """Whether one has."""
+        return self.signal_number is not None
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        """Take note of SIGINT, SIGTERM and SIGHUP instead of dying of them; the second one ends the process at once."""
+        before = {number: signal.signal(number, self._take_note) for number in self._SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take_note(self, number: int, _frame: FrameType | None) -> None:
+        self.signal_number = number
+        for each in self._SIGNALS:
+            signal.signal(each, signal.SIG_DFL)

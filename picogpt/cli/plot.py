@@ -1,0 +1,53 @@
+"""`picogpt-plot`: draw the loss curves of runs anew, several on one picture if wished."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from picogpt.cli.common import Parser, run_command
+
+__all__ = ["build_parser", "main"]
+
+
+def build_parser() -> Parser:
+    """The parser."""
+    parser = Parser(
+        "picogpt-plot",
+        "Draw the loss curve of a run, or of several on one picture, as a JPG. Prints the picture's path.",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's name, its folder, or a log.pkl")
+    parser.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="the picture (default: log.jpg in the run's folder, or compare.jpg in the logs folder)",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command on `argv` (None: the process's own arguments) and return its exit code."""
+    return run_command(_plot, build_parser(), argv)
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from picogpt.files import atomic_write
+    from picogpt.run import find_log, read_log
+
+    paths = {run: find_log(run, arguments.logs_dir) for run in arguments.runs}
+    logs = {run: read_log(path) for run, path in paths.items()}
+    from picogpt.plot import draw_losses
+
+    default = next(iter(paths.values())).with_name("log.jpg") if len(logs) == 1 else arguments.logs_dir / "compare.jpg"
+    output = arguments.output or default
+    atomic_write(output, draw_losses(logs))
+    print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

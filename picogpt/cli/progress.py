@@ -1,0 +1,131 @@
+"""How a training run is shown: a bar on a terminal, a line now and then elsewhere, a line and a sample every epoch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from picogpt.cli.common import notice
+from picogpt.config import Schedule
+from picogpt.files import atomic_write
+from picogpt.plot import draw_losses
+from picogpt.run import RunFolder
+from picogpt.train import StepReport, Trainer
+
+__all__ = ["DownloadBar", "TrainingDisplay"]
+
+LINE_INTERVAL = 30.0
+"""Seconds between progress lines where stderr is no terminal."""
+
+_SMOOTHING = 0.9
+"""Weight of the past in the loss that is shown: about the last ten steps."""
+
+
+class TrainingDisplay:
+    """Watches a run (`picogpt.train.Observer`): progress on stderr, results on stdout, the log and its picture on disk.
+
+    Args:
+        run: the run's folder.
+        schedule: the run's length.
+        trainer: what is watched, for where it starts from.
+        sample: makes a sample of text from the model as it is.
+    """
+
+    def __init__(self, run: RunFolder, schedule: Schedule, trainer: Trainer, sample: Callable[[], str]) -> None:
+        self._run, self._schedule, self._sample = run, schedule, sample
+        self._loss: float | None = None
+        self._stdout_alive = True
+        self._start = self._last_line = time.perf_counter()
+        self._first_step = trainer.step
+        self._bar: tqdm[NoReturn] | None = None
+        if sys.stderr is not None and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=schedule.total_steps * trainer.chars_per_step,
+                initial=trainer.step * trainer.chars_per_step,
+                unit="char",
+                unit_scale=True,
+                dynamic_ncols=True,
+                smoothing=0.05,
+            )
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def on_step(self, report: StepReport) -> None:
+        """Move the bar, or say a line if it is time."""
+        self._loss = report.loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * report.loss
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {self._loss:.3f}", refresh=False)
+            self._bar.update(report.chars)
+        elif time.perf_counter() - self._last_line >= LINE_INTERVAL:
+            self._last_line = time.perf_counter()
+            self._progress_line(report)
+
+    def _progress_line(self, report: StepReport) -> None:
+        seconds_per_step = (self._last_line - self._start) / max(1, report.step - self._first_step)
+        left = timedelta(seconds=round(seconds_per_step * (self._schedule.total_steps - report.step)))
+        notice(
+            f"step {report.step:,} of {self._schedule.total_steps:,}: loss {self._loss:.3f}, "
+            f"{report.chars / seconds_per_step:,.0f} characters/s, {left} left"
+        )
+
+    def on_epoch(self, trainer: Trainer) -> None:
+        """Print the epoch and a sample of text, write the log and draw it."""
+        log = trainer.log
+        best = " (best so far)" if log.val[-1] == log.best_loss else ""
+        n_epochs = -(-self._schedule.total_steps // self._schedule.steps_per_epoch)
+        self._say(
+            f"epoch {len(log.val)} of {n_epochs}: train {log.train[-1]:.4f}, val {log.val[-1]:.4f} nats per character{best}; "
+            f"{log.chars[-1]:,} characters in {timedelta(seconds=round(log.seconds[-1]))}"
+        )
+        self._say("\n".join(f"    {line}" for line in self._sample().splitlines()))
+        try:
+            self._run.write_log(log)
+            atomic_write(self._run.plot_path, draw_losses({self._run.name: log}))
+        except OSError as error:
+            where = error.filename or self._run.path
+            self._tell(f"warning: {where}: log or picture not written ({error.strerror or error}); training goes on")
+
+    def _tell(self, text: str) -> None:
+        if self._bar is not None:
+            with self._bar.external_write_mode(file=sys.stderr):
+                notice(text)
+        else:
+            notice(text)
+
+    def _say(self, text: str) -> None:
+        """Print a result; once stdout is gone, no more, and training goes on."""
+        if not self._stdout_alive:
+            return
+        try:
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stdout)
+            else:
+                print(text)
+            sys.stdout.flush()
+        except (OSError, ValueError, AttributeError):
+            self._stdout_alive = False
+            self._tell("standard output is closed; training goes on without it")
+
+
+class DownloadBar:
+    """A progress bar for bytes, on a terminal, made when the first ones come."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._bar: tqdm[NoReturn] | None = None
+
+    def __call__(self, received: int, total: int) -> None:
+        """Show that `received` of `total` bytes have come."""
+        if self._bar is None:
+            self._bar = tqdm(desc=self._what, total=total, unit="B", unit_scale=True, disable=None)
+        self._bar.update(received - self._bar.n)
+        if received >= total:
+            self._bar.close()

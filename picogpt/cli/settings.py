@@ -1,0 +1,136 @@
+"""What the flags of `picogpt-train` ask for, and what that comes to for a run that begins or goes on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from picogpt.cli.common import notice
+from picogpt.config import Budget, DataConfig, GPTConfig, RunSettings, TrainConfig, check_dtype, check_run_name, check_threads
+from picogpt.errors import RunError
+
+__all__ = ["MODEL_FLAGS", "TRAIN_FLAGS", "Request"]
+
+MODEL_FLAGS: Mapping[str, tuple[type, str]] = {
+    "n_layer": (int, "blocks"),
+    "n_head": (int, "attention heads a block"),
+    "n_embd": (int, "width"),
+    "context_len": (int, "characters in a window"),
+    "dropout": (float, "dropout probability"),
+}
+"""Fields of `GPTConfig` that are flags: type and meaning."""
+TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {
+    "batch_size": (int, "rolls in a step"),
+    "windows": (int, "windows in a roll"),
+    "lr": (float, "highest learning rate"),
+    "optimizer": (str, "optimizer: adamw"),
+    "weight_decay": (float, "weight decay of matrices"),
+    "grad_clip": (float, "largest norm of the gradient, 0 for no limit"),
+    "warmup_steps": (int, "steps until the highest learning rate; at most a tenth of a run of recipe fast"),
+    "seed": (int, "seed of weights, order of the text and dropout"),
+}
+"""Fields of `TrainConfig` that are flags: type and meaning."""
+
+_CHANGEABLE = frozenset({"lr", "weight_decay", "grad_clip", "warmup_steps"})
+"""Training settings that may change while a run goes on; the others would make its past steps something else."""
+_LENGTHS = ("epochs", "minutes", "chars")
+
+
+def _pick(given: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: given[name] for name in names if name in given}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The flags that were given, checked as far as they can be by themselves."""
+
+    given: Mapping[str, Any]
+    """Values of the flags that were given, by name."""
+    logs_dir: Path
+    fresh: bool
+    run: str | None
+    dataset: str | None
+    text: tuple[str, ...]
+    threads: int | None
+    dtype: str | None
+
+    @classmethod
+    def from_flags(cls, arguments: argparse.Namespace) -> Request:
+        """Take the parsed flags, refusing what is wrong before anything is read or written.
+
+        Raises:
+            ConfigError: a value is out of its range.
+        """
+        given = {name: value for name, value in vars(arguments).items() if value is not None}
+        request = cls(
+            given=given,
+            logs_dir=arguments.logs_dir,
+            fresh=arguments.fresh,
+            run=None if arguments.run is None else check_run_name(arguments.run),
+            dataset=arguments.dataset,
+            text=tuple(path if path == "-" else str(Path(path).absolute()) for path in arguments.text or ()),
+            threads=check_threads(arguments.threads),
+            dtype=check_dtype(arguments.dtype),
+        )
+        request.model(None), request.train(None), request.budget(None)
+        return request
+
+    def text_name(self, text: Collection[str]) -> str:
+        """The name of a text from the user's own files: that of the first one, as far as it can be a run's name."""
+        first = next(iter(text))
+        letters = (
+            "stdin"
+            if first == "-"
+            else "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in Path(first).stem)
+        )
+        return letters.lstrip("._-")[:64] or "text"
+
+    def model(self, stored: RunSettings | None) -> GPTConfig:
+        """The model's shape: that of the run, or the default with what was given."""
+        return GPTConfig(**{**(asdict(stored.model) if stored else {}), **_pick(self.given, MODEL_FLAGS)})
+
+    def train(self, stored: RunSettings | None) -> TrainConfig:
+        """The training settings: those of the run, or of the recipe, with what was given."""
+        overrides = _pick(self.given, TRAIN_FLAGS)
+        if stored is not None:
+            return TrainConfig(**{**asdict(stored.train), **overrides})
+        return TrainConfig.from_recipe(self.given.get("recipe", "fast"), overrides)
+
+    def budget(self, stored: RunSettings | None) -> Budget:
+        """How long to train: as the run was to, unless another length is given."""
+        fields = asdict(stored.budget) if stored else {}
+        if any(name in self.given for name in _LENGTHS):
+            fields = {name: value for name, value in fields.items() if name not in _LENGTHS}
+        return Budget(**{**fields, **_pick(self.given, (*_LENGTHS, "steps_per_epoch", "val_steps"))})
+
+    def refuse_changes(self, stored: RunSettings | None, data: DataConfig) -> None:
+        """Refuse to go on with a run under settings that contradict it, and say which others change.
+
+        Raises:
+            RunError: shape, text, recipe or what a step reads are not the run's own.
+        """
+        if stored is None:
+            return
+        changes = [
+            *_differences(asdict(stored.model), asdict(self.model(stored))),
+            *_differences(
+                asdict(stored.train), {**asdict(self.train(stored)), "recipe": self.given.get("recipe", stored.train.recipe)}
+            ),
+        ]
+        if data.sha256 != stored.data.sha256:
+            changes.append(
+                ("text", f"{stored.data.name} of {stored.data.characters:,} characters", f"{data.name} of {data.characters:,}")
+            )
+        refused = [f"{name} is {now} and was {before}" for name, before, now in changes if name not in _CHANGEABLE]
+        if refused:
+            name = self.run or stored.data.name
+            raise RunError(f"run {name}: {'; '.join(refused)}; choose another --run, or --fresh to start over")
+        for name, before, now in changes:
+            notice(f"{name} is {now} from here on and was {before}")
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(name, before[name], now[name]) for name in before if before[name] != now[name]]

@@ -1,0 +1,366 @@
+"""Settings of the model, of training and of sampling: each with its unit, its range and its reason.
+
+Every default of the project stands here once. A value out of range is refused where it enters.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from picogpt.errors import ConfigError
+
+__all__ = [
+    "RECIPES",
+    "Budget",
+    "DataConfig",
+    "Decay",
+    "GPTConfig",
+    "RunSettings",
+    "SampleConfig",
+    "Schedule",
+    "TrainConfig",
+    "check_dtype",
+    "check_run_name",
+    "check_threads",
+    "parse_new_tokens",
+]
+
+Decay = Literal["linear", "cosine"]
+
+DTYPES = ("auto", "float32", "bfloat16")
+"""Types of the matrix products; auto is the faster one on this machine."""
+MAX_THREADS = 1024
+
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+MIN_STEPS_PER_EPOCH = 4
+"""A run on a budget has no shorter epochs, or validation would take more than a tenth of its time."""
+EPOCHS_OF_A_BUDGET = 20
+"""A run on a budget is cut into about as many, so that a curve, a sample and a checkpoint come early."""
+
+
+def _require(ok: bool, name: str, allowed: str, value: object) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {allowed}, got {value!r}", name)
+
+
+def _require_whole(name: str, value: object, minimum: int) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    _require(ok, name, f"a whole number of at least {minimum}", value)
+
+
+def _require_between(name: str, value: float, low: float, high: float, allowed: str) -> None:
+    _require(math.isfinite(value) and low <= value <= high, name, allowed, value)
+
+
+def check_run_name(name: str) -> str:
+    """Return `name` if it can be a run's name.
+
+    Raises:
+        ConfigError: it could be mistaken for a path or a flag.
+    """
+    _require(bool(_RUN_NAME.fullmatch(name)), "run", "1 to 64 letters, digits, '.', '_' or '-', a letter or digit first", name)
+    return name
+
+
+def check_dtype(name: str | None) -> str | None:
+    """Return `name` if it is one of `DTYPES` or None.
+
+    Raises:
+        ConfigError: there is no such type.
+    """
+    _require(name is None or name in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", name)
+    return name
+
+
+def check_threads(count: int | None) -> int | None:
+    """Return `count` if it is a number of threads or None.
+
+    Raises:
+        ConfigError: it is out of range.
+    """
+    _require(count is None or 1 <= count <= MAX_THREADS, "threads", f"from 1 to {MAX_THREADS}", count)
+    return count
+
+
+def parse_new_tokens(text: str) -> int | None:
+    """A number of characters to write, or None for `inf`: no end.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if text == "inf":
+        return None
+    _require(text.isascii() and text.isdigit(), "max_new_tokens", "a whole number of at least 0, or inf", text)
+    return int(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Shape of the model. The defaults are PicoGPT's: 6,374,144 parameters.
+
+    Raises:
+        ConfigError: a field is out of its range.
+    """
+
+    n_layer: int = 8
+    """Blocks."""
+    n_head: int = 8
+    """Attention heads a block; divides `n_embd`."""
+    n_embd: int = 256
+    """Width of the embeddings and of every block."""
+    context_len: int = 128
+    """Characters in a window; the position table has one row more, for the context vector in front."""
+    vocab_size: int = 88
+    """Token ids: 82 in use, 6 spare, a multiple of 8 for the matrix products."""
+    dropout: float = 0.0
+    """Probability of dropping an activation in training, in [0, 1). None by default: the texts are longer than the runs."""
+    bias: bool = True
+    """Whether linear layers and LayerNorms have biases."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "context_len", "vocab_size"):
+            _require_whole(name, getattr(self, name), 1)
+        _require(self.n_embd % self.n_head == 0, "n_embd", f"a multiple of n_head ({self.n_head})", self.n_embd)
+        _require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained: one optimizer step and the learning rate over the steps.
+
+    The field defaults are recipe `fast`; see `RECIPES` and `from_recipe`.
+
+    Raises:
+        ConfigError: a field is out of its range.
+    """
+
+    recipe: str = "fast"
+    """The recipe the other settings started from."""
+    batch_size: int = 4
+    """Rolls in a step. Small steps, and so more of them, learn more from the same characters."""
+    windows: int = 10
+    """Windows in a roll: 10 windows of 128 are the 1280 characters that the context vector reaches over."""
+    optimizer: Literal["adamw"] = "adamw"
+    """AdamW (Loshchilov and Hutter, 2019)."""
+    lr: float = 2e-3
+    """Highest learning rate, reached at the end of the warm-up."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay, at most `lr`."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from zero; at most a tenth of a run whose decay ends with it."""
+    decay: Decay = "linear"
+    """Form of the decay from `lr` to `min_lr`. Linear to zero: Bergsma et al., 2025."""
+    decay_steps: int | None = None
+    """Step at which the decay ends; None means with the run, whose last step is then the last one above `min_lr`."""
+    beta1: float = 0.9
+    """Decay of the mean gradient, in [0, 1)."""
+    beta2: float = 0.95
+    """Decay of the mean squared gradient, in [0, 1)."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings; biases and norms have none."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient over all parameters; 0 turns clipping off."""
+    seed: int = 1337
+    """Seed of the initial weights, of the order of the text and of dropout; at least 0, below 2**63."""
+
+    def __post_init__(self) -> None:
+        _require(self.recipe in RECIPES, "recipe", f"one of {', '.join(RECIPES)}", self.recipe)
+        _require(self.optimizer == "adamw", "optimizer", "adamw", self.optimizer)
+        _require(self.decay in get_args(Decay), "decay", f"one of {', '.join(get_args(Decay))}", self.decay)
+        _require_whole("batch_size", self.batch_size, 1)
+        _require_whole("windows", self.windows, 1)
+        _require_whole("warmup_steps", self.warmup_steps, 0)
+        if self.decay_steps is not None:
+            _require_whole("decay_steps", self.decay_steps, 1)
+        _require_between("lr", self.lr, 1e-9, 1.0, "a rate from 1e-9 to 1")
+        _require_between("min_lr", self.min_lr, 0.0, self.lr, f"from 0 to lr ({self.lr:g})")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        for name in ("weight_decay", "grad_clip"):
+            _require_between(name, getattr(self, name), 0.0, 1e6, "a number of at least 0")
+        _require_whole("seed", self.seed, 0)
+        _require(self.seed < 2**63, "seed", "below 2**63", self.seed)
+
+    @classmethod
+    def from_recipe(cls, recipe: str, overrides: Mapping[str, Any]) -> TrainConfig:
+        """Settings of `recipe`, with those of `overrides` instead where they are not None.
+
+        Raises:
+            ConfigError: there is no such recipe, or a value is out of its range.
+        """
+        _require(recipe in RECIPES, "recipe", f"one of {', '.join(RECIPES)}", recipe)
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return cls(**{**RECIPES[recipe], **given, "recipe": recipe})
+
+
+RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "fast": MappingProxyType({}),
+        # The settings of the original project.
+        "seed": MappingProxyType(
+            {
+                "batch_size": 8,
+                "lr": 6e-4,
+                "min_lr": 6e-5,
+                "warmup_steps": 2000,
+                "decay": "cosine",
+                "decay_steps": 600_000,
+            }
+        ),
+    }
+)
+"""What each recipe sets differently from the field defaults of `TrainConfig`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """A run in whole steps: what a `Budget` comes to on this machine. Stored with the run, which it makes reproducible.
+
+    Raises:
+        ConfigError: a field is below 1.
+    """
+
+    total_steps: int
+    """Optimizer steps of the whole run."""
+    steps_per_epoch: int
+    """Steps between two entries of the loss log; the last epoch may be shorter."""
+    val_steps: int
+    """Batches of validation text an epoch; fewer where the validation text is shorter."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _require_whole(field.name, getattr(self, field.name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How long to train: epochs of a fixed number of steps, or minutes, or characters.
+
+    Raises:
+        ConfigError: a field is out of its range, or both minutes and characters are given.
+    """
+
+    epochs: int = 300
+    """Epochs, where neither minutes nor characters are given."""
+    steps_per_epoch: int | None = None
+    """Steps an epoch; None means 500, or about a twentieth of a run on a budget."""
+    val_steps: int | None = None
+    """Validation batches an epoch; None means a fifth of the steps, which takes under a tenth of the time."""
+    minutes: float | None = None
+    """Training time, measured on a few steps and then fixed as a number of steps."""
+    chars: int | None = None
+    """Characters to train on, rounded up to whole steps."""
+
+    def __post_init__(self) -> None:
+        _require_whole("epochs", self.epochs, 1)
+        for name in ("steps_per_epoch", "val_steps", "chars"):
+            if getattr(self, name) is not None:
+                _require_whole(name, getattr(self, name), 1)
+        if self.minutes is not None:
+            _require(math.isfinite(self.minutes) and self.minutes > 0, "minutes", "a number above 0", self.minutes)
+        _require(self.minutes is None or self.chars is None, "minutes", "given without chars", self.minutes)
+
+    def schedule(
+        self, *, chars_per_step: int, seconds_per_step: float, steps_done: int = 0, seconds_spent: float = 0.0
+    ) -> Schedule:
+        """Turn the budget into steps.
+
+        Args:
+            chars_per_step: characters in one optimizer step.
+            seconds_per_step: measured time of a step, its share of validation and saving included; used for minutes.
+            steps_done: steps that the run has taken already; they count.
+            seconds_spent: seconds that the run has trained already; they count.
+        """
+        if self.minutes is not None:
+            left = max(0.0, self.minutes * 60 - seconds_spent)
+            total = steps_done + max(1 if steps_done == 0 else 0, round(left / seconds_per_step))
+        elif self.chars is not None:
+            total = math.ceil(self.chars / chars_per_step)
+        else:
+            steps = self.steps_per_epoch or 500
+            return self._with_validation(self.epochs * steps, steps)
+        share = max(MIN_STEPS_PER_EPOCH, math.ceil(total / EPOCHS_OF_A_BUDGET))
+        return self._with_validation(total, self.steps_per_epoch or share)
+
+    def _with_validation(self, total: int, steps_per_epoch: int) -> Schedule:
+        val_steps = self.val_steps or max(1, steps_per_epoch // 5)
+        return Schedule(total_steps=total, steps_per_epoch=steps_per_epoch, val_steps=val_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How the next character is drawn from the model's prediction.
+
+    Raises:
+        ConfigError: a field is out of its range.
+    """
+
+    temperature: float = 0.5
+    """Divides the logits: below 1 surer, above 1 wilder; 0 always takes the likeliest character (greedy)."""
+    top_k: int = 0
+    """Draw from the k likeliest characters only; 0 from all of them."""
+    seed: int | None = None
+    """Seed of the draws; None takes a new one each time."""
+
+    def __post_init__(self) -> None:
+        _require_between("temperature", self.temperature, 0.0, 1e6, "a finite number of at least 0")
+        _require_whole("top_k", self.top_k, 0)
+        if self.seed is not None:
+            _require_whole("seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text a run learns from, exactly."""
+
+    dataset: str | None = None
+    """Name of the data set, or None where files were given."""
+    text: tuple[str, ...] = ()
+    """Files and folders, as absolute paths; `-` is standard input."""
+    name: str
+    """Short name of the text."""
+    characters: int
+    """Length of the whole text."""
+    sha256: str
+    """SHA-256 of its token ids, in hexadecimal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """All that made a run: the content of its `config.json`."""
+
+    model: GPTConfig
+    train: TrainConfig
+    budget: Budget
+    schedule: Schedule
+    data: DataConfig
+    dtype: str
+    """Type of the matrix products, float32 or bfloat16."""
+    threads: int
+    """Threads that torch computes with; another number gives other roundings."""
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> RunSettings:
+        """The inverse of `dataclasses.asdict`; what else is in `content` is passed over.
+
+        Raises:
+            ConfigError: a part is missing or not valid.
+        """
+        try:
+            return cls(
+                model=GPTConfig(**content["model"]),
+                train=TrainConfig(**content["train"]),
+                budget=Budget(**content["budget"]),
+                schedule=Schedule(**content["schedule"]),
+                data=DataConfig(**{**content["data"], "text": tuple(content["data"]["text"])}),
+                dtype=str(content["dtype"]),
+                threads=int(content["threads"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"the run's config is not valid ({type(error).__name__}: {error})") from error

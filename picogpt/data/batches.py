@@ -1,0 +1,104 @@
+"""Batches of rolls cut from a text. Batch k is a pure function of (seed, split, k): there is no state to lose."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from picogpt.data.text import Corpus
+from picogpt.errors import DataError
+
+__all__ = ["Batch", "Source", "TextSource"]
+
+TRAIN_SHARE = 0.9
+"""Share of a text that is trained on; the rest, at its end, is for validation."""
+
+_STREAM_ORDER = 1
+"""Number of the random stream that orders the text; other uses of a run's seed take other numbers."""
+
+
+class Batch(NamedTuple):
+    """Rolls and what follows each of their characters; both int64 of shape (rolls, characters of a roll)."""
+
+    inputs: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int64]
+
+
+class Source(Protocol):
+    """What training needs of its data."""
+
+    def train_batch(self, k: int) -> Batch:
+        """Batch of step k; the same k gives the same batch."""
+
+    def val_batches(self, most: int) -> Iterator[Batch]:
+        """The validation batches, at most so many; the same ones every time."""
+
+
+class TextSource:
+    """Batches from a text in memory, its first 90 % for training and the rest for validation.
+
+    Training passes over its part again and again. Each pass cuts it into rolls that touch but do not overlap, from a
+    starting point of its own and in an order of its own, so that every character is read about once a pass.
+    Validation reads rolls spread evenly over its part, always the same ones.
+
+    Args:
+        corpus: the text.
+        roll_len: characters in a roll.
+        batch_size: rolls in a batch.
+        seed: of the starting points and the orders.
+
+    Raises:
+        DataError: the text is too short to cut a roll from it.
+    """
+
+    def __init__(self, corpus: Corpus, *, roll_len: int, batch_size: int, seed: int) -> None:
+        n_train = int(TRAIN_SHARE * len(corpus.ids))
+        self.train_ids, self.val_ids = corpus.ids[:n_train], corpus.ids[n_train:]
+        self._roll_len, self._batch_size, self._seed = roll_len, batch_size, seed
+        if len(self.train_ids) <= roll_len or len(self.val_ids) < 2:
+            needed = max(int((roll_len + 1) / TRAIN_SHARE) + 1, 20)
+            raise DataError(
+                f"{corpus.name}: too short, {len(corpus.ids):,} characters where rolls of {roll_len:,} need at least "
+                f"{needed:,}; give more text, or smaller --windows or --context-len"
+            )
+        n_rolls = (n_train - 1) // roll_len
+        # One roll less than would fit leaves room for the starting point to move.
+        self._rolls_per_pass = max(1, n_rolls - 1)
+        self._slack = n_train - 1 - self._rolls_per_pass * roll_len
+        self._starts_of_pass = functools.lru_cache(maxsize=2)(self._draw_starts)
+
+    def _draw_starts(self, number: int) -> npt.NDArray[np.int64]:
+        """Where each roll of pass `number` starts, in the order in which they are read."""
+        # A counter-based generator: any pass is drawn without those before it (Salmon et al., 2011).
+        bits = np.random.Philox(key=[self._seed, _STREAM_ORDER], counter=[0, 0, 0, number])
+        generator = np.random.Generator(bits)
+        phase = generator.integers(self._slack + 1)
+        starts: npt.NDArray[np.int64] = phase + self._roll_len * generator.permutation(self._rolls_per_pass)
+        return starts
+
+    def train_batch(self, k: int) -> Batch:
+        """Batch of step k, (batch_size, roll_len)."""
+        rolls = range(k * self._batch_size, (k + 1) * self._batch_size)
+        starts = [int(self._starts_of_pass(i // self._rolls_per_pass)[i % self._rolls_per_pass]) for i in rolls]
+        return _cut(self.train_ids, starts, self._roll_len)
+
+    def val_batches(self, most: int) -> Iterator[Batch]:
+        """At most `most` batches of (batch_size, roll_len), fewer where that reads all of the text; the last may be smaller.
+
+        A validation text shorter than a roll is one roll.
+        """
+        roll_len = min(self._roll_len, len(self.val_ids) - 1)
+        room = len(self.val_ids) - 1 - roll_len
+        n_rolls = min(most * self._batch_size, room // roll_len + 1)
+        starts = [i * room // max(1, n_rolls - 1) for i in range(n_rolls)]
+        for first in range(0, n_rolls, self._batch_size):
+            yield _cut(self.val_ids, starts[first : first + self._batch_size], roll_len)
+
+
+def _cut(ids: npt.NDArray[np.uint8], starts: list[int], roll_len: int) -> Batch:
+    rows = np.stack([ids[start : start + roll_len + 1] for start in starts]).astype(np.int64)
+    return Batch(rows[:, :-1], rows[:, 1:])

@@ -1,0 +1,74 @@
+"""The one place that writes files: whole or not at all.
+
+A file is written beside its target under a name of its own, flushed to the disk and renamed over the target, and the
+folder is flushed too. Whoever reads the target, at whatever instant the power goes, finds the old content or the new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+__all__ = ["TEMPORARY_SUFFIX", "atomic_write", "remove_leftovers", "replace", "sync_folder"]
+
+TEMPORARY_SUFFIX = ".part"
+
+
+def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Put `content`, bytes or chunks of bytes, at `path`: entirely, or not at all.
+
+    Raises:
+        OSError: the disk is full, read-only or broken; `path` is as it was and nothing is left beside it.
+    """
+    chunks = (content,) if isinstance(content, bytes) else content
+    with _temporary_file(path) as (descriptor, temporary):
+        for chunk in chunks:
+            _write_all(descriptor, chunk)
+        os.fsync(descriptor)
+        replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _temporary_file(path: Path) -> Iterator[tuple[int, Path]]:
+    """Open a new file in the folder of `path`; close it, and remove it unless it has been renamed."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
+    # O_EXCL makes a new file and follows no link that somebody has put there.
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        yield descriptor, temporary
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _write_all(descriptor: int, chunk: bytes) -> None:
+    view = memoryview(chunk)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename `source` over `target` and flush their folder, so that the new name survives a power loss."""
+    os.replace(source, target)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the folder's list of names to the disk, where the system can (Windows cannot open a folder)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in `folder`."""
+    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        leftover.unlink(missing_ok=True)

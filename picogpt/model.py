@@ -1,0 +1,195 @@
+"""The GPT with a context roll, top-down: attention, MLP, block, one window, the roll, the loss.
+
+The blocks are those of GPT-2 in the form of nanoGPT (github.com/karpathy/nanoGPT), whose state-dict names are kept.
+New is the slot in front of each window: it carries the mean output of the window before it, the idea of the PicoGPT
+project. Knows tensors only; text, files and devices are other modules' business.
+
+Dimensions: B rolls in a batch, T characters of a text, n characters of one window, S = n + 1 slots of a window (the
+context slot and its characters), C = n_embd, H = n_head, D = C / H, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from picogpt.config import GPTConfig
+from picogpt.errors import RunError
+from picogpt.roll import window_spans
+
+__all__ = ["GPT", "MLP", "Block", "CausalSelfAttention"]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a slot sees itself and what stands before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Take x (B, S, C) and mask (S, S), 0 where a row may look and -inf elsewhere; return (B, S, C)."""
+        B, S, C = x.shape
+        D = C // self.n_head
+        qkv = self.c_attn(x).view(B, S, 3, self.n_head, D)  # (B, S, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, B * self.n_head, S, D)  # each (B*H, S, D)
+        # Plain batched products: on a CPU, with S = 129 and D = 32, torch's fused attention is no faster in float32
+        # and takes several times as long in bfloat16.
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))  # (B*H, S, S)
+        weights = self.attn_dropout(scores.softmax(dim=-1))  # (B*H, S, S)
+        y = torch.bmm(weights, v).view(B, self.n_head, S, D)  # (B, H, S, D)
+        y = y.transpose(1, 2).reshape(B, S, C)  # (B, S, C)
+        out: Tensor = self.resid_dropout(self.c_proj(y))
+        return out
+
+
+class MLP(nn.Module):
+    """Two layers with an exact (erf) GELU between them, four times as wide inside."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, C) -> (B, S, C)."""
+        out: Tensor = self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+        return out
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and beside a residual path (pre-norm)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Take x (B, S, C) and mask (S, S); return (B, S, C)."""
+        x = x + self.attn(self.ln_1(x), mask)
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class _Transformer(nn.Module):
+    """One window: context slot and characters in, normalised outputs out."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.context_len + 1, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        n_slots = config.context_len + 1
+        self.mask: Tensor
+        self.register_buffer("mask", torch.full((n_slots, n_slots), -torch.inf).triu(1), persistent=False)
+
+    def forward(self, idx: Tensor, context: Tensor) -> Tensor:
+        """Take idx (B, n) and context (B, C); return (B, S, C)."""
+        x = torch.cat((context.unsqueeze(1), self.wte(idx)), dim=1)  # (B, S, C)
+        S = x.size(1)
+        x = self.drop(x + self.wpe.weight[:S])  # (B, S, C)
+        mask = self.mask[:S, :S]
+        for block in self.h:
+            x = block(x, mask)
+        out: Tensor = self.ln_f(x)
+        return out
+
+
+class GPT(nn.Module):
+    """A GPT that reads a text of any length window by window, each window beginning with the mean of the last one.
+
+    Calling it gives `logits, loss`: see `forward`.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = _Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied (Press and Wolf, 2017)
+        self.apply(self._init_weights)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                # GPT-2: residual paths add up over the depth, so each one starts smaller.
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def num_params(self, *, positions: bool = True) -> int:
+        """Number of trained values; the tied head counts once. Without `positions` the position table is left out."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return total if positions else total - self.transformer.wpe.weight.numel()
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """The weights by name, as arrays that share their memory; the tied head stands there once, as `wte`."""
+        return {name: parameter.detach().numpy() for name, parameter in self.named_parameters()}
+
+    def load_arrays(self, weights: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Copy `weights` into the model; the tied `lm_head.weight` may be among them or not.
+
+        Raises:
+            RunError: a tensor is missing, unknown or of another shape; the model is as it was.
+        """
+        expected = dict(self.named_parameters())
+        found = {name: array for name, array in weights.items() if name != "lm_head.weight"}
+        for name in sorted(expected.keys() | found.keys()):
+            want = tuple(expected[name].shape) if name in expected else "none"
+            have = found[name].shape if name in found else "none"
+            if want != have:
+                raise RunError(f"the weights are of another model: {name} should have shape {want}, got {have}")
+        with torch.no_grad():
+            for name, parameter in expected.items():
+                parameter.copy_(torch.from_numpy(np.array(found[name])))
+
+    def roll(self, idx: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Read idx (B, T) window by window.
+
+        Yields, for each window, its outputs after the final LayerNorm (B, S, C) and its context vector (B, C): their
+        mean over all S slots, the context slot included. The next window starts from it, and gradients flow through it.
+        """
+        context = self.transformer.wte.weight.new_zeros(idx.size(0), self.config.n_embd)  # (B, C)
+        for start, end in window_spans(idx.size(1), self.config.context_len):
+            h = self.transformer(idx[:, start:end], context)  # (B, S, C)
+            context = h.mean(dim=1)  # (B, C)
+            yield h, context
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Predict the character after each one of `idx`.
+
+        Args:
+            idx: ids (B, T), any T >= 1.
+            targets: the ids (B, T) that should follow, or None.
+
+        Returns:
+            With targets, the logits (B, T, V) and the mean cross-entropy in nats over all B x T characters, each
+            counted once. Without, the logits of the last character alone (B, 1, V), and None.
+        """
+        outputs = [h for h, _ in self.roll(idx)]
+        if targets is None:
+            return self.lm_head(outputs[-1][:, -1:]), None
+        hidden = torch.cat([h[:, 1:] for h in outputs], dim=1)  # (B, T, C)
+        logits: Tensor = self.lm_head(hidden)  # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return logits, loss

@@ -1,0 +1,377 @@
+"""The run folder: what a training run leaves on the disk, and how it is read back.
+
+| file                              | content                                                                  |
+|-----------------------------------|--------------------------------------------------------------------------|
+| `config.json`                     | what made this run: model, training, schedule, data, seed, versions       |
+| `model.safetensors`               | the best weights so far, the model's shape in the metadata                |
+| `checkpoint.safetensors`          | all that is needed to go on, with a SHA-256 of it                         |
+| `checkpoint.previous.safetensors` | the one before it                                                        |
+| `log.pkl`                         | the loss log, plain values only                                          |
+| `log.jpg`                         | its picture                                                              |
+
+Every file is written whole or not at all. Nothing that is read can run code. Tensors are numpy arrays here, so that
+reading a model needs no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as serialize
+
+from picogpt.config import GPTConfig
+from picogpt.errors import ConfigError, RunError
+from picogpt.files import atomic_write, remove_leftovers, replace
+
+__all__ = ["Checkpoint", "LossLog", "RunFolder", "find_log", "find_model", "load_model", "read_log"]
+
+FORMAT_VERSION = 1
+"""Written into every file; a reader refuses a newer one."""
+
+Tensors = dict[str, npt.NDArray[Any]]
+
+_MODEL = "model.safetensors"
+_CHECKPOINT = "checkpoint.safetensors"
+_PREVIOUS = "checkpoint.previous.safetensors"
+_CONFIG = "config.json"
+_LOG = "log.pkl"
+
+
+@dataclass(kw_only=True)
+class LossLog:
+    """The loss log: one entry an epoch in each list."""
+
+    train: list[float] = field(default_factory=list)
+    """Mean training loss of each epoch, in nats per character."""
+    val: list[float] = field(default_factory=list)
+    """Validation loss after each epoch, in nats per character."""
+    chars: list[int] = field(default_factory=list)
+    """Characters trained on by the end of each epoch."""
+    seconds: list[float] = field(default_factory=list)
+    """Seconds spent training by the end of each epoch."""
+    best_loss: float | None = None
+    """The lowest validation loss so far; that of `model.safetensors`."""
+    iter_num: int = 0
+    """Optimizer steps so far."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The log with the keys of the original project, and `chars` and `seconds` beside them."""
+        return {
+            "losses": {"train": list(self.train), "val": list(self.val)},
+            "best_loss": self.best_loss,
+            "iter_num": self.iter_num,
+            "chars": list(self.chars),
+            "seconds": list(self.seconds),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> LossLog:
+        """The inverse of `to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: `content` is not of that form.
+        """
+        best = content["best_loss"]
+        log = cls(
+            train=[float(x) for x in content["losses"]["train"]],
+            val=[float(x) for x in content["losses"]["val"]],
+            chars=[int(x) for x in content["chars"]],
+            seconds=[float(x) for x in content["seconds"]],
+            best_loss=None if best is None else float(best),
+            iter_num=int(content["iter_num"]),
+        )
+        if len({len(log.train), len(log.val), len(log.chars), len(log.seconds)}) != 1:
+            raise ValueError("its lists are not of one length")
+        return log
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """All that is needed to go on with a run."""
+
+    tensors: Tensors
+    """Weights and the optimizer's tensors, by name."""
+    state: dict[str, Any]
+    """Plain values: steps, sums, the loss log."""
+
+
+class RunFolder:
+    """One run's folder. Making the object touches nothing; `create` makes the folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        """The run's name, which is its folder's."""
+        return self.path.name
+
+    @property
+    def plot_path(self) -> Path:
+        """Where the picture of the loss log belongs."""
+        return self.path / "log.jpg"
+
+    def has_model(self) -> bool:
+        """Whether there is a trained model."""
+        return (self.path / _MODEL).exists()
+
+    def has_checkpoint(self) -> bool:
+        """Whether something was saved to go on from, good or damaged."""
+        return any((self.path / name).exists() for name in (_CHECKPOINT, _PREVIOUS))
+
+    def create(self) -> None:
+        """Make the folder, and remove what a killed process left half-written in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
+
+    def set_aside(self) -> Path:
+        """Rename the folder to the first free `NAME.old-1`, `NAME.old-2`, ... and return that."""
+        number = 1
+        while (target := self.path.with_name(f"{self.name}.old-{number}")).exists():
+            number += 1
+        replace(self.path, target)
+        return target
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder against a second trainer. The system frees the lock however the process ends.
+
+        Raises:
+            RunError: another process trains in this folder.
+        """
+        with (self.path / ".lock").open("a+b") as stream:
+            if not _try_lock(stream):
+                stream.seek(0)
+                holder = stream.read(32).decode("ascii", "replace").strip() or "unknown"
+                raise RunError(
+                    f"{self.path}: another process (pid {holder}) trains in this run; wait for it or choose another --run"
+                )
+            stream.truncate(0)
+            stream.write(str(os.getpid()).encode())
+            stream.flush()
+            yield
+
+    def write_config(self, content: Mapping[str, Any]) -> None:
+        """Write `config.json`."""
+        text = json.dumps({"format": FORMAT_VERSION, **content}, indent=2) + "\n"
+        atomic_write(self.path / _CONFIG, text.encode())
+
+    def read_config(self) -> dict[str, Any]:
+        """Read `config.json`.
+
+        Raises:
+            RunError: it is missing, no JSON object, or of a newer format.
+        """
+        path = self.path / _CONFIG
+        try:
+            content = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunError(f"{path}: cannot be read ({error}); start over with --fresh, the folder is kept") from error
+        if not isinstance(content, dict):
+            raise RunError(f"{path}: not a run's config; start over with --fresh, the folder is kept")
+        _check_version(path, content.get("format"))
+        return content
+
+    def save_model(self, tensors: Mapping[str, npt.NDArray[Any]], config: GPTConfig) -> None:
+        """Write `model.safetensors`: state dict and shape of the best model so far."""
+        metadata = {"format": str(FORMAT_VERSION), "config": json.dumps(asdict(config))}
+        atomic_write(self.path / _MODEL, serialize(dict(tensors), metadata))
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Write `checkpoint.safetensors`, keeping the one before it.
+
+        Raises:
+            OSError: the disk is full, read-only or broken; the checkpoints on it are as they were.
+        """
+        metadata = {
+            "format": str(FORMAT_VERSION),
+            "state": json.dumps(checkpoint.state),
+            "sha256": _digest(checkpoint.tensors, json.dumps(checkpoint.state)),
+        }
+        staged = self.path / f".{_CHECKPOINT}.staged.part"
+        atomic_write(staged, serialize(checkpoint.tensors, metadata))
+        current = self.path / _CHECKPOINT
+        if current.exists():
+            replace(current, self.path / _PREVIOUS)
+        replace(staged, current)
+
+    def load_checkpoint(self) -> tuple[Checkpoint, str | None]:
+        """The newest good checkpoint, and a line about a newer damaged one that was passed over.
+
+        Raises:
+            RunError: there is none, or all of them are damaged.
+        """
+        faults: list[str] = []
+        for name in (_CHECKPOINT, _PREVIOUS):
+            path = self.path / name
+            if not path.exists():
+                continue
+            try:
+                checkpoint = _read_checkpoint(path)
+            except RunError as error:
+                faults.append(str(error))
+                continue
+            return checkpoint, f"{faults[0]}; going on from the checkpoint before it" if faults else None
+        if faults:
+            raise RunError(f"{'; '.join(faults)}; nothing to go on from: start over with --fresh, the folder is kept")
+        raise RunError(f"{self.path}: no checkpoint to go on from; start over with --fresh, the folder is kept")
+
+    def write_log(self, log: LossLog) -> None:
+        """Write `log.pkl`: a pickle of plain values, readable by anything that reads the original's losses."""
+        atomic_write(self.path / _LOG, pickle.dumps(log.to_dict(), protocol=4))
+
+    def read_log(self) -> LossLog:
+        """Read `log.pkl`; see `read_log`."""
+        return read_log(self.path / _LOG)
+
+
+def find_model(name: str | None, logs_dir: Path) -> tuple[Path, str]:
+    """The model that a user means, and a few words that say which one it is.
+
+    Args:
+        name: a run's name, its folder or a `.safetensors` file; None means the run that was saved last.
+        logs_dir: where runs are kept.
+
+    Raises:
+        RunError: there is no such model, or none at all.
+    """
+    if name is not None:
+        path = _find(name, logs_dir, _MODEL)
+        return path, f"model {path}"
+    models = [path for path in logs_dir.glob(f"*/{_MODEL}") if path.is_file()]
+    if not models:
+        raise RunError(f"{logs_dir}: no trained model there; train one with picogpt-train, or name one with --model")
+    path = max(models, key=lambda path: path.stat().st_mtime_ns)
+    return path, f"model {path}" + (f", saved last of {len(models)}" if len(models) > 1 else "")
+
+
+def find_log(name: str, logs_dir: Path) -> Path:
+    """The loss log that a user means by a run's name, its folder or the file itself.
+
+    Raises:
+        RunError: there is none.
+    """
+    return _find(name, logs_dir, _LOG)
+
+
+def _find(name: str, logs_dir: Path, filename: str) -> Path:
+    if not name or "\0" in name:
+        raise RunError(f"{name!r}: not the name of a run")
+    for path in (Path(name), Path(name) / filename, logs_dir / name / filename):
+        if path.is_file():
+            return path
+    runs = sorted(path.parent.name for path in logs_dir.glob(f"*/{filename}"))
+    nearest = difflib.get_close_matches(name, runs, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"runs there: {', '.join(runs) or 'none'}"
+    raise RunError(f"{name}: no such file, and no run of that name with a {filename} under {logs_dir}; {hint}")
+
+
+def load_model(path: Path) -> tuple[GPTConfig, Tensors]:
+    """Shape and float32 weights from a `.safetensors` file that this module wrote.
+
+    Raises:
+        RunError: there is no model, or it is damaged or of another kind.
+    """
+    metadata, tensors = _read_tensors(path)
+    try:
+        config = GPTConfig(**json.loads(metadata["config"]))
+    except (KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
+        raise RunError(f"{path}: no picogpt model (its metadata has no valid config); train one with picogpt-train") from error
+    return config, tensors
+
+
+def read_log(path: Path) -> LossLog:
+    """Read a loss log, refusing a pickle that names anything to import.
+
+    Raises:
+        RunError: the file is missing, damaged or holds more than plain values.
+    """
+    try:
+        with path.open("rb") as stream:
+            content = _PlainUnpickler(stream).load()
+        return LossLog.from_dict(content)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise RunError(f"{path}: no loss log of picogpt ({type(error).__name__}: {error})") from error
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, strings, lists and dicts; imports nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and nothing is imported from a log")
+
+
+def _read_checkpoint(path: Path) -> Checkpoint:
+    metadata, tensors = _read_tensors(path)
+    state = metadata.get("state", "")
+    if metadata.get("sha256") != _digest(tensors, state):
+        raise RunError(f"{path}: damaged (its SHA-256 does not match)")
+    return Checkpoint(tensors=tensors, state=json.loads(state))
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, str], Tensors]:
+    """Metadata and tensors of a safetensors file, which can hold nothing else."""
+    try:
+        with safe_open(path, framework="numpy") as stream:
+            metadata = stream.metadata() or {}
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: there is no such file; train a model with picogpt-train, or name one with --model") from error
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read as safetensors ({error})") from error
+    _check_version(path, int(metadata.get("format", "0")) if metadata.get("format", "0").isdigit() else None)
+    return metadata, tensors
+
+
+def _check_version(path: Path, found: object) -> None:
+    if not isinstance(found, int) or not 0 < found <= FORMAT_VERSION:
+        raise RunError(
+            f"{path}: format {found}, where this version of picogpt reads up to {FORMAT_VERSION}; use the one that wrote it"
+        )
+
+
+def _digest(tensors: Mapping[str, npt.NDArray[Any]], state: str) -> str:
+    """SHA-256 over the state and every tensor's name, type, shape and bytes, in the order of their names."""
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(f"\0{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+if os.name == "nt":  # pragma: no cover (Windows)
+    import msvcrt
+
+    def _try_lock(stream: BinaryIO) -> bool:
+        stream.seek(1024)  # a byte past the holder's number, which stays readable
+        try:
+            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        stream.seek(0)
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(stream: BinaryIO) -> bool:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,259 @@
+"""The training loop. Knows the model from outside only; progress, pictures and signals hook in through `Observer` and `stop`.
+
+A run is a pure function of its settings on one machine and thread count: the weights start from the seed, batch k
+depends on k alone, and dropout draws from a seed made of the run's and the step's. So there is no generator to save.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from picogpt.config import GPTConfig, Schedule, TrainConfig
+from picogpt.data import Batch, Source
+from picogpt.errors import TrainingError
+from picogpt.model import GPT
+from picogpt.optim import build_optimizer, learning_rate, set_learning_rate
+from picogpt.run import Checkpoint, LossLog, RunFolder
+
+__all__ = ["Observer", "StepReport", "Trainer", "measure_seconds_per_step"]
+
+SAVE_INTERVAL = 300.0
+"""Seconds of training after which a checkpoint is written in the middle of an epoch."""
+
+_STREAM_DROPOUT = 2
+"""Number of the random stream that dropout draws its seeds from."""
+
+Stop = Callable[[], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one optimizer step came to."""
+
+    step: int
+    """Steps taken so far, this one included."""
+    loss: float
+    """Mean loss of the step's batch in nats per character, before the update."""
+    chars: int
+    """Characters of the step's batch."""
+
+
+class Observer(Protocol):
+    """Who watches a run: told of every step, and of every epoch after it has been saved."""
+
+    def on_step(self, report: StepReport) -> None:
+        """One step was taken."""
+
+    def on_epoch(self, trainer: Trainer) -> None:
+        """An epoch has ended; `trainer.log` has its entry."""
+
+
+class Trainer:
+    """A model, its optimizer and where they stand.
+
+    Args:
+        model_config: shape of the model.
+        config: how it is trained.
+        source: where its batches come from.
+        dtype: type of the matrix products; bfloat16 is used through autocast, weights and sums stay float32.
+    """
+
+    def __init__(self, model_config: GPTConfig, config: TrainConfig, source: Source, dtype: torch.dtype) -> None:
+        self.config = config
+        self.source = source
+        self.dtype = dtype
+        torch.manual_seed(config.seed)
+        self.model = GPT(model_config)
+        self.optimizer = build_optimizer(self.model, config)
+        self.log = LossLog()
+        self.seconds = 0.0
+        """Seconds spent training, validation included, over all starts of the run."""
+        self._epoch_loss, self._epoch_steps = 0.0, 0
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken so far."""
+        return self.log.iter_num
+
+    @property
+    def chars_per_step(self) -> int:
+        """Characters in a batch."""
+        return self.config.batch_size * self.config.windows * self.model.config.context_len
+
+    @property
+    def epoch_is_open(self) -> bool:
+        """Whether steps have been taken that are in no epoch of the log yet."""
+        return self._epoch_steps > 0
+
+    def fit(self, run: RunFolder, schedule: Schedule, observer: Observer, stop: Stop) -> bool:
+        """Train to the end of `schedule`, saving into `run` after every epoch, every few minutes and when stopped.
+
+        Args:
+            run: the run's folder, made and locked.
+            schedule: how many steps, and how they divide into epochs.
+            observer: told what happens.
+            stop: asked after every step and validation batch; once it says True, the run is saved and the loop ends.
+
+        Returns:
+            Whether the schedule was finished.
+
+        Raises:
+            TrainingError: loss or gradient are not finite; the state before that step is saved.
+            OSError: something cannot be saved.
+        """
+        start, before = time.perf_counter(), self.seconds
+        saved_at = start
+        while self.step < schedule.total_steps or self.epoch_is_open:
+            if self._epoch_is_full(schedule):
+                finished = self._finish_epoch(run, schedule, stop)
+                saved_at = time.perf_counter()
+                if finished:
+                    observer.on_epoch(self)
+            else:
+                observer.on_step(self._train_step(run, schedule))
+            self.seconds = before + time.perf_counter() - start
+            if stop():
+                self.save(run)
+                return False
+            if time.perf_counter() - saved_at > SAVE_INTERVAL:
+                self.save(run)
+                saved_at = time.perf_counter()
+        return True
+
+    def _epoch_is_full(self, schedule: Schedule) -> bool:
+        at_end = self.step % schedule.steps_per_epoch == 0 or self.step >= schedule.total_steps
+        return self.epoch_is_open and at_end
+
+    def _train_step(self, run: RunFolder, schedule: Schedule) -> StepReport:
+        try:
+            loss = self.update(learning_rate(self.step, schedule.total_steps, self.config))
+        except TrainingError:
+            self.save(run)
+            raise
+        self._epoch_loss += loss
+        self._epoch_steps += 1
+        return StepReport(step=self.step, loss=loss, chars=self.chars_per_step)
+
+    def update(self, rate: float) -> float:
+        """Take one optimizer step with learning rate `rate`; return the batch's mean loss in nats per character.
+
+        Raises:
+            TrainingError: loss or gradient are not finite; the weights are as they were.
+        """
+        self.model.train()
+        if self.model.config.dropout:
+            self._seed_dropout()
+        loss = self._loss(self.source.train_batch(self.step))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        value = loss.item()
+        if not (math.isfinite(value) and math.isfinite(norm.item())):
+            raise TrainingError(
+                f"step {self.step + 1}: the loss is {value} and the gradient's norm {norm.item()}; the state before this step "
+                "is saved; start again with a smaller --lr and --fresh, or --dtype float32"
+            )
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.log.iter_num += 1
+        return value
+
+    def _seed_dropout(self) -> None:
+        bits = np.random.Philox(key=[self.config.seed, _STREAM_DROPOUT], counter=[0, 0, 0, self.step])
+        torch.manual_seed(int(bits.random_raw() >> 1))
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        inputs, targets = (torch.from_numpy(np.ascontiguousarray(part)) for part in batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            _, loss = self.model(inputs, targets)
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
+    @torch.no_grad()
+    def validate(self, val_steps: int, stop: Stop = lambda: False) -> float | None:
+        """Mean loss over at most `val_steps` validation batches in nats per character; None if stopped on the way."""
+        self.model.eval()
+        total, count = 0.0, 0
+        for batch in self.source.val_batches(val_steps):
+            if stop():
+                return None
+            total += self._loss(batch).item() * batch.targets.size
+            count += batch.targets.size
+        return total / count
+
+    def _finish_epoch(self, run: RunFolder, schedule: Schedule, stop: Stop) -> bool:
+        """Validate, enter the epoch into the log and save; False if stopped before that."""
+        val_loss = self.validate(schedule.val_steps, stop)
+        if val_loss is None:
+            return False
+        log = self.log
+        log.train.append(self._epoch_loss / self._epoch_steps)
+        log.val.append(val_loss)
+        log.chars.append(self.step * self.chars_per_step)
+        log.seconds.append(self.seconds)
+        self._epoch_loss, self._epoch_steps = 0.0, 0
+        if log.best_loss is None or val_loss < log.best_loss:
+            log.best_loss = val_loss
+            run.save_model(self.model.arrays(), self.model.config)
+        self.save(run)
+        return True
+
+    def save(self, run: RunFolder) -> None:
+        """Write a checkpoint of everything that is needed to go on."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.arrays().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = value.detach().numpy()
+        state: dict[str, Any] = {
+            "epoch_loss": self._epoch_loss,
+            "epoch_steps": self._epoch_steps,
+            "seconds": self.seconds,
+            "log": self.log.to_dict(),
+        }
+        run.save_checkpoint(Checkpoint(tensors=tensors, state=state))
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Put everything back to where `checkpoint` was saved.
+
+        Raises:
+            RunError: the checkpoint was made by another shape of model or kind of optimizer; nothing is changed.
+        """
+        tensors, state = checkpoint.tensors, checkpoint.state
+        weights = {name.removeprefix("model."): array for name, array in tensors.items() if name.startswith("model.")}
+        self.model.load_arrays(weights)
+        for name, parameter in self.model.named_parameters():
+            suffix = f".{name}"
+            self.optimizer.state[parameter] = {
+                key.removeprefix("optimizer.").removesuffix(suffix): torch.from_numpy(array.copy())
+                for key, array in tensors.items()
+                if key.startswith("optimizer.") and key.endswith(suffix)
+            }
+        self.log = LossLog.from_dict(state["log"])
+        self._epoch_loss, self._epoch_steps = float(state["epoch_loss"]), int(state["epoch_steps"])
+        self.seconds = float(state["seconds"])
+
+
+def measure_seconds_per_step(
+    model_config: GPTConfig, config: TrainConfig, source: Source, dtype: torch.dtype, *, n_steps: int = 4
+) -> float:
+    """Seconds of one step with its share of validation, measured on a model that is then thrown away.
+
+    The share is the default's: one validation batch in five steps.
+    """
+    trainer = Trainer(model_config, config, source, dtype)
+    trainer.update(config.lr)
+    seconds = [_seconds(lambda: trainer.update(config.lr)) for _ in range(n_steps)]
+    return sorted(seconds)[n_steps // 2] + _seconds(lambda: trainer.validate(1)) / 5
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
