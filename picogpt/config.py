@@ -20,6 +20,7 @@ __all__ = [
     "DataConfig",
     "Decay",
     "GPTConfig",
+    "Pace",
     "RunSettings",
     "SampleConfig",
     "Schedule",
@@ -239,6 +240,18 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How fast a run trains on this machine, as measured."""
+
+    seconds_per_step: float
+    """One optimizer step with its share of validation."""
+    seconds_per_epoch_end: float
+    """What comes after an epoch: saving, the sample and the picture."""
+    seconds_spent: float = 0.0
+    """Seconds that the run has trained already."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Budget:
     """How long to train: epochs of a fixed number of steps, or minutes, or characters.
 
@@ -266,26 +279,28 @@ class Budget:
             _require(math.isfinite(self.minutes) and self.minutes > 0, "minutes", "a number above 0", self.minutes)
         _require(self.minutes is None or self.chars is None, "minutes", "given without chars", self.minutes)
 
-    def schedule(
-        self, *, chars_per_step: int, seconds_per_step: float, steps_done: int = 0, seconds_spent: float = 0.0
-    ) -> Schedule:
+    def schedule(self, *, chars_per_step: int, pace: Pace | None = None, steps_done: int = 0) -> Schedule:
         """Turn the budget into steps.
 
         Args:
             chars_per_step: characters in one optimizer step.
-            seconds_per_step: measured time of a step, its share of validation and saving included; used for minutes.
-            steps_done: steps that the run has taken already; they count.
-            seconds_spent: seconds that the run has trained already; they count.
+            pace: how fast this machine trains; needed for minutes.
+            steps_done: steps that the run has taken already; they count, as do the seconds of `pace`.
         """
+        n_epochs = EPOCHS_OF_A_BUDGET
         if self.minutes is not None:
-            left = max(0.0, self.minutes * 60 - seconds_spent)
-            total = steps_done + max(1 if steps_done == 0 else 0, round(left / seconds_per_step))
+            assert pace is not None
+            left = max(0.0, self.minutes * 60 - pace.seconds_spent)
+            # A short run has fewer epochs, so that their ends take at most a quarter of it.
+            n_epochs = max(1, min(n_epochs, int(left / 4 / pace.seconds_per_epoch_end)))
+            steps = round((left - n_epochs * pace.seconds_per_epoch_end) / pace.seconds_per_step)
+            total = steps_done + max(steps, 0 if steps_done else 1)
         elif self.chars is not None:
             total = math.ceil(self.chars / chars_per_step)
         else:
             steps = self.steps_per_epoch or 500
             return self._with_validation(self.epochs * steps, steps)
-        share = max(MIN_STEPS_PER_EPOCH, math.ceil(total / EPOCHS_OF_A_BUDGET))
+        share = max(MIN_STEPS_PER_EPOCH, math.ceil(total / n_epochs))
         return self._with_validation(total, self.steps_per_epoch or share)
 
     def _with_validation(self, total: int, steps_per_epoch: int) -> Schedule:

@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import pickle
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -350,11 +351,11 @@ def _digest(tensors: Mapping[str, npt.NDArray[Any]], state: str) -> str:
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
         digest.update(f"\0{name}\0{array.dtype.str}\0{array.shape}\0".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
-if os.name == "nt":  # pragma: no cover (Windows)
+if sys.platform == "win32":
     import msvcrt
 
     def _try_lock(stream: BinaryIO) -> bool:

@@ -22,7 +22,7 @@ from picogpt.model import GPT
 from picogpt.optim import build_optimizer, learning_rate, set_learning_rate
 from picogpt.run import Checkpoint, LossLog, RunFolder
 
-__all__ = ["Observer", "StepReport", "Trainer", "measure_seconds_per_step"]
+__all__ = ["Observer", "StepReport", "Trainer", "measure_seconds_per_step", "seconds_of"]
 
 SAVE_INTERVAL = 300.0
 """Seconds of training after which a checkpoint is written in the middle of an epoch."""
@@ -249,11 +249,12 @@ def measure_seconds_per_step(
     """
     trainer = Trainer(model_config, config, source, dtype)
     trainer.update(config.lr)
-    seconds = [_seconds(lambda: trainer.update(config.lr)) for _ in range(n_steps)]
-    return sorted(seconds)[n_steps // 2] + _seconds(lambda: trainer.validate(1)) / 5
+    seconds = [seconds_of(lambda: trainer.update(config.lr)) for _ in range(n_steps)]
+    return sorted(seconds)[n_steps // 2] + seconds_of(lambda: trainer.validate(1)) / 5
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
+    """How long `call` takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

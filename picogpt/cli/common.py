@@ -34,9 +34,9 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--version", action="version", version=f"picogpt {__version__}")
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parse, refusing an unknown flag with the name of the nearest one."""
-        parsed, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = self.parse_known_args(argv)
         if unknown:
             self._refuse(unknown[0])
         return parsed
@@ -64,7 +64,7 @@ def run_command(body: Callable[[argparse.Namespace], int], parser: Parser, argv:
 
     The one boundary at which the package's errors become a line on stderr. Other exceptions are bugs and go on.
     """
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     try:
         return body(arguments)
     except ConfigError as error:

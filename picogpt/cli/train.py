@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from picogpt.cli.common import Parser, StopRequest, notice, run_command
 from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, Request
-from picogpt.config import RECIPES, Budget, DataConfig, GPTConfig, RunSettings, Schedule, TrainConfig
+from picogpt.config import RECIPES, Budget, DataConfig, GPTConfig, Pace, RunSettings, Schedule, TrainConfig
 from picogpt.errors import Interrupted, RunError
 
 if TYPE_CHECKING:
@@ -225,21 +225,25 @@ class _Session:
                 notice(f"{name} is {now} and was {before}: the run goes on, but not byte for byte as it would have")
 
     def _fix_schedule(self, budget: Budget) -> Schedule:
-        from picogpt.train import measure_seconds_per_step
-
         trainer = self.trainer
         if self._stored is not None and budget == self._stored.budget:
             return self._stored.schedule
-        seconds_per_step = 0.0
-        if budget.minutes is not None:
-            notice("timing a few steps")
-            seconds_per_step = measure_seconds_per_step(trainer.model.config, trainer.config, self._source, trainer.dtype)
-        return budget.schedule(
-            chars_per_step=trainer.chars_per_step,
-            seconds_per_step=seconds_per_step,
-            steps_done=trainer.step,
-            seconds_spent=trainer.seconds,
-        )
+        pace = self._measure_pace() if budget.minutes is not None else None
+        return budget.schedule(chars_per_step=trainer.chars_per_step, pace=pace, steps_done=trainer.step)
+
+    def _measure_pace(self) -> Pace:
+        """Time a few steps on a model that is thrown away, and one end of an epoch."""
+        from picogpt.plot import draw_losses
+        from picogpt.run import LossLog
+        from picogpt.train import measure_seconds_per_step, seconds_of
+
+        notice("timing a few steps")
+        trainer = self.trainer
+        steps = measure_seconds_per_step(trainer.model.config, trainer.config, self._source, trainer.dtype)
+        # Before the first step only the weights are saved; later the optimizer's two moments come with them.
+        saving = seconds_of(lambda: trainer.save(self._run)) * (1 if trainer.step else 3)
+        showing = seconds_of(self._sample) + seconds_of(lambda: draw_losses({"pace": LossLog(train=[1.0], val=[1.0])}))
+        return Pace(seconds_per_step=steps, seconds_per_epoch_end=saving + showing, seconds_spent=trainer.seconds)
 
     def _announce(self, settings: RunSettings, dtype_reason: str) -> None:
         model, train, schedule = settings.model, settings.train, settings.schedule
