@@ -197,7 +197,11 @@ class TrainConfig:
         """
         _require(recipe in RECIPES, "recipe", f"one of {', '.join(RECIPES)}", recipe)
         given = {name: value for name, value in overrides.items() if value is not None}
-        return cls(**{**RECIPES[recipe], **given, "recipe": recipe})
+        settings = {**RECIPES[recipe], **given, "recipe": recipe}
+        if "lr" in given and "min_lr" in RECIPES[recipe]:
+            # The recipe's floor is a share of its peak, and stays one.
+            settings["min_lr"] = RECIPES[recipe]["min_lr"] / RECIPES[recipe]["lr"] * given["lr"]
+        return cls(**settings)
 
 
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(

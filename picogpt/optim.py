@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from picogpt.config import TrainConfig
 __all__ = ["build_optimizer", "learning_rate", "parameter_groups", "set_learning_rate"]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups for the optimizer: matrices and embeddings with weight decay, biases and norms without."""
     parameters = list(model.parameters())
     return [

@@ -1,1 +1,1 @@
-
+"""Tests of picogpt; `pytest` runs them all, without a network."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -45,11 +46,11 @@ class TrainingDisplay:
         self._bar: tqdm[NoReturn] | None = None
         if sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(
+                **_width(),
                 total=schedule.total_steps * trainer.chars_per_step,
                 initial=trainer.step * trainer.chars_per_step,
                 unit="char",
                 unit_scale=True,
-                dynamic_ncols=True,
                 smoothing=0.05,
             )
 
@@ -113,6 +114,11 @@ class TrainingDisplay:
         except (OSError, ValueError, AttributeError):
             self._stdout_alive = False
             self._tell("standard output is closed; training goes on without it")
+
+
+def _width() -> dict[str, Any]:
+    """Keep to the terminal's width as it changes; one that tells none, at which tqdm shows nothing, is taken for 80."""
+    return {"dynamic_ncols": True} if os.get_terminal_size(sys.stderr.fileno()).columns else {"ncols": 80, "nrows": 24}
 
 
 class DownloadBar:

@@ -121,9 +121,8 @@ class Request:
             ),
         ]
         if data.sha256 != stored.data.sha256:
-            changes.append(
-                ("text", f"{stored.data.name} of {stored.data.characters:,} characters", f"{data.name} of {data.characters:,}")
-            )
+            before, now = (f"{text.name} of {text.characters:,} characters" for text in (stored.data, data))
+            changes.append(("text", before, now))
         refused = [f"{name} is {now} and was {before}" for name, before, now in changes if name not in _CHANGEABLE]
         if refused:
             name = self.run or stored.data.name

@@ -68,8 +68,8 @@ def _add_budget(parser: Parser) -> None:
     group = parser.add_argument_group("length")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", metavar="N", type=int, help=f"epochs (default: {Budget().epochs})")
-    length.add_argument("--minutes", metavar="M", type=float, help="train for about so many minutes instead")
-    length.add_argument("--chars", metavar="N", type=int, help="train on so many characters instead")
+    length.add_argument("--minutes", metavar="M", type=float, help="train for about so many minutes instead (default: none)")
+    length.add_argument("--chars", metavar="N", type=int, help="train on so many characters instead (default: none)")
     _add(group, "steps_per_epoch", int, "steps an epoch (default: 500; with --minutes or --chars a twentieth of the run)")
     _add(
         group, "val_steps", int, "validation batches an epoch, at most all of the validation text (default: a fifth of the steps)"

@@ -1,0 +1,79 @@
+"""What the tests share: small texts, small models, and no network but the loopback."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from picogpt.config import GPTConfig, TrainConfig
+from picogpt.data import Corpus, TextSource
+
+VECTORS = Path(__file__).parent / "vectors"
+
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, context_len=8)
+"""A shape that trains in milliseconds."""
+TINY_FLAGS = "--n-layer 2 --n-head 2 --n-embd 16 --context-len 8 --windows 3 --dtype float32 --threads 1".split()
+    "--n-layer",
+    "2",
+    "--n-head",
+    "2",
+    "--n-embd",
+    "16",
+    "--context-len",
+    "8",
+    "--windows",
+    "3",
+    "--dtype",
+    "float32",
+    "--threads",
+    "1",
+]
+
+
+@pytest.fixture(autouse=True)
+def _only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reaches beyond this machine."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and address[0] not in {"127.0.0.1", "::1"}:
+            raise ConnectionRefusedError(f"a test tried to reach {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Small products on several threads wait for each other, above all where another program computes too."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def roll_vectors() -> dict[str, npt.NDArray[Any]]:
+    """Inputs and outputs of a small model, computed by the original rule of the context roll."""
+    with np.load(VECTORS / "context_roll_small.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """A text of 6,000 characters with something to learn in it."""
+    path = tmp_path / "numbers.txt"
+    words = ["one", "two", "three", "four", "five", "six", "seven"]
+    path.write_text("".join(f"{words[i % 7]} and {words[i * i % 7]}\n" for i in range(600))[:6000])
+    return path
+
+
+def tiny_source(config: TrainConfig, model: GPTConfig = TINY, n_chars: int = 3000) -> TextSource:
+    """Batches of a text that repeats, with a shape that fits `config`."""
+    ids = np.tile(np.arange(1, 31, dtype=np.uint8), n_chars // 30)
+    corpus = Corpus(name="tiny", ids=ids, unknown=Counter())
+    return TextSource(corpus, roll_len=config.windows * model.context_len, batch_size=config.batch_size, seed=config.seed)

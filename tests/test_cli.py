@@ -1,0 +1,481 @@
+"""The commands as a user meets them: real processes for what only those have, `main(argv)` for the rest."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from picogpt.cli import common, generate, plot, progress, train
+from picogpt.cli.settings import Request
+from picogpt.errors import Interrupted, PicoGPTError
+from picogpt.run import RunFolder
+from tests.conftest import TINY_FLAGS
+
+RUN = [sys.executable, "-m", "picogpt.cli.train"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test starts in an empty folder, like a newcomer."""
+    monkeypatch.chdir(tmp_path)
+
+
+class DeadStream(io.StringIO):
+    """A stream whose reader has gone, or whose disk is full."""
+
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def training(text: Path, *flags: str) -> list[str]:
+    """Arguments of a run that takes a moment."""
+    return ["--text", str(text), *TINY_FLAGS, "--epochs", "2", "--steps-per-epoch", "3", "--val-steps", "2", *flags]
+
+
+class TestTrain:
+    def test_a_run(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Results on stdout, notices on stderr, and the run's folder as documented."""
+        assert train.main(training(text_file)) == 0
+        out, err = capsys.readouterr()
+
+        assert len(re.findall(r"^epoch \d of 2: train \d\.\d{4}, val \d\.\d{4} nats per character", out, re.M)) == 2
+        assert "6,000 characters, 5,400 to train on and 600 to validate; every character known" in err
+        assert "computing in float32" in err
+        names = {path.name for path in Path("logs/numbers").iterdir()}
+        assert names == {
+            ".lock",
+            "config.json",
+            "model.safetensors",
+            "checkpoint.safetensors",
+            "checkpoint.previous.safetensors",
+            "log.pkl",
+            "log.jpg",
+        }
+        config = json.loads(Path("logs/numbers/config.json").read_text())
+        assert config["model"]["n_embd"] == 16
+        assert config["schedule"] == {"total_steps": 6, "steps_per_epoch": 3, "val_steps": 2}
+        assert set(config["versions"]) == {"python", "torch", "numpy", "safetensors"}
+
+    def test_goes_on(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A second start with a larger budget goes on, without repeating the run's settings; a third has nothing to do."""
+        train.main(training(text_file))
+        assert train.main(["--run", "numbers", "--epochs", "3"]) == 0
+        assert "logs/numbers: goes on from step 6" in capsys.readouterr().err
+        assert RunFolder(Path("logs/numbers")).read_log().iter_num == 9
+
+        assert train.main(["--run", "numbers"]) == 0
+        assert "finished, all 9 steps are done; give a larger --epochs" in capsys.readouterr().err
+
+    def test_fresh_keeps_the_old_run(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """`--fresh` starts over beside the old folder."""
+        train.main(training(text_file))
+        assert train.main(training(text_file, "--fresh", "--seed", "7")) == 0
+
+        assert "kept as logs/numbers.old-1" in capsys.readouterr().err
+        assert Path("logs/numbers.old-1/model.safetensors").exists()
+
+    def test_some_settings_may_change(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A new learning rate is taken and said."""
+        train.main(training(text_file))
+        assert train.main(training(text_file, "--lr", "0.001", "--epochs", "3")) == 0
+
+        assert "lr is 0.001 from here on and was 0.002" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--n-layer", "3"], "n_layer is 3 and was 2"),
+            (["--seed", "5", "--batch-size", "2"], "batch_size is 2 and was 4; seed is 5 and was 1337"),
+            (["--recipe", "seed"], "recipe is seed and was fast"),
+        ],
+    )
+    def test_others_may_not(self, text_file: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+        """What would make the past steps something else is refused by name."""
+        train.main(training(text_file))
+        assert train.main(training(text_file, *flags)) == 1
+
+        assert f"run numbers: {message}; choose another --run" in capsys.readouterr().err
+
+    def test_a_changed_text_stops_a_run(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A text that is not the run's own is refused."""
+        train.main(training(text_file))
+        text_file.write_text(text_file.read_text() + "more")
+
+        assert train.main(["--run", "numbers", "--epochs", "9"]) == 1
+        assert "text is numbers of 6,004 characters and was numbers of 6,000 characters" in capsys.readouterr().err
+
+    def test_a_model_without_a_checkpoint_is_not_overwritten(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A trained model whose checkpoints are gone stays."""
+        train.main(training(text_file))
+        for path in Path("logs/numbers").glob("checkpoint*"):
+            path.unlink()
+
+        assert train.main(training(text_file)) == 1
+        assert "a trained model without a checkpoint" in capsys.readouterr().err
+
+    def test_damaged_checkpoint_is_said(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The one before it is used; if both are damaged nothing is touched."""
+        train.main(training(text_file))
+        Path("logs/numbers/checkpoint.safetensors").write_bytes(b"")
+        assert train.main(["--run", "numbers", "--epochs", "3"]) == 0
+        assert "warning: logs/numbers/checkpoint.safetensors: cannot be read" in capsys.readouterr().err
+
+        for path in Path("logs/numbers").glob("checkpoint*"):
+            path.write_bytes(b"")
+        assert train.main(["--run", "numbers", "--epochs", "4"]) == 1
+        assert "nothing to go on from" in capsys.readouterr().err
+
+    def test_minutes(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A budget in minutes becomes a fixed number of steps, which a second start with the same budget keeps."""
+        flags = ["--text", str(text_file), *TINY_FLAGS, "--minutes", "0.01"]
+        assert train.main(flags) == 0
+        config = json.loads(Path("logs/numbers/config.json").read_text())
+
+        assert config["budget"]["minutes"] == 0.01
+        assert "timing a few steps" in capsys.readouterr().err
+        assert train.main(flags) == 0
+        assert "finished" in capsys.readouterr().err
+
+    def test_machine_changes_are_said(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Another number of threads or type of number is said when a run goes on."""
+        train.main(training(text_file))
+        path = Path("logs/numbers/config.json")
+        path.write_text(path.read_text().replace('"threads": 1', '"threads": 2'))
+        train.main(["--run", "numbers", "--epochs", "3", "--threads", "1", "--dtype", "bfloat16"])
+        err = capsys.readouterr().err
+
+        assert "threads is 1 and was 2: the run goes on, but not byte for byte" in err
+        assert "dtype is bfloat16 and was float32" in err
+
+    @pytest.mark.parametrize(
+        ("flags", "code", "message"),
+        [
+            (["--epoch", "3"], 2, "there is no flag --epoch; did you mean --epochs?"),
+            (["--zzz=1"], 2, "there is no flag --zzz (see"),
+            (["stray"], 2, "'stray' belongs to no flag"),
+            (["--epochs", "x"], 2, "argument --epochs: invalid int value: 'x'"),
+            (["--epochs", "1", "--minutes", "1"], 2, "argument --minutes: not allowed with argument --epochs"),
+            (["--text", "a", "--dataset", "sample"], 2, "argument --dataset: not allowed with argument --text"),
+            (["--epochs", "0"], 2, "--epochs must be a whole number of at least 1, got 0"),
+            (["--steps-per-epoch", "0"], 2, "--steps-per-epoch must be a whole number"),
+            (["--val-steps", "0"], 2, "--val-steps must be"),
+            (["--minutes", "nan"], 2, "--minutes must be a number above 0, got nan"),
+            (["--chars", "0"], 2, "--chars must be"),
+            (["--recipe", "slow"], 2, "--recipe must be one of fast, seed, got 'slow'"),
+            (["--batch-size", "0"], 2, "--batch-size must be"),
+            (["--windows", "-1"], 2, "--windows must be"),
+            (["--lr", "-1"], 2, "--lr must be a rate from 1e-9 to 1, got -1.0"),
+            (["--optimizer", "sgd"], 2, "--optimizer must be adamw, got 'sgd'"),
+            (["--weight-decay", "-1"], 2, "--weight-decay must be"),
+            (["--grad-clip", "inf"], 2, "--grad-clip must be"),
+            (["--warmup-steps", "-1"], 2, "--warmup-steps must be"),
+            (["--seed", "-1"], 2, "--seed must be"),
+            (["--n-layer", "0"], 2, "--n-layer must be"),
+            (["--n-head", "3"], 2, "--n-embd must be a multiple of n_head (3), got 256"),
+            (["--n-embd", "0"], 2, "--n-embd must be"),
+            (["--context-len", "0"], 2, "--context-len must be"),
+            (["--dropout", "1"], 2, "--dropout must be in [0, 1), got 1.0"),
+            (["--threads", "0"], 2, "--threads must be from 1 to 1024, got 0"),
+            (["--dtype", "int8"], 2, "--dtype must be one of auto, float32, bfloat16, got 'int8'"),
+            (["--run", "../x"], 2, "--run must be 1 to 64 letters"),
+            (["--dataset", "shakespear"], 2, "--dataset must be one of auto, sample, tinyshakespeare"),
+            (["--text", "nowhere"], 1, "nowhere: cannot be read (No such file or directory); check the path of --text"),
+            (["--text", __file__, "--context-len", "99999"], 1, "too short"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+    )
+    def test_bad_input(self, capsys: pytest.CaptureFixture[str], flags: list[str], code: int, message: str) -> None:
+        """One line, the right exit code, nothing written."""
+        try:
+            found = train.main(flags)
+        except SystemExit as exit_:
+            found = int(exit_.code or 0)
+        err = capsys.readouterr().err
+
+        assert found == code
+        assert message in err
+        assert err.count("\n") == 1
+        assert list(Path().iterdir()) == []
+
+    def test_logs_folder_is_a_file(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A place that cannot be written to is one line."""
+        Path("file").touch()
+
+        assert train.main(training(text_file, "--logs-dir", "file")) == 1
+        assert "Not a directory" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("path", "name"),
+        [
+            ("-", "stdin"),
+            ("/a/My Book (2).txt", "My-Book--2-"),
+            ("/a/été.txt", "t-"),
+            ("/a/日本.txt", "text"),
+            ("/a/..txt", "text"),
+        ],
+    )
+    def test_run_is_named_after_the_text(self, path: str, name: str) -> None:
+        """The name of a run on the user's own text is one that a run can have."""
+        request = Request.from_flags(train.build_parser().parse([]))
+
+        assert request.text_name([path]) == name
+
+    def test_failing_picture_is_a_warning(
+        self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Training survives a picture that cannot be written."""
+        Path("logs/numbers/log.jpg").mkdir(parents=True)
+
+        assert train.main(training(text_file)) == 0
+        assert "log or picture not written (Is a directory); training goes on" in capsys.readouterr().err
+
+    def test_dead_stdout(self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Training survives a stdout that has gone."""
+        monkeypatch.setattr(sys, "stdout", DeadStream())
+        assert train.main(training(text_file)) == 0
+        monkeypatch.undo()
+
+        assert capsys.readouterr().err.count("standard output is closed; training goes on without it") == 1
+
+    def test_lines_where_there_is_no_terminal(
+        self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A plain line now and then, with loss, speed and time left."""
+        monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
+        train.main(training(text_file))
+
+        assert re.search(r"step 2 of 6: loss \d\.\d{3}, [\d,]+ characters/s, 0:00:\d\d left", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_saves_and_ends(text_file: Path, number: signal.Signals) -> None:
+    """A signal lets the step finish, saves, says where the run stands, and exits with 128 and its number."""
+    flags = ["--text", str(text_file), *TINY_FLAGS, "--epochs", "1000", "--steps-per-epoch", "20", "--val-steps", "1"]
+    with subprocess.Popen([*RUN, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("epoch"):
+            pass
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+
+    assert process.returncode == 128 + number
+    match = re.search(r"stopped and saved at step ([\d,]+); the same command goes on from there", err)
+    assert match
+    checkpoint, _ = RunFolder(Path("logs/numbers")).load_checkpoint()
+    assert checkpoint.state["log"]["iter_num"] == int(match[1].replace(",", ""))
+
+
+def test_bar_on_a_terminal(text_file: Path) -> None:
+    """On a terminal there is a bar with loss and characters a second, and epochs and samples stand between."""
+    primary, secondary = os.openpty()
+    with subprocess.Popen([*RUN, *training(text_file)], stdout=subprocess.PIPE, stderr=secondary) as process:
+        os.close(secondary)
+        shown = b""
+        while True:
+            try:
+                chunk = os.read(primary, 4096)
+            except OSError:  # the terminal is closed at the other end
+                break
+            shown += chunk
+        assert process.stdout is not None
+        out = process.stdout.read().decode()
+    os.close(primary)
+
+    assert process.returncode == 0
+    assert out.count("epoch") == 2
+    assert re.search(rb"char/s, loss \d\.\d{3}", shown)
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", ["train", "generate", "plot"])
+    @pytest.mark.parametrize("flags", [["--help"], ["--version"], ["--no-such-flag"]], ids=lambda flags: flags[0])
+    def test_answers_without_heavy_imports(self, command: str, flags: list[str]) -> None:
+        """Help, version and a wrong flag need no torch and not even numpy, which is what makes them instant."""
+        code = f"import sys; from picogpt.cli.{command} import main\ntry: main({flags})\nexcept SystemExit: pass\n"
+        code += "heavy = {'torch', 'numpy', 'matplotlib', 'datasets', 'tqdm', 'safetensors'} & set(sys.modules)\n"
+        code += "assert not heavy, heavy"
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+    def test_answers_at_once(self) -> None:
+        """`--help` in under 0.3 s (the best of three, as the machine may be busy)."""
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            subprocess.run([*RUN, "--help"], check=True, capture_output=True)
+            seconds.append(time.perf_counter() - start)
+
+        assert min(seconds) < 0.3
+
+    @pytest.mark.parametrize("parser", [train.build_parser(), generate.build_parser()], ids=["train", "generate"])
+    def test_every_default_is_shown(self, parser: common.Parser) -> None:
+        """Each flag says its default, or is one that has none."""
+        for action in parser._actions:
+            flag = action.option_strings[0]
+            if flag not in {"-h", "--version", "--fresh", "--text"}:
+                assert "default:" in (action.help or ""), flag
+
+
+@pytest.fixture
+def trained(text_file: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A run, trained for a moment."""
+    train.main(training(text_file))
+    capsys.readouterr()
+    return Path("logs/numbers")
+
+
+class TestGenerate:
+    def test_writes_on(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The prompt in small letters and as many characters as asked; the model and the seed on stderr."""
+        assert generate.main(["-p", "One and", "-n", "20", "-s", "3"]) == 0
+        out, err = capsys.readouterr()
+
+        assert out.startswith("one and")
+        assert len(re.sub("<.{1,3}>", "x", out)) == len("one and") + 20 + 1
+        assert err == "model logs/numbers/model.safetensors, seed 3\n"
+        assert generate.main(["-p", "One and", "-n", "20", "-s", "3", "-m", "numbers"]) == 0
+        assert capsys.readouterr().out == out
+
+    def test_greedy_needs_no_seed(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """At temperature 0 every run is the same."""
+        texts = []
+        for _ in range(2):
+            generate.main(["-p", "a", "-n", "30", "-t", "0"])
+            texts.append(capsys.readouterr().out)
+
+        assert texts[0] == texts[1]
+
+    def test_unknown_characters_are_told(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """They become <?>, with one notice and a count."""
+        generate.main(["-p", "café 日日", "-n", "0"])
+        out, err = capsys.readouterr()
+
+        assert out == "caf<?> <?><?>\n"
+        assert "3 characters of the prompt are unknown to the model and become <?>: '日', 'é'" in err
+
+    def test_empty_prompt(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Nothing is a prompt too: the text begins like a line."""
+        assert generate.main(["-p", "", "-n", "5", "-t", "0"]) == 0
+        assert len(capsys.readouterr().out) >= 6
+
+    def test_prompt_through_a_pipe(self, trained: Path) -> None:
+        """Without -p, what comes through a pipe is the prompt."""
+        command = [sys.executable, "-m", "picogpt.cli.generate", "-n", "0"]
+        done = subprocess.run(command, input=b"from a pipe\xff", capture_output=True, check=True)
+
+        assert done.stdout == b"from a pipe<?>\n"
+
+    def test_broken_pipe_is_quiet(self, trained: Path) -> None:
+        """`picogpt-generate -n inf | head -c 10` ends without a word."""
+        command = f"{sys.executable} -m picogpt.cli.generate -p x -n inf -s 1 | head -c 10"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, timeout=60)
+
+        assert len(done.stdout) == 10
+        assert done.stderr == "model logs/numbers/model.safetensors, seed 1\n"
+
+    @pytest.mark.parametrize(
+        ("flags", "code", "message"),
+        [
+            (["-t", "-1"], 2, "--temperature must be a finite number of at least 0, got -1.0"),
+            (["-t", "nan"], 2, "--temperature must be"),
+            (["-k", "-1"], 2, "--top-k must be"),
+            (["-n", "-1"], 2, "--max-new-tokens must be a whole number of at least 0, or inf, got '-1'"),
+            (["-s", "-1"], 2, "--seed must be"),
+            (["--promt", "x"], 2, "there is no flag --promt; did you mean --prompt?"),
+            (["-m", "nowhere"], 1, "nowhere: no such file, and no run of that name"),
+            ([], 1, "logs: no trained model there; train one with picogpt-train"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+    )
+    def test_bad_input(self, capsys: pytest.CaptureFixture[str], flags: list[str], code: int, message: str) -> None:
+        """One line and the right exit code."""
+        try:
+            found = generate.main(flags)
+        except SystemExit as exit_:
+            found = int(exit_.code or 0)
+        out, err = capsys.readouterr()
+
+        assert (found, out) == (code, "")
+        assert message in err
+        assert err.count("\n") == 1
+
+
+class TestPlot:
+    def test_draws_anew(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """One run: the JPG in its folder; several: one beside them, or where asked."""
+        (trained / "log.jpg").unlink()
+        assert plot.main(["numbers"]) == 0
+        assert capsys.readouterr().out == "logs/numbers/log.jpg\n"
+        assert (trained / "log.jpg").stat().st_size > 10_000
+
+        assert plot.main(["numbers", str(trained / "log.pkl")]) == 0
+        assert Path("logs/compare.jpg").exists()
+        assert plot.main(["numbers", "-o", "x.jpg"]) == 0
+        assert Path("x.jpg").exists()
+
+    def test_unknown_run(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """A run that is not there is one line."""
+        assert plot.main(["nowhere"]) == 1
+        assert "picogpt-plot: nowhere: no such file, and no run of that name" in capsys.readouterr().err
+
+
+class TestBoundary:
+    @pytest.mark.parametrize(
+        ("error", "code", "line"),
+        [
+            (PicoGPTError("what, where, what to do"), 1, "prog: what, where, what to do\n"),
+            (Interrupted("saved", 15), 143, "prog: saved\n"),
+            (KeyboardInterrupt(), 130, "prog: interrupted\n"),
+            (OSError(28, "No space left on device", "/x"), 1, "prog: /x: No space left on device; check the disk"),
+        ],
+    )
+    def test_errors_become_a_line(self, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str) -> None:
+        """Each kind of end has its exit code and its line."""
+
+        def body(_: object) -> int:
+            raise error
+
+        assert common.run_command(body, common.Parser("prog", ""), []) == code
+        assert capsys.readouterr().err.startswith(line)
+
+    def test_bugs_keep_their_traceback(self) -> None:
+        """What is no error of the user's goes on."""
+
+        def body(_: object) -> int:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            common.run_command(body, common.Parser("prog", ""), [])
+
+    def test_second_signal_ends_at_once(self) -> None:
+        """After the first signal the next one has its usual effect again."""
+        stop = common.StopRequest()
+        with stop.listen():
+            assert not stop()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            assert stop()
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_closed_stderr(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A notice that nobody can read stops nothing."""
+        monkeypatch.setattr(sys, "stderr", DeadStream())
+        common.notice("lost")
+
+
+def test_download_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    """The bar counts bytes and ends; where there is no terminal it is silent."""
+    bar = progress.DownloadBar("text")
+    bar(5, 10)
+    bar(10, 10)
+
+    assert capsys.readouterr().err == ""

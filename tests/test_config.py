@@ -1,0 +1,171 @@
+"""Settings refuse what is out of range, and budgets come to the right number of steps."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from picogpt.config import (
+    Budget,
+    DataConfig,
+    GPTConfig,
+    Pace,
+    RunSettings,
+    SampleConfig,
+    Schedule,
+    TrainConfig,
+    check_dtype,
+    check_run_name,
+    check_threads,
+    parse_new_tokens,
+)
+from picogpt.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (GPTConfig, {"n_layer": 0}, "n_layer must be a whole number of at least 1, got 0"),
+        (GPTConfig, {"n_embd": True}, "n_embd must be a whole number"),
+        (GPTConfig, {"n_head": 7}, r"n_embd must be a multiple of n_head \(7\), got 256"),
+        (GPTConfig, {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        (GPTConfig, {"dropout": float("nan")}, r"dropout must be in \[0, 1\), got nan"),
+        (TrainConfig, {"recipe": "slow"}, "recipe must be one of fast, seed, got 'slow'"),
+        (TrainConfig, {"optimizer": "sgd"}, "optimizer must be adamw, got 'sgd'"),
+        (TrainConfig, {"decay": "steps"}, "decay must be one of linear, cosine"),
+        (TrainConfig, {"batch_size": 0}, "batch_size must be a whole number of at least 1"),
+        (TrainConfig, {"windows": 0}, "windows must be a whole number of at least 1"),
+        (TrainConfig, {"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0"),
+        (TrainConfig, {"decay_steps": 0}, "decay_steps must be a whole number of at least 1"),
+        (TrainConfig, {"lr": 0.0}, "lr must be a rate from 1e-9 to 1, got 0.0"),
+        (TrainConfig, {"lr": float("inf")}, "lr must be a rate"),
+        (TrainConfig, {"min_lr": 1.0}, r"min_lr must be from 0 to lr \(0.002\), got 1.0"),
+        (TrainConfig, {"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
+        (TrainConfig, {"weight_decay": -0.1}, "weight_decay must be a number of at least 0"),
+        (TrainConfig, {"grad_clip": float("nan")}, "grad_clip must be a number of at least 0"),
+        (TrainConfig, {"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        (TrainConfig, {"seed": 2**63}, r"seed must be below 2\*\*63"),
+        (Schedule, {"total_steps": 0, "steps_per_epoch": 1, "val_steps": 1}, "total_steps must be a whole number of at least 1"),
+        (Budget, {"epochs": 0}, "epochs must be a whole number of at least 1"),
+        (Budget, {"minutes": 0.0}, "minutes must be a number above 0, got 0.0"),
+        (Budget, {"minutes": float("inf")}, "minutes must be a number above 0, got inf"),
+        (Budget, {"minutes": 1.0, "chars": 5}, "minutes must be given without chars"),
+        (Budget, {"val_steps": 0}, "val_steps must be a whole number of at least 1"),
+        (SampleConfig, {"temperature": -1.0}, "temperature must be a finite number of at least 0, got -1.0"),
+        (SampleConfig, {"temperature": float("nan")}, "temperature must be a finite number"),
+        (SampleConfig, {"top_k": -1}, "top_k must be a whole number of at least 0"),
+        (SampleConfig, {"seed": -1}, "seed must be a whole number of at least 0"),
+    ],
+)
+def test_refuses(kind: Any, values: dict[str, Any], message: str) -> None:
+    """A value out of range is refused with the field, the range and the value."""
+    with pytest.raises(ConfigError, match=message):
+        kind(**values)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc", "", "a" * 65, "-rf", "a\0b", ".", "a/b", "a b", "a\n"])
+def test_run_names_refused(name: str) -> None:
+    """A run's name is never a path or a flag."""
+    with pytest.raises(ConfigError, match="run must be 1 to 64 letters"):
+        check_run_name(name)
+
+
+def test_small_checks() -> None:
+    """Names and numbers that the command line checks early."""
+    assert check_run_name("wikipedia-2.b_1") == "wikipedia-2.b_1"
+    assert check_dtype(None) is None
+    assert check_threads(2) == 2
+    assert parse_new_tokens("inf") is None
+    assert parse_new_tokens("0") == 0
+    with pytest.raises(ConfigError, match="dtype must be one of auto, float32, bfloat16, got 'int8'"):
+        check_dtype("int8")
+    with pytest.raises(ConfigError, match="threads must be from 1 to 1024, got 0"):
+        check_threads(0)
+
+
+@pytest.mark.parametrize("text", ["-1", "1.5", "", "1e9", "infinite"])
+def test_new_tokens_refused(text: str) -> None:
+    """A number of characters is whole, or inf."""
+    with pytest.raises(ConfigError, match="max_new_tokens must be a whole number of at least 0, or inf"):
+        parse_new_tokens(text)
+
+
+def test_recipes() -> None:
+    """Recipe seed is the original's; what is given comes before the recipe; None gives nothing."""
+    seed = TrainConfig.from_recipe("seed", {"lr": None, "grad_clip": 0.5})
+
+    assert (seed.batch_size, seed.lr, seed.min_lr, seed.warmup_steps) == (8, 6e-4, 6e-5, 2000)
+    assert (seed.decay, seed.decay_steps, seed.beta1, seed.beta2, seed.weight_decay) == ("cosine", 600_000, 0.9, 0.95, 0.1)
+    assert seed.grad_clip == 0.5
+    with pytest.raises(ConfigError, match="recipe must be one of fast, seed, got 'x'"):
+        TrainConfig.from_recipe("x", {})
+
+
+PACE = Pace(seconds_per_step=0.5, seconds_per_epoch_end=1.0)
+
+
+@pytest.mark.parametrize(
+    ("budget", "pace", "expected"),
+    [
+        (Budget(), None, (150_000, 500, 100)),
+        (Budget(epochs=3, steps_per_epoch=7, val_steps=2), None, (21, 7, 2)),
+        (Budget(chars=1_000_000), None, (100, 5, 1)),
+        (Budget(chars=1_000_001), None, (101, 6, 1)),
+        (Budget(chars=5), None, (1, 4, 1)),
+        (Budget(chars=1_000_000, steps_per_epoch=50), None, (100, 50, 10)),
+        # 300 s less 20 epoch ends of 1 s leave 560 steps of half a second.
+        (Budget(minutes=5), PACE, (560, 28, 5)),
+        # In 24 s only 6 epoch ends fit into a quarter of the time; 18 s are left.
+        (Budget(minutes=0.4), PACE, (36, 6, 1)),
+        (Budget(minutes=1e-6), PACE, (1, 4, 1)),
+    ],
+)
+def test_schedule(budget: Budget, pace: Pace | None, expected: tuple[int, int, int]) -> None:
+    """A budget in steps, steps an epoch and validation batches."""
+    schedule = budget.schedule(chars_per_step=10_000, pace=pace)
+
+    assert (schedule.total_steps, schedule.steps_per_epoch, schedule.val_steps) == expected
+
+
+def test_schedule_of_a_run_that_goes_on() -> None:
+    """Minutes and characters are those of the whole run: what is done and spent counts."""
+    spent = Pace(seconds_per_step=0.5, seconds_per_epoch_end=1.0, seconds_spent=240.0)
+
+    # 60 s are left, 15 of them for epoch ends: 90 steps more.
+    assert Budget(minutes=5).schedule(chars_per_step=1, pace=spent, steps_done=400).total_steps == 490
+    assert Budget(minutes=4).schedule(chars_per_step=1, pace=spent, steps_done=400).total_steps <= 400
+
+
+def run_settings() -> RunSettings:
+    """Settings with a value in every part."""
+    return RunSettings(
+        model=GPTConfig(),
+        train=TrainConfig(),
+        budget=Budget(minutes=1.0),
+        schedule=Schedule(total_steps=1, steps_per_epoch=1, val_steps=1),
+        data=DataConfig(text=("/a.txt",), name="a", characters=3, sha256="0"),
+        dtype="float32",
+        threads=2,
+    )
+
+
+def test_settings_round_trip() -> None:
+    """Settings come back from their dict as they were, versions and the like beside them."""
+    content = {**asdict(run_settings()), "versions": {}}
+    content["data"] = {**content["data"], "text": list(content["data"]["text"])}
+
+    assert RunSettings.from_dict(content) == run_settings()
+
+
+@pytest.mark.parametrize("content", [{}, {"model": {"n_layers": 3}}, {"model": 5}], ids=["empty", "unknown field", "no dict"])
+def test_settings_refused(content: dict[str, Any]) -> None:
+    """A config that is damaged is one clear error."""
+    with pytest.raises(ConfigError, match="the run's config is not valid"):
+        RunSettings.from_dict(content)
+
+
+def test_recipe_floor_follows_its_peak() -> None:
+    """The original's lowest learning rate is a tenth of its highest, also where another one is given."""
+    assert TrainConfig.from_recipe("seed", {"lr": 1e-5}).min_lr == pytest.approx(1e-6)

@@ -1,0 +1,326 @@
+"""Texts, the named corpora, and batches."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from picogpt.config import TrainConfig
+from picogpt.data import Corpus, TextSource, corpora, load_dataset, read_texts
+from picogpt.errors import ConfigError, DataError
+from picogpt.tokenizer import CharTokenizer
+from tests.conftest import tiny_source
+
+decode = CharTokenizer().decode
+
+
+def read(*paths: Path | str) -> str:
+    """What comes of some paths, decoded again."""
+    return decode(read_texts([str(path) for path in paths], name="x").ids)
+
+
+class TestText:
+    def test_files_and_folders_in_order(self, tmp_path: Path) -> None:
+        """A folder is read to its bottom in the order of names; texts are joined by a newline; other files are left out."""
+        (tmp_path / "d" / "sub").mkdir(parents=True)
+        for name, text in {"d/b.txt": "two", "d/a.txt": "one", "d/sub/c.txt": "three", "d/x.md": "no", "z": "last"}.items():
+            (tmp_path / name).write_text(text)
+
+        assert read(tmp_path / "d", tmp_path / "z") == "one\ntwo\nthree\nlast"
+
+    @pytest.mark.parametrize(
+        ("content", "expected"),
+        [
+            (b"\xef\xbb\xbfa\r\nb\rc\n", "a\nb\nc\n"),
+            (b"a\xffb", "a<?>b"),
+            ("é".encode(), "<?>"),
+        ],
+        ids=["mark and line ends", "broken UTF-8", "beyond ASCII"],
+    )
+    def test_encodings(self, tmp_path: Path, content: bytes, expected: str) -> None:
+        """A byte order mark goes, line ends become newlines, what is not UTF-8 becomes one unknown character."""
+        (tmp_path / "a").write_bytes(content)
+
+        assert read(tmp_path / "a") == expected
+
+    def test_blocks_join(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A text longer than a block comes out the same, letters of several bytes at the seam included."""
+        monkeypatch.setattr("picogpt.data.text._BLOCK_CHARS", 3)
+        (tmp_path / "a").write_text("abécdéfé")
+        corpus = read_texts([str(tmp_path / "a")], name="x")
+
+        assert decode(corpus.ids) == "ab<?>cd<?>f<?>"
+        assert corpus.unknown == {"é": 3}
+
+    def test_stdin(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`-` is standard input."""
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello")))
+
+        assert read("-") == "hello"
+
+    def test_closed_stdin(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A closed standard input is said."""
+        monkeypatch.setattr("sys.stdin", None)
+        with pytest.raises(DataError, match="standard input is closed"):
+            read("-")
+
+    def test_fifo(self, tmp_path: Path) -> None:
+        """A named pipe is read like a file."""
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+        writer = threading.Thread(target=lambda: path.write_text("through a pipe"))
+        writer.start()
+
+        assert read(path) == "through a pipe"
+        writer.join()
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("none", None, "none: cannot be read .No such file or directory.; check the path"),
+            ("zero", b"ab\0c", "zero: not a text in UTF-8"),
+            ("utf16", "text".encode("utf-16"), "utf16: not a text in UTF-8"),
+            ("empty", b"", "empty: no text in it"),
+            ("mark", b"\xef\xbb\xbf", "mark: no text in it"),
+        ],
+    )
+    def test_refused(self, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+        """What is no text is one clear line with the file's name."""
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+
+        with pytest.raises(DataError, match=message):
+            read(tmp_path / name)
+
+    def test_empty_folder(self, tmp_path: Path) -> None:
+        """A folder without texts is said."""
+        with pytest.raises(DataError, match=r"the folder holds no \.txt file"):
+            read(tmp_path)
+
+    def test_unknown_characters_are_reported(self, tmp_path: Path) -> None:
+        """How many, their share and the commonest of them."""
+        (tmp_path / "a").write_text("ééé日abcdef", encoding="utf-8")
+        corpus = read_texts([str(tmp_path / "a")], name="x")
+
+        assert corpus.describe_unknown() == "4 characters unknown to the tokenizer (40.00%; commonest: 'é' 3, '日' 1)"
+        assert Corpus(name="x", ids=corpus.ids, unknown=Counter()).describe_unknown() == "every character known"
+
+    def test_fingerprint(self, tmp_path: Path) -> None:
+        """The same text has the same fingerprint, another one another."""
+        prints = []
+        for text in ("abc", "abc", "abd"):
+            (tmp_path / "a").write_text(text)
+            prints.append(read_texts([str(tmp_path / "a")], name="x").fingerprint)
+
+        assert prints[0] == prints[1] != prints[2]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    content = b""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[_Handler]]:
+    """A server that stands for the address of Tiny Shakespeare, and a working folder of the test's own."""
+    import hashlib
+
+    class Handler(_Handler):
+        content = b"A Citizen:\nGood morrow to the gulls, and to the bread.\n" * 9
+
+    handler = Handler
+    http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=http.serve_forever)
+    thread.start()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corpora, "TINY_SHAKESPEARE_URL", f"http://127.0.0.1:{http.server_port}/input.txt")
+    monkeypatch.setattr(corpora, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(handler.content).hexdigest())
+    monkeypatch.setattr(corpora, "_TINY_SHAKESPEARE_BYTES", len(handler.content))
+    yield handler
+    http.shutdown()
+    http.server_close()
+    thread.join()
+
+
+class TestCorpora:
+    def load(self, name: str) -> tuple[Corpus, list[str], list[tuple[int, int]]]:
+        notices: list[str] = []
+        progress: list[tuple[int, int]] = []
+        corpus = load_dataset(name, notify=notices.append, progress=lambda *step: progress.append(step))
+        return corpus, notices, progress
+
+    @pytest.mark.parametrize("name", ["tinyshakespeare", "auto"])
+    def test_fetched_once(self, server: type[_Handler], name: str) -> None:
+        """Fetched the first time, with progress where it was asked for, and read from the folder after that."""
+        corpus, notices, progress = self.load(name)
+        path = Path("dataset/tinyshakespeare.txt")
+
+        assert path.read_bytes() == server.content
+        assert corpus.name == "tinyshakespeare"
+        assert notices == ["fetched Tiny Shakespeare to dataset/tinyshakespeare.txt"]
+        assert bool(progress) == (name == "tinyshakespeare")
+        server.content = b"gone"
+        assert self.load(name)[1] == []
+
+    def test_wrong_content_is_refused(self, server: type[_Handler]) -> None:
+        """A page that is not the text is not kept."""
+        server.content = b"<html>please log in</html>"
+
+        with pytest.raises(DataError, match="what came is another file"):
+            self.load("tinyshakespeare")
+        assert not Path("dataset").exists()
+
+    def test_changed_file_is_refused(self, server: type[_Handler]) -> None:
+        """A file of that name with another content is not taken for it."""
+        Path("dataset").mkdir()
+        Path("dataset/tinyshakespeare.txt").write_text("something else")
+
+        with pytest.raises(DataError, match="not Tiny Shakespeare .its SHA-256 differs."):
+            self.load("tinyshakespeare")
+
+    def test_unreadable_file(self, server: type[_Handler]) -> None:
+        """A folder in the file's place is said."""
+        Path("dataset/tinyshakespeare.txt").mkdir(parents=True)
+
+        with pytest.raises(DataError, match="cannot be read"):
+            self.load("tinyshakespeare")
+
+    def test_unwritable_folder(self, server: type[_Handler]) -> None:
+        """A file in the folder's place is said."""
+        Path("dataset").write_text("")
+
+        with pytest.raises(DataError, match="cannot be written"):
+            self.load("tinyshakespeare")
+
+    def test_no_network(self, server: type[_Handler], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without a network the named text is one clear line, and auto is the sample, saying why."""
+        monkeypatch.setattr(corpora, "TINY_SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
+
+        with pytest.raises(DataError, match="Tiny Shakespeare cannot be fetched .*put the file at dataset/tinyshakespeare.txt"):
+            self.load("tinyshakespeare")
+        corpus, notices, _ = self.load("auto")
+        assert corpus.name == "sample"
+        assert re.search("cannot be fetched .*; using the sample play instead", notices[0])
+
+    def test_slow_network(self, server: type[_Handler], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Auto does not wait for a server that does not answer."""
+        asked, answered = threading.Event(), threading.Event()
+
+        def hang(*_: object) -> bytes:
+            asked.set()
+            answered.wait(10)
+            return b""
+
+        monkeypatch.setattr(corpora, "SHORT_PATIENCE", 0.05)
+        monkeypatch.setattr(corpora, "_download", hang)
+        corpus, notices, _ = self.load("auto")
+
+        assert corpus.name == "sample"
+        assert "no answer within 0.05 s" in notices[0]
+        assert asked.is_set()
+        answered.set()
+
+    def test_unknown_name(self) -> None:
+        """Another name is wrong usage."""
+        with pytest.raises(ConfigError, match="dataset must be one of auto, sample, tinyshakespeare .* got 'x'"):
+            self.load("x")
+
+    def test_sample(self) -> None:
+        """The sample play: at least 80 kB, every character known, speakers and lines, and no line twice."""
+        corpus, _, _ = self.load("sample")
+        text = (Path(corpora.__file__).parents[2] / "dataset" / "sample.txt").read_text()
+        speeches = text.strip("\n").split("\n\n")
+        lines = [line.strip().lower() for speech in speeches for line in speech.split("\n")[1:]]
+
+        assert len(corpus.ids) >= 80_000
+        assert corpus.unknown == {}
+        assert all(re.fullmatch(r"[A-Z][A-Z -]+:\n[^\n]+(\n[^\n]+)*", speech) for speech in speeches)
+        assert len(set(lines)) == len(lines)
+
+
+class TestBatches:
+    def test_batch_is_a_function_of_seed_and_step(self) -> None:
+        """The same seed and step give the same batch in any order of asking; another seed or step another."""
+        config = TrainConfig(batch_size=2, windows=3)
+        first, second = tiny_source(config), tiny_source(config)
+        late = second.train_batch(100)
+
+        assert np.array_equal(first.train_batch(5).inputs, second.train_batch(5).inputs)
+        assert np.array_equal(first.train_batch(100).targets, late.targets)
+        starts = {seed: tiny_source(TrainConfig(batch_size=2, windows=3, seed=seed))._starts_of_pass(0) for seed in (1, 2)}
+        assert not np.array_equal(starts[1], starts[2])
+
+    def test_targets_follow_inputs(self) -> None:
+        """Each target is the character after its input."""
+        batch = tiny_source(TrainConfig(batch_size=2, windows=3)).train_batch(0)
+
+        assert batch.inputs.shape == batch.targets.shape == (2, 24)
+        assert np.array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+
+    def test_a_pass_reads_everything_once(self) -> None:
+        """The rolls of a pass touch and do not overlap; passes differ in order and starting point."""
+        source = tiny_source(TrainConfig(batch_size=2, windows=3))
+        passes = [source._starts_of_pass(number) for number in range(4)]
+
+        for starts in passes:
+            assert np.array_equal(np.diff(np.sort(starts)), np.full(len(starts) - 1, 24))
+            assert starts.min() >= 0
+            assert starts.max() + 24 < len(source.train_ids)
+            assert len(starts) * 24 > len(source.train_ids) - 2 * 24
+        assert len({starts.min() for starts in passes}) > 1
+
+    def test_split(self) -> None:
+        """90 % to train on, the rest to validate, as with Tiny Shakespeare's 1,003,854 and 111,540."""
+        source = tiny_source(TrainConfig(batch_size=2, windows=3))
+
+        assert (len(source.train_ids), len(source.val_ids)) == (2700, 300)
+        assert int(corpora_share() * 1_115_394) == 1_003_854
+
+    def test_validation_is_the_same_every_time(self) -> None:
+        """Validation rolls are fixed, spread evenly, and read everything at most once."""
+        source = tiny_source(TrainConfig(batch_size=5, windows=3))
+        batches = list(source.val_batches(100))
+
+        assert [batch.inputs.shape for batch in batches] == [(5, 24), (5, 24), (2, 24)]
+        assert all(np.array_equal(a.inputs, b.inputs) for a, b in zip(batches, source.val_batches(100), strict=True))
+        assert len(list(source.val_batches(1))) == 1
+
+    def test_validation_text_shorter_than_a_roll(self) -> None:
+        """It is one shorter roll."""
+        config = TrainConfig(batch_size=2, windows=10)
+        batches = list(tiny_source(config, n_chars=300).val_batches(3))
+
+        assert [batch.inputs.shape for batch in batches] == [(1, 29)]
+
+    def test_short_text(self) -> None:
+        """A text without room for a roll says how much is needed, and that much is enough."""
+        config = TrainConfig(batch_size=2, windows=10)
+        with pytest.raises(DataError, match="tiny: too short, 30 characters where rolls of 80 need at least 91"):
+            tiny_source(config, n_chars=30)
+        ids = np.ones(91, dtype=np.uint8)
+
+        assert TextSource(Corpus(name="x", ids=ids, unknown=Counter()), roll_len=80, batch_size=1, seed=0).train_batch(3)
+
+
+def corpora_share() -> float:
+    """The share of a text that is trained on."""
+    from picogpt.data import batches
+
+    return batches.TRAIN_SHARE

@@ -1,0 +1,89 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from picogpt.files import atomic_write, remove_leftovers
+
+
+def test_writes_bytes_and_chunks(tmp_path: Path) -> None:
+    """Content in one piece or in several, over an older file, with nothing left beside it."""
+    path = tmp_path / "a"
+    atomic_write(path, b"old")
+    atomic_write(path, iter([b"ne", b"w"]))
+
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
+    """A full or broken disk at any call: the old content stays, nothing is left beside it, the error comes out."""
+    path = tmp_path / "a"
+    atomic_write(path, b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(f"picogpt.files.os.{call}", fail)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        atomic_write(path, b"new")
+
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failing_chunks_leave_the_old_file(tmp_path: Path) -> None:
+    """An error in whoever makes the content counts the same."""
+    path = tmp_path / "a"
+    atomic_write(path, b"old")
+
+    def chunks() -> Iterator[bytes]:
+        yield b"half"
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        atomic_write(path, chunks())
+
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that takes one byte at a time still gets them all."""
+    write = os.write
+    monkeypatch.setattr("picogpt.files.os.write", lambda descriptor, data: write(descriptor, data[:1]))
+
+    atomic_write(tmp_path / "a", b"abc")
+
+    assert (tmp_path / "a").read_bytes() == b"abc"
+
+
+def test_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link at the temporary name is an error, and what it points to is untouched."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    monkeypatch.setattr("picogpt.files.secrets.token_hex", lambda _: "0")
+    (tmp_path / ".a.0.part").symlink_to(victim)
+
+    with pytest.raises(FileExistsError):
+        atomic_write(tmp_path / "a", b"new")
+
+    assert victim.read_bytes() == b"mine"
+
+
+def test_leftovers_are_removed(tmp_path: Path) -> None:
+    """What a killed process left half-written goes; everything else stays."""
+    for name in (".a.123.part", "a", ".part-of-me"):
+        (tmp_path / name).touch()
+
+    remove_leftovers(tmp_path)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".part-of-me", "a"]

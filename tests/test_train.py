@@ -1,0 +1,200 @@
+"""The loop: it learns, it goes on byte for byte, and it stops in time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from picogpt.config import GPTConfig, Schedule, TrainConfig
+from picogpt.device import choose_dtype, instruction_set, set_threads
+from picogpt.errors import TrainingError
+from picogpt.run import RunFolder, load_model
+from picogpt.train import StepReport, Trainer, measure_seconds_per_step
+from tests.conftest import TINY, tiny_source
+
+CONFIG = TrainConfig(batch_size=2, windows=3, lr=1e-2, warmup_steps=2)
+SCHEDULE = Schedule(total_steps=12, steps_per_epoch=5, val_steps=2)
+
+
+class Watcher:
+    """Counts what it is told, and asks for a stop after some steps."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.reports: list[StepReport] = []
+        self.epochs = 0
+        self.stop_after = stop_after
+
+    def on_step(self, report: StepReport) -> None:
+        self.reports.append(report)
+
+    def on_epoch(self, trainer: Trainer) -> None:
+        self.epochs += 1
+
+    def stop(self) -> bool:
+        return self.stop_after is not None and len(self.reports) >= self.stop_after
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A new run's folder."""
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    return folder
+
+
+def make_trainer(config: TrainConfig = CONFIG, model: GPTConfig = TINY) -> Trainer:
+    """A small trainer."""
+    return Trainer(model, config, tiny_source(config, model), torch.float32)
+
+
+def weights_of(trainer: Trainer) -> dict[str, bytes]:
+    """Every weight's bytes."""
+    return {name: array.tobytes() for name, array in trainer.model.arrays().items()}
+
+
+def test_learns(run: RunFolder) -> None:
+    """A hundred steps on a text that repeats bring the loss from ln 88 to next to nothing."""
+    trainer = make_trainer(TrainConfig(batch_size=4, windows=3, lr=3e-2, warmup_steps=5))
+    watcher = Watcher()
+
+    assert trainer.fit(run, Schedule(total_steps=100, steps_per_epoch=50, val_steps=2), watcher, watcher.stop)
+
+    assert watcher.reports[0].loss == pytest.approx(np.log(88), abs=0.2)
+    assert trainer.log.val[-1] < 0.5
+    assert trainer.log.best_loss == min(trainer.log.val)
+
+
+def test_epochs_and_log(run: RunFolder) -> None:
+    """12 steps in epochs of 5 are 3 epochs; the log counts characters, and the best weights are on the disk."""
+    trainer, watcher = make_trainer(), Watcher()
+    trainer.fit(run, SCHEDULE, watcher, watcher.stop)
+    log = trainer.log
+
+    assert watcher.epochs == 3
+    assert log.chars == [5 * 48, 10 * 48, 12 * 48]
+    assert log.train[0] == pytest.approx(np.mean([report.loss for report in watcher.reports[:5]]))
+    assert log.train[2] == pytest.approx(np.mean([report.loss for report in watcher.reports[10:]]))
+    assert log.seconds == sorted(log.seconds)
+    assert load_model(run.path / "model.safetensors")[0] == TINY
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("stop_after", [1, 5, 7, 12])
+def test_goes_on_byte_for_byte(run: RunFolder, stop_after: int, dropout: float) -> None:
+    """Stopped after any step and restored in a new trainer, a run ends with the bytes of one that was not."""
+    model = GPTConfig(n_layer=2, n_head=2, n_embd=16, context_len=8, dropout=dropout)
+    straight = make_trainer(model=model)
+    straight.fit(run, SCHEDULE, Watcher(), lambda: False)
+
+    first = make_trainer(model=model)
+    watcher = Watcher(stop_after)
+    finished = first.fit(run, SCHEDULE, watcher, watcher.stop)
+    second = make_trainer(model=model)
+    second.restore(run.load_checkpoint()[0])
+    second.fit(run, SCHEDULE, Watcher(), lambda: False)
+
+    assert not finished
+    assert weights_of(second) == weights_of(straight)
+    assert (second.log.train, second.log.val, second.log.chars) == (straight.log.train, straight.log.val, straight.log.chars)
+
+
+def test_restored_optimizer_updates_the_model(run: RunFolder) -> None:
+    """After a restore a step changes every weight: the original's optimizer held parameters of its own and changed none."""
+    first = make_trainer()
+    first.fit(run, Schedule(total_steps=3, steps_per_epoch=3, val_steps=1), Watcher(), lambda: False)
+    second = make_trainer()
+    second.restore(run.load_checkpoint()[0])
+    before = weights_of(second)
+    assert before == weights_of(first)
+
+    second.update(1e-2)
+
+    assert all(before[name] != now for name, now in weights_of(second).items())
+    assert all(state["step"].item() == 4 for state in second.optimizer.state.values())
+
+
+def test_stops_during_validation(run: RunFolder) -> None:
+    """A stop that comes while validating leaves the epoch open; it is validated when the run goes on."""
+    trainer = make_trainer()
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 5  # after each of five steps, then before the first validation batch
+
+    assert not trainer.fit(run, SCHEDULE, Watcher(), stop)
+    assert trainer.log.val == []
+    assert trainer.epoch_is_open
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_refuses_a_loss_that_is_not_finite(run: RunFolder, value: float) -> None:
+    """A poisoned weight stops the run before the optimizer takes it up; the state before the step is saved."""
+    trainer = make_trainer()
+    trainer.fit(run, Schedule(total_steps=2, steps_per_epoch=2, val_steps=1), Watcher(), lambda: False)
+    with torch.no_grad():
+        trainer.model.transformer.ln_f.bias.fill_(value)
+
+    with pytest.raises(TrainingError, match=r"step 3: the loss is nan .* start again with a smaller --lr"):
+        trainer.fit(run, SCHEDULE, Watcher(), lambda: False)
+
+    assert trainer.step == 2
+
+
+def test_saves_in_the_middle_of_an_epoch(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the interval is over a checkpoint is written, epoch or not."""
+    monkeypatch.setattr("picogpt.train.SAVE_INTERVAL", 0.0)
+    saved = []
+    monkeypatch.setattr(run, "save_checkpoint", lambda checkpoint: saved.append(checkpoint.state["log"]["iter_num"]))
+    make_trainer().fit(run, Schedule(total_steps=4, steps_per_epoch=4, val_steps=1), Watcher(), lambda: False)
+
+    assert saved == [1, 2, 3, 4, 4, 4]
+
+
+def test_gradient_clipping_and_its_absence() -> None:
+    """A tiny limit makes for another step; 0 is no limit at all."""
+    unlimited, none, tiny = (
+        make_trainer(TrainConfig(batch_size=2, windows=3, grad_clip=clip, beta2=0.5)) for clip in (1e6, 0.0, 1e-9)
+    )
+    for trainer in (unlimited, none, tiny):
+        trainer.update(1e-2)
+
+    assert weights_of(unlimited) == weights_of(none) != weights_of(tiny)
+
+
+def test_bfloat16_learns_the_same() -> None:
+    """With bfloat16 products the first losses agree to a hundredth."""
+    coarse = Trainer(TINY, CONFIG, tiny_source(CONFIG), torch.bfloat16)
+    fine = make_trainer()
+
+    for _ in range(5):
+        assert coarse.update(1e-3) == pytest.approx(fine.update(1e-3), abs=0.02)
+    assert all(p.dtype == torch.float32 for p in coarse.model.parameters())
+
+
+def test_measuring_changes_nothing() -> None:
+    """Timing trains a model that is thrown away."""
+    assert measure_seconds_per_step(TINY, CONFIG, tiny_source(CONFIG), torch.float32) > 0
+
+
+def test_device() -> None:
+    """The type of number is as asked, or the faster one with its reason; threads are set and told."""
+    assert choose_dtype("float32")[0] is torch.float32
+    assert choose_dtype("bfloat16")[0] is torch.bfloat16
+    dtype, reason = choose_dtype("auto")
+    assert dtype in {torch.float32, torch.bfloat16}
+    assert instruction_set() in reason
+    assert set_threads(1) == 1
+    assert set_threads(2) == set_threads(None) == 2
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(3.0, torch.bfloat16), (0.1, torch.float32), (1.1, torch.float32)])
+def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch, ratio: float, expected: torch.dtype) -> None:
+    """bfloat16 is taken only where it is clearly faster."""
+    monkeypatch.setattr("picogpt.device._product_seconds", lambda dtype: ratio if dtype is torch.float32 else 1.0)
+
+    assert choose_dtype("auto")[0] is expected
