@@ -19,7 +19,7 @@ VECTORS = Path(__file__).parent / "vectors"
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, context_len=8)
 """A shape that trains in milliseconds."""
-TINY_FLAGS = "--n-layer 2 --n-head 2 --n-embd 16 --context-len 8 --windows 3 --dtype float32 --threads 1".split()
+TINY_FLAGS = [
     "--n-layer",
     "2",
     "--n-head",

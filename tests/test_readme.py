@@ -1,0 +1,96 @@
+"""What the README and the docs promise: the commands they name exist with these flags, and a wheel has what they need."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from picogpt.cli import generate, plot, train
+from picogpt.cli.common import Parser
+
+ROOT = Path(__file__).parents[1]
+PARSERS = {
+    "picogpt-train": train.build_parser(),
+    "picogpt-generate": generate.build_parser(),
+    "picogpt-plot": plot.build_parser(),
+}
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[tuple[Parser, list[str]]]:
+    """Every picogpt command in a code block of the documents."""
+    found = []
+    for block in re.findall(r"```sh\n(.*?)```", "\n".join(path.read_text() for path in DOCUMENTS), re.DOTALL):
+        for line in block.splitlines():
+            for part in re.split(r"&&|\||>", line):
+                words = shlex.split(part, comments=True)
+                if words and words[0] in PARSERS:
+                    found.append((PARSERS[words[0]], words[1:]))
+    return found
+
+
+@pytest.mark.parametrize(("parser", "flags"), commands(), ids=lambda value: " ".join(value) if isinstance(value, list) else None)
+def test_documented_commands_parse(parser: Parser, flags: list[str]) -> None:
+    """Each command of the documents is one that the parser takes."""
+    if "--help" not in flags:
+        parser.parse(flags)
+
+
+def test_there_are_documented_commands() -> None:
+    """The search above finds them."""
+    assert len(commands()) >= 8
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    """Every relative link and picture of the documents exists."""
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text())
+
+    assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built from this tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) -> None:
+    """Unpacked elsewhere, it trains on its own copy of the sample play and goes on from a prompt."""
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    tiny = ["--n-layer", "1", "--n-head", "1", "--n-embd", "8", "--context-len", "8", "--epochs", "1", "--steps-per-epoch", "2"]
+
+    def call(module: str, *flags: str) -> str:
+        start = f"import sys; sys.path.insert(0, {str(site)!r}); from picogpt.cli.{module} import main; "
+        start += "import picogpt; assert 'site' in picogpt.__file__; sys.exit(main(sys.argv[1:]))"
+        return subprocess.run(
+            [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", "-c", start, *flags],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        ).stdout
+
+    assert "epoch 1 of 1" in call("train", "--dataset", "sample", "--threads", "1", *tiny)
+    assert call("generate", "-p", "Margery:", "-n", "5").startswith("margery:")
+    assert (site / "picogpt" / "py.typed").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "infer.py"])
+def test_scripts_work_from_a_clone(script: str, tmp_path: Path) -> None:
+    """The wrappers find the package beside them, wherever they are started."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / script), "--version"], check=True, capture_output=True, cwd=tmp_path
+    )
+
+    assert done.stdout.startswith(b"picogpt ")
