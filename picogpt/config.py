@@ -20,6 +20,7 @@ __all__ = [
     "DataConfig",
     "Decay",
     "GPTConfig",
+    "GenerateConfig",
     "Pace",
     "RunSettings",
     "SampleConfig",
@@ -324,14 +325,60 @@ class SampleConfig:
     """Divides the logits: below 1 surer, above 1 wilder; 0 always takes the likeliest character (greedy)."""
     top_k: int = 0
     """Draw from the k likeliest characters only; 0 from all of them."""
+    top_p: float = 1.0
+    """Draw from the likeliest characters that together reach this probability, in (0, 1]."""
+    min_p: float = 0.0
+    """Draw from characters at least so many times as likely as the likeliest, in [0, 1]."""
     seed: int | None = None
     """Seed of the draws; None takes a new one each time."""
 
     def __post_init__(self) -> None:
         _require_between("temperature", self.temperature, 0.0, 1e6, "a finite number of at least 0")
         _require_whole("top_k", self.top_k, 0)
+        _require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
+        _require(0 <= self.min_p <= 1, "min_p", "from 0 to 1", self.min_p)
         if self.seed is not None:
             _require_whole("seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """How much text is made, and how the windows hop.
+
+    Raises:
+        ConfigError: a field is out of its range, or no end is asked of several samples.
+    """
+
+    max_new_tokens: int | None = 256
+    """Characters to write; None for no end."""
+    hop: int | None = None
+    """Characters from one window's beginning to the next one's, at most a window; None leaves a sixteenth to be read again."""
+    num_samples: int = 1
+    """Texts that are made side by side."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a sample, and are no part of it."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None:
+            _require_whole("max_new_tokens", self.max_new_tokens, 0)
+        if self.hop is not None:
+            _require_whole("hop", self.hop, 1)
+        _require_whole("num_samples", self.num_samples, 1)
+        _require(
+            self.num_samples == 1 or self.max_new_tokens is not None, "max_new_tokens", "a number for several samples", "inf"
+        )
+        _require(all(self.stop), "stop", "a text of at least one character", "")
+
+    def hop_for(self, context_len: int) -> int:
+        """The hop for windows of `context_len` characters.
+
+        Raises:
+            ConfigError: the hop asked for is longer than a window.
+        """
+        if self.hop is None:
+            return context_len - context_len // 16
+        _require(self.hop <= context_len, "hop", f"from 1 to {context_len}, the model's window", self.hop)
+        return self.hop
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,61 +1,270 @@
-"""From predictions to characters: sampling, pure and seeded. Ids in, ids out; knows no model and no torch."""
+"""From predictions to characters: windows that hop through a text of any length, and sampling, pure and seeded.
+
+Ids in, ids out; knows no characters, no files and no torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from picogpt.config import SampleConfig
+from picogpt.engine import Engine, Window
 from picogpt.tokenizer import SPECIAL_IDS, TEXT_IDS, VOCAB_SIZE
 
-__all__ = ["NextLogits", "generate_ids", "make_generator", "probabilities", "sample_id"]
+__all__ = [
+    "Reader",
+    "Roll",
+    "StopWatcher",
+    "filters_of",
+    "generate",
+    "make_generator",
+    "min_p_filter",
+    "sample_ids",
+    "temperature_filter",
+    "top_k_filter",
+    "top_p_filter",
+]
 
-Logits = npt.NDArray[np.float32]
-NextLogits = Callable[[list[int]], Logits]
-"""Gives the logits (V,) of the character after the ids so far."""
+Floats = npt.NDArray[np.float32]
+Scores = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.integer[Any]]
+Filter = Callable[[Scores], Scores]
+
+ROLL_WINDOWS = 10
+"""Windows of a prompt that are read, counted from its end: as many as training rolls over."""
 
 _NEVER_DRAWN = np.array(sorted(set(range(VOCAB_SIZE)) - set(TEXT_IDS) - set(SPECIAL_IDS.values())))
 """Ids that stand for no text: unknown and spare."""
 
 
-def make_generator(seed: int) -> np.random.Generator:
-    """The generator of all draws: the same seed gives the same text."""
-    return np.random.Generator(np.random.Philox(key=seed % 2**128))
+class Reader(Protocol):
+    """A model that reads B texts side by side and predicts what follows."""
+
+    def read(self, ids: Ids) -> Floats:
+        """Read ids (B, k) behind those read before; return the logits (B, V) of the characters after them."""
 
 
-def probabilities(logits: Logits, config: SampleConfig) -> npt.NDArray[np.float64]:
-    """The distribution (V,) to draw from: softmax of `logits` / temperature, over the `top_k` likeliest.
+class Roll:
+    """The rolling text: cached windows, each beginning `hop` characters after the one before it.
 
-    Temperature 0 puts everything on the likeliest id. Ids that stand for no text get nothing.
+    A window fills character by character. When it is full the next one begins `hop` characters further on: what the two
+    have in common, the newest characters, is read again in one go. Its context vector is that of an earlier window up to
+    the place where it begins itself: the longest stretch of at most a window's length, so a whole window where `hop` divides
+    that length, and the beginning of the first window while there is no other. So every window is one that training
+    knows, and time and memory for a character do not grow with the text. With `hop` 1 every character is predicted as if
+    the whole text had been cut anew for it, remainder first.
+
+    Args:
+        engine: the model.
+        hop: characters from one window's beginning to the next one's, from 1 to the window's length.
+        batch: B, how many texts go side by side.
+    """
+
+    def __init__(self, engine: Engine, hop: int, batch: int = 1) -> None:
+        self._context_len = engine.config.context_len
+        assert 1 <= hop <= self._context_len, hop
+        self._hop = hop
+        self._window = Window(engine, batch)
+        self._recent = np.zeros((batch, self._context_len), np.uint8)  # the window's characters
+        self._contexts: deque[Floats] = deque()  # for the windows to come
+        # Of each window the mean up to here is kept; of the first one also those of the hops on the way.
+        self._kept_at = self._context_len // hop * hop
+        self._next_kept = hop
+
+    def read(self, ids: Ids) -> Floats:
+        """Read ids (B, k), k >= 1; return the logits (B, V) of the characters after them."""
+        return [self._window.extend(part) for part in self._parts(ids)][-1]
+
+    def read_every(self, ids: Ids) -> Floats:
+        """Read ids (B, k), k >= 1; return the logits (B, k, V) after each of them."""
+        return np.concatenate([self._window.extend(part, every=True) for part in self._parts(ids)], axis=1)
+
+    def fork(self, batch: int) -> Roll:
+        """`batch` texts that all go on from this one (B = 1)."""
+        other = Roll.__new__(Roll)
+        other.__dict__.update(self.__dict__)
+        other._window = self._window.fork(batch)
+        other._recent = np.repeat(self._recent, batch, axis=0)
+        other._contexts = deque(np.repeat(context, batch, axis=0) for context in self._contexts)
+        return other
+
+    def _parts(self, ids: Ids) -> Iterator[Ids]:
+        """Cut `ids` where a window is full or a mean is to be kept; the caller reads each part before asking for the next."""
+        window = self._window
+        start = 0
+        while start < ids.shape[1]:
+            if window.room == 0:
+                self._begin_next()
+            n = len(window)
+            k = min(ids.shape[1] - start, window.room, self._next_kept - n if n < self._next_kept else self._context_len)
+            part = ids[:, start : start + k]
+            self._recent[:, n : n + k] = part
+            yield part
+            start += k
+            if len(window) == self._next_kept:
+                self._contexts.append(window.context())
+                self._next_kept = min(self._next_kept + self._hop, self._context_len + 1)
+
+    def _begin_next(self) -> None:
+        window = self._window
+        window.restart(self._contexts.popleft())
+        kept = self._recent[:, self._hop :].copy()
+        if kept.size:
+            window.extend(kept)
+            self._recent[:, : kept.shape[1]] = kept
+        self._next_kept = self._kept_at
+
+
+def temperature_filter(scores: Scores, temperature: float) -> Scores:
+    """Divide the logits `scores` (..., V) by `temperature`; 0 leaves only the likeliest one, the first of equals."""
+    if temperature == 0:
+        best = np.full_like(scores, -np.inf)
+        np.put_along_axis(best, scores.argmax(axis=-1, keepdims=True), 0.0, axis=-1)
+        return best
+    return scores / temperature
+
+
+def top_k_filter(scores: Scores, k: int) -> Scores:
+    """Leave the `k` largest of `scores` (..., V), of equals the first; 0 leaves all."""
+    if not 0 < k < scores.shape[-1]:
+        return scores
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    return _without(scores, order[..., k:])
+
+
+def top_p_filter(scores: Scores, p: float) -> Scores:
+    """Leave the likeliest of `scores` (..., V) that together reach probability `p` (nucleus: Holtzman et al., 2020)."""
+    if p >= 1:
+        return scores
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    ranked = np.take_along_axis(_softmax(scores), order, axis=-1)
+    before = ranked.cumsum(axis=-1) - ranked
+    kept = np.where(before < p, np.take_along_axis(scores, order, axis=-1), -np.inf)
+    result = np.empty_like(scores)
+    np.put_along_axis(result, order, kept, axis=-1)
+    return result
+
+
+def min_p_filter(scores: Scores, p: float) -> Scores:
+    """Leave those of `scores` (..., V) at least `p` times as likely as the likeliest (Nguyen et al., 2025)."""
+    if p <= 0:
+        return scores
+    kept: Scores = np.where(scores >= scores.max(axis=-1, keepdims=True) + math.log(p), scores, -np.inf)
+    return kept
+
+
+def _without(scores: Scores, indices: npt.NDArray[np.intp]) -> Scores:
+    left = scores.copy()
+    np.put_along_axis(left, indices, -np.inf, axis=-1)
+    return left
+
+
+def _softmax(scores: Scores) -> Scores:
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    probabilities: Scores = weights / weights.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
+def filters_of(config: SampleConfig) -> list[Filter]:
+    """The filters of `config` that do anything, in the order in which they are applied."""
+    chosen: list[Filter] = [lambda scores: temperature_filter(scores, config.temperature)]
+    if config.top_k:
+        chosen.append(lambda scores: top_k_filter(scores, config.top_k))
+    if config.top_p < 1:
+        chosen.append(lambda scores: top_p_filter(scores, config.top_p))
+    if config.min_p > 0:
+        chosen.append(lambda scores: min_p_filter(scores, config.min_p))
+    return chosen
+
+
+def make_generator(seed: int, stream: int = 0) -> np.random.Generator:
+    """The generator of the draws of sample number `stream`: the same seed gives the same text."""
+    return np.random.Generator(np.random.Philox(key=[seed % 2**64, stream]))
+
+
+def sample_ids(logits: Floats, filters: Sequence[Filter], generators: Sequence[np.random.Generator]) -> npt.NDArray[np.intp]:
+    """Draw an id for each row of `logits` (B, V), each with one number of its own generator.
+
+    Ids that stand for no text are never drawn.
     """
     scores = logits.astype(np.float64)
-    if scores.size == VOCAB_SIZE:
-        scores[_NEVER_DRAWN] = -np.inf
-    if config.temperature == 0:
-        greedy = np.zeros_like(scores)
-        greedy[scores.argmax()] = 1.0
-        return greedy
-    if 0 < config.top_k < scores.size:
-        # A stable order of equals, so that the result is the same everywhere.
-        scores[np.argsort(-scores, kind="stable")[config.top_k :]] = -np.inf
-    weights = np.exp((scores - scores.max()) / config.temperature)
-    drawn: npt.NDArray[np.float64] = weights / weights.sum()
+    if scores.shape[-1] == VOCAB_SIZE:
+        scores[:, _NEVER_DRAWN] = -np.inf
+    for apply in filters:
+        scores = apply(scores)
+    cumulative = np.exp(scores - scores.max(axis=-1, keepdims=True)).cumsum(axis=-1)
+    draws = np.array([generator.random() for generator in generators]) * cumulative[:, -1]
+    drawn: npt.NDArray[np.intp] = (cumulative > draws[:, None]).argmax(axis=-1)
     return drawn
 
 
-def sample_id(logits: Logits, config: SampleConfig, generator: np.random.Generator) -> int:
-    """Draw one id from `probabilities`, using one number of `generator`."""
-    cumulative = probabilities(logits, config).cumsum()
-    return int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
+class StopWatcher:
+    """Holds back characters that may be the beginning of a stop text, and ends a sample where one is complete.
+
+    Args:
+        stops: the ids of each stop text.
+    """
+
+    def __init__(self, stops: Sequence[Sequence[int]]) -> None:
+        self._stops = [tuple(stop) for stop in stops]
+        self._held: list[int] = []
+        self.stopped = False
+        """Whether a stop text has come."""
+
+    def pass_on(self, token: int) -> list[int]:
+        """Take the next id; return those that are now certain to be no part of a stop text."""
+        self._held.append(token)
+        held = tuple(self._held)
+        for stop in self._stops:
+            if held[-len(stop) :] == stop:
+                self.stopped = True
+                return self._release(len(held) - len(stop))
+        longest = max((n for stop in self._stops for n in range(1, len(stop)) if held[-n:] == stop[:n]), default=0)
+        return self._release(len(held) - longest)
+
+    def _release(self, count: int) -> list[int]:
+        released, self._held = self._held[:count], self._held[count:]
+        return released
+
+    def finish(self) -> list[int]:
+        """What is still held back when no more comes; nothing once a stop text has come."""
+        return [] if self.stopped else self._release(len(self._held))
 
 
-def generate_ids(
-    next_logits: NextLogits, prompt: list[int], n_new: int | None, config: SampleConfig, generator: np.random.Generator
-) -> Iterator[int]:
-    """Yield `n_new` ids, or ids without end for None, that go on after `prompt`, which holds at least one."""
-    ids = list(prompt)
-    while n_new is None or len(ids) - len(prompt) < n_new:
-        ids.append(sample_id(next_logits(ids), config, generator))
-        yield ids[-1]
+def generate(
+    reader: Reader,
+    logits: Floats,
+    n_new: int | None,
+    *,
+    config: SampleConfig,
+    generators: Sequence[np.random.Generator],
+    watchers: Sequence[StopWatcher],
+) -> Iterator[list[list[int]]]:
+    """Go on with B texts until each has `n_new` characters or a stop text.
+
+    Args:
+        reader: the model, which has read the prompt.
+        logits: what it predicts after the prompt (B, V).
+        n_new: characters of each text; None for no end.
+        config: how they are drawn.
+        generators: B generators.
+        watchers: B watchers for stop texts.
+
+    Yields:
+        After each character, for each text the ids that are now certain to be part of it.
+    """
+    filters = filters_of(config)
+    made, ids = 0, None
+    while (n_new is None or made < n_new) and not all(watcher.stopped for watcher in watchers):
+        if ids is not None:
+            logits = reader.read(ids[:, None])
+        ids = sample_ids(logits, filters, generators)
+        made += 1
+        yield [[] if watcher.stopped else watcher.pass_on(token) for watcher, token in zip(watchers, ids.tolist(), strict=True)]
+    yield [watcher.finish() for watcher in watchers]

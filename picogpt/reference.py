@@ -7,6 +7,7 @@ one character to the next, so the time of each one grows with the text.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +20,11 @@ __all__ = ["ReferenceModel"]
 
 
 class ReferenceModel:
-    """The torch model as a function from the ids so far to the logits of the next one."""
+    """The torch model as a `picogpt.generate.Reader`."""
 
     def __init__(self, model: GPT) -> None:
         self.model = model.eval()
+        self._ids: torch.Tensor | None = None
 
     @classmethod
     def load(cls, path: Path) -> ReferenceModel:
@@ -37,8 +39,10 @@ class ReferenceModel:
         return cls(model)
 
     @torch.no_grad()
-    def __call__(self, ids: list[int]) -> npt.NDArray[np.float32]:
-        """Logits (V,) of the character after `ids`, a list of at least one."""
-        logits, _ = self.model(torch.tensor([ids]))
-        last: npt.NDArray[np.float32] = logits[0, -1].float().numpy()
+    def read(self, ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
+        """Read ids (B, k) behind those read before; return the logits (B, V) of the characters after them."""
+        new = torch.from_numpy(ids.astype(np.int64))
+        self._ids = new if self._ids is None else torch.cat((self._ids, new), dim=1)
+        logits, _ = self.model(self._ids)
+        last: npt.NDArray[np.float32] = logits[:, -1].numpy()
         return last

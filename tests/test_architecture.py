@@ -16,6 +16,7 @@ LAYERS = [
     {"roll", "config", "files"},
     {"model", "tokenizer"},
     {"run", "data", "optim", "device"},
+    {"engine"},
     {"train", "generate", "reference", "plot"},
     {"cli"},
 ]

@@ -11,13 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import picogpt.generate as generate_module
 from picogpt.cli import common, generate, plot, progress, train
 from picogpt.cli.settings import Request
 from picogpt.errors import Interrupted, PicoGPTError
 from picogpt.run import RunFolder
+from picogpt.tokenizer import CharTokenizer
 from tests.conftest import TINY_FLAGS
 
 RUN = [sys.executable, "-m", "picogpt.cli.train"]
@@ -320,7 +323,7 @@ class TestHelp:
         """Each flag says its default, or is one that has none."""
         for action in parser._actions:
             flag = action.option_strings[0]
-            if flag not in {"-h", "--version", "--fresh", "--text"}:
+            if flag not in {"-h", "--version", "--fresh", "--text", "--chat", "--no-echo", "--json"}:
                 assert "default:" in (action.help or ""), flag
 
 
@@ -345,13 +348,62 @@ class TestGenerate:
         assert capsys.readouterr().out == out
 
     def test_greedy_needs_no_seed(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        """At temperature 0 every run is the same."""
+        """At temperature 0 every run is the same, whatever the hop while one window is enough."""
         texts = []
-        for _ in range(2):
-            generate.main(["-p", "a", "-n", "30", "-t", "0"])
+        for hop in ("1", "8"):
+            generate.main(["-p", "a", "-n", "6", "-t", "0", "--hop", hop])
             texts.append(capsys.readouterr().out)
 
         assert texts[0] == texts[1]
+
+    def test_no_echo_and_stop(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Only the new text; cut before a stop text."""
+        generate.main(["-p", "one", "-n", "40", "-t", "0"])
+        whole = capsys.readouterr().out.removesuffix("\n").removeprefix("one")
+        generate.main(["-p", "one", "-n", "40", "-t", "0", "--no-echo"])
+        assert capsys.readouterr().out == whole + "\n"
+        generate.main(["-p", "one", "-n", "40", "-t", "0", "--no-echo", "--stop", whole[3:5]])
+        assert capsys.readouterr().out == whole[: whole.index(whole[3:5])] + "\n"
+
+    def test_json(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """One object a sample, each with what it takes to make it again."""
+        flags = ["-p", "One", "-n", "30", "-s", "5", "--num-samples", "3", "-t", "2"]
+        assert generate.main([*flags, "--json"]) == 0
+        samples = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+        assert [sample["sample"] for sample in samples] == [0, 1, 2]
+        assert len({sample["text"] for sample in samples}) == 3
+        assert samples[0].keys() == {"model", "seed", "sample", "prompt", "text", "finish_reason"}
+        assert {(sample["seed"], sample["prompt"], sample["finish_reason"]) for sample in samples} == {(5, "One", "length")}
+        generate.main(flags)
+        assert capsys.readouterr().out == "---\n".join(f"one{sample['text']}\n" for sample in samples)
+
+    def test_chat(self, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """A question is wrapped in its tokens, only the answer is shown, and the conversation is kept."""
+        seen: list[str] = []
+        read = generate_module.Roll.read
+
+        def spy(self: generate_module.Roll, ids: Any) -> Any:
+            if ids.shape[1] > 1:
+                seen.append(CharTokenizer().decode(ids[0]))
+            return read(self, ids)
+
+        monkeypatch.setattr(generate_module.Roll, "read", spy)
+        lines = iter(["Who?", "Why?"])
+
+        def line(_: str) -> str:
+            for text in lines:
+                return text
+            raise EOFError
+
+        monkeypatch.setattr("builtins.input", line)
+        monkeypatch.setattr(sys, "stdin", Terminal())
+        assert generate.main(["--chat", "-n", "4", "-t", "0"]) == 0
+        answers = capsys.readouterr().out.splitlines()
+
+        assert seen[0] == "<Q>who?</Q>\n<A>"
+        assert seen[1] == f"<Q>who?</Q>\n<A>{answers[0]}</A>\n<Q>why?</Q>\n<A>"
+        assert len(answers) == 3
 
     def test_unknown_characters_are_told(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """They become <?>, with one notice and a count."""
@@ -361,17 +413,27 @@ class TestGenerate:
         assert out == "caf<?> <?><?>\n"
         assert "3 characters of the prompt are unknown to the model and become <?>: '日', 'é'" in err
 
+    def test_long_prompt(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Of a prompt of ten megabytes the end is read, at a bounded cost, and that is said."""
+        Path("long.txt").write_text("one and two\n" * 900_000)
+        start = time.perf_counter()
+        assert generate.main(["-f", "long.txt", "-n", "5", "--no-echo"]) == 0
+
+        assert time.perf_counter() - start < 10
+        assert "of the prompt's 10,800,000 characters the model reads the last 80" in capsys.readouterr().err
+
     def test_empty_prompt(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Nothing is a prompt too: the text begins like a line."""
         assert generate.main(["-p", "", "-n", "5", "-t", "0"]) == 0
         assert len(capsys.readouterr().out) >= 6
 
-    def test_prompt_through_a_pipe(self, trained: Path) -> None:
-        """Without -p, what comes through a pipe is the prompt."""
-        command = [sys.executable, "-m", "picogpt.cli.generate", "-n", "0"]
-        done = subprocess.run(command, input=b"from a pipe\xff", capture_output=True, check=True)
+    @pytest.mark.parametrize("flags", [[], ["-f", "-"]], ids=["pipe", "-f -"])
+    def test_prompt_through_a_pipe(self, trained: Path, flags: list[str]) -> None:
+        """Without -p, what comes through a pipe is the prompt, binary or not."""
+        command = [sys.executable, "-m", "picogpt.cli.generate", "-n", "0", *flags]
+        done = subprocess.run(command, input=b"from a pipe\xff\0", capture_output=True, check=True)
 
-        assert done.stdout == b"from a pipe<?>\n"
+        assert done.stdout == b"from a pipe<?><?>\n"
 
     def test_broken_pipe_is_quiet(self, trained: Path) -> None:
         """`picogpt-generate -n inf | head -c 10` ends without a word."""
@@ -381,14 +443,49 @@ class TestGenerate:
         assert len(done.stdout) == 10
         assert done.stderr == "model logs/numbers/model.safetensors, seed 1\n"
 
+    def test_full_disk_is_one_line(self, trained: Path) -> None:
+        """`picogpt-generate > /dev/full` says so, without a traceback."""
+        command = f"{sys.executable} -m picogpt.cli.generate -p x -s 1 > /dev/full"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[1:] == [
+            "picogpt-generate: No space left on device; check the disk and its permissions, then start again"
+        ]
+
+    def test_ascii_locale(self, trained: Path) -> None:
+        """In a locale that can print little, notices of other letters still come out."""
+        environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        command = [sys.executable, "-m", "picogpt.cli.generate", "-n", "0"]
+        done = subprocess.run(command, input="é".encode(), capture_output=True, check=True, env=environment)
+
+        assert done.stdout == b"<?>\n"
+        assert rb"become <?>: '\xe9'" in done.stderr
+
+    def test_needs_no_torch(self, trained: Path) -> None:
+        """torch, datasets and matplotlib are never imported."""
+        code = "import sys; from picogpt.cli.generate import main; main(['-p', 'x', '-n', '20'])\n"
+        code += "assert not {'torch', 'datasets', 'matplotlib', 'tqdm'} & set(sys.modules)"
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
     @pytest.mark.parametrize(
         ("flags", "code", "message"),
         [
             (["-t", "-1"], 2, "--temperature must be a finite number of at least 0, got -1.0"),
             (["-t", "nan"], 2, "--temperature must be"),
+            (["-t", "inf"], 2, "--temperature must be"),
             (["-k", "-1"], 2, "--top-k must be"),
+            (["--top-p", "0"], 2, "--top-p must be above 0 and at most 1, got 0.0"),
+            (["--top-p", "1.1"], 2, "--top-p must be"),
+            (["--min-p", "-0.1"], 2, "--min-p must be from 0 to 1, got -0.1"),
             (["-n", "-1"], 2, "--max-new-tokens must be a whole number of at least 0, or inf, got '-1'"),
+            (["-n", "inf", "--num-samples", "2"], 2, "--max-new-tokens must be a number for several samples, got 'inf'"),
+            (["-n", "inf", "--json"], 2, "--max-new-tokens must be a number with --json, got 'inf'"),
+            (["--num-samples", "0"], 2, "--num-samples must be"),
+            (["--hop", "0"], 2, "--hop must be a whole number of at least 1"),
+            (["--stop", ""], 2, "--stop must be a text of at least one character"),
             (["-s", "-1"], 2, "--seed must be"),
+            (["-p", "x", "-f", "y"], 2, "argument -f/--prompt-file: not allowed with argument -p/--prompt"),
             (["--promt", "x"], 2, "there is no flag --promt; did you mean --prompt?"),
             (["-m", "nowhere"], 1, "nowhere: no such file, and no run of that name"),
             ([], 1, "logs: no trained model there; train one with picogpt-train"),
@@ -406,6 +503,56 @@ class TestGenerate:
         assert (found, out) == (code, "")
         assert message in err
         assert err.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        ("flags", "code", "message"),
+        [
+            (["--hop", "9"], 2, "--hop must be from 1 to 8, the model's window, got 9"),
+            (["--stop", "é"], 2, "--stop must be made of characters that the model knows, got 'é'"),
+            (["-f", "nowhere"], 1, "nowhere: cannot be read"),
+        ],
+    )
+    def test_bad_input_with_a_model(
+        self, trained: Path, capsys: pytest.CaptureFixture[str], flags: list[str], code: int, message: str
+    ) -> None:
+        """What is wrong for this model, or only seen later."""
+        assert generate.main(flags) == code
+        assert message in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_loop_on_a_terminal(trained: Path) -> None:
+    """Each line is a prompt; Ctrl-C stops the text and not the loop, Ctrl-D leaves."""
+    primary, secondary = os.openpty()
+    command = [sys.executable, "-m", "picogpt.cli.generate", "-n", "inf", "-t", "0"]
+    shown = b""
+
+    def wait_for(text: bytes, count: int) -> None:
+        nonlocal shown
+        while shown.count(text) < count:
+            shown += os.read(primary, 4096)
+
+    with subprocess.Popen(command, stdin=secondary, stdout=secondary, stderr=secondary, start_new_session=True) as process:
+        os.close(secondary)
+        wait_for(b"> ", 1)
+        for turn in (2, 3):
+            os.write(primary, b"one\n")
+            before = len(shown)
+            while len(shown) < before + 40:
+                shown += os.read(primary, 4096)
+            process.send_signal(signal.SIGINT)
+            wait_for(b"> ", turn)
+        process.send_signal(signal.SIGINT)
+        wait_for(b"> ", 4)
+        os.write(primary, b"\x04")
+        assert process.wait(timeout=20) == 0
+    os.close(primary)
 
 
 class TestPlot:
@@ -457,6 +604,7 @@ class TestBoundary:
 
     def test_second_signal_ends_at_once(self) -> None:
         """After the first signal the next one has its usual effect again."""
+        before = signal.getsignal(signal.SIGINT)
         stop = common.StopRequest()
         with stop.listen():
             assert not stop()
@@ -464,7 +612,7 @@ class TestBoundary:
             time.sleep(0.01)
             assert stop()
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is before
 
     def test_closed_stderr(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A notice that nobody can read stops nothing."""

@@ -90,11 +90,14 @@ def run_command(body: Callable[[argparse.Namespace], int], parser: Parser, argv:
 
 
 class StopRequest:
-    """Whether a signal has asked the work to end. Calling it says so; use it within `listen`."""
+    """Whether a signal has asked the work to end. Calling it says so; use it within `listen`.
 
-    _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+    Args:
+        names: the signals that count, where the system has them.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str] = ("SIGINT", "SIGTERM", "SIGHUP")) -> None:
+        self._signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
         self.signal_number: int | None = None
 
     def __call__(self) -> bool:
@@ -103,8 +106,8 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
-        """Take note of SIGINT, SIGTERM and SIGHUP instead of dying of them; the second one ends the process at once."""
-        before = {number: signal.signal(number, self._take_note) for number in self._SIGNALS}
+        """Take note of the signals instead of dying of them; the second one ends the process at once."""
+        before = {number: signal.signal(number, self._take_note) for number in self._signals}
         try:
             yield
         finally:
@@ -113,5 +116,5 @@ class StopRequest:
 
     def _take_note(self, number: int, _frame: FrameType | None) -> None:
         self.signal_number = number
-        for each in self._SIGNALS:
+        for each in self._signals:
             signal.signal(each, signal.SIG_DFL)

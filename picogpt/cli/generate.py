@@ -1,59 +1,83 @@
-"""`picogpt-generate`: have a trained model go on with a text."""
+"""`picogpt-generate`: have a trained model go on with a text, or talk to it."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import secrets
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from picogpt.cli.common import Parser, notice, run_command
-from picogpt.config import SampleConfig, parse_new_tokens
+from picogpt.cli.common import Parser, StopRequest, notice, run_command
+from picogpt.config import GenerateConfig, SampleConfig, parse_new_tokens
+from picogpt.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from picogpt.engine import Engine
+    from picogpt.tokenizer import CharTokenizer
 
 __all__ = ["build_parser", "main"]
+
+_STDIN = "-"
+_BETWEEN_SAMPLES = "---\n"
 
 
 def build_parser() -> Parser:
     """The parser."""
-    defaults = SampleConfig()
+    draw, make = SampleConfig(), GenerateConfig()
     parser = Parser(
         "picogpt-generate",
-        "Write on from a prompt with a trained model. The text goes to stdout as it is made.",
+        "Write on from a prompt with a trained model; characters appear as they are made. Without a prompt, what comes\n"
+        "through a pipe is taken for it; on a terminal each line you type is one (Ctrl-C stops the text, Ctrl-D leaves).",
         'Example: picogpt-generate -p "the lamp was out, and"',
     )
-    parser.add_argument(
-        "-p", "--prompt", metavar="TEXT", help="text to go on from (default: what comes through a pipe, else nothing)"
-    )
-    parser.add_argument(
+    prompt = parser.add_argument_group("prompt")
+    source = prompt.add_mutually_exclusive_group()
+    source.add_argument("-p", "--prompt", metavar="TEXT", help="text to go on from (default: a pipe, else a loop)")
+    source.add_argument("-f", "--prompt-file", metavar="FILE", help="file to go on from, - for stdin (default: none)")
+    prompt.add_argument("--chat", action="store_true", help="prompts are questions, <Q>...</Q>, and texts answers, <A>...</A>")
+    model = parser.add_argument_group("model")
+    model.add_argument(
         "-m",
         "--model",
         metavar="RUN",
         help="a run's name, its folder, or a .safetensors file (default: the run under the logs folder that was saved last)",
     )
-    parser.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
-    parser.add_argument(
-        "-n", "--max-new-tokens", metavar="N", default="256", help="characters to write, or inf for no end (default: %(default)s)"
+    model.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
+    model.add_argument(
+        "--hop", metavar="N", type=int, help="characters between windows: fewer is better and slower (default: 15/16 of one)"
     )
-    parser.add_argument(
-        "-t",
-        "--temperature",
-        metavar="X",
-        type=float,
-        default=defaults.temperature,
-        help="below 1 surer, above 1 wilder, 0 always the likeliest character (default: %(default)s)",
+    sampling = parser.add_argument_group("sampling")
+    number = _adder(sampling)
+    number("-t", "--temperature", float, draw.temperature, "below 1 surer, above 1 wilder, 0 always the likeliest character")
+    number("-k", "--top-k", int, draw.top_k, "draw from the N likeliest, 0 from all")
+    number("", "--top-p", float, draw.top_p, "draw from the likeliest that together reach this probability")
+    number("", "--min-p", float, draw.min_p, "draw from those at least so many times as likely as the likeliest")
+    sampling.add_argument("-s", "--seed", metavar="N", type=int, help="the same one gives the same text (default: a new one)")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "-n", "--max-new-tokens", metavar="N", default=str(make.max_new_tokens), help="characters, or inf (default: %(default)s)"
     )
-    parser.add_argument(
-        "-k",
-        "--top-k",
-        metavar="N",
-        type=int,
-        default=defaults.top_k,
-        help="draw from the N likeliest, 0 from all (default: %(default)s)",
-    )
-    parser.add_argument(
-        "-s", "--seed", metavar="N", type=int, help="seed of the draws: the same one gives the same text (default: a new one)"
-    )
+    _adder(output)("", "--num-samples", int, make.num_samples, "texts made side by side, shown one after the other")
+    output.add_argument("--stop", metavar="TEXT", nargs="+", default=[], help="end before any of these (default: none)")
+    output.add_argument("--no-echo", action="store_true", help="show the new text only, without the prompt")
+    output.add_argument("--json", action="store_true", help="one JSON object a sample, on a line")
     return parser
+
+
+def _adder(group: argparse._ArgumentGroup):  # type: ignore[no-untyped-def]
+    """Adds a flag that takes a number and says its default."""
+
+    def add(short: str, flag: str, kind: type, default: float, meaning: str) -> None:
+        metavar = "N" if kind is int else "X"
+        names = [short, flag] if short else [flag]
+        group.add_argument(*names, metavar=metavar, type=kind, default=default, help=f"{meaning} (default: {default:g})")
+
+    return add
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,40 +86,169 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    n_new = parse_new_tokens(arguments.max_new_tokens)
-    config = SampleConfig(temperature=arguments.temperature, top_k=arguments.top_k, seed=arguments.seed)
-    from picogpt.generate import generate_ids, make_generator
-    from picogpt.reference import ReferenceModel
+    draw = SampleConfig(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        seed=secrets.randbits(32) if arguments.seed is None else arguments.seed,
+    )
+    make = GenerateConfig(
+        max_new_tokens=parse_new_tokens(arguments.max_new_tokens),
+        hop=arguments.hop,
+        num_samples=arguments.num_samples,
+        stop=tuple(arguments.stop),
+    )
+    if arguments.json and make.max_new_tokens is None:
+        raise ConfigError("max_new_tokens must be a number with --json, got 'inf'", "max_new_tokens")
+    from picogpt.engine import Engine
     from picogpt.run import find_model
     from picogpt.tokenizer import CharTokenizer
 
-    tokenizer = CharTokenizer()
     path, chosen = find_model(arguments.model, arguments.logs_dir)
-    model = ReferenceModel.load(path)
-    seed = secrets.randbits(32) if config.seed is None else config.seed
-    notice(f"{chosen}, seed {seed}")
-    prompt = _read_prompt(arguments.prompt)
-    unknown = tokenizer.unknown_characters(prompt)
-    if unknown:
-        commonest = ", ".join(repr(c) for c, _ in unknown.most_common(5))
-        notice(f"{unknown.total():,} characters of the prompt are unknown to the model and become <?>: {commonest}")
-    # A text begins where a line does.
-    ids = tokenizer.encode(prompt or "\n").tolist()
-    sys.stdout.write(tokenizer.decode(ids) if prompt else "")
-    for token in generate_ids(model, ids, n_new, config, make_generator(seed)):
-        sys.stdout.write(tokenizer.decode([token]))
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    engine = Engine.load(path)
+    notice(f"{chosen}, seed {draw.seed}")
+    writer = _Writer(engine, CharTokenizer(), draw, make, make.hop_for(engine.config.context_len), chat=arguments.chat)
+    if arguments.prompt is None and arguments.prompt_file is None and sys.stdin is not None and sys.stdin.isatty():
+        return _loop(writer)
+    prompt = _read_prompt(arguments)
+    if arguments.json:
+        for sample in writer.samples(prompt):
+            print(json.dumps({"model": str(path), "seed": draw.seed, **sample}), flush=True)
+    elif make.num_samples > 1:
+        echo = "" if arguments.no_echo or arguments.chat else writer.shown(prompt)
+        print(_BETWEEN_SAMPLES.join(f"{echo}{sample['text']}\n" for sample in writer.samples(prompt)), end="", flush=True)
+    else:
+        writer.write(prompt, echo=not arguments.no_echo and not arguments.chat)
     return 0
 
 
-def _read_prompt(prompt: str | None) -> str:
-    if prompt is not None:
-        return prompt
-    if sys.stdin is None or sys.stdin.isatty():
-        return ""
-    return sys.stdin.buffer.read().decode("utf-8", errors="replace")
+def _read_prompt(arguments: argparse.Namespace) -> str:
+    if arguments.prompt is not None:
+        return str(arguments.prompt)
+    if arguments.prompt_file not in {None, _STDIN}:
+        try:
+            return Path(arguments.prompt_file).read_bytes().decode("utf-8", errors="replace")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{arguments.prompt_file}: cannot be read ({error}); check the path of --prompt-file") from error
+    return "" if sys.stdin is None else sys.stdin.buffer.read().decode("utf-8", errors="replace")
+
+
+def _loop(writer: _Writer) -> int:
+    """Take prompts from a terminal until Ctrl-D; in a chat the conversation is kept."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (gives input() its line editing)
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return 0
+        except KeyboardInterrupt:
+            print()
+            continue
+        stop = StopRequest(["SIGINT"])
+        with stop.listen():
+            writer.write(prompt, echo=False, stop=stop)
+
+
+@dataclass
+class _Writer:
+    """Turns prompts into texts, as the flags say."""
+
+    engine: Engine
+    tokenizer: CharTokenizer
+    draw: SampleConfig
+    make: GenerateConfig
+    hop: int
+    chat: bool
+
+    def __post_init__(self) -> None:
+        from picogpt.tokenizer import SPECIAL_IDS, UNKNOWN_ID
+
+        self._conversation: list[int] = []
+        self._turns = 0
+        self._stops = [self.tokenizer.encode(stop).tolist() for stop in self.make.stop]
+        for stop, ids in zip(self.make.stop, self._stops, strict=True):
+            if UNKNOWN_ID in ids:
+                raise ConfigError(f"stop must be made of characters that the model knows, got {stop!r}", "stop")
+        if self.chat:
+            self._stops.append([SPECIAL_IDS["</A>"]])
+
+    def shown(self, prompt: str) -> str:
+        """The prompt as the model sees it."""
+        return self.tokenizer.decode(self.tokenizer.encode(prompt))
+
+    def write(self, prompt: str, *, echo: bool, stop: StopRequest | None = None) -> None:
+        """Write one text to stdout, character by character, until `stop` says so at the latest."""
+        if echo:
+            sys.stdout.write(self.shown(prompt))
+            sys.stdout.flush()
+        made: list[int] = []
+        for (ids,), _ in self._ids(prompt, 1):
+            made += ids
+            sys.stdout.write(self.tokenizer.decode(ids))
+            sys.stdout.flush()
+            if stop is not None and stop():
+                break
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        self._remember(made)
+
+    def samples(self, prompt: str) -> list[dict[str, object]]:
+        """All samples of one prompt, whole, with what ended each: a stop text or the length."""
+        steps = list(self._ids(prompt, self.make.num_samples))
+        _, stopped = steps[-1]
+        texts = [[token for parts, _ in steps for token in parts[i]] for i in range(self.make.num_samples)]
+        return [
+            {"sample": i, "prompt": prompt, "text": self.tokenizer.decode(text), "finish_reason": "stop" if done else "length"}
+            for i, (text, done) in enumerate(zip(texts, stopped, strict=True))
+        ]
+
+    def _ids(self, prompt: str, count: int) -> Iterator[tuple[list[list[int]], list[bool]]]:
+        """New ids of `count` texts as they become certain, and which texts have come to a stop."""
+        import numpy as np
+
+        from picogpt.generate import ROLL_WINDOWS, Roll, StopWatcher, generate, make_generator
+
+        ids = self._prompt_ids(prompt)
+        longest = ROLL_WINDOWS * self.engine.config.context_len
+        if len(ids) > longest:
+            notice(f"of the prompt's {len(ids):,} characters the model reads the last {longest:,}")
+        roll = Roll(self.engine, self.hop)
+        logits = roll.read(np.array([ids[-longest:]], dtype=np.uint8))
+        if count > 1:
+            roll, logits = roll.fork(count), np.repeat(logits, count, axis=0)
+        assert self.draw.seed is not None
+        # Each turn of a loop has draws of its own.
+        generators = [make_generator(self.draw.seed, self._turns * self.make.num_samples + i) for i in range(count)]
+        watchers = [StopWatcher(self._stops) for _ in range(count)]
+        self._turns += 1
+        for parts in generate(roll, logits, self.make.max_new_tokens, config=self.draw, generators=generators, watchers=watchers):
+            yield parts, [watcher.stopped for watcher in watchers]
+
+    def _prompt_ids(self, prompt: str) -> Sequence[int]:
+        """The ids to read before the first new one: the prompt, or the conversation with a new question."""
+        unknown = self.tokenizer.unknown_characters(prompt)
+        if unknown:
+            commonest = ", ".join(repr(character) for character, _ in unknown.most_common(5))
+            notice(f"{unknown.total():,} characters of the prompt are unknown to the model and become <?>: {commonest}")
+        ids: list[int] = self.tokenizer.encode(prompt).tolist()
+        if not self.chat:
+            # A text begins where a line does.
+            return ids or self.tokenizer.encode("\n").tolist()
+        from picogpt.tokenizer import SPECIAL_IDS
+
+        newline = self.tokenizer.encode("\n").tolist()
+        self._conversation += [SPECIAL_IDS["<Q>"], *ids, SPECIAL_IDS["</Q>"], *newline, SPECIAL_IDS["<A>"]]
+        return self._conversation
+
+    def _remember(self, answer: Sequence[int]) -> None:
+        """Keep an answer as part of the conversation."""
+        if self.chat:
+            from picogpt.tokenizer import SPECIAL_IDS
+
+            self._conversation += [*answer, SPECIAL_IDS["</A>"], *self.tokenizer.encode("\n").tolist()]
 
 
 if __name__ == "__main__":

@@ -276,15 +276,19 @@ class _Session:
 
     def _sample(self) -> str:
         """A text that the model writes after a newline, the same draws every time."""
-        from picogpt.config import SampleConfig
-        from picogpt.generate import generate_ids, make_generator
-        from picogpt.reference import ReferenceModel
+        from picogpt.config import GenerateConfig, SampleConfig
+        from picogpt.engine import Engine
+        from picogpt.generate import Roll, StopWatcher, generate, make_generator
         from picogpt.tokenizer import CharTokenizer
 
         tokenizer = CharTokenizer()
-        prompt = tokenizer.encode("\n").tolist()
-        ids = generate_ids(ReferenceModel(self.trainer.model), prompt, SAMPLE_CHARS, SampleConfig(), make_generator(0))
-        return tokenizer.decode(list(ids))
+        engine = Engine(self.trainer.model.config, self.trainer.model.arrays())
+        roll = Roll(engine, GenerateConfig().hop_for(engine.config.context_len))
+        logits = roll.read(tokenizer.encode("\n")[None])
+        made = generate(
+            roll, logits, SAMPLE_CHARS, config=SampleConfig(), generators=[make_generator(0)], watchers=[StopWatcher([])]
+        )
+        return "".join(tokenizer.decode(ids) for (ids,) in made)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,202 @@
+"""The numpy engine against the torch model and the vectors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from picogpt.config import GPTConfig
+from picogpt.engine import Engine, Window
+from picogpt.errors import RunError
+from picogpt.generate import Roll
+from picogpt.model import GPT
+
+Vectors = dict[str, npt.NDArray[Any]]
+SMALL = GPTConfig(n_layer=2, n_head=4, n_embd=32, context_len=16)
+
+
+@pytest.fixture(scope="module")
+def engine(roll_vectors: Vectors) -> Engine:
+    """The model of the vectors."""
+    return Engine(SMALL, {name.removeprefix("w/"): array for name, array in roll_vectors.items() if name.startswith("w/")})
+
+
+@pytest.fixture(scope="module")
+def rough() -> tuple[GPT, Engine]:
+    """A model of another shape whose every weight, norms and biases too, is far from its first value."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=3, n_head=3, n_embd=48, context_len=12))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model.eval(), Engine(model.config, model.arrays())
+
+
+@pytest.mark.parametrize("n", [1, 7, 16, 17, 32, 53])
+def test_hop_1_is_the_original(engine: Engine, roll_vectors: Vectors, n: int) -> None:
+    """With hop 1 every character is predicted as if the text had been cut anew for it."""
+    ids = roll_vectors[f"idx/{n}"][:1]
+    roll = Roll(engine, 1)
+    logits = np.concatenate([roll.read(ids[:, i : i + 1]) for i in range(n)])
+
+    np.testing.assert_allclose(logits, roll_vectors[f"prefix_logits/{n}"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("n", [16, 32, 160])
+@pytest.mark.parametrize("at_once", [1, 5, 160])
+def test_full_hop_is_the_plain_roll(engine: Engine, roll_vectors: Vectors, n: int, at_once: int) -> None:
+    """With the hop of a whole window the predictions are those of training, however many characters are read at once."""
+    ids = roll_vectors[f"idx/{n}"]
+    roll = Roll(engine, 16, batch=2)
+    logits = np.concatenate([roll.read_every(ids[:, i : i + at_once]) for i in range(0, n, at_once)], axis=1)
+
+    np.testing.assert_allclose(logits, roll_vectors[f"logits/{n}"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("n", [1, 7, 16])
+def test_context_vector(engine: Engine, roll_vectors: Vectors, n: int) -> None:
+    """The mean over a window's slots, the context slot included."""
+    window = Window(engine, 2)
+    window.extend(roll_vectors[f"idx/{n}"])
+
+    np.testing.assert_allclose(window.context(), roll_vectors[f"context/{n}"][:, 0], atol=1e-4, rtol=0)
+
+
+def test_every_weight_counts(rough: tuple[GPT, Engine]) -> None:
+    """Gains, biases and means are all carried over: with rough weights the logits are large and agree in proportion."""
+    model, engine = rough
+    ids = np.arange(1, 37)[None] % 80
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids), torch.from_numpy(ids))[0].numpy()
+    at_once = Roll(engine, 12).read_every(ids)
+    roll = Roll(engine, 12)
+    one_by_one = np.concatenate([roll.read_every(ids[:, i : i + 1]) for i in range(36)], axis=1)
+
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(at_once / scale, expected / scale, atol=2e-5, rtol=0)
+    np.testing.assert_allclose(one_by_one / scale, expected / scale, atol=2e-5, rtol=0)
+
+
+def hop_by_definition(model: GPT, ids: list[int], hop: int) -> list[npt.NDArray[np.float32]]:
+    """The hop scheme from its definition, with the torch model and no cache: the logits after each character."""
+    length = model.config.context_len
+    contexts: dict[int, torch.Tensor] = {0: torch.zeros(1, model.config.n_embd)}
+
+    def run(start: int, end: int) -> torch.Tensor:
+        h: torch.Tensor = model.transformer(torch.tensor([ids[start:end]]), contexts[start])
+        return h
+
+    rows = []
+    start = 0
+    for i in range(len(ids)):
+        if i - start == length:
+            start += hop
+            # The earliest window that begins at most a window's length before this one.
+            source = max(0, -(-(start - length) // hop) * hop)
+            contexts[start] = run(source, start).mean(dim=1)
+        rows.append(model.lm_head(run(start, i + 1)[:, -1])[0].numpy())
+    return rows
+
+
+@pytest.mark.parametrize("hop", [1, 2, 3, 4, 5, 6, 7, 11, 12])
+@torch.no_grad()
+def test_any_hop(rough: tuple[GPT, Engine], hop: int) -> None:
+    """Every hop, dividing the window or not, does what its definition says."""
+    model, engine = rough
+    ids = [(i * i) % 79 + 1 for i in range(50)]
+    roll = Roll(engine, hop)
+    found = np.concatenate([roll.read(np.array([[token]])) for token in ids])
+    expected = np.array(hop_by_definition(model, ids, hop))
+
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found / scale, expected / scale, atol=2e-5, rtol=0)
+
+
+def test_fork(rough: tuple[GPT, Engine]) -> None:
+    """Texts that go on from one prompt predict what each would by itself, over several hops."""
+    engine = rough[1]
+    prompt, tails = np.arange(1, 20)[None], np.arange(60).reshape(3, 20) + 1
+    roll = Roll(engine, 5)
+    roll.read(prompt)
+    forked = roll.fork(3)
+    together = np.stack([forked.read(tails[:, i : i + 1]) for i in range(20)], axis=1)
+    for row, tail in zip(together, tails, strict=True):
+        alone = Roll(engine, 5)
+        alone.read(prompt)
+        expected = np.concatenate([alone.read(tail[None, i : i + 1]) for i in range(20)])
+        np.testing.assert_allclose(row, expected, atol=1e-3, rtol=1e-4)
+
+    assert together.shape == (3, 20, 88)
+
+
+def test_memory_does_not_grow(engine: Engine) -> None:
+    """However long the text, a roll holds the same number of context vectors."""
+    roll = Roll(engine, 3)
+    held = set()
+    for i in range(200):
+        roll.read(np.array([[i % 80]]))
+        if i > 60:
+            held.add(len(roll._contexts))
+
+    assert max(held) <= 7
+
+
+def test_gelu_table() -> None:
+    """The table gives GELU to 1e-5 over its range and beyond it."""
+    from picogpt.engine import _GELU_STEPS
+
+    engine = Engine(SMALL, GPT(SMALL).arrays())
+    x = np.concatenate((np.linspace(-7, 7, 20_001), [-1e4, 1e4])).astype(np.float32)
+    found = Window(engine)._gelu(x * _GELU_STEPS) / _GELU_STEPS
+    expected = [float(v) * 0.5 * (1 + math.erf(float(v) / math.sqrt(2))) for v in x]
+
+    np.testing.assert_allclose(found, expected, atol=1.2e-5, rtol=1e-6)
+
+
+def test_large_scores_are_done_carefully() -> None:
+    """Scores too large for a plain exponential still give finite logits, equal to the model's."""
+    torch.manual_seed(0)
+    model = GPT(SMALL).eval()
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_attn.weight *= 600  # type: ignore[union-attr, operator]
+    engine = Engine(SMALL, model.arrays())
+    ids = np.arange(1, 11)[None]
+    roll = Roll(engine, 16)
+    found = np.concatenate([roll.read(ids[:, i : i + 1]) for i in range(10)])
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids), torch.from_numpy(ids))[0][0].numpy()
+
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, expected, atol=1e-3, rtol=0)
+
+
+def test_without_biases() -> None:
+    """A model without biases runs too."""
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, context_len=8, bias=False)
+    model = GPT(config).eval()
+    ids = np.arange(1, 9)[None]
+    found = Roll(Engine(config, model.arrays()), 8).read(ids)
+
+    np.testing.assert_allclose(found[:, None], model(torch.from_numpy(ids))[0].detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("transformer.wte.weight", None, r"transformer.wte.weight should have shape \(88, 32\), got none"),
+        ("transformer.h.1.ln_2.bias", np.zeros(3, np.float32), r"ln_2.bias should have shape \(32,\), got \(3,\)"),
+    ],
+)
+def test_other_weights_are_refused(roll_vectors: Vectors, name: str, array: npt.NDArray[Any] | None, message: str) -> None:
+    """A weight that is missing or of another shape is named."""
+    weights = {key.removeprefix("w/"): value for key, value in roll_vectors.items() if key.startswith("w/")}
+    del weights[name]
+
+    with pytest.raises(RunError, match=message):
+        Engine(SMALL, weights if array is None else {**weights, name: array})
