@@ -10,7 +10,9 @@ they are loaded, so that little is left to do for each character:
   it unchanged, because its weights add up to 1, and moves into the output's bias.
 - Scores are exponentiated as they are. A column of ones beside the values gives the softmax's sum in the same product. Should
   a score ever be too large for that, the numbers that come out are not finite, and the step is done again the careful way.
-- GELU(x) is max(x, 0) plus a small even correction, which is looked up in a table.
+- GELU is read from a table with straight lines between its entries, fine enough to be off by less than 1e-6 and long enough
+  for the largest value that a layer can put into it.
+- Every bias is the last row of its matrix, for a 1 at the end of what the matrix is multiplied with.
 
 Dimensions: B texts side by side, n characters, k characters or slots at once, S slots of a window, C = n_embd, H = n_head,
 D = C / H, V = vocab_size.
@@ -37,36 +39,36 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.integer[Any]]
 
 _LAYER_NORM_EPSILON = 1e-5
-_GELU_RANGE = 6.0
-"""Beyond this distance from 0 the correction to max(x, 0) is below 1e-8."""
-_GELU_STEPS = 1 << 15
-"""Table entries per unit; the nearest one is off by at most 1/4 of a step: 8e-6."""
+_GELU_FLOOR = 6
+"""Below minus this, GELU is taken for 0; it is within 6e-9 of it."""
+_GELU_STEPS = 512
+"""Table entries per unit; between them a straight line is off by at most 4e-7."""
 
 
-def _gelu_corrections() -> Floats:
-    """GELU(x) - max(x, 0) at the middle of every table cell, times `_GELU_STEPS`."""
-    x = np.arange(int(2 * _GELU_RANGE * _GELU_STEPS) + 1) / _GELU_STEPS - _GELU_RANGE
-    z = np.abs(x) / math.sqrt(2)
-    # erfc to 1.5e-7 (Abramowitz and Stegun, 7.1.26).
-    t = 1 / (1 + 0.3275911 * z)
-    erfc = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))) * np.exp(-z * z)
-    corrections = -np.abs(x) * erfc / 2 * _GELU_STEPS
-    corrections[[0, -1]] = 0.0  # beyond the table
-    return corrections.astype(np.float32)
+def _gelu_table(largest: float) -> tuple[Floats, Floats]:
+    """GELU from -`_GELU_FLOOR` to `largest` in steps of 1 / `_GELU_STEPS`: the value at each step, and the change to the next."""
+    edges = np.arange(-_GELU_FLOOR * _GELU_STEPS, math.ceil(largest + 1) * _GELU_STEPS) / _GELU_STEPS
+    curved = edges < _GELU_FLOOR
+    values = edges.copy()
+    values[curved] = [x * math.erfc(-x / math.sqrt(2)) / 2 for x in edges[curved].tolist()]
+    slopes = np.diff(values, append=0.0)
+    values[0] = slopes[0] = 0.0  # whatever lies below takes the first entry
+    return values.astype(np.float32), slopes.astype(np.float32)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A block's weights, rearranged; matrices are (inputs, outputs)."""
+    """A block's weights, rearranged: each matrix is (inputs + 1, outputs), the bias in its last row."""
 
-    qkv: Floats  # (C, 3C)
-    q_bias: Floats  # (C,)
-    out: Floats  # (C, C)
-    out_bias: Floats  # (C,)
-    fc: Floats  # (C, 4C), times _GELU_STEPS
-    fc_bias: Floats  # (4C,), times _GELU_STEPS
-    proj: Floats  # (4C, C), divided by _GELU_STEPS
-    proj_bias: Floats  # (C,)
+    qkv: Floats  # (C + 1, 3C)
+    out: Floats  # (C + 1, C)
+    fc: Floats  # (C + 1, 4C), times _GELU_STEPS, from the beginning of the GELU's table
+    proj: Floats  # (4C + 1, C)
+
+    def largest_input(self) -> float:
+        """The largest number that this layer can put into its GELU: its input's norm is at most sqrt(C) (Cauchy-Schwarz)."""
+        norms = np.sqrt(np.square(self.fc[:-1], dtype=np.float64).sum(axis=0) * (len(self.fc) - 1))
+        return float((norms + self.fc[-1]).max() / _GELU_STEPS - _GELU_FLOOR)
 
 
 class Engine:
@@ -90,9 +92,8 @@ class Engine:
         self.final_gain = self._get(T + "ln_f.weight", (C,))
         self.final_bias = self._bias(T + "ln_f.bias", C)
         embedding = self._get(T + "wte.weight", (config.vocab_size, C))
-        self.head = np.ascontiguousarray((embedding * self.final_gain).T)  # (C, V)
-        self.head_bias = embedding @ self.final_bias  # (V,)
-        self.gelu = _gelu_corrections()
+        self.head = np.vstack(((embedding * self.final_gain).T, embedding @ self.final_bias))  # (C + 1, V)
+        self.gelu_values, self.gelu_slopes = _gelu_table(max(layer.largest_input() for layer in self.layers))
         del self._weights
 
     @classmethod
@@ -119,22 +120,21 @@ class Engine:
         gain, bias = self._get(name + "ln_1.weight", (C,)), self._bias(name + "ln_1.bias", C)
         qkv = self._get(name + "attn.c_attn.weight", (3 * C, C))
         qkv_bias = qkv @ bias + self._bias(name + "attn.c_attn.bias", 3 * C)
-        qkv = qkv * gain
-        qkv[:C] /= math.sqrt(D)
-        out = _centred(self._get(name + "attn.c_proj.weight", (C, C)).T)  # (C, C)
-        out_bias = _centred(self._bias(name + "attn.c_proj.bias", C)) + np.asarray(qkv_bias[2 * C :] @ out, np.float32)
+        value_bias = qkv_bias[2 * C :].copy()
+        qkv_bias[C:] = 0
+        qkv = np.vstack(((qkv * gain).T, qkv_bias))
+        qkv[:, :C] /= math.sqrt(D)
+        out = self._get(name + "attn.c_proj.weight", (C, C)).T
+        out_bias = self._bias(name + "attn.c_proj.bias", C) + value_bias @ out
         gain, bias = self._get(name + "ln_2.weight", (C,)), self._bias(name + "ln_2.bias", C)
         fc = self._get(name + "mlp.c_fc.weight", (4 * C, C))
         fc_bias = fc @ bias + self._bias(name + "mlp.c_fc.bias", 4 * C)
+        proj = self._get(name + "mlp.c_proj.weight", (C, 4 * C)).T
         return _Layer(
-            qkv=np.ascontiguousarray(qkv.T),
-            q_bias=qkv_bias[:C] / np.float32(math.sqrt(D)),
-            out=out,
-            out_bias=out_bias,
-            fc=np.ascontiguousarray((fc * gain).T) * np.float32(_GELU_STEPS),
-            fc_bias=fc_bias * np.float32(_GELU_STEPS),
-            proj=_centred(self._get(name + "mlp.c_proj.weight", (C, 4 * C)).T) / np.float32(_GELU_STEPS),
-            proj_bias=_centred(self._bias(name + "mlp.c_proj.bias", C)),
+            qkv=qkv,
+            out=_centred(np.vstack((out, out_bias))),
+            fc=np.vstack(((fc * gain).T, fc_bias + np.float32(_GELU_FLOOR))) * np.float32(_GELU_STEPS),
+            proj=_centred(np.vstack((proj, self._bias(name + "mlp.c_proj.bias", C)))),
         )
 
 
@@ -157,8 +157,8 @@ class Window:
         self._n_head, self._head_size = config.n_head, config.n_embd // config.n_head
         slots = config.context_len + 1
         shape = (config.n_layer, batch, config.n_head)
-        self._keys = np.zeros((*shape, self._head_size, slots), np.float32)  # (L, B, H, D, S)
-        self._values = np.ones((*shape, slots, self._head_size + 1), np.float32)  # (L, B, H, S, D + 1), a 1 at the end
+        # Keys and values, (L, 2, B, H, S, D + 1); the 1 at the end of each serves the values.
+        self._cache = np.ones((shape[0], 2, *shape[1:], slots, self._head_size + 1), np.float32)
         self._mask = np.triu(np.full((slots, slots), -np.inf, np.float32), 1)  # (S, S)
         self._step = _Step(self) if batch == 1 else None
         self.restart(np.zeros((batch, config.n_embd), np.float32))
@@ -172,8 +172,7 @@ class Window:
     def fork(self, batch: int) -> Window:
         """`batch` windows that all go on from this one (B = 1)."""
         other = Window(self._engine, batch)
-        other._keys[...] = self._keys
-        other._values[...] = self._values
+        other._cache[...] = self._cache
         other._slots = self._slots
         other._context, other._sum = (np.repeat(array, batch, axis=0) for array in (self._context, self._sum))
         return other
@@ -222,7 +221,7 @@ class Window:
         normal = self._advance(x)  # (B, k, C)
         self._sum += normal.sum(axis=1)
         read = normal[:, -ids.shape[1] :] if every else normal[:, -1]
-        logits: Floats = read @ engine.head + engine.head_bias
+        logits: Floats = read @ engine.head[:-1] + engine.head[-1]
         return logits
 
     def _advance(self, x: Floats) -> Floats:
@@ -230,31 +229,32 @@ class Window:
         B, k, C = x.shape
         first, end = self._slots, self._slots + k
         for i, layer in enumerate(self._engine.layers):
-            qkv = _normal(x) @ layer.qkv  # (B, k, 3C)
-            qkv[..., :C] += layer.q_bias
-            q, key, value = qkv.reshape(B, k, 3, self._n_head, self._head_size).transpose(2, 0, 3, 1, 4)  # each (B, H, k, D)
-            self._keys[i, ..., first:end] = key.swapaxes(-1, -2)
-            self._values[i, ..., first:end, :-1] = value
-            scores = q @ self._keys[i, ..., :end]  # (B, H, k, S)
+            keys, values = self._cache[i]  # each (B, H, S, D + 1)
+            qkv = _normal(x) @ layer.qkv[:-1]  # (B, k, 3C)
+            qkv[..., :C] += layer.qkv[-1, :C]
+            q, *new = qkv.reshape(B, k, 3, self._n_head, self._head_size).transpose(2, 0, 3, 1, 4)  # each (B, H, k, D)
+            keys[..., first:end, :-1], values[..., first:end, :-1] = new
+            scores = q @ keys[..., :end, :-1].swapaxes(-1, -2)  # (B, H, k, S)
             if k > 1:
                 scores += self._mask[first:end, :end]
             scores -= scores.max(axis=-1, keepdims=True)
             np.exp(scores, out=scores)
-            y = scores @ self._values[i, ..., :end, :]  # (B, H, k, D + 1)
+            y = scores @ values[..., :end, :]  # (B, H, k, D + 1)
             y = (y[..., :-1] / y[..., -1:]).transpose(0, 2, 1, 3).reshape(B, k, C)  # (B, k, C)
-            x = x + y @ layer.out + layer.out_bias
-            hidden = _normal(x) @ layer.fc + layer.fc_bias  # (B, k, 4C)
-            x = x + self._gelu(hidden) @ layer.proj + layer.proj_bias
+            x = x + y @ layer.out[:-1] + layer.out[-1]
+            hidden = _normal(x) @ layer.fc[:-1] + layer.fc[-1]  # (B, k, 4C)
+            x = x + self._gelu(hidden) @ layer.proj[:-1] + layer.proj[-1]
         self._slots = end
         return _normal(x)
 
-    def _gelu(self, x: Floats) -> Floats:
-        """GELU of `x`, both times `_GELU_STEPS`; `x` is overwritten."""
-        cells = (x + np.float32(_GELU_RANGE * _GELU_STEPS + 0.5)).astype(np.intp)
-        corrections = self._engine.gelu.take(cells, mode="clip")
-        np.maximum(x, 0, out=x)
-        x += corrections
-        return x
+    def _gelu(self, places: Floats) -> Floats:
+        """GELU at `places` in its table, which are overwritten."""
+        edges = np.floor(places)
+        cells = edges.astype(np.intp)
+        places -= edges
+        places *= self._engine.gelu_slopes.take(cells, mode="clip")
+        places += self._engine.gelu_values.take(cells, mode="clip")
+        return places
 
 
 class _Step:
@@ -267,72 +267,65 @@ class _Step:
         engine = window._engine
         C, H, D = engine.config.n_embd, window._n_head, window._head_size
         self._engine, self._window = engine, window
-        self._normal = np.empty(C, np.float32)
+        self._caches = [cache[:, 0] for cache in window._cache]  # of each layer (2, H, S, D + 1)
+        # Inputs of the matrices end in a 1, for the row of biases.
+        self._normal, self._y, self._hidden = (np.ones(size + 1, np.float32) for size in (C, C, 4 * C))
+        self._scaled, self._heads, self._places = self._normal[:C], self._y[:C].reshape(H, D), self._hidden[: 4 * C]
         self._qkv = np.empty(3 * C, np.float32)
-        self._q, self._key, self._value = self._qkv[:C], self._qkv[C : 2 * C].reshape(H, D), self._qkv[2 * C :].reshape(H, D)
-        self._q_rows = self._q.reshape(H, 1, D)
+        self._q, self._new = self._qkv[:C].reshape(H, 1, D), self._qkv[C:].reshape(2, H, D)
         self._scores = np.empty(H * (engine.config.context_len + 1), np.float32)
         self._attended = np.empty((H, 1, D + 1), np.float32)
         self._sums, self._parts = self._attended[:, 0, D:], self._attended[:, 0, :D]
-        self._heads = np.empty((H, D), np.float32)
-        self._y = self._heads.reshape(C)
         self._update = np.empty(C, np.float32)
-        self._hidden = np.empty(4 * C, np.float32)
-        self._shifted = np.empty(4 * C, np.float32)
-        self._cells = np.empty(4 * C, np.intp)
-        self._logits = np.empty(engine.config.vocab_size, np.float32)
-        self._offset = np.float32(_GELU_RANGE * _GELU_STEPS + 0.5)
+        self._edges, self._cells = np.empty(4 * C, np.float32), np.empty(4 * C, np.intp)
 
     def __call__(self, token: int, slot: int) -> Floats:
         """Read `token` into `slot`; return the logits (V,) of the character after it."""
         engine, window = self._engine, self._window
         x = engine.wte[token] + engine.wpe[slot]
         with np.errstate(over="ignore", invalid="ignore"):
-            for layer, keys, values in zip(engine.layers, window._keys, window._values, strict=True):
-                self._attend(x, layer, keys[0], values[0], slot)
+            for layer, cache in zip(engine.layers, self._caches, strict=True):
+                self._attend(x, layer, cache, slot)
                 self._feed(x, layer)
             self._normalise(x)
-            np.dot(self._normal, engine.head, out=self._logits)
-        if not math.isfinite(self._logits.dot(self._logits)):
+            logits: Floats = np.dot(self._normal, engine.head)
+        if not math.isfinite(logits.dot(logits)):
             return window._carefully(token)
         window._slots = slot + 1
-        window._sum[0] += self._normal
-        return self._logits + engine.head_bias
+        window._sum[0] += self._scaled
+        return logits
 
     def _normalise(self, x: Floats) -> None:
-        np.multiply(x, 1.0 / math.sqrt(x.dot(x) / x.size + _LAYER_NORM_EPSILON), out=self._normal)
+        np.multiply(x, 1.0 / math.sqrt(x.dot(x) / x.size + _LAYER_NORM_EPSILON), out=self._scaled)
 
-    def _attend(self, x: Floats, layer: _Layer, keys: Floats, values: Floats, slot: int) -> None:
+    def _attend(self, x: Floats, layer: _Layer, cache: Floats, slot: int) -> None:
         """Add the attention's output to `x`."""
         self._normalise(x)
         np.dot(self._normal, layer.qkv, out=self._qkv)
-        q = self._q
-        q += layer.q_bias
-        keys[:, :, slot] = self._key
-        values[:, slot, :-1] = self._value
-        scores = self._scores[: keys.shape[0] * (slot + 1)].reshape(keys.shape[0], 1, slot + 1)
-        np.matmul(self._q_rows, keys[:, :, : slot + 1], out=scores)
+        cache[:, :, slot, :-1] = self._new
+        keys, values = cache[:, :, : slot + 1]  # each (H, S, D + 1)
+        scores = self._scores[: len(keys) * (slot + 1)].reshape(len(keys), 1, slot + 1)
+        np.matmul(self._q, keys[:, :, :-1].swapaxes(1, 2), out=scores)
         np.exp(scores, out=scores)
-        np.matmul(scores, values[:, : slot + 1], out=self._attended)
+        np.matmul(scores, values, out=self._attended)
         np.divide(self._parts, self._sums, out=self._heads)
         np.dot(self._y, layer.out, out=self._update)
         x += self._update
-        x += layer.out_bias
 
     def _feed(self, x: Floats, layer: _Layer) -> None:
         """Add the MLP's output to `x`."""
-        hidden, cells, shifted = self._hidden, self._cells, self._shifted
+        places, edges, cells = self._places, self._edges, self._cells
         self._normalise(x)
-        np.dot(self._normal, layer.fc, out=hidden)
-        hidden += layer.fc_bias
-        np.add(hidden, self._offset, out=shifted)
-        cells[:] = shifted
-        self._engine.gelu.take(cells, mode="clip", out=shifted)
-        np.maximum(hidden, 0, out=hidden)
-        hidden += shifted
-        np.dot(hidden, layer.proj, out=self._update)
+        np.dot(self._normal, layer.fc, out=places)
+        np.floor(places, out=edges)
+        cells[:] = edges
+        places -= edges
+        self._engine.gelu_slopes.take(cells, mode="clip", out=edges)
+        places *= edges
+        self._engine.gelu_values.take(cells, mode="clip", out=edges)
+        places += edges
+        np.dot(self._hidden, layer.proj, out=self._update)
         x += self._update
-        x += layer.proj_bias
 
 
 def _normal(x: Floats) -> Floats:

@@ -160,7 +160,7 @@ def min_p_filter(scores: Scores, p: float) -> Scores:
 
 
 def _without(scores: Scores, indices: npt.NDArray[np.intp]) -> Scores:
-    left = scores.copy()
+    left: Scores = scores.copy()
     np.put_along_axis(left, indices, -np.inf, axis=-1)
     return left
 

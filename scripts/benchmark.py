@@ -1,6 +1,6 @@
 """Ratios against plain baselines, each pair measured in one run, taking turns; medians are printed.
 
-    python scripts/benchmark.py generate [--model RUN]
+python scripts/benchmark.py generate [--model RUN]
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def main() -> None:
     generate_parser.add_argument("--model", metavar="RUN", help="a trained model (default: the full shape, untrained)")
     generate_parser.set_defaults(run=generation)
     arguments = parser.parse_args()
-    print(f"{instruction_set()}, {torch.get_num_threads()} threads, {os.cpu_count()} cores; numpy {np.__version__}, torch {torch.__version__}")
+    machine = f"{instruction_set()}, {torch.get_num_threads()} threads, {os.cpu_count()} cores"
+    print(f"{machine}; numpy {np.__version__}, torch {torch.__version__}")
     arguments.run(arguments)
 
 

@@ -47,7 +47,8 @@ def score(engine: Engine, texts: npt.NDArray[np.uint8], hop: int) -> npt.NDArray
         inputs = texts[:, start : min(start + 64, texts.shape[1] - 1)]
         targets = texts[:, start + 1 : start + 1 + inputs.shape[1]]
         losses.append(nats(roll.read_every(inputs), targets))
-    return np.concatenate(losses, axis=1)[:, half:].mean(axis=1)
+    means: npt.NDArray[np.float64] = np.concatenate(losses, axis=1)[:, half:].mean(axis=1)
+    return means
 
 
 def speed(engine: Engine, text: npt.NDArray[np.uint8], hop: int) -> float:
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--texts", type=int, default=16, help="texts side by side (default: 16)")
+    parser.add_argument("--hops", type=int, nargs="+", default=HOPS, help="hops to measure")
     arguments = parser.parse_args()
     engine = Engine.load(find_model(arguments.model, Path("logs"))[0])
     ids = TextSource(read_texts([arguments.text], name="text"), roll_len=ROLL, batch_size=1, seed=0).val_ids
@@ -74,7 +76,7 @@ def main() -> None:
     texts = np.stack([ids[start : start + 2 * ROLL + 1] for start in starts])
     base = score(engine, texts, HOPS[0])
     print("| hop | nats a character | less than hop 128 | characters/s |\n|---|---|---|---|", flush=True)
-    for hop in HOPS:
+    for hop in arguments.hops:
         losses = score(engine, texts, hop)
         gain = base - losses
         error = gain.std(ddof=1) / math.sqrt(len(gain))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+import picogpt.engine as engine_module
 from picogpt.config import GPTConfig
 from picogpt.engine import Engine, Window
 from picogpt.errors import RunError
@@ -147,15 +148,27 @@ def test_memory_does_not_grow(engine: Engine) -> None:
 
 
 def test_gelu_table() -> None:
-    """The table gives GELU to 1e-5 over its range and beyond it."""
-    from picogpt.engine import _GELU_STEPS
+    """The table gives GELU to 1e-6 over its range and below it."""
+    values, slopes = engine_module._gelu_table(9.3)
+    x = np.concatenate((np.linspace(-7, 10, 20_001), [-1e4]))
+    places = (x + engine_module._GELU_FLOOR) * engine_module._GELU_STEPS
+    cells = np.clip(np.floor(places).astype(int), 0, None)
+    found = values[cells] + slopes[cells] * (places - np.floor(places))
+    expected = [v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()]
 
-    engine = Engine(SMALL, GPT(SMALL).arrays())
-    x = np.concatenate((np.linspace(-7, 7, 20_001), [-1e4, 1e4])).astype(np.float32)
-    found = Window(engine)._gelu(x * _GELU_STEPS) / _GELU_STEPS
-    expected = [float(v) * 0.5 * (1 + math.erf(float(v) / math.sqrt(2))) for v in x]
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=1e-7)
 
-    np.testing.assert_allclose(found, expected, atol=1.2e-5, rtol=1e-6)
+
+def test_gelu_table_is_long_enough(rough: tuple[GPT, Engine]) -> None:
+    """The largest input is bounded by the weights: no input of the right norm goes beyond the table."""
+    engine = rough[1]
+    n = np.random.default_rng(0).normal(size=(1000, 48)).astype(np.float32)
+    n *= math.sqrt(48) / np.linalg.norm(n, axis=1, keepdims=True)
+
+    for layer in engine.layers:
+        worst = layer.fc[:-1].T * math.sqrt(48) / np.linalg.norm(layer.fc[:-1], axis=0)[:, None]
+        for inputs in (n, worst):
+            assert (inputs @ layer.fc[:-1] + layer.fc[-1]).max() < len(engine.gelu_values)
 
 
 def test_large_scores_are_done_carefully() -> None:
