@@ -24,7 +24,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -257,6 +257,20 @@ class Window:
         return places
 
 
+class _SlotViews(NamedTuple):
+    """What one layer reads and writes for the character in one slot."""
+
+    new: Floats  # (2, H, D): where its key and its value go
+    keys: Floats  # (H, D, slot + 1)
+    values: Floats  # (H, slot + 1, D + 1)
+
+    @classmethod
+    def of(cls, cache: Floats, slot: int) -> _SlotViews:
+        """The views into `cache` (2, H, S, D + 1)."""
+        keys, values = cache[:, :, : slot + 1]
+        return cls(cache[:, :, slot, :-1], keys[:, :, :-1].swapaxes(1, 2), values)
+
+
 class _Step:
     """One character of one text: the sums of `Window._advance` with every array made beforehand and as few calls as can be.
 
@@ -267,13 +281,16 @@ class _Step:
         engine = window._engine
         C, H, D = engine.config.n_embd, window._n_head, window._head_size
         self._engine, self._window = engine, window
-        self._caches = [cache[:, 0] for cache in window._cache]  # of each layer (2, H, S, D + 1)
+        slots = range(engine.config.context_len + 1)
+        # Views of the cache by layer and slot; making one costs about as much as using it.
+        self._views = [[_SlotViews.of(cache[:, 0], slot) for slot in slots] for cache in window._cache]
         # Inputs of the matrices end in a 1, for the row of biases.
         self._normal, self._y, self._hidden = (np.ones(size + 1, np.float32) for size in (C, C, 4 * C))
         self._scaled, self._heads, self._places = self._normal[:C], self._y[:C].reshape(H, D), self._hidden[: 4 * C]
         self._qkv = np.empty(3 * C, np.float32)
         self._q, self._new = self._qkv[:C].reshape(H, 1, D), self._qkv[C:].reshape(2, H, D)
-        self._scores = np.empty(H * (engine.config.context_len + 1), np.float32)
+        scores = np.empty(H * len(slots), np.float32)
+        self._scores = [scores[: H * (slot + 1)].reshape(H, 1, slot + 1) for slot in slots]
         self._attended = np.empty((H, 1, D + 1), np.float32)
         self._sums, self._parts = self._attended[:, 0, D:], self._attended[:, 0, :D]
         self._update = np.empty(C, np.float32)
@@ -284,8 +301,8 @@ class _Step:
         engine, window = self._engine, self._window
         x = engine.wte[token] + engine.wpe[slot]
         with np.errstate(over="ignore", invalid="ignore"):
-            for layer, cache in zip(engine.layers, self._caches, strict=True):
-                self._attend(x, layer, cache, slot)
+            for layer, views in zip(engine.layers, self._views, strict=True):
+                self._attend(x, layer, views[slot], self._scores[slot])
                 self._feed(x, layer)
             self._normalise(x)
             logits: Floats = np.dot(self._normal, engine.head)
@@ -298,16 +315,14 @@ class _Step:
     def _normalise(self, x: Floats) -> None:
         np.multiply(x, 1.0 / math.sqrt(x.dot(x) / x.size + _LAYER_NORM_EPSILON), out=self._scaled)
 
-    def _attend(self, x: Floats, layer: _Layer, cache: Floats, slot: int) -> None:
+    def _attend(self, x: Floats, layer: _Layer, views: _SlotViews, scores: Floats) -> None:
         """Add the attention's output to `x`."""
         self._normalise(x)
         np.dot(self._normal, layer.qkv, out=self._qkv)
-        cache[:, :, slot, :-1] = self._new
-        keys, values = cache[:, :, : slot + 1]  # each (H, S, D + 1)
-        scores = self._scores[: len(keys) * (slot + 1)].reshape(len(keys), 1, slot + 1)
-        np.matmul(self._q, keys[:, :, :-1].swapaxes(1, 2), out=scores)
+        views.new[...] = self._new
+        np.matmul(self._q, views.keys, out=scores)
         np.exp(scores, out=scores)
-        np.matmul(scores, values, out=self._attended)
+        np.matmul(scores, views.values, out=self._attended)
         np.divide(self._parts, self._sums, out=self._heads)
         np.dot(self._y, layer.out, out=self._update)
         x += self._update

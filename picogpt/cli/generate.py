@@ -209,7 +209,7 @@ class _Writer:
         """New ids of `count` texts as they become certain, and which texts have come to a stop."""
         import numpy as np
 
-        from picogpt.generate import ROLL_WINDOWS, Roll, StopWatcher, generate, make_generator
+        from picogpt.generate import ROLL_WINDOWS, Reader, Roll, SideBySide, StopWatcher, generate, make_generator
 
         ids = self._prompt_ids(prompt)
         longest = ROLL_WINDOWS * self.engine.config.context_len
@@ -217,14 +217,17 @@ class _Writer:
             notice(f"of the prompt's {len(ids):,} characters the model reads the last {longest:,}")
         roll = Roll(self.engine, self.hop)
         logits = roll.read(np.array([ids[-longest:]], dtype=np.uint8))
+        reader: Reader = roll
         if count > 1:
-            roll, logits = roll.fork(count), np.repeat(logits, count, axis=0)
+            reader, logits = SideBySide(roll, count), np.repeat(logits, count, axis=0)
         assert self.draw.seed is not None
         # Each turn of a loop has draws of its own.
         generators = [make_generator(self.draw.seed, self._turns * self.make.num_samples + i) for i in range(count)]
         watchers = [StopWatcher(self._stops) for _ in range(count)]
         self._turns += 1
-        for parts in generate(roll, logits, self.make.max_new_tokens, config=self.draw, generators=generators, watchers=watchers):
+        for parts in generate(
+            reader, logits, self.make.max_new_tokens, config=self.draw, generators=generators, watchers=watchers
+        ):
             yield parts, [watcher.stopped for watcher in watchers]
 
     def _prompt_ids(self, prompt: str) -> Sequence[int]:
