@@ -410,6 +410,8 @@ class RunSettings:
     """Type of the matrix products, float32 or bfloat16."""
     threads: int
     """Threads that torch computes with; another number gives other roundings."""
+    origin: str | None = None
+    """Absolute path of the model that the run began from, or of the original's log; None where it began from nothing."""
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> RunSettings:
@@ -427,6 +429,7 @@ class RunSettings:
                 data=DataConfig(**{**content["data"], "text": tuple(content["data"]["text"])}),
                 dtype=str(content["dtype"]),
                 threads=int(content["threads"]),
+                origin=content.get("origin"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the run's config is not valid ({type(error).__name__}: {error})") from error

@@ -46,6 +46,7 @@ Tensors = dict[str, npt.NDArray[Any]]
 _MODEL = "model.safetensors"
 _CHECKPOINT = "checkpoint.safetensors"
 _PREVIOUS = "checkpoint.previous.safetensors"
+_DAMAGED = "checkpoint.damaged.safetensors"
 _CONFIG = "config.json"
 _LOG = "log.pkl"
 
@@ -211,8 +212,10 @@ class RunFolder:
     def load_checkpoint(self) -> tuple[Checkpoint, str | None]:
         """The newest good checkpoint, and a line about a newer damaged one that was passed over.
 
+        A damaged one is renamed, so that saving does not put it in the place of a good one.
+
         Raises:
-            RunError: there is none, or all of them are damaged.
+            RunError: there is none, or all of them are damaged; nothing is changed then.
         """
         faults: list[str] = []
         for name in (_CHECKPOINT, _PREVIOUS):
@@ -224,7 +227,10 @@ class RunFolder:
             except RunError as error:
                 faults.append(str(error))
                 continue
-            return checkpoint, f"{faults[0]}; going on from the checkpoint before it" if faults else None
+            if not faults:
+                return checkpoint, None
+            replace(self.path / _CHECKPOINT, self.path / _DAMAGED)
+            return checkpoint, f"{faults[0]}; it is kept as {_DAMAGED}, and the run goes on from the checkpoint before it"
         if faults:
             raise RunError(f"{'; '.join(faults)}; nothing to go on from: start over with --fresh, the folder is kept")
         raise RunError(f"{self.path}: no checkpoint to go on from; start over with --fresh, the folder is kept")
@@ -321,6 +327,7 @@ def _read_checkpoint(path: Path) -> Checkpoint:
     state = metadata.get("state", "")
     if metadata.get("sha256") != _digest(tensors, state):
         raise RunError(f"{path}: damaged (its SHA-256 does not match)")
+    # What carries our own checksum is what we wrote.
     return Checkpoint(tensors=tensors, state=json.loads(state))
 
 

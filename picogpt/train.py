@@ -20,7 +20,7 @@ from picogpt.data import Batch, Source
 from picogpt.errors import TrainingError
 from picogpt.model import GPT
 from picogpt.optim import build_optimizer, learning_rate, set_learning_rate
-from picogpt.run import Checkpoint, LossLog, RunFolder
+from picogpt.run import Checkpoint, LossLog, RunFolder, Tensors
 
 __all__ = ["Observer", "StepReport", "Trainer", "measure_seconds_per_step", "seconds_of"]
 
@@ -135,7 +135,8 @@ class Trainer:
         try:
             loss = self.update(learning_rate(self.step, schedule.total_steps, self.config))
         except TrainingError:
-            self.save(run)
+            if self._is_finite():
+                self.save(run)
             raise
         self._epoch_loss += loss
         self._epoch_steps += 1
@@ -201,12 +202,23 @@ class Trainer:
         self._epoch_loss, self._epoch_steps = 0.0, 0
         if log.best_loss is None or val_loss < log.best_loss:
             log.best_loss = val_loss
-            run.save_model(self.model.arrays(), self.model.config)
+            if self._is_finite():
+                run.save_model(self.model.arrays(), self.model.config)
         self.save(run)
         return True
 
     def save(self, run: RunFolder) -> None:
-        """Write a checkpoint of everything that is needed to go on."""
+        """Write a checkpoint of everything that is needed to go on.
+
+        Raises:
+            TrainingError: a weight is not finite; nothing is written.
+            OSError: the disk is full, read-only or broken; the checkpoints on it are as they were.
+        """
+        if not self._is_finite():
+            raise TrainingError(
+                f"step {self.step}: a weight is no longer finite, nothing is saved; the checkpoint before it stands: "
+                "start again with a smaller --lr and --fresh, or --dtype float32"
+            )
         tensors = {f"model.{name}": tensor for name, tensor in self.model.arrays().items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
@@ -218,6 +230,19 @@ class Trainer:
             "log": self.log.to_dict(),
         }
         run.save_checkpoint(Checkpoint(tensors=tensors, state=state))
+
+    def _is_finite(self) -> bool:
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+
+    def begin_from(self, weights: Tensors, log: LossLog | None = None) -> None:
+        """Begin with the weights, and the log if given, of another run; the optimizer begins anew.
+
+        Raises:
+            RunError: the weights are of another shape of model; nothing is changed.
+        """
+        self.model.load_arrays(weights)
+        if log is not None:
+            self.log = log
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put everything back to where `checkpoint` was saved.

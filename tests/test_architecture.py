@@ -16,7 +16,7 @@ LAYERS = [
     {"roll", "config", "files"},
     {"model", "tokenizer"},
     {"run", "data", "optim", "device"},
-    {"engine"},
+    {"engine", "original"},
     {"train", "generate", "reference", "plot"},
     {"cli"},
 ]

@@ -143,8 +143,12 @@ def test_damaged_checkpoint(run: RunFolder, damage: Any) -> None:
     assert loaded.state == {"value": 1.0}
     assert fault is not None
     assert "checkpoint.safetensors" in fault
-    assert "going on from the checkpoint before it" in fault
-    damage(run.path / "checkpoint.previous.safetensors")
+    assert "the run goes on from the checkpoint before it" in fault
+    assert (run.path / "checkpoint.damaged.safetensors").exists()
+    run.save_checkpoint(checkpoint(3.0))
+    assert run.load_checkpoint()[0].state == {"value": 3.0}
+    for path in run.path.glob("checkpoint*"):
+        damage(path)
     with pytest.raises(RunError, match="nothing to go on from"):
         run.load_checkpoint()
 

@@ -67,26 +67,32 @@ def run_command(body: Callable[[argparse.Namespace], int], parser: Parser, argv:
     arguments = parser.parse(argv)
     try:
         return body(arguments)
-    except ConfigError as error:
-        message = str(error)
-        if error.field is not None:
-            message = message.replace(error.field, "--" + error.field.replace("_", "-"), 1)
-        notice(f"{parser.prog}: {message}")
-        return error.exit_code
-    except PicoGPTError as error:
-        notice(f"{parser.prog}: {error}")
-        return error.exit_code
     except BrokenPipeError:
         # Whoever read us has gone. Nothing more can be written, not even at exit, when Python flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        notice(f"{parser.prog}: interrupted")
-        return _INTERRUPTED
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        notice(f"{parser.prog}: {where}{error.strerror or error}; check the disk and its permissions, then start again")
-        return 1
+    except (PicoGPTError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
+        message, code = _explain(error)
+        notice(f"{parser.prog}: {message}")
+        return code
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """The line and the exit code of an error; one that is a bug of ours is raised again."""
+    match error:
+        case ConfigError(field=str(field)):
+            return str(error).replace(field, "--" + field.replace("_", "-"), 1), error.exit_code
+        case PicoGPTError():
+            return str(error), error.exit_code
+        case KeyboardInterrupt():
+            return "interrupted", _INTERRUPTED
+        case OSError():
+            where = f"{error.filename}: " if error.filename else ""
+            return f"{where}{error.strerror or error}; check the disk and its permissions, then start again", 1
+    # torch has no exception of its own for an allocation that was refused.
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return "not enough memory; close other programs, or take a smaller --batch-size or model", 1
+    raise error
 
 
 class StopRequest:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import time
@@ -47,12 +49,17 @@ class TrainingDisplay:
         if sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(
                 **_width(),
+                file=_Stderr(),
                 total=schedule.total_steps * trainer.chars_per_step,
                 initial=trainer.step * trainer.chars_per_step,
                 unit="char",
                 unit_scale=True,
                 smoothing=0.05,
             )
+
+            # The clock on the wall can jump; this one cannot.
+            self._bar._time = time.perf_counter  # type: ignore[attr-defined]
+            self._bar.start_t = self._bar.last_print_t = time.perf_counter()
 
     def close(self) -> None:
         """Leave the bar as it stands."""
@@ -96,7 +103,7 @@ class TrainingDisplay:
 
     def _tell(self, text: str) -> None:
         if self._bar is not None:
-            with self._bar.external_write_mode(file=sys.stderr):
+            with self._bar.external_write_mode(file=_Stderr()):
                 notice(text)
         else:
             notice(text)
@@ -114,6 +121,29 @@ class TrainingDisplay:
         except (OSError, ValueError, AttributeError):
             self._stdout_alive = False
             self._tell("standard output is closed; training goes on without it")
+
+
+class _Stderr(io.TextIOBase):
+    """Stderr for a bar: a terminal that has gone stops no training."""
+
+    def write(self, text: str) -> int:
+        """Write `text` if there is anybody to read it."""
+        with contextlib.suppress(OSError, ValueError):
+            return sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, likewise."""
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def fileno(self) -> int:
+        """The terminal's, which tells its width."""
+        return sys.stderr.fileno()
+
+    def isatty(self) -> bool:
+        """It is one."""
+        return True
 
 
 def _width() -> dict[str, Any]:

@@ -56,6 +56,8 @@ class Request:
     text: tuple[str, ...]
     threads: int | None
     dtype: str | None
+    init_from: str | None
+    import_original: Path | None
 
     @classmethod
     def from_flags(cls, arguments: argparse.Namespace) -> Request:
@@ -74,6 +76,8 @@ class Request:
             text=tuple(path if path == "-" else str(Path(path).absolute()) for path in arguments.text or ()),
             threads=check_threads(arguments.threads),
             dtype=check_dtype(arguments.dtype),
+            init_from=arguments.init_from,
+            import_original=arguments.import_original,
         )
         request.model(None), request.train(None), request.budget(None)
         return request
@@ -88,9 +92,20 @@ class Request:
         )
         return letters.lstrip("._-")[:64] or "text"
 
-    def model(self, stored: RunSettings | None) -> GPTConfig:
-        """The model's shape: that of the run, or the default with what was given."""
-        return GPTConfig(**{**(asdict(stored.model) if stored else {}), **_pick(self.given, MODEL_FLAGS)})
+    def model(self, stored: RunSettings | None, origin: GPTConfig | None = None) -> GPTConfig:
+        """The model's shape: that of the run, or of the model it begins from, or the default; with what was given.
+
+        Raises:
+            RunError: what was given contradicts the model that the run begins from.
+        """
+        base = stored.model if stored else origin
+        config = GPTConfig(**{**(asdict(base) if base else {}), **_pick(self.given, MODEL_FLAGS)})
+        if stored is None and origin is not None:
+            changes = _differences(asdict(origin), {**asdict(config), "dropout": origin.dropout})
+            if changes:
+                listed = "; ".join(f"{name} is {now} and was {before}" for name, before, now in changes)
+                raise RunError(f"the model to begin from has another shape: {listed}; leave these flags out")
+        return config
 
     def train(self, stored: RunSettings | None) -> TrainConfig:
         """The training settings: those of the run, or of the recipe, with what was given."""
@@ -105,6 +120,19 @@ class Request:
         if any(name in self.given for name in _LENGTHS):
             fields = {name: value for name, value in fields.items() if name not in _LENGTHS}
         return Budget(**{**fields, **_pick(self.given, (*_LENGTHS, "steps_per_epoch", "val_steps"))})
+
+    def refuse_other_origin(self, run: str, stored: RunSettings) -> None:
+        """Refuse to begin a run that has begun already from something else.
+
+        Raises:
+            RunError: the flags name another model than the one that the run began from.
+        """
+        asked = self.init_from or self.import_original
+        if asked is not None and (stored.origin is None or str(asked) not in stored.origin):
+            began = stored.origin or "nothing"
+            raise RunError(
+                f"run {run} goes on and began from {began}, not {asked}; choose another --run, or --fresh to start over"
+            )
 
     def refuse_changes(self, stored: RunSettings | None, data: DataConfig) -> None:
         """Refuse to go on with a run under settings that contradict it, and say which others change.

@@ -6,7 +6,7 @@ import argparse
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from picogpt.errors import Interrupted, RunError
 
 if TYPE_CHECKING:
     from picogpt.data import Corpus, TextSource
-    from picogpt.run import RunFolder
+    from picogpt.run import LossLog, RunFolder
     from picogpt.train import Trainer
 
 __all__ = ["build_parser", "main"]
@@ -46,6 +46,11 @@ def build_parser() -> Parser:
     run.add_argument("--run", metavar="NAME", help="folder under the logs folder (default: the text's name)")
     run.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
     run.add_argument("--fresh", action="store_true", help="start over; the old folder is kept under a new name")
+    begin = run.add_mutually_exclusive_group()
+    begin.add_argument("--init-from", metavar="RUN", help="begin with another run's best weights (default: none)")
+    begin.add_argument(
+        "--import-original", metavar="FILE", type=Path, help="begin with a log.pkl of the original project (default: none)"
+    )
     _add_budget(parser)
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--recipe", metavar="NAME", help=f"{' or '.join(RECIPES)} (the original's settings) (default: fast)")
@@ -96,7 +101,12 @@ def _train(arguments: argparse.Namespace) -> int:
     run, stored, corpus = _locate(request)
     data = _describe(corpus, request, stored)
     request.refuse_changes(stored, data)
-    model, config, budget = request.model(stored), request.train(stored), request.budget(stored)
+    origin = None if stored else _Origin.find(request)
+    model, config, budget = (
+        request.model(stored, origin.config if origin else None),
+        request.train(stored),
+        request.budget(stored),
+    )
     source = _source(corpus, model, config)
     notice(
         f"{corpus.name}: {len(corpus.ids):,} characters, {len(source.train_ids):,} to train on and {len(source.val_ids):,} to "
@@ -107,7 +117,7 @@ def _train(arguments: argparse.Namespace) -> int:
     run.create()
     stop = StopRequest()
     with stop.listen(), run.lock():
-        session = _Session(run, source, request, stored)
+        session = _Session(run, source, request, stored, origin)
         session.prepare(model, config, budget, data)
         finished = session.fit(stop)
     if not finished:
@@ -136,7 +146,9 @@ def _stored(run: RunFolder, request: Request) -> RunSettings | None:
     if request.fresh:
         return None
     if run.has_checkpoint():
-        return RunSettings.from_dict(run.read_config())
+        stored = RunSettings.from_dict(run.read_config())
+        request.refuse_other_origin(run.name, stored)
+        return stored
     if run.has_model():
         raise RunError(
             f"{run.path}: a trained model without a checkpoint to go on from; choose another --run, or --fresh to start over"
@@ -180,14 +192,45 @@ def _set_aside(run: RunFolder) -> None:
             notice(f"the run that was there is kept as {run.set_aside()}")
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """What a run begins from."""
+
+    path: Path
+    config: GPTConfig
+    weights: dict[str, Any]
+    log: LossLog | None
+
+    @classmethod
+    def find(cls, request: Request) -> _Origin | None:
+        """Read what the flags name.
+
+        Raises:
+            RunError: it is missing, damaged or of another kind.
+        """
+        from picogpt.original import read_original
+        from picogpt.run import find_model, load_model
+
+        if request.init_from is not None:
+            path, _ = find_model(request.init_from, request.logs_dir)
+            config, weights = load_model(path)
+            return cls(path.absolute(), config, weights, None)
+        if request.import_original is not None:
+            original = read_original(request.import_original, request.given.get("n_head", GPTConfig().n_head))
+            return cls(request.import_original.absolute(), original.config, original.weights, original.log)
+        return None
+
+
 class _Session:
     """One start of a training run: settles what is still open, says it, and trains."""
 
     trainer: Trainer
     schedule: Schedule
 
-    def __init__(self, run: RunFolder, source: TextSource, request: Request, stored: RunSettings | None) -> None:
-        self._run, self._source, self._request, self._stored = run, source, request, stored
+    def __init__(
+        self, run: RunFolder, source: TextSource, request: Request, stored: RunSettings | None, origin: _Origin | None
+    ) -> None:
+        self._run, self._source, self._request, self._stored, self._origin = run, source, request, stored, origin
 
     def prepare(self, model: GPTConfig, config: TrainConfig, budget: Budget, data: DataConfig) -> None:
         """Make the trainer, where it stood if the run goes on, and fix the number of steps."""
@@ -199,6 +242,8 @@ class _Session:
         self.trainer = Trainer(model, config, self._source, dtype)
         if self._stored is not None:
             self._restore(threads, str(dtype).removeprefix("torch."))
+        elif self._origin is not None:
+            self._begin()
         self.schedule = self._fix_schedule(budget)
         settings = RunSettings(
             model=model,
@@ -208,6 +253,7 @@ class _Session:
             data=data,
             dtype=str(dtype).removeprefix("torch."),
             threads=threads,
+            origin=self._origin_path(),
         )
         versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "safetensors")}}
         self._run.write_config({**asdict(settings), "versions": versions})
@@ -223,6 +269,27 @@ class _Session:
         for name, before, now in (("threads", self._stored.threads, threads), ("dtype", self._stored.dtype, dtype)):
             if before != now:
                 notice(f"{name} is {now} and was {before}: the run goes on, but not byte for byte as it would have")
+
+    def _origin_path(self) -> str | None:
+        if self._stored is not None:
+            return self._stored.origin
+        return None if self._origin is None else str(self._origin.path)
+
+    def _begin(self) -> None:
+        """Take over what the run begins from; of an imported run the best weights are kept as they came."""
+        assert self._origin is not None
+        origin, trainer = self._origin, self.trainer
+        trainer.begin_from(origin.weights, origin.log)
+        if origin.log is None:
+            notice(f"begins with the weights of {origin.path}")
+            return
+        self._run.save_model(trainer.model.arrays(), origin.config)
+        trainer.save(self._run)
+        self._run.write_log(origin.log)
+        notice(
+            f"{origin.path}: brought over {origin.log.iter_num:,} steps, best loss {origin.log.best_loss:.4f}; training goes on "
+            "with a new optimizer, as the original's was not connected to its weights"
+        )
 
     def _fix_schedule(self, budget: Budget) -> Schedule:
         trainer = self.trainer
