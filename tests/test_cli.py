@@ -17,6 +17,7 @@ import pytest
 
 import picogpt.generate as generate_module
 from picogpt.cli import common, generate, plot, progress, train
+from picogpt.cli.download import DownloadBar
 from picogpt.cli.settings import Request
 from picogpt.errors import Interrupted, PicoGPTError
 from picogpt.run import RunFolder
@@ -622,7 +623,7 @@ class TestBoundary:
 
 def test_download_bar(capsys: pytest.CaptureFixture[str]) -> None:
     """The bar counts bytes and ends; where there is no terminal it is silent."""
-    bar = progress.DownloadBar("text")
+    bar = DownloadBar("text")
     bar(5, 10)
     bar(10, 10)
 

@@ -20,7 +20,7 @@ from picogpt.plot import draw_losses
 from picogpt.run import RunFolder
 from picogpt.train import StepReport, Trainer
 
-__all__ = ["DownloadBar", "TrainingDisplay"]
+__all__ = ["TrainingDisplay"]
 
 LINE_INTERVAL = 30.0
 """Seconds between progress lines where stderr is no terminal."""
@@ -149,19 +149,3 @@ class _Stderr(io.TextIOBase):
 def _width() -> dict[str, Any]:
     """Keep to the terminal's width as it changes; one that tells none, at which tqdm shows nothing, is taken for 80."""
     return {"dynamic_ncols": True} if os.get_terminal_size(sys.stderr.fileno()).columns else {"ncols": 80, "nrows": 24}
-
-
-class DownloadBar:
-    """A progress bar for bytes, on a terminal, made when the first ones come."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._bar: tqdm[NoReturn] | None = None
-
-    def __call__(self, received: int, total: int) -> None:
-        """Show that `received` of `total` bytes have come."""
-        if self._bar is None:
-            self._bar = tqdm(desc=self._what, total=total, unit="B", unit_scale=True, disable=None)
-        self._bar.update(received - self._bar.n)
-        if received >= total:
-            self._bar.close()

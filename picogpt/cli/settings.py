@@ -130,9 +130,7 @@ class Request:
         asked = self.init_from or self.import_original
         if asked is not None and (stored.origin is None or str(asked) not in stored.origin):
             began = stored.origin or "nothing"
-            raise RunError(
-                f"run {run} goes on and began from {began}, not {asked}; choose another --run, or --fresh to start over"
-            )
+            raise RunError(f"run {run} began from {began}, not {asked}; choose another --run, or --fresh to start over")
 
     def refuse_changes(self, stored: RunSettings | None, data: DataConfig) -> None:
         """Refuse to go on with a run under settings that contradict it, and say which others change.

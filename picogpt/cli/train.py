@@ -157,7 +157,7 @@ def _stored(run: RunFolder, request: Request) -> RunSettings | None:
 
 
 def _load_corpus(request: Request, stored: RunSettings | None) -> Corpus:
-    from picogpt.cli.progress import DownloadBar
+    from picogpt.cli.download import DownloadBar
     from picogpt.data import load_dataset, read_texts
 
     text, dataset = request.text, request.dataset
