@@ -391,10 +391,14 @@ class DataConfig:
     """Files and folders, as absolute paths; `-` is standard input."""
     name: str
     """Short name of the text."""
-    characters: int
-    """Length of the whole text."""
+    characters: int | None
+    """Length of the whole text; None for a stream."""
     sha256: str
-    """SHA-256 of its token ids, in hexadecimal."""
+    """SHA-256, in hexadecimal, of its token ids or of a stream's list of files."""
+    commit: str | None = None
+    """The hub's commit that a stream keeps to."""
+    text_column: str | None = None
+    """The stream's column that was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,11 @@ class _Global:
     name: str
 
 
+def _is_named(value: Any, name: str) -> bool:
+    """Whether `value` is that name. Asked so, as comparing an array with something gives no answer."""
+    return isinstance(value, _Global) and value.name == name
+
+
 @dataclass(frozen=True)
 class _Bytes:
     """Bytes, still where the file has them."""
@@ -256,7 +261,7 @@ class _Interpreter:
 
     def _new_object(self) -> None:
         arguments, kind = self._pop(), self._pop()
-        if kind != _Global("torch.optim.adamw.AdamW") or arguments != ():
+        if not _is_named(kind, "torch.optim.adamw.AdamW") or not isinstance(arguments, tuple) or arguments:
             raise _Refused("it makes an object of another class than AdamW")
         self._push(_Object())
 
@@ -334,8 +339,7 @@ _HANDLERS: Mapping[str, _Handler] = {
 
 
 def _empty_dict(_: _Interpreter, arguments: Any) -> dict[Any, Any]:
-    # Compared as tuples: what a hostile file puts in may not be hashable.
-    if not any(arguments == empty for empty in ((), (_Global("builtins.dict"),))):
+    if arguments and not (len(arguments) == 1 and _is_named(arguments[0], "builtins.dict")):
         raise _Refused("a dict made from something")
     return {}
 
@@ -343,7 +347,7 @@ def _empty_dict(_: _Interpreter, arguments: Any) -> dict[Any, Any]:
 def _latin1(_: _Interpreter, arguments: Any) -> _Bytes:
     """Bytes as protocol 2 has them."""
     match arguments:
-        case (str(text), "latin1"):
+        case (str(text), str(encoding)) if encoding == "latin1":
             try:
                 return _Bytes(memoryview(text.encode("latin1")))
             except UnicodeEncodeError as error:

@@ -6,6 +6,7 @@
 | `model.safetensors`               | the best weights so far, the model's shape in the metadata                |
 | `checkpoint.safetensors`          | all that is needed to go on, with a SHA-256 of it                         |
 | `checkpoint.previous.safetensors` | the one before it                                                        |
+| `validation.safetensors`          | of a run on a stream: its validation text, drawn once                     |
 | `log.pkl`                         | the loss log, plain values only                                          |
 | `log.jpg`                         | its picture                                                              |
 
@@ -47,6 +48,7 @@ _MODEL = "model.safetensors"
 _CHECKPOINT = "checkpoint.safetensors"
 _PREVIOUS = "checkpoint.previous.safetensors"
 _DAMAGED = "checkpoint.damaged.safetensors"
+_VALIDATION = "validation.safetensors"
 _CONFIG = "config.json"
 _LOG = "log.pkl"
 
@@ -234,6 +236,23 @@ class RunFolder:
         if faults:
             raise RunError(f"{'; '.join(faults)}; nothing to go on from: start over with --fresh, the folder is kept")
         raise RunError(f"{self.path}: no checkpoint to go on from; start over with --fresh, the folder is kept")
+
+    def save_validation(self, ids: npt.NDArray[np.uint8]) -> None:
+        """Write `validation.safetensors`: the validation text (characters,) of a run on a stream, drawn once."""
+        metadata = {"format": str(FORMAT_VERSION), "sha256": _digest({"ids": ids}, "")}
+        atomic_write(self.path / _VALIDATION, serialize({"ids": ids}, metadata))
+
+    def load_validation(self) -> npt.NDArray[np.uint8]:
+        """Read `validation.safetensors`.
+
+        Raises:
+            RunError: it is missing or damaged.
+        """
+        path = self.path / _VALIDATION
+        metadata, tensors = _read_tensors(path)
+        if metadata.get("sha256") != _digest(tensors, ""):
+            raise RunError(f"{path}: damaged (its SHA-256 does not match); start over with --fresh, the folder is kept")
+        return tensors["ids"]
 
     def write_log(self, log: LossLog) -> None:
         """Write `log.pkl`: a pickle of plain values, readable by anything that reads the original's losses."""

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from picogpt.config import GPTConfig, Schedule, TrainConfig
-from picogpt.data import Batch, Source
-from picogpt.errors import TrainingError
+from picogpt.data import Batch, RepeatedSource, Source, Stop, WaitInterrupted
+from picogpt.errors import DataError, TrainingError
 from picogpt.model import GPT
 from picogpt.optim import build_optimizer, learning_rate, set_learning_rate
 from picogpt.run import Checkpoint, LossLog, RunFolder, Tensors
@@ -29,8 +29,6 @@ SAVE_INTERVAL = 300.0
 
 _STREAM_DROPOUT = 2
 """Number of the random stream that dropout draws its seeds from."""
-
-Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +104,7 @@ class Trainer:
 
         Raises:
             TrainingError: loss or gradient are not finite; the state before that step is saved.
+            DataError: the data have ended for good; likewise.
             OSError: something cannot be saved.
         """
         start, before = time.perf_counter(), self.seconds
@@ -117,7 +116,10 @@ class Trainer:
                 if finished:
                     observer.on_epoch(self)
             else:
-                observer.on_step(self._train_step(run, schedule))
+                report = self._train_step(run, schedule, stop)
+                if report is None:
+                    return False
+                observer.on_step(report)
             self.seconds = before + time.perf_counter() - start
             if stop():
                 self.save(run)
@@ -131,10 +133,14 @@ class Trainer:
         at_end = self.step % schedule.steps_per_epoch == 0 or self.step >= schedule.total_steps
         return self.epoch_is_open and at_end
 
-    def _train_step(self, run: RunFolder, schedule: Schedule) -> StepReport:
+    def _train_step(self, run: RunFolder, schedule: Schedule, stop: Stop) -> StepReport | None:
+        """One step, or None if a stop came while it waited for its data; what ends the run is raised after saving."""
         try:
-            loss = self.update(learning_rate(self.step, schedule.total_steps, self.config))
-        except TrainingError:
+            loss = self.update(learning_rate(self.step, schedule.total_steps, self.config), stop)
+        except WaitInterrupted:
+            self.save(run)
+            return None
+        except (TrainingError, DataError):
             if self._is_finite():
                 self.save(run)
             raise
@@ -142,16 +148,18 @@ class Trainer:
         self._epoch_steps += 1
         return StepReport(step=self.step, loss=loss, chars=self.chars_per_step)
 
-    def update(self, rate: float) -> float:
+    def update(self, rate: float, stop: Stop = lambda: False) -> float:
         """Take one optimizer step with learning rate `rate`; return the batch's mean loss in nats per character.
 
         Raises:
             TrainingError: loss or gradient are not finite; the weights are as they were.
+            DataError: there are no more data; the weights are as they were.
+            WaitInterrupted: `stop` said so while the data were waited for; likewise.
         """
         self.model.train()
         if self.model.config.dropout:
             self._seed_dropout()
-        loss = self._loss(self.source.train_batch(self.step))
+        loss = self._loss(self.source.train_batch(self.step, stop))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
@@ -223,7 +231,10 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value.detach().numpy()
+        arrays, data = self.source.snapshot()
+        tensors |= {f"data.{name}": array for name, array in arrays.items()}
         state: dict[str, Any] = {
+            "data": data,
             "epoch_loss": self._epoch_loss,
             "epoch_steps": self._epoch_steps,
             "seconds": self.seconds,
@@ -260,18 +271,19 @@ class Trainer:
                 for key, array in tensors.items()
                 if key.startswith("optimizer.") and key.endswith(suffix)
             }
+        arrays = {name.removeprefix("data."): array for name, array in tensors.items() if name.startswith("data.")}
+        self.source.restore(arrays, state["data"])
         self.log = LossLog.from_dict(state["log"])
         self._epoch_loss, self._epoch_steps = float(state["epoch_loss"]), int(state["epoch_steps"])
         self.seconds = float(state["seconds"])
 
 
-def measure_seconds_per_step(
-    model_config: GPTConfig, config: TrainConfig, source: Source, dtype: torch.dtype, *, n_steps: int = 4
-) -> float:
-    """Seconds of one step with its share of validation, measured on a model that is then thrown away.
+def measure_seconds_per_step(model_config: GPTConfig, config: TrainConfig, dtype: torch.dtype, *, n_steps: int = 4) -> float:
+    """Seconds of one step with its share of validation, measured on noise and a model that is then thrown away.
 
     The share is the default's: one validation batch in five steps.
     """
+    source = RepeatedSource(roll_len=config.windows * model_config.context_len, batch_size=config.batch_size)
     trainer = Trainer(model_config, config, source, dtype)
     trainer.update(config.lr)
     seconds = [seconds_of(lambda: trainer.update(config.lr)) for _ in range(n_steps)]

@@ -191,7 +191,7 @@ class TestTrain:
             (["--threads", "0"], 2, "--threads must be from 1 to 1024, got 0"),
             (["--dtype", "int8"], 2, "--dtype must be one of auto, float32, bfloat16, got 'int8'"),
             (["--run", "../x"], 2, "--run must be 1 to 64 letters"),
-            (["--dataset", "shakespear"], 2, "--dataset must be one of auto, sample, tinyshakespeare"),
+            (["--dataset", "shakespear"], 2, "--dataset must be auto, sample, tinyshakespeare, wikipedia, "),
             (["--text", "nowhere"], 1, "nowhere: cannot be read (No such file or directory); check the path of --text"),
             (["--text", __file__, "--context-len", "99999"], 1, "too short"),
         ],

@@ -179,6 +179,12 @@ TRICKS: dict[str, tuple[bytes, str]] = {
     "deep tuples": (b"\x80\x04N" + b"\x85" * 500_000 + b".", "is missing"),
     "dict of something": (pickle.dumps(Call(OrderedDict, [("a", 1)]), 4), "a dict made from something"),
     "dict of unhashable": (pickle.dumps(Call(defaultdict, []), 4), "a dict made from something"),
+    "dict of a tensor": (pickle.dumps(Call(OrderedDict, tensor((1,), (1,))), 4), "a dict made from something"),
+    "object of a tensor": (pickle.dumps(tensor((2,), (1,)), 4)[:-1] + b")\x81.", "another class than AdamW"),
+    "encode to a tensor": (
+        b"\x80\x04c_codecs\nencode\nX\x01\x00\x00\x00a" + pickle.dumps(tensor((2,), (1,)), 2)[2:-1] + b"\x86R.",
+        "no log",
+    ),
     "encode to code": (
         b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x04\x00\x00\x00zlib\x86R.",
         "another encoding than latin1",

@@ -53,6 +53,7 @@ class Request:
     fresh: bool
     run: str | None
     dataset: str | None
+    text_column: str | None
     text: tuple[str, ...]
     threads: int | None
     dtype: str | None
@@ -73,6 +74,7 @@ class Request:
             fresh=arguments.fresh,
             run=None if arguments.run is None else check_run_name(arguments.run),
             dataset=arguments.dataset,
+            text_column=arguments.text_column,
             text=tuple(path if path == "-" else str(Path(path).absolute()) for path in arguments.text or ()),
             threads=check_threads(arguments.threads),
             dtype=check_dtype(arguments.dtype),
@@ -147,14 +149,20 @@ class Request:
             ),
         ]
         if data.sha256 != stored.data.sha256:
-            before, now = (f"{text.name} of {text.characters:,} characters" for text in (stored.data, data))
-            changes.append(("text", before, now))
+            changes.append(("text", _tell(stored.data), _tell(data)))
         refused = [f"{name} is {now} and was {before}" for name, before, now in changes if name not in _CHANGEABLE]
         if refused:
             name = self.run or stored.data.name
             raise RunError(f"run {name}: {'; '.join(refused)}; choose another --run, or --fresh to start over")
         for name, before, now in changes:
             notice(f"{name} is {now} from here on and was {before}")
+
+
+def _tell(data: DataConfig) -> str:
+    """What text it is, as far as two of them can differ."""
+    if data.characters is not None:
+        return f"{data.name} of {data.characters:,} characters"
+    return f"{data.dataset} at {data.commit or 'other files'}"
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

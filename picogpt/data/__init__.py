@@ -1,7 +1,28 @@
-"""Where text comes from: files and named corpora, cut into batches. Knows no torch; batches are numpy arrays."""
+"""Where text comes from: files and named corpora, streams of the hub, all cut into batches. Knows no torch; batches are numpy."""
 
-from picogpt.data.batches import Batch, Source, TextSource
+from picogpt.data.batches import Batch, RepeatedSource, Source, Stop, TextSource, WaitInterrupted
 from picogpt.data.corpora import DATASETS, load_dataset
+from picogpt.data.hub import NAMED_STREAMS, Shards, StreamSpec, find_shards, resolve_stream
+from picogpt.data.stream import ArticleReader, StreamSource, draw_validation
 from picogpt.data.text import Corpus, read_texts
 
-__all__ = ["DATASETS", "Batch", "Corpus", "Source", "TextSource", "load_dataset", "read_texts"]
+__all__ = [
+    "DATASETS",
+    "NAMED_STREAMS",
+    "ArticleReader",
+    "Batch",
+    "Corpus",
+    "RepeatedSource",
+    "Shards",
+    "Source",
+    "Stop",
+    "StreamSource",
+    "StreamSpec",
+    "TextSource",
+    "WaitInterrupted",
+    "draw_validation",
+    "find_shards",
+    "load_dataset",
+    "read_texts",
+    "resolve_stream",
+]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,10 @@ import numpy.typing as npt
 from picogpt.data.text import Corpus
 from picogpt.errors import DataError
 
-__all__ = ["Batch", "Source", "TextSource"]
+__all__ = ["Batch", "RepeatedSource", "Source", "Stop", "TextSource", "WaitInterrupted", "even_rolls"]
+
+Stop = Callable[[], bool]
+"""Asked now and then whether to end."""
 
 TRAIN_SHARE = 0.9
 """Share of a text that is trained on; the rest, at its end, is for validation."""
@@ -28,14 +32,30 @@ class Batch(NamedTuple):
     targets: npt.NDArray[np.int64]
 
 
+class WaitInterrupted(Exception):
+    """A batch was waited for, and a stop came first."""
+
+
 class Source(Protocol):
     """What training needs of its data."""
 
-    def train_batch(self, k: int) -> Batch:
-        """Batch of step k; the same k gives the same batch."""
+    def train_batch(self, k: int, stop: Stop = ...) -> Batch:
+        """Batch of step k; steps are asked for in order. May raise `WaitInterrupted` once `stop` says so."""
 
     def val_batches(self, most: int) -> Iterator[Batch]:
         """The validation batches, at most so many; the same ones every time."""
+
+    def begin(self) -> None:
+        """Begin with the first batch; or else `restore`."""
+
+    def close(self) -> None:
+        """No more batches are asked for."""
+
+    def snapshot(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Arrays and plain values to go on from at the batch that comes next."""
+
+    def restore(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
+        """Go on from a snapshot."""
 
 
 class TextSource:
@@ -80,23 +100,49 @@ class TextSource:
         starts: npt.NDArray[np.int64] = phase + self._roll_len * generator.permutation(self._rolls_per_pass)
         return starts
 
-    def train_batch(self, k: int) -> Batch:
+    def train_batch(self, k: int, stop: Stop = lambda: False) -> Batch:  # noqa: ARG002 (never waits)
         """Batch of step k, (batch_size, roll_len)."""
         rolls = range(k * self._batch_size, (k + 1) * self._batch_size)
         starts = [int(self._starts_of_pass(i // self._rolls_per_pass)[i % self._rolls_per_pass]) for i in rolls]
         return _cut(self.train_ids, starts, self._roll_len)
 
     def val_batches(self, most: int) -> Iterator[Batch]:
-        """At most `most` batches of (batch_size, roll_len), fewer where that reads all of the text; the last may be smaller.
+        """At most `most` batches of (batch_size, roll_len); see `even_rolls`."""
+        return even_rolls(self.val_ids, self._roll_len, self._batch_size, most)
 
-        A validation text shorter than a roll is one roll.
-        """
-        roll_len = min(self._roll_len, len(self.val_ids) - 1)
-        room = len(self.val_ids) - 1 - roll_len
-        n_rolls = min(most * self._batch_size, room // roll_len + 1)
-        starts = [i * room // max(1, n_rolls - 1) for i in range(n_rolls)]
-        for first in range(0, n_rolls, self._batch_size):
-            yield _cut(self.val_ids, starts[first : first + self._batch_size], roll_len)
+    def begin(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def snapshot(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Nothing: batches depend on the step alone."""
+        return {}, {}
+
+    def restore(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+
+class RepeatedSource(TextSource):
+    """Batches of random characters, to time steps with, whatever the data are."""
+
+    def __init__(self, *, roll_len: int, batch_size: int) -> None:
+        ids = np.random.Generator(np.random.Philox(0)).integers(1, 75, 4 * roll_len + 40, dtype=np.uint8)
+        super().__init__(Corpus(name="noise", ids=ids, unknown=Counter()), roll_len=roll_len, batch_size=batch_size, seed=0)
+
+
+def even_rolls(ids: npt.NDArray[np.uint8], roll_len: int, batch_size: int, most: int) -> Iterator[Batch]:
+    """At most `most` batches of rolls spread evenly over `ids`, fewer where that reads all of it; the last may be smaller.
+
+    A text shorter than a roll is one roll.
+    """
+    roll_len = min(roll_len, len(ids) - 1)
+    room = len(ids) - 1 - roll_len
+    n_rolls = min(most * batch_size, room // roll_len + 1)
+    starts = [i * room // max(1, n_rolls - 1) for i in range(n_rolls)]
+    for first in range(0, n_rolls, batch_size):
+        yield _cut(ids, starts[first : first + batch_size], roll_len)
 
 
 def _cut(ids: npt.NDArray[np.uint8], starts: list[int], roll_len: int) -> Batch:

@@ -1,0 +1,161 @@
+"""Data sets of the hub, and folders laid out like them, file by file: the one place that touches `datasets`.
+
+Nothing is downloaded as a whole. The list of files is fixed by a commit, which belongs to the run; each file is then streamed
+on its own, so that the order of files and the place in them are ours to keep.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from picogpt.errors import ConfigError, DataError
+
+__all__ = ["NAMED_STREAMS", "Shards", "StreamSpec", "find_shards", "read_rows", "resolve_stream"]
+
+Row = tuple[str, ...]
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_COMMIT = re.compile(r"@([0-9a-f]{40})/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSpec:
+    """Which data set is meant."""
+
+    name: str
+    """What the user calls it."""
+    path: str
+    """The hub's ORG/NAME, or a folder."""
+    config: str | None = None
+    """The hub's name of one of its parts."""
+    columns: tuple[str, ...] = ("text",)
+    """The column that holds the text, or those of question and answer."""
+
+    @property
+    def short_name(self) -> str:
+        """The last part of its name, as a run can be called."""
+        last = self.name.partition(":")[0].rstrip("/").rpartition("/")[2]
+        return re.sub(r"[^A-Za-z0-9._-]", "-", last).lstrip("._-")[:64] or "stream"
+
+
+NAMED_STREAMS = {
+    "wikipedia": StreamSpec(name="wikipedia", path="wikimedia/wikipedia", config="20231101.en"),
+    "tinytextbook": StreamSpec(name="tinytextbook", path="nampdn-ai/tiny-strange-textbooks"),
+    "openorca": StreamSpec(name="openorca", path="Open-Orca/OpenOrca", columns=("question", "response")),
+}
+"""Data sets with a name of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """The files of a data set at one commit."""
+
+    files: tuple[str, ...]
+    """Their addresses, in the data set's own order."""
+    format: str
+    """Name of the reader: parquet, json, text, ..."""
+    columns: tuple[str, ...]
+    """Columns to read."""
+    commit: str | None
+    """The hub's commit; None for a folder."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the files are called and, in a folder, how long they are."""
+        sizes = [Path(file).stat().st_size if self.commit is None else 0 for file in self.files]
+        return hashlib.sha256(repr(list(zip(self.files, sizes, strict=True))).encode()).hexdigest()
+
+
+def resolve_stream(name: str, text_column: str | None) -> StreamSpec:
+    """The data set that `name` means: a name of `NAMED_STREAMS`, a folder, or the hub's ORG/NAME[:CONFIG].
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    columns = (text_column or "text",)
+    if name in NAMED_STREAMS:
+        named = NAMED_STREAMS[name]
+        return named if text_column is None else replace(named, columns=columns)
+    if Path(name).is_dir():
+        return StreamSpec(name=name, path=str(Path(name).absolute()), columns=columns)
+    if _HUB_NAME.fullmatch(name):
+        path, _, config = name.partition(":")
+        return StreamSpec(name=name, path=path, config=config or None, columns=columns)
+    raise ConfigError(
+        f"dataset must be auto, sample, tinyshakespeare, {', '.join(NAMED_STREAMS)}, ORG/NAME[:CONFIG] or a folder, got {name!r}",
+        "dataset",
+    )
+
+
+def find_shards(spec: StreamSpec, revision: str | None = None) -> Shards:
+    """Ask the hub, or look into the folder, for the files of `spec`'s part `train`.
+
+    Args:
+        spec: the data set.
+        revision: the commit to keep to; None takes the newest.
+
+    Raises:
+        DataError: the data set, its part or its column is not there, or the hub cannot be reached.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        builder = datasets.load_dataset_builder(spec.path, spec.config, revision=revision)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise DataError(
+            f"{spec.path}: no such data set on the hub, or one that needs permission (set HF_TOKEN); {_first_line(error)}"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{spec.path}: {_first_line(error)}; name one of these as {spec.path}:CONFIG") from error
+    except OSError as error:
+        raise DataError(
+            f"{spec.path}: the hub cannot be reached ({_first_line(error)}); check the network and HF_HUB_OFFLINE, or use --text"
+        ) from error
+    found = dict(builder.config.data_files or {})
+    files = tuple(str(file) for file in found.get("train", ()))
+    if not files or builder.name is None:
+        raise DataError(f"{spec.path}: it has no files of a part named train; there are {', '.join(map(str, found)) or 'none'}")
+    commit = _COMMIT.search(files[0])
+    shards = Shards(files=files, format=builder.name, columns=spec.columns, commit=commit[1] if commit else None)
+    _check_columns(spec, shards)
+    return shards
+
+
+def _check_columns(spec: StreamSpec, shards: Shards) -> None:
+    try:
+        names = _open(shards, shards.files[0]).column_names
+    except OSError as error:
+        raise DataError(f"{shards.files[0]}: cannot be read ({_first_line(error)}); check the network") from error
+    missing = [column for column in spec.columns if column not in (names or ())]
+    if missing:
+        raise DataError(f"{spec.path}: it has no column {missing[0]}; name one of {', '.join(names or ())} with --text-column")
+
+
+def _open(shards: Shards, file: str) -> Any:
+    import datasets
+
+    return datasets.load_dataset(shards.format, data_files={"train": [file]}, split="train", streaming=True)
+
+
+def read_rows(shards: Shards, file: str, start: int) -> Iterator[Row]:
+    """The columns of each row of one file, from row `start` on; null is an empty text."""
+    rows = _open(shards, file).select_columns(list(shards.columns))
+    if start:
+        rows = rows.skip(start)
+    iterator = iter(rows)
+    try:
+        for row in iterator:
+            yield tuple(row[column] or "" for column in shards.columns)
+    finally:
+        # A reader that is left open keeps threads that end the process badly.
+        iterator.close()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
