@@ -32,6 +32,7 @@ import numpy.typing as npt
 from picogpt.config import GPTConfig
 from picogpt.errors import RunError
 from picogpt.run import load_model
+from picogpt.tokenizer import VOCAB_SIZE
 
 __all__ = ["Engine", "Window"]
 
@@ -41,6 +42,8 @@ Ids = npt.NDArray[np.integer[Any]]
 _LAYER_NORM_EPSILON = 1e-5
 _GELU_FLOOR = 6
 """Below minus this, GELU is taken for 0; it is within 6e-9 of it."""
+_GELU_CEILING = 4096
+"""Largest input that the table is made for; those of a trained model stay below a hundred."""
 _GELU_STEPS = 512
 """Table entries per unit; between them a straight line is off by at most 4e-7."""
 
@@ -79,10 +82,14 @@ class Engine:
         weights: its state dict as arrays, nanoGPT's names; `lm_head.weight` may be missing, as it is the embedding.
 
     Raises:
-        RunError: a weight is missing or of another shape.
+        RunError: a weight is missing, of another shape, not finite or beyond all bounds, or the vocabulary is another.
     """
 
     def __init__(self, config: GPTConfig, weights: Mapping[str, npt.NDArray[Any]]) -> None:
+        if config.vocab_size != VOCAB_SIZE:
+            raise RunError(
+                f"the weights are of another model: a vocabulary of {config.vocab_size} where {VOCAB_SIZE} ids are known"
+            )
         self.config = config
         self._weights = weights
         C, T = config.n_embd, "transformer."
@@ -93,7 +100,10 @@ class Engine:
         self.final_bias = self._bias(T + "ln_f.bias", C)
         embedding = self._get(T + "wte.weight", (config.vocab_size, C))
         self.head = np.vstack(((embedding * self.final_gain).T, embedding @ self.final_bias))  # (C + 1, V)
-        self.gelu_values, self.gelu_slopes = _gelu_table(max(layer.largest_input() for layer in self.layers))
+        largest = max(layer.largest_input() for layer in self.layers)
+        if not largest <= _GELU_CEILING:
+            raise RunError(f"the weights have diverged: numbers up to {largest:.3g} may occur; train with a smaller --lr")
+        self.gelu_values, self.gelu_slopes = _gelu_table(largest)
         del self._weights
 
     @classmethod
@@ -110,7 +120,10 @@ class Engine:
         if array is None or array.shape != shape:
             found = "none" if array is None else array.shape
             raise RunError(f"the weights are of another model: {name} should have shape {shape}, got {found}")
-        return array.astype(np.float32, copy=False)
+        weight: Floats = array.astype(np.float32, copy=False)
+        if not np.isfinite(weight).all():
+            raise RunError(f"the weights are damaged or have diverged: {name} has values that are not finite")
+        return weight
 
     def _bias(self, name: str, size: int) -> Floats:
         return self._get(name, (size,)) if self.config.bias else np.zeros(size, np.float32)

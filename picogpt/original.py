@@ -21,6 +21,7 @@ import numpy.typing as npt
 from picogpt.config import GPTConfig
 from picogpt.errors import ConfigError, RunError
 from picogpt.run import LossLog, Tensors
+from picogpt.tokenizer import VOCAB_SIZE
 
 __all__ = ["OriginalRun", "read_original"]
 
@@ -489,6 +490,8 @@ def _shape(weights: Mapping[Any, Any], n_head: int) -> GPTConfig:
     wte, wpe = (weights.get(f"transformer.{name}.weight") for name in ("wte", "wpe"))
     if not (isinstance(wte, np.ndarray) and isinstance(wpe, np.ndarray) and wte.ndim == wpe.ndim == 2):
         raise _Refused("the embeddings are missing")
+    if wte.shape[0] != VOCAB_SIZE:
+        raise _Refused(f"a vocabulary of {wte.shape[0]} where {VOCAB_SIZE} ids are known")
     blocks = {name[:20].split(".")[2] for name in weights if isinstance(name, str) and name.startswith("transformer.h.")}
     try:
         return GPTConfig(

@@ -127,6 +127,14 @@ class RunFolder:
         """Where the picture of the loss log belongs."""
         return self.path / "log.jpg"
 
+    def has_config(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / _CONFIG).exists()
+
+    def has_validation(self) -> bool:
+        """Whether the validation text of a run on a stream is kept here."""
+        return (self.path / _VALIDATION).exists()
+
     def has_model(self) -> bool:
         """Whether there is a trained model."""
         return (self.path / _MODEL).exists()
@@ -136,9 +144,8 @@ class RunFolder:
         return any((self.path / name).exists() for name in (_CHECKPOINT, _PREVIOUS))
 
     def create(self) -> None:
-        """Make the folder, and remove what a killed process left half-written in it."""
+        """Make the folder."""
         self.path.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.path)
 
     def set_aside(self) -> Path:
         """Rename the folder to the first free `NAME.old-1`, `NAME.old-2`, ... and return that."""
@@ -150,14 +157,20 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder against a second trainer. The system frees the lock however the process ends.
+        """Hold the folder against a second trainer, and remove what a killed one left half-written in it.
+
+        The system frees the lock however the process ends.
 
         Raises:
-            RunError: another process trains in this folder.
+            RunError: another process trains in this folder, or something else lies in the lock's place.
         """
-        with (self.path / ".lock").open("a+b") as stream:
+        path = self.path / ".lock"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be opened ({error.strerror}); remove it, or choose another --run") from error
+        with os.fdopen(descriptor, "r+b") as stream:
             if not _try_lock(stream):
-                stream.seek(0)
                 holder = stream.read(32).decode("ascii", "replace").strip() or "unknown"
                 raise RunError(
                     f"{self.path}: another process (pid {holder}) trains in this run; wait for it or choose another --run"
@@ -165,6 +178,7 @@ class RunFolder:
             stream.truncate(0)
             stream.write(str(os.getpid()).encode())
             stream.flush()
+            remove_leftovers(self.path)
             yield
 
     def write_config(self, content: Mapping[str, Any]) -> None:

@@ -73,12 +73,10 @@ class Trainer:
         self.log = LossLog()
         self.seconds = 0.0
         """Seconds spent training, validation included, over all starts of the run."""
+        self.step = 0
+        """Optimizer steps taken so far; those of a run that was brought over are not among them, only in the log."""
+        self._steps_before, self._chars_before = 0, 0
         self._epoch_loss, self._epoch_steps = 0.0, 0
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps taken so far."""
-        return self.log.iter_num
 
     @property
     def chars_per_step(self) -> int:
@@ -166,12 +164,13 @@ class Trainer:
         value = loss.item()
         if not (math.isfinite(value) and math.isfinite(norm.item())):
             raise TrainingError(
-                f"step {self.step + 1}: the loss is {value} and the gradient's norm {norm.item()}; the state before this step "
-                "is saved; start again with a smaller --lr and --fresh, or --dtype float32"
+                f"step {self.step + 1}: the loss is {value} and the gradient's norm {norm.item()}; the last finite state is "
+                "kept; start again with a smaller --lr and --fresh, or --dtype float32"
             )
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
-        self.log.iter_num += 1
+        self.step += 1
+        self.log.iter_num = self._steps_before + self.step
         return value
 
     def _seed_dropout(self) -> None:
@@ -205,7 +204,7 @@ class Trainer:
         log = self.log
         log.train.append(self._epoch_loss / self._epoch_steps)
         log.val.append(val_loss)
-        log.chars.append(self.step * self.chars_per_step)
+        log.chars.append(self._chars_before + self.step * self.chars_per_step)
         log.seconds.append(self.seconds)
         self._epoch_loss, self._epoch_steps = 0.0, 0
         if log.best_loss is None or val_loss < log.best_loss:
@@ -234,6 +233,9 @@ class Trainer:
         arrays, data = self.source.snapshot()
         tensors |= {f"data.{name}": array for name, array in arrays.items()}
         state: dict[str, Any] = {
+            "step": self.step,
+            "steps_before": self._steps_before,
+            "chars_before": self._chars_before,
             "data": data,
             "epoch_loss": self._epoch_loss,
             "epoch_steps": self._epoch_steps,
@@ -254,12 +256,13 @@ class Trainer:
         self.model.load_arrays(weights)
         if log is not None:
             self.log = log
+            self._steps_before, self._chars_before = log.iter_num, log.chars[-1] if log.chars else 0
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put everything back to where `checkpoint` was saved.
 
         Raises:
-            RunError: the checkpoint was made by another shape of model or kind of optimizer; nothing is changed.
+            RunError: the checkpoint was made by another shape of model; nothing is changed.
         """
         tensors, state = checkpoint.tensors, checkpoint.state
         weights = {name.removeprefix("model."): array for name, array in tensors.items() if name.startswith("model.")}
@@ -274,6 +277,8 @@ class Trainer:
         arrays = {name.removeprefix("data."): array for name, array in tensors.items() if name.startswith("data.")}
         self.source.restore(arrays, state["data"])
         self.log = LossLog.from_dict(state["log"])
+        self.step = int(state["step"])
+        self._steps_before, self._chars_before = int(state["steps_before"]), int(state["chars_before"])
         self._epoch_loss, self._epoch_steps = float(state["epoch_loss"]), int(state["epoch_steps"])
         self.seconds = float(state["seconds"])
 

@@ -79,6 +79,29 @@ class TestTrain:
         assert train.main(["--run", "numbers"]) == 0
         assert "finished, all 9 steps are done; give a larger --epochs" in capsys.readouterr().err
 
+    def test_a_length_that_is_over(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A shorter length than what is done is refused, and the run's own is kept; epochs are counted on."""
+        train.main(training(text_file))
+        before = Path("logs/numbers/config.json").read_text()
+        assert train.main(["--run", "numbers", "--chars", "10"]) == 1
+        assert "the run has done 6 steps and this length is 1; give a larger one" in capsys.readouterr().err
+        assert Path("logs/numbers/config.json").read_text() == before
+        assert train.main(["--run", "numbers", "--epochs", "4", "--steps-per-epoch", "2"]) == 0
+        assert "epoch 3 of 3: " in capsys.readouterr().out
+
+    def test_lower_rate_of_recipe_seed(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The floor of the rate comes down with it."""
+        train.main(training(text_file, "--recipe", "seed"))
+        assert train.main(["--run", "numbers", "--lr", "5e-5", "--epochs", "3"]) == 0
+        assert json.loads(Path("logs/numbers/config.json").read_text())["train"]["min_lr"] == pytest.approx(5e-6)
+
+    def test_damaged_config(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A config that cannot be used is named."""
+        train.main(training(text_file))
+        Path("logs/numbers/config.json").write_text('{"format": 1}')
+        assert train.main(["--run", "numbers"]) == 1
+        assert "logs/numbers/config.json: the run's config is not valid" in capsys.readouterr().err
+
     def test_fresh_keeps_the_old_run(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """`--fresh` starts over beside the old folder."""
         train.main(training(text_file))
@@ -272,7 +295,7 @@ def test_signal_saves_and_ends(text_file: Path, number: signal.Signals) -> None:
         _, err = process.communicate(timeout=30)
 
     assert process.returncode == 128 + number
-    match = re.search(r"stopped and saved at step ([\d,]+); the same command goes on from there", err)
+    match = re.search(r"stopped and saved at step ([\d,]+); picogpt-train --run numbers goes on from there", err)
     assert match
     checkpoint, _ = RunFolder(Path("logs/numbers")).load_checkpoint()
     assert checkpoint.state["log"]["iter_num"] == int(match[1].replace(",", ""))
@@ -392,7 +415,7 @@ class TestGenerate:
         monkeypatch.setattr(generate_module.Roll, "read", spy)
         lines = iter(["Who?", "Why?"])
 
-        def line(_: str) -> str:
+        def line(_: str = "") -> str:
             for text in lines:
                 return text
             raise EOFError
@@ -421,7 +444,7 @@ class TestGenerate:
         assert generate.main(["-f", "long.txt", "-n", "5", "--no-echo"]) == 0
 
         assert time.perf_counter() - start < 10
-        assert "of the prompt's 10,800,000 characters the model reads the last 80" in capsys.readouterr().err
+        assert "of the prompt's 10,799,999 characters the model reads the last 80" in capsys.readouterr().err
 
     def test_empty_prompt(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Nothing is a prompt too: the text begins like a line."""
@@ -435,6 +458,8 @@ class TestGenerate:
         done = subprocess.run(command, input=b"from a pipe\xff\0", capture_output=True, check=True)
 
         assert done.stdout == b"from a pipe<?><?>\n"
+        done = subprocess.run(command, input=b"\xef\xbb\xbfa\r\nb\r\n", capture_output=True, check=True)
+        assert done.stdout == b"a\nb\n"
 
     def test_broken_pipe_is_quiet(self, trained: Path) -> None:
         """`picogpt-generate -n inf | head -c 10` ends without a word."""
@@ -568,6 +593,11 @@ class TestPlot:
         assert Path("logs/compare.jpg").exists()
         assert plot.main(["numbers", "-o", "x.jpg"]) == 0
         assert Path("x.jpg").exists()
+
+    def test_other_formats(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The picture is a JPG, and is not called anything else."""
+        assert plot.main(["numbers", "-o", "x.png"]) == 2
+        assert "--output must end in .jpg, got 'x.png'" in capsys.readouterr().err
 
     def test_unknown_run(self, capsys: pytest.CaptureFixture[str]) -> None:
         """A run that is not there is one line."""

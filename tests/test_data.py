@@ -219,6 +219,13 @@ class TestCorpora:
         assert corpus.name == "sample"
         assert re.search("cannot be fetched .*; using the sample play instead", notices[0])
 
+    def test_no_hypertext(self, server: type[_Handler], monkeypatch: pytest.MonkeyPatch) -> None:
+        """An answer that is no HTTP is one clear line too."""
+        monkeypatch.setattr(_Handler, "send_response", lambda self, _: self.wfile.write(b"junk\r\n\r\n"))
+
+        with pytest.raises(DataError, match="Tiny Shakespeare cannot be fetched"):
+            self.load("tinyshakespeare")
+
     def test_slow_network(self, server: type[_Handler], monkeypatch: pytest.MonkeyPatch) -> None:
         """Auto does not wait for a server that does not answer."""
         asked, answered = threading.Event(), threading.Event()

@@ -99,7 +99,8 @@ def test_killed_at_any_call_of_a_save(run: RunFolder) -> None:
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         survived.append(value_of(run))
-        run.create()
+        with run.lock():
+            pass
         assert not list(run.path.glob("*.part")) + list(run.path.glob(".*.part"))
         run.save_checkpoint(checkpoint(1))
         run.save_checkpoint(checkpoint(2))
@@ -125,7 +126,8 @@ def test_failure_at_any_call_of_a_save(run: RunFolder, monkeypatch: pytest.Monke
                 assert error.errno == number  # noqa: PT017 (the call that fails may be one that does not matter)
             assert len(calls.made) > at
         assert value_of(run) in {2, 3}
-        run.create()
+        with run.lock():
+            pass
         run.save_checkpoint(checkpoint(1))
         run.save_checkpoint(checkpoint(2))
 
@@ -352,7 +354,7 @@ def test_init_from_other_shapes(here: list[str], capsys: pytest.CaptureFixture[s
     assert "the model to begin from has another shape: n_layer is 3 and was 2; leave these flags out" in capsys.readouterr().err
     assert not Path("logs/second").exists()
     assert train.main([*here, "--init-from", "nowhere", "--run", "first"]) == 1
-    assert "run first began from nothing, not nowhere" in capsys.readouterr().err
+    assert "nowhere: no such file, and no run of that name" in capsys.readouterr().err
 
 
 def test_second_signal_ends_at_once(here: list[str]) -> None:
@@ -456,6 +458,71 @@ def test_twenty_starts_at_once(here: list[str]) -> None:
             assert re.search(rf"another process \(pid ({holder.pid}|unknown)\) trains in this run", message)
 
 
+def test_second_trainer_disturbs_nothing(here: list[str]) -> None:
+    """What the first trainer is writing is not removed by the second one's start."""
+    folder = RunFolder(Path("logs/held"))
+    folder.create()
+    staged = folder.path / ".checkpoint.safetensors.staged.part"
+    with folder.lock():
+        staged.touch()
+        assert train.main([*here, "--run", "held"]) == 1
+        assert staged.exists()
+    with folder.lock():
+        assert not staged.exists()
+
+
+def test_first_trainer_that_is_done_meanwhile(
+    here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that another process began and left while this one read its text is not started over."""
+    create = RunFolder.create
+
+    def late(self: RunFolder) -> None:
+        create(self)
+        self.save_checkpoint(checkpoint(1))
+
+    monkeypatch.setattr(RunFolder, "create", late)
+
+    assert train.main([*here, "--run", "raced"]) == 1
+    assert "another process has begun this run meanwhile; start again to go on with it" in capsys.readouterr().err
+
+
+def test_killed_before_the_first_checkpoint(
+    here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that has nothing but its config begins with that; what it was to begin from has to be named again."""
+    train.main([*here, "--run", "first"])
+    with monkeypatch.context() as context:
+        context.setattr("picogpt.train.Trainer.fit", lambda *_: True)
+        assert train.main([*here, "--run", "early", "--seed", "5"]) == 0
+        assert train.main([*here, "--run", "heir", "--init-from", "first"]) == 0
+    assert not RunFolder(Path("logs/early")).has_checkpoint()
+    assert train.main(["--run", "early"]) == 0
+    assert RunFolder(Path("logs/early")).read_config()["train"]["seed"] == 5
+    assert RunFolder(Path("logs/early")).read_log().iter_num == 240
+    capsys.readouterr()
+    assert train.main(["--run", "heir"]) == 1
+    assert "has not begun; name that again" in capsys.readouterr().err
+    assert train.main(["--run", "heir", "--init-from", "logs/first"]) == 0
+
+
+def test_ignored_signals_stay_ignored(here: list[str]) -> None:
+    """`nohup picogpt-train` survives the end of its terminal."""
+    command = [*RUN, *here, "--run", "nohup"]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),  # noqa: PLW1509
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+        process.communicate(timeout=60)
+
+    assert process.returncode == 0
+
+
 def test_generating_while_training(here: list[str]) -> None:
     """A run in training can be generated from at any time."""
     with subprocess.Popen(
@@ -530,11 +597,13 @@ def test_planted_links(run: RunFolder, tmp_path: Path) -> None:
     """A link in the place of a file of the run is replaced, not written through."""
     victim = tmp_path / "victim"
     victim.write_bytes(b"mine")
-    for name in (".checkpoint.safetensors.staged.part", "model.safetensors", "checkpoint.safetensors"):
+    for name in (".checkpoint.safetensors.staged.part", "model.safetensors", "checkpoint.safetensors", ".lock"):
         (run.path / name).unlink(missing_ok=True)
         (run.path / name).symlink_to(victim)
     run.save_checkpoint(checkpoint(3))
     run.save_model({"w": np.ones(3, np.float32)}, GPTConfig())
+    with pytest.raises(RunError, match="lock: cannot be opened"), run.lock():
+        pass
 
     assert victim.read_bytes() == b"mine"
     assert not (run.path / "model.safetensors").is_symlink()

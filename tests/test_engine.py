@@ -202,6 +202,8 @@ def test_without_biases() -> None:
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
+        ("transformer.ln_f.bias", np.full(32, np.nan, np.float32), "ln_f.bias has values that are not finite"),
+        ("transformer.h.0.mlp.c_fc.weight", np.full((128, 32), 1e9, np.float32), "the weights have diverged: numbers up to"),
         ("transformer.wte.weight", None, r"transformer.wte.weight should have shape \(88, 32\), got none"),
         ("transformer.h.1.ln_2.bias", np.zeros(3, np.float32), r"ln_2.bias should have shape \(32,\), got \(3,\)"),
     ],
@@ -213,3 +215,11 @@ def test_other_weights_are_refused(roll_vectors: Vectors, name: str, array: npt.
 
     with pytest.raises(RunError, match=message):
         Engine(SMALL, weights if array is None else {**weights, name: array})
+
+
+def test_other_vocabulary_is_refused() -> None:
+    """The ids of another vocabulary would mean something else."""
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, context_len=4, vocab_size=50)
+
+    with pytest.raises(RunError, match="a vocabulary of 50 where 88 ids are known"):
+        Engine(config, GPT(config).arrays())

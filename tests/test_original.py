@@ -65,16 +65,18 @@ def test_import_and_go_on(
     with monkeypatch.context() as context:
         context.setattr("picogpt.train.Trainer.fit", lambda *_: True)
         assert train.main([*flags, "--epochs", "2"]) == 0
-    assert "brought over 1,500 steps, best loss 2.5000; training goes on with a new optimizer" in capsys.readouterr().err
+    assert "brought over 1,500 steps, best loss 2.5000 there and " in capsys.readouterr().err
     engine = Engine.load(Path("logs/old/model.safetensors"))
     np.testing.assert_allclose(Roll(engine, 1).read(expected["idx"]), expected["last_logits"], atol=1e-4, rtol=0)
     before = load_model(Path("logs/old/model.safetensors"))[1]
 
-    assert train.main([*flags, "--steps-per-epoch", "10", "--epochs", "152"]) == 0
+    assert train.main([*flags, "--steps-per-epoch", "10"]) == 0
     log = RunFolder(Path("logs/old")).read_log()
     assert log.iter_num == 1520
     assert log.val[:3] == [3.0, 2.7, 2.5]
     assert len(log.val) == 5
+    assert log.chars == sorted(log.chars)
+    assert log.chars[-1] - log.chars[2] == 20 * 32
     after = RunFolder(Path("logs/old")).load_checkpoint()[0].tensors
     assert all(not np.array_equal(after[f"model.{name}"], array) for name, array in before.items())
     assert all(array == 20 for name, array in after.items() if name.startswith("optimizer.step."))
@@ -218,11 +220,27 @@ TRICKS: dict[str, tuple[bytes, str]] = {
     "negative storage": (log_with({"a": tensor((8,), (1,), data=storage(np.zeros(8, np.float32), count=-1))}), "unknown kind"),
     "no embeddings": (log_with({"a": tensor((8,), (1,))}), "the embeddings are missing"),
     "weights of no GPT": (
-        log_with({f"transformer.{name}.weight": tensor((1, 8), (8, 1)) for name in ("wte", "wpe", "h.0.x")}),
+        log_with(
+            {
+                f"transformer.{name}.weight": tensor(
+                    shape, (2, 1) if shape[0] > 1 else (8, 1), data=storage(np.zeros(176, np.float32))
+                )
+                for name, shape in (("wte", (88, 2)), ("wpe", (1, 8)), ("h.0.x", (1, 8)))
+            }
+        ),
         "context_len must be",
     ),
+    "another vocabulary": (
+        log_with({f"transformer.{name}.weight": tensor((2, 4), (4, 1)) for name in ("wte", "wpe")}),
+        "a vocabulary of 2 where 88 ids are known",
+    ),
     "a wide nothing": (
-        log_with({f"transformer.{name}.weight": tensor((2, 4), (4, 1)) for name in ("wte", "wpe", "h.0.x")}),
+        log_with(
+            {
+                f"transformer.{name}.weight": tensor((88, 4), (4, 1), data=storage(np.zeros(352, np.float32)))
+                for name in ("wte", "wpe", "h.0.x")
+            }
+        ),
         "not those of a GPT of one shape",
     ),
     "parameter of text": (

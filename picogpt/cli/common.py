@@ -41,6 +41,10 @@ class Parser(argparse.ArgumentParser):
             self._refuse(unknown[0])
         return parsed
 
+    def has_flag(self, flag: str) -> bool:
+        """Whether there is such a flag."""
+        return flag in self._option_string_actions
+
     def _refuse(self, argument: str) -> NoReturn:
         if not argument.startswith("-"):
             self.error(f"{argument!r} belongs to no flag")
@@ -72,16 +76,16 @@ def run_command(body: Callable[[argparse.Namespace], int], parser: Parser, argv:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (PicoGPTError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
-        message, code = _explain(error)
+        message, code = _explain(error, parser)
         notice(f"{parser.prog}: {message}")
         return code
 
 
-def _explain(error: BaseException) -> tuple[str, int]:
+def _explain(error: BaseException, parser: Parser) -> tuple[str, int]:
     """The line and the exit code of an error; one that is a bug of ours is raised again."""
     match error:
-        case ConfigError(field=str(field)):
-            return str(error).replace(field, "--" + field.replace("_", "-"), 1), error.exit_code
+        case ConfigError(field=str(field)) if parser.has_flag(flag := "--" + field.replace("_", "-")):
+            return str(error).replace(field, flag, 1), error.exit_code
         case PicoGPTError():
             return str(error), error.exit_code
         case KeyboardInterrupt():
@@ -113,6 +117,8 @@ class StopRequest:
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
         """Take note of the signals instead of dying of them; the second one ends the process at once."""
+        # What the process was started to ignore, by nohup for instance, it goes on ignoring.
+        self._signals = [number for number in self._signals if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self._take_note) for number in self._signals}
         try:
             yield

@@ -49,7 +49,10 @@ def build_parser() -> Parser:
     )
     model.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
     model.add_argument(
-        "--hop", metavar="N", type=int, help="characters between windows: fewer is better and slower (default: 15/16 of one)"
+        "--hop",
+        metavar="N",
+        type=int,
+        help="characters from window to window; fewer is slower (default: 15/16 of one)",
     )
     sampling = parser.add_argument_group("sampling")
     number = _adder(sampling)
@@ -105,6 +108,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     from picogpt.run import find_model
     from picogpt.tokenizer import CharTokenizer
 
+    if sys.stdout is None:
+        raise DataError("standard output is closed; there is nowhere to write to")
     path, chosen = find_model(arguments.model, arguments.logs_dir)
     engine = Engine.load(path)
     notice(f"{chosen}, seed {draw.seed}")
@@ -128,10 +133,22 @@ def _read_prompt(arguments: argparse.Namespace) -> str:
         return str(arguments.prompt)
     if arguments.prompt_file not in {None, _STDIN}:
         try:
-            return Path(arguments.prompt_file).read_bytes().decode("utf-8", errors="replace")
+            content = Path(arguments.prompt_file).read_bytes()
         except (OSError, ValueError) as error:
             raise DataError(f"{arguments.prompt_file}: cannot be read ({error}); check the path of --prompt-file") from error
-    return "" if sys.stdin is None else sys.stdin.buffer.read().decode("utf-8", errors="replace")
+    else:
+        content = b"" if sys.stdin is None else sys.stdin.buffer.read()
+    text = content.decode("utf-8-sig", errors="replace")
+    # As in training, and without the newline that editors and echo put at the end.
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+
+
+def _ask() -> str:
+    """A line from the terminal; the prompt's mark is no result and goes to stderr where stdout is none."""
+    if sys.stdout.isatty():
+        return input("> ")
+    print("> ", end="", file=sys.stderr, flush=True)
+    return input()
 
 
 def _loop(writer: _Writer) -> int:
@@ -140,7 +157,7 @@ def _loop(writer: _Writer) -> int:
         import readline  # noqa: F401 (gives input() its line editing)
     while True:
         try:
-            prompt = input("> ")
+            prompt = _ask()
         except EOFError:
             print()
             return 0

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from picogpt.cli.common import Parser, run_command
+from picogpt.errors import ConfigError
 
 __all__ = ["build_parser", "main"]
 
@@ -44,6 +45,8 @@ def _plot(arguments: argparse.Namespace) -> int:
 
     default = next(iter(paths.values())).with_name("log.jpg") if len(logs) == 1 else arguments.logs_dir / "compare.jpg"
     output = arguments.output or default
+    if output.suffix.lower() not in {".jpg", ".jpeg"}:
+        raise ConfigError(f"output must end in .jpg, got {str(output)!r}", "output")
     atomic_write(output, draw_losses(logs))
     print(output)
     return 0

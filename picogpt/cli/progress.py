@@ -88,7 +88,8 @@ class TrainingDisplay:
         """Print the epoch and a sample of text, write the log and draw it."""
         log = trainer.log
         best = " (best so far)" if log.val[-1] == log.best_loss else ""
-        n_epochs = -(-self._schedule.total_steps // self._schedule.steps_per_epoch)
+        left = max(0, self._schedule.total_steps - trainer.step)
+        n_epochs = len(log.val) + -(-left // self._schedule.steps_per_epoch)
         self._say(
             f"epoch {len(log.val)} of {n_epochs}: train {log.train[-1]:.4f}, val {log.val[-1]:.4f} nats per character{best}; "
             f"{log.chars[-1]:,} characters in {timedelta(seconds=round(log.seconds[-1]))}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import shlex
+import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from picogpt.cli.common import StopRequest, notice
 from picogpt.cli.settings import Request
 from picogpt.config import Budget, DataConfig, GPTConfig, Pace, RunSettings, Schedule, TrainConfig
-from picogpt.errors import Interrupted
+from picogpt.errors import Interrupted, PicoGPTError, RunError
 
 if TYPE_CHECKING:
     from picogpt.data import Source
@@ -76,12 +78,20 @@ class Session:
         self.run.create()
         stop = StopRequest()
         with stop.listen(), self.run.lock():
+            if self._stored is None and self.run.has_checkpoint():
+                raise RunError(f"{self.run.path}: another process has begun this run meanwhile; start again to go on with it")
             self._prepare(model, config, budget, data)
             finished = self._fit(stop)
         if not finished:
             assert stop.signal_number is not None
             step = f"{self.trainer.step:,}"
-            raise Interrupted(f"stopped and saved at step {step}; the same command goes on from there", stop.signal_number)
+            raise Interrupted(f"stopped and saved at step {step}; {self._command(data)} goes on from there", stop.signal_number)
+
+    def _command(self, data: DataConfig) -> str:
+        """What to type to go on."""
+        logs = "" if self.request.logs_dir == Path("logs") else f" --logs-dir {shlex.quote(str(self.request.logs_dir))}"
+        text = " --text -, with the same text," if "-" in data.text else ""
+        return f"picogpt-train --run {self.run.name}{logs}{text}"
 
     def _set_aside(self) -> None:
         if self.run.path.exists():
@@ -96,11 +106,12 @@ class Session:
         threads = set_threads(self.request.threads or (self._stored.threads if self._stored else None))
         dtype, reason = choose_dtype(self.request.dtype or (self._stored.dtype if self._stored else "auto"))
         self.trainer = Trainer(model, config, self._source, dtype)
-        if self._stored is not None:
+        if self.run.has_checkpoint():
             self._restore(threads, str(dtype).removeprefix("torch."))
         else:
             self._begin()
         self.schedule = self._fix_schedule(budget)
+        self.request.refuse_finished(self.schedule.total_steps, self.trainer.step)
         settings = RunSettings(
             model=model,
             train=config,
@@ -113,6 +124,8 @@ class Session:
         )
         versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "safetensors")}}
         self.run.write_config({**asdict(settings), "versions": versions})
+        if self._origin is not None and self._origin.log is not None and not self.run.has_checkpoint():
+            self._keep_imported(self._origin.log)
         self._announce(settings, reason)
 
     def _restore(self, threads: int, dtype: str) -> None:
@@ -132,25 +145,26 @@ class Session:
         return None if self._origin is None else str(self._origin.path)
 
     def _begin(self) -> None:
-        """Take over what the run begins from; of an imported run the best weights are kept as they came."""
+        """Begin with the first batch, and with what the run begins from."""
         from picogpt.data import StreamSource
 
         if isinstance(self._source, StreamSource):
             self.run.save_validation(self._source.val_ids)
         self._source.begin()
-        origin, trainer = self._origin, self.trainer
-        if origin is None:
-            return
-        trainer.begin_from(origin.weights, origin.log)
-        if origin.log is None:
-            notice(f"begins with the weights of {origin.path}")
-            return
-        self.run.save_model(trainer.model.arrays(), origin.config)
-        trainer.save(self.run)
-        self.run.write_log(origin.log)
+        if self._origin is not None:
+            self.trainer.begin_from(self._origin.weights, self._origin.log)
+            notice(f"begins with the weights of {self._origin.path}")
+
+    def _keep_imported(self, log: LossLog) -> None:
+        """Save an imported run as it came, with a best loss on this text, which is what later ones are compared with."""
+        best = log.best_loss
+        log.best_loss = self.trainer.validate(self.schedule.val_steps)
+        self.run.save_model(self.trainer.model.arrays(), self.trainer.model.config)
+        self.trainer.save(self.run)
+        self.run.write_log(log)
         notice(
-            f"{origin.path}: brought over {origin.log.iter_num:,} steps, best loss {origin.log.best_loss:.4f}; training goes on "
-            "with a new optimizer, as the original's was not connected to its weights"
+            f"brought over {log.iter_num:,} steps, best loss {best:.4f} there and {log.best_loss:.4f} on this text; training "
+            "goes on with a new optimizer, as the original's was not connected to its weights"
         )
 
     def _fix_schedule(self, budget: Budget) -> Schedule:
@@ -163,14 +177,17 @@ class Session:
     def _measure_pace(self) -> Pace:
         """Time a few steps on a model that is thrown away, and one end of an epoch."""
         from picogpt.plot import draw_losses
-        from picogpt.run import LossLog
+        from picogpt.run import LossLog, RunFolder
         from picogpt.train import measure_seconds_per_step, seconds_of
 
         notice("timing a few steps")
         trainer = self.trainer
         steps = measure_seconds_per_step(trainer.model.config, trainer.config, trainer.dtype)
+        scratch = RunFolder(self.run.path / ".pace")
+        scratch.create()
         # Before the first step only the weights are saved; later the optimizer's two moments come with them.
-        saving = seconds_of(lambda: trainer.save(self.run)) * (1 if trainer.step else 3)
+        saving = seconds_of(lambda: trainer.save(scratch)) * (1 if trainer.step else 3)
+        shutil.rmtree(scratch.path)
         showing = seconds_of(self._sample) + seconds_of(lambda: draw_losses({"pace": LossLog(train=[1.0], val=[1.0])}))
         return Pace(seconds_per_step=steps, seconds_per_epoch_end=saving + showing, seconds_spent=trainer.seconds)
 
@@ -211,7 +228,10 @@ class Session:
         from picogpt.tokenizer import CharTokenizer
 
         tokenizer = CharTokenizer()
-        engine = Engine(self.trainer.model.config, self.trainer.model.arrays())
+        try:
+            engine = Engine(self.trainer.model.config, self.trainer.model.arrays())
+        except PicoGPTError as error:
+            return f"(no sample: {error})"
         roll = Roll(engine, GenerateConfig().hop_for(engine.config.context_len))
         logits = roll.read(tokenizer.encode("\n")[None])
         made = generate(

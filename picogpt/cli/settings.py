@@ -34,7 +34,7 @@ TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {
 }
 """Fields of `TrainConfig` that are flags: type and meaning."""
 
-_CHANGEABLE = frozenset({"lr", "weight_decay", "grad_clip", "warmup_steps"})
+_CHANGEABLE = frozenset({"lr", "min_lr", "weight_decay", "grad_clip", "warmup_steps"})
 """Training settings that may change while a run goes on; the others would make its past steps something else."""
 _LENGTHS = ("epochs", "minutes", "chars")
 
@@ -113,6 +113,9 @@ class Request:
         """The training settings: those of the run, or of the recipe, with what was given."""
         overrides = _pick(self.given, TRAIN_FLAGS)
         if stored is not None:
+            if "lr" in overrides:
+                # The floor is a share of the peak, and stays one.
+                overrides["min_lr"] = stored.train.min_lr / stored.train.lr * overrides["lr"]
             return TrainConfig(**{**asdict(stored.train), **overrides})
         return TrainConfig.from_recipe(self.given.get("recipe", "fast"), overrides)
 
@@ -123,16 +126,28 @@ class Request:
             fields = {name: value for name, value in fields.items() if name not in _LENGTHS}
         return Budget(**{**fields, **_pick(self.given, (*_LENGTHS, "steps_per_epoch", "val_steps"))})
 
-    def refuse_other_origin(self, run: str, stored: RunSettings) -> None:
+    def refuse_other_origin(self, stored: RunSettings, asked: Path | None) -> None:
         """Refuse to begin a run that has begun already from something else.
 
+        Args:
+            stored: the run's settings.
+            asked: the model or log that the flags name, as an absolute path.
+
         Raises:
-            RunError: the flags name another model than the one that the run began from.
+            RunError: the run began from another one, or from nothing.
         """
-        asked = self.init_from or self.import_original
-        if asked is not None and (stored.origin is None or str(asked) not in stored.origin):
+        if asked is not None and str(asked) != stored.origin:
             began = stored.origin or "nothing"
-            raise RunError(f"run {run} began from {began}, not {asked}; choose another --run, or --fresh to start over")
+            raise RunError(f"the run began from {began}, not {asked}; choose another --run, or --fresh to start over")
+
+    def refuse_finished(self, total_steps: int, steps_done: int) -> None:
+        """Refuse a length that the run has passed, before it takes the place of the one that was planned.
+
+        Raises:
+            RunError: another length is given, and it is not longer than what is done.
+        """
+        if any(name in self.given for name in _LENGTHS) and total_steps < steps_done:
+            raise RunError(f"the run has done {steps_done:,} steps and this length is {total_steps:,}; give a larger one")
 
     def refuse_changes(self, stored: RunSettings | None, data: DataConfig) -> None:
         """Refuse to go on with a run under settings that contradict it, and say which others change.

@@ -13,7 +13,7 @@ from picogpt.cli.session import Origin, Session
 from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, Request
 from picogpt.cli.texts import Text, find_text
 from picogpt.config import RECIPES, Budget, GPTConfig, RunSettings, TrainConfig
-from picogpt.errors import RunError
+from picogpt.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from picogpt.run import RunFolder
@@ -97,15 +97,28 @@ def _train(arguments: argparse.Namespace) -> int:
     run, stored, text = _locate(request)
     data = text.describe()
     request.refuse_changes(stored, data)
-    origin = None if stored else Origin.find(request)
+    origin = _origin(request, run, stored)
     model = request.model(stored, origin.config if origin else None)
     config, budget = request.train(stored), request.budget(stored)
-    source = text.source(model, config, run if stored else None)
+    source = text.source(model, config, run if stored and run.has_validation() else None)
     try:
         Session(run, source, request, stored, origin).train(model, config, budget, data)
     finally:
         source.close()
     return 0
+
+
+def _origin(request: Request, run: RunFolder, stored: RunSettings | None) -> Origin | None:
+    """What the run begins from, if it is yet to begin."""
+    asked = Origin.find(request)
+    if stored is None:
+        return asked
+    request.refuse_other_origin(stored, asked.path if asked else None)
+    if run.has_checkpoint():
+        return None
+    if stored.origin is not None and asked is None:
+        raise RunError(f"{run.path}: the run was to begin from {stored.origin} and has not begun; name that again")
+    return asked
 
 
 def _locate(request: Request) -> tuple[RunFolder, RunSettings | None, Text]:
@@ -127,10 +140,11 @@ def _stored(run: RunFolder, request: Request) -> RunSettings | None:
     """The settings of the run that is to go on, or None where one begins."""
     if request.fresh:
         return None
-    if run.has_checkpoint():
-        stored = RunSettings.from_dict(run.read_config())
-        request.refuse_other_origin(run.name, stored)
-        return stored
+    if run.has_checkpoint() or (run.has_config() and not run.has_model()):
+        try:
+            return RunSettings.from_dict(run.read_config())
+        except ConfigError as error:
+            raise RunError(f"{run.path / 'config.json'}: {error}; start over with --fresh, the folder is kept") from error
     if run.has_model():
         raise RunError(
             f"{run.path}: a trained model without a checkpoint to go on from; choose another --run, or --fresh to start over"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import queue
 import threading
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from importlib.resources import files
@@ -102,7 +102,7 @@ def _download(timeout: float, progress: Progress) -> bytes:
                 chunks.append(chunk)
                 received += len(chunk)
                 progress(received, _TINY_SHAKESPEARE_BYTES)
-    except (OSError, urllib.error.URLError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise _not_available(getattr(error, "reason", error)) from error
     content = b"".join(chunks)
     if hashlib.sha256(content).hexdigest() != TINY_SHAKESPEARE_SHA256:

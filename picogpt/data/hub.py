@@ -114,6 +114,10 @@ def find_shards(spec: StreamSpec, revision: str | None = None) -> Shards:
     except ValueError as error:
         raise DataError(f"{spec.path}: {_first_line(error)}; name one of these as {spec.path}:CONFIG") from error
     except OSError as error:
+        if revision is not None and getattr(getattr(error, "response", None), "status_code", None) == 404:
+            raise DataError(
+                f"{spec.path}: the hub has the run's commit {revision[:12]} no more; --fresh starts over with the newest"
+            ) from error
         raise DataError(
             f"{spec.path}: the hub cannot be reached ({_first_line(error)}); check the network and HF_HUB_OFFLINE, or use --text"
         ) from error

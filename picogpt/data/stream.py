@@ -43,6 +43,8 @@ READ_AHEAD = 512
 """Articles that wait between the reader and training."""
 PATIENCE = 86_400.0
 """Seconds without an article after which a run gives up: a day."""
+FIRST_WAIT = 1.0
+"""Seconds before the first new try; each one after it waits twice as long."""
 LONGEST_WAIT = 60.0
 """Seconds between two tries at the most; each is said in a line."""
 
@@ -159,12 +161,12 @@ class ArticleReader:
         """The articles of one file from `place` on."""
         order = np.random.Generator(np.random.Philox(key=[self._seed, _STREAM_SHARDS], counter=[0, 0, 0, place.epoch]))
         file = self._shards.files[order.permutation(len(self._shards.files))[place.file]]
-        wait, failing_since = 1.0, None
+        wait, failing_since = min(FIRST_WAIT, LONGEST_WAIT), None
         row = place.row
         while True:
             try:
                 for columns in self._read(file, row):
-                    wait, failing_since = 1.0, None
+                    wait, failing_since = min(FIRST_WAIT, LONGEST_WAIT), None
                     here = Place(place.epoch, place.file, row)
                     row += 1
                     ids = self._encode(columns)

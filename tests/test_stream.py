@@ -1,0 +1,450 @@
+"""Streams: the real library over real HTTP against a hub on the loopback, and the pool against plain iterables."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from picogpt.cli import train
+from picogpt.data import ArticleReader, Shards, StreamSource, StreamSpec, WaitInterrupted, draw_validation, resolve_stream, stream
+from picogpt.data.hub import Row
+from picogpt.data.stream import Place
+from picogpt.errors import ConfigError, DataError
+from picogpt.run import RunFolder
+from picogpt.tokenizer import CharTokenizer
+from tests.conftest import TINY_FLAGS
+from tests.hub import COMMIT, Hub, serving
+
+FILES = tuple(f"file-{i}" for i in range(3))
+SHARDS = Shards(files=FILES, format="parquet", columns=("text",), commit=COMMIT)
+decode = CharTokenizer().decode
+
+
+def article(number: int) -> str:
+    """A text with a number of its own; some are empty, short or long."""
+    if number % 11 == 0:
+        return ""
+    return f"({number}) " + " ".join(f"word{number % 17}{i}" for i in range(number % 13 * 9 + 1))
+
+
+def rows_of(file: str, row: int) -> Iterator[Row]:
+    """Rows of a data set of three files of 200 articles."""
+    number = FILES.index(file)
+    for i in range(row, 200):
+        yield (article(number * 200 + i),)
+
+
+def make_source(*, batch_size: int = 2, roll_len: int = 40, read: Any = rows_of, notify: Any = None) -> StreamSource:
+    """A source on that data set."""
+    reader = ArticleReader(SHARDS, 7, notify or (lambda _: None), read)
+    validation = draw_validation(ArticleReader(SHARDS, 7, lambda _: None, rows_of), 3000)
+    return StreamSource(reader, validation, roll_len=roll_len, batch_size=batch_size, seed=7)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small pool and short waits."""
+    monkeypatch.setattr(stream, "POOL", 64)
+    monkeypatch.setattr(stream, "LONGEST_WAIT", 0.02)
+
+
+def batches(source: StreamSource, steps: range) -> list[bytes]:
+    """The inputs of some steps."""
+    return [source.train_batch(k).inputs.tobytes() for k in steps]
+
+
+def test_goes_on_at_the_very_article() -> None:
+    """A hundred stops at random, each resumed in a new source from the snapshot: the batches of one that never stopped."""
+    straight = make_source()
+    straight.begin()
+    expected = batches(straight, range(400))
+    straight.close()
+    generator = random.Random(0)
+    source = make_source()
+    source.begin()
+    found: list[bytes] = []
+    stops = sorted(generator.sample(range(1, 400), 100))
+    for start, end in zip([0, *stops], [*stops, 400], strict=True):
+        found += batches(source, range(start, end))
+        arrays, plain = source.snapshot()
+        source.close()
+        source = make_source()
+        source.restore(arrays, plain)
+    source.close()
+
+    assert found == expected
+
+
+def test_every_article_is_read_once_a_pass() -> None:
+    """In a pass each article that is not empty comes once, in the order of its file, files in another order each pass."""
+    reader = ArticleReader(SHARDS, 7, lambda _: None, rows_of)
+    read = []
+    for item in reader.articles(Place(0, 0, 0)):
+        if item.place.epoch == 2:
+            break
+        read.append((item.place.epoch, decode(item.ids).partition(" ")[0]))
+    expected = {f"({n})" for n in range(600) if n % 11}
+
+    for epoch in (0, 1):
+        names = [name for number, name in read if number == epoch]
+        assert len(names) == len(expected)
+        assert set(names) == expected
+    assert [name for number, name in read if number == 0] != [name for number, name in read if number == 1]
+
+
+def test_text_is_cut_without_loss() -> None:
+    """Sequences laid end to end, each beginning with the last character of the one before, are the articles joined."""
+    source = make_source()
+    source.begin()
+    for _ in range(50):
+        source._cut_next(lambda: False)
+    source.close()
+    sequences = [sequence for sequence, _ in source._fresh]
+    text = decode(np.concatenate([sequences[0], *(sequence[1:] for sequence in sequences[1:])]))
+    reader = ArticleReader(SHARDS, 7, lambda _: None, rows_of)
+    joined = ""
+    for item in reader.articles(Place(0, 0, 0)):
+        if not item.for_validation:
+            joined += decode(item.ids) + "\n\n"
+        if len(joined) > len(text):
+            break
+
+    assert joined.startswith(text)
+    assert all(sequence[0] == before[-1] for before, sequence in itertools.pairwise(sequences))
+
+
+def test_batches_mix_articles() -> None:
+    """The sequences of a batch begin in different articles."""
+    source = make_source(batch_size=8)
+    source.begin()
+    for k in range(50):
+        source.train_batch(k)
+        articles = [source._article_of[row] for row in source._draw(k + 1)]
+        assert len(set(articles)) == 8
+    source.close()
+
+
+def sides(seed: int) -> dict[str, bool]:
+    """Of each article of the first pass, whether it is for validation."""
+    found: dict[str, bool] = {}
+    for item in ArticleReader(SHARDS, seed, lambda _: None, rows_of).articles(Place(0, 0, 0)):
+        if item.place.epoch:
+            return found
+        found[decode(item.ids).partition(" ")[0]] = item.for_validation
+    return found
+
+
+def test_validation_articles_are_never_trained_on() -> None:
+    """About one in twenty, the same ones whatever the order, and none of them in the pool."""
+    here = sides(7)
+    source = make_source()
+    source.begin()
+    for k in range(300):
+        source.train_batch(k)
+    pool = "".join(decode(sequence) for sequence in source._pool)
+    source.close()
+
+    assert here == sides(99)
+    assert 0.02 < sum(here.values()) / len(here) < 0.1
+    assert not [name for name, validation in here.items() if validation and f"\n\n{name} " in pool]
+
+
+def test_question_and_answer() -> None:
+    """Two columns are a question and its answer in their tokens."""
+    shards = Shards(files=("f",), format="parquet", columns=("question", "response"), commit=COMMIT)
+    reader = ArticleReader(shards, 0, lambda _: None, lambda *_: iter([("Why?", "Because.")]))
+
+    assert decode(next(reader.articles(Place(0, 0, 0))).ids) == "<Q>why?</Q>\n<A>because.</A>"
+
+
+class Broken:
+    """Rows that fail now and then, each time in another way."""
+
+    def __init__(self, errors: list[Exception], every: int = 17) -> None:
+        self.errors, self.every, self.count = errors, every, 0
+
+    def __call__(self, file: str, row: int) -> Iterator[Row]:
+        for columns in rows_of(file, row):
+            self.count += 1
+            if self.count % self.every == 0 and self.errors:
+                raise self.errors.pop(0)
+            yield columns
+
+
+def test_outages_are_waited_out() -> None:
+    """Whatever breaks, it goes on from the very article, says so each time, and the batches are the same."""
+    straight = make_source()
+    straight.begin()
+    expected = batches(straight, range(900))
+    straight.close()
+    errors: list[Exception] = [ConnectionError("reset"), TimeoutError("hang"), ValueError("wrong bytes"), OSError("no name")] * 3
+    notices: list[str] = []
+    source = make_source(read=Broken(errors), notify=notices.append)
+    source.begin()
+    found = batches(source, range(900))
+    source.close()
+
+    assert found == expected
+    assert len(notices) == 12
+    assert re.fullmatch(r"file-\d, row \d+: ConnectionError: reset; next try in 0 s", notices[0])
+
+
+def test_gives_up_after_a_stated_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When patience is over there is one clear line."""
+    monkeypatch.setattr(stream, "PATIENCE", 0.05)
+    monkeypatch.setattr("threading.Event.wait", lambda self, timeout=None: self.is_set())
+    source = make_source(read=Broken([ConnectionError("down")] * 10**6, every=1))
+    source.begin()
+
+    with pytest.raises(DataError, match=r"no answer for 0 s \(ConnectionError: down\); the same command goes on"):
+        source.train_batch(0)
+    source.close()
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("gone"), PermissionError("gated")])
+def test_what_is_gone_is_not_waited_for(error: Exception) -> None:
+    """A file that is not there any more ends the run at once."""
+    source = make_source(read=Broken([error], every=5))
+    source.begin()
+
+    with pytest.raises(DataError, match=r"file-\d: cannot be read .* it may be gone from the hub"):
+        source.train_batch(0)
+    source.close()
+
+
+def test_nothing_but_empty_articles() -> None:
+    """A data set without text is said, and does not turn for ever."""
+    reader = ArticleReader(SHARDS, 7, lambda _: None, lambda *_: iter([("",)] * 5))
+
+    with pytest.raises(DataError, match="no text in the whole data set"):
+        next(reader.articles(Place(0, 0, 0)))
+
+
+def test_too_small_for_validation() -> None:
+    """A data set of a handful of articles may have none for validation."""
+    only = next(file for file in FILES if not stream._is_for_validation(file, 0))
+    reader = ArticleReader(SHARDS, 7, lambda _: None, lambda file, row: iter([("one",)] if file == only else []))
+
+    with pytest.raises(DataError, match="the data set is too small"):
+        draw_validation(reader)
+
+
+def test_stop_while_waiting() -> None:
+    """A stop that comes while nothing can be read loses nothing: what was cut is in the snapshot."""
+
+    def stuck(file: str, row: int) -> Iterator[Row]:
+        for i, columns in enumerate(rows_of(file, row), start=row):
+            if i == 40:
+                raise ConnectionError("down")
+            yield columns
+
+    straight = make_source()
+    straight.begin()
+    expected = batches(straight, range(200))
+    straight.close()
+    source = make_source(read=stuck)
+    source.begin()
+    k = 0
+    with contextlib.suppress(WaitInterrupted):
+        for k in range(1000):
+            source.train_batch(k, lambda: True)
+    assert 0 < k < 180
+    arrays, plain = source.snapshot()
+    source.close()
+    other = make_source()
+    other.restore(arrays, plain)
+
+    assert batches(other, range(k, k + 20)) == expected[k : k + 20]
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("wikipedia", StreamSpec(name="wikipedia", path="wikimedia/wikipedia", config="20231101.en")),
+        ("a/b", StreamSpec(name="a/b", path="a/b")),
+        ("a/b:c", StreamSpec(name="a/b:c", path="a/b", config="c")),
+    ],
+)
+def test_names(name: str, expected: StreamSpec) -> None:
+    """Names, repositories and their parts."""
+    assert resolve_stream(name, None) == expected
+    assert resolve_stream(name, "body").columns == ("body",)
+
+
+def test_unknown_name() -> None:
+    """Anything else is wrong usage."""
+    with pytest.raises(ConfigError, match=r"dataset must be auto, sample, .* ORG/NAME\[:CONFIG\] or a folder, got 'wikipedla'"):
+        resolve_stream("wikipedla", None)
+
+
+def parquet(start: int, count: int = 250) -> bytes:
+    """A file of articles, in row groups of 50."""
+    texts = [article(i) if i % 7 else None for i in range(start, start + count)]
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"id": [str(i) for i in range(count)], "text": texts}), sink, row_group_size=50)
+    return sink.getvalue()
+
+
+@pytest.fixture
+def hub() -> Hub:
+    """A small Wikipedia."""
+    return Hub(
+        "wikimedia/wikipedia", {f"20231101.en/train-0000{i}-of-00003.parquet": parquet(i * 250) for i in range(3)} | README
+    )
+
+
+README = {
+    "README.md": b"---\nconfigs:\n- config_name: 20231101.en\n  data_files:\n  - split: train\n    path: 20231101.en/*\n---\n",
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to run in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SHORT = "import picogpt.data.stream as s; s.POOL = 64; s.VALIDATION_CHARS = 2000; s.READ_AHEAD = 8; s.LONGEST_WAIT = 0.2; "
+SHORT += "import datasets.config as c; c.STREAMING_READ_RETRY_INTERVAL = 0.05; "
+SHORT += "from picogpt.cli.train import main; import sys; sys.exit(main())"
+FLAGS = [*TINY_FLAGS, "--epochs", "2", "--steps-per-epoch", "40", "--val-steps", "1", "--batch-size", "2"]
+
+
+def start(hub: Hub, port: int, here: Path, *flags: str, **changes: str) -> subprocess.Popen[str]:
+    """A real training process that takes the loopback for the hub."""
+    command = [sys.executable, "-c", SHORT, "--dataset", "wikipedia", *FLAGS, *flags]
+    environment = {**hub.environment(port, here / "hf"), **changes}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def weights(run: str) -> dict[str, bytes]:
+    """The bytes of a run's last checkpoint, its data included."""
+    return {name: array.tobytes() for name, array in load_file(f"logs/{run}/checkpoint.safetensors").items()}
+
+
+def test_over_http_with_faults_and_a_kill(hub: Hub, here: Path) -> None:
+    """Resets, cut bodies, errors of the server and a `kill -9` on the way: the bytes of an undisturbed run."""
+    with serving(hub) as port:
+        code, out, err = finish(start(hub, port, here, "--run", "calm"))
+        assert code == 0, err
+        assert "wikimedia/wikipedia: 3 files at commit 0123456789ab, streamed" in err
+        assert out.count("epoch") == 2
+        process = start(hub, port, here, "--run", "rough")
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.kill()
+        finish(process)
+        hub.faults += ["reset", 503, "cut", 500, "reset", 429]
+        code, _, err = finish(start(hub, port, here, "--run", "rough"))
+        assert code == 0, err
+
+    assert hub.faults == []
+    assert weights("rough") == weights("calm")
+    assert RunFolder(Path("logs/calm")).read_config()["data"]["commit"] == COMMIT
+
+
+def test_signal_during_an_outage(hub: Hub, here: Path) -> None:
+    """With the network gone a signal still ends the run at once, saved, and it goes on when the network is back."""
+    with serving(hub) as port:
+        process = start(hub, port, here, "--run", "waiting", "--epochs", "200")
+        assert process.stdout is not None
+        process.stdout.readline()
+        hub.down = True
+        hub.cut_connections()
+        process.send_signal(signal.SIGTERM)
+        code, _, err = finish(process)
+        assert code == 128 + signal.SIGTERM, err
+        assert "stopped and saved at step" in err
+        hub.down = False
+        process = start(hub, port, here, "--run", "waiting", "--epochs", "200")
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("epoch")
+        process.terminate()
+        _, _, err = finish(process)
+
+    assert "goes on from step" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "message"),
+    [
+        (["--dataset", "nobody/nothing"], {}, "nobody/nothing: no such data set on the hub, or one that needs permission"),
+        (["--dataset", "wikimedia/wikipedia:20231101.xx"], {}, "BuilderConfig '20231101.xx' not found"),
+        (["--text-column", "body"], {}, "wikimedia/wikipedia: it has no column body; name one of id, text with --text-column"),
+        ([], {"HF_HUB_OFFLINE": "1"}, "wikimedia/wikipedia: the hub cannot be reached"),
+    ],
+    ids=["wrong name", "wrong part", "missing column", "offline"],
+)
+def test_clear_lines(hub: Hub, here: Path, flags: list[str], changes: dict[str, str], message: str) -> None:
+    """What cannot work is one line, exit 1, and nothing is written."""
+    with serving(hub) as port:
+        code, out, err = finish(start(hub, port, here, *flags, **changes))
+
+    assert (code, out) == (1, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert not (here / "logs").exists()
+
+
+def test_another_commit(hub: Hub, here: Path) -> None:
+    """A run keeps to its commit; where the hub has it no more, that is said."""
+    with serving(hub) as port:
+        assert finish(start(hub, port, here, "--run", "pinned"))[0] == 0
+        hub.commit = "f" * 40
+        code, _, err = finish(start(hub, port, here, "--run", "pinned", "--epochs", "3"))
+
+    assert code == 1
+    assert "wikimedia/wikipedia: the hub has the run's commit 0123456789ab no more; --fresh starts over" in err
+
+
+def test_folder_like_the_hubs(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of parquet files is streamed like the hub's, under its own name; a changed one stops the run."""
+    monkeypatch.setattr(stream, "VALIDATION_CHARS", 2000)
+    folder = here / "my-articles"
+    folder.mkdir()
+    for i in range(2):
+        (folder / f"train-{i}.parquet").write_bytes(parquet(i * 250))
+    assert train.main(["--dataset", str(folder), *FLAGS]) == 0
+    assert "2 files in this folder, streamed" in capsys.readouterr().err
+    assert train.main(["--run", "my-articles", "--epochs", "3"]) == 0
+    assert "goes on from step 80" in capsys.readouterr().err
+
+    (folder / "train-1.parquet").write_bytes(parquet(1000))
+    assert train.main(["--run", "my-articles", "--epochs", "4"]) == 1
+    assert "text is" in capsys.readouterr().err
+
+
+def test_damaged_validation(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A validation text that was changed is refused."""
+    run = RunFolder(here / "run")
+    run.create()
+    run.save_validation(np.arange(50, dtype=np.uint8))
+    assert np.array_equal(run.load_validation(), np.arange(50))
+    path = run.path / "validation.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+
+    with pytest.raises(Exception, match="validation.safetensors: damaged"):
+        run.load_validation()
