@@ -78,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests.append(f"{self.command} {path}")
         if hub.down:
             self.close_connection = True
-            self.connection.close()
+            self.connection.shutdown(socket.SHUT_RDWR)
             return
         resolve = re.fullmatch(rf"/datasets/{hub.repository}/resolve/([^/]+)/(.*)", path)
         tree = re.fullmatch(rf"/api/datasets/{hub.repository}/tree/{hub.commit}/?(.*)", path)
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "reset":
             self.close_connection = True
-            self.connection.close()
+            self.connection.shutdown(socket.SHUT_RDWR)
             return
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         status, part = 200, content
@@ -129,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "cut":
             self._send(status, part[: len(part) // 2], {**headers, "Content-Length": str(len(part))})
             self.close_connection = True
-            self.connection.close()
+            self.connection.shutdown(socket.SHUT_RDWR)
             return
         self._send(status, part, headers)
 

@@ -357,7 +357,7 @@ def test_over_http_with_faults_and_a_kill(hub: Hub, here: Path) -> None:
         process.stdout.readline()
         process.kill()
         finish(process)
-        hub.faults += ["reset", 503, "cut", 500, "reset", 429]
+        hub.faults += ["reset", None, 503, None, "cut"]
         code, _, err = finish(start(hub, port, here, "--run", "rough"))
         assert code == 0, err
 
