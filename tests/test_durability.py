@@ -265,7 +265,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_file: Path) -> li
         "--epochs",
         "4",
         "--steps-per-epoch",
-        "60",
+        "30",
         "--val-steps",
         "1",
         "--dropout",
@@ -378,7 +378,7 @@ def test_second_signal_ends_at_once(here: list[str]) -> None:
 
     assert time.perf_counter() - start < 5
     assert process.returncode == -signal.SIGINT
-    assert RunFolder(Path("logs/twice")).load_checkpoint()[0].state["log"]["iter_num"] == 60
+    assert RunFolder(Path("logs/twice")).load_checkpoint()[0].state["log"]["iter_num"] == 30
 
 
 def test_terminal_that_goes_away(here: list[str]) -> None:
@@ -396,7 +396,7 @@ def test_terminal_that_goes_away(here: list[str]) -> None:
         process.send_signal(signal.SIGHUP)
         assert process.wait(timeout=20) == 128 + signal.SIGHUP
 
-    assert RunFolder(Path("logs/hung-up")).load_checkpoint()[0].state["log"]["iter_num"] > 60
+    assert RunFolder(Path("logs/hung-up")).load_checkpoint()[0].state["log"]["iter_num"] > 30
 
 
 def test_suspend(here: list[str]) -> None:
@@ -410,7 +410,7 @@ def test_suspend(here: list[str]) -> None:
         process.communicate(timeout=60)
 
     assert process.returncode == 0
-    assert RunFolder(Path("logs/asleep")).read_log().iter_num == 240
+    assert RunFolder(Path("logs/asleep")).read_log().iter_num == 120
 
 
 def test_wall_clock_jumps(here: list[str]) -> None:
@@ -498,7 +498,7 @@ def test_killed_before_the_first_checkpoint(
     assert not RunFolder(Path("logs/early")).has_checkpoint()
     assert train.main(["--run", "early"]) == 0
     assert RunFolder(Path("logs/early")).read_config()["train"]["seed"] == 5
-    assert RunFolder(Path("logs/early")).read_log().iter_num == 240
+    assert RunFolder(Path("logs/early")).read_log().iter_num == 120
     capsys.readouterr()
     assert train.main(["--run", "heir"]) == 1
     assert "has not begun; name that again" in capsys.readouterr().err
@@ -540,15 +540,15 @@ def test_weights_that_are_not_finite_are_never_saved(here: list[str], capsys: py
     """A poisoned weight ends the run with one line, and the last finite state is what there is."""
     code = "import picogpt.train as t, torch, sys; update = t.Trainer.update\n"
     code += "def poisoned(self, rate, stop):\n"
-    code += "    if self.step == 70: self.model.transformer.ln_f.bias.data[0] = float('nan')\n"
+    code += "    if self.step == 40: self.model.transformer.ln_f.bias.data[0] = float('nan')\n"
     code += "    return update(self, rate, stop)\n"
     code += "t.Trainer.update = poisoned; from picogpt.cli.train import main; sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", code, *here, "--run", "poisoned"], capture_output=True, text=True, check=False)
 
     assert done.returncode == 1
-    assert re.search(r"picogpt-train: step 71: the loss is nan .* start again with a smaller --lr", done.stderr)
+    assert re.search(r"picogpt-train: step 41: the loss is nan .* start again with a smaller --lr", done.stderr)
     saved = RunFolder(Path("logs/poisoned")).load_checkpoint()[0]
-    assert saved.state["log"]["iter_num"] == 60
+    assert saved.state["log"]["iter_num"] == 30
     assert all(np.isfinite(array).all() for array in saved.tensors.values())
 
 
@@ -572,7 +572,7 @@ def test_closed_streams(here: list[str], closing: str) -> None:
     command = " ".join([*RUN, *here, "--epochs", "2", "2>err", closing] if "2>" not in closing else [*RUN, *here, closing])
     subprocess.run(command, shell=True, check=False, stdout=subprocess.DEVNULL)
 
-    assert RunFolder(Path("logs/numbers")).read_log().iter_num >= 120
+    assert RunFolder(Path("logs/numbers")).read_log().iter_num >= 60
     assert not Path("err").exists() or "Traceback" not in Path("err").read_text()
 
 
