@@ -128,7 +128,9 @@ class RepeatedSource(TextSource):
     """Batches of random characters, to time steps with, whatever the data are."""
 
     def __init__(self, *, roll_len: int, batch_size: int) -> None:
-        ids = np.random.Generator(np.random.Philox(0)).integers(1, 75, 4 * roll_len + 40, dtype=np.uint8)
+        # Long enough for a whole batch of validation rolls in its last tenth.
+        size = 10 * (batch_size * roll_len + 2)
+        ids = np.random.Generator(np.random.Philox(0)).integers(1, 75, size, dtype=np.uint8)
         super().__init__(Corpus(name="noise", ids=ids, unknown=Counter()), roll_len=roll_len, batch_size=batch_size, seed=0)
 
 
