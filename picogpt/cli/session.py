@@ -105,9 +105,10 @@ class Session:
 
         threads = set_threads(self.request.threads or (self._stored.threads if self._stored else None))
         dtype, reason = choose_dtype(self.request.dtype or (self._stored.dtype if self._stored else "auto"))
+        dtype_name = str(dtype).removeprefix("torch.")
         self.trainer = Trainer(model, config, self._source, dtype)
         if self.run.has_checkpoint():
-            self._restore(threads, str(dtype).removeprefix("torch."))
+            self._restore(threads, dtype_name)
         else:
             self._begin()
         self.schedule = self._fix_schedule(budget)
@@ -118,7 +119,7 @@ class Session:
             budget=budget,
             schedule=self.schedule,
             data=data,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name,
             threads=threads,
             origin=self._origin_path(),
         )
