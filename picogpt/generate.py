@@ -6,15 +6,12 @@ Ids in, ids out; knows no characters, no files and no torch.
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from threadpoolctl import threadpool_limits
 
 from picogpt.config import SampleConfig
 from picogpt.engine import Engine, Window
@@ -23,7 +20,6 @@ from picogpt.tokenizer import SPECIAL_IDS, TEXT_IDS, VOCAB_SIZE
 __all__ = [
     "Reader",
     "Roll",
-    "SideBySide",
     "StopWatcher",
     "filters_of",
     "generate",
@@ -42,9 +38,6 @@ Filter = Callable[[Scores], Scores]
 
 ROLL_WINDOWS = 10
 """Windows of a prompt that are read, counted from its end: as many as training rolls over."""
-
-SMALLEST_GROUP = 4
-"""Texts that are worth a thread of their own."""
 
 _NEVER_DRAWN = np.array(sorted(set(range(VOCAB_SIZE)) - set(TEXT_IDS) - set(SPECIAL_IDS.values())))
 """Ids that stand for no text: unknown and spare."""
@@ -126,33 +119,6 @@ class Roll:
             window.extend(kept)
             self._recent[:, : kept.shape[1]] = kept
         self._next_kept = self._kept_at
-
-
-class SideBySide:
-    """Texts that all go on from one, in groups that are read at the same time, a thread each.
-
-    Attention is many small products, which use one thread each; so the groups share the processors instead, and numpy's
-    matrix products use one thread from here on.
-
-    Args:
-        roll: what has been read so far (B = 1).
-        batch: how many texts go on from it.
-        threads: how many groups; None for one a processor, but none smaller than `SMALLEST_GROUP`.
-    """
-
-    def __init__(self, roll: Roll, batch: int, threads: int | None = None) -> None:
-        most = max(1, batch // SMALLEST_GROUP)
-        count = min(batch, threads or min(os.cpu_count() or 1, most))
-        self._bounds = [batch * i // count for i in range(1, count)]
-        sizes = np.diff([0, *self._bounds, batch]).tolist()
-        self._rolls = [roll.fork(size) for size in sizes]
-        self._pool = ThreadPoolExecutor(count)
-        threadpool_limits(1, user_api="blas")
-
-    def read(self, ids: Ids) -> Floats:
-        """Read ids (B, k); return the logits (B, V) of the characters after them."""
-        parts = np.split(ids, self._bounds)
-        return np.concatenate(list(self._pool.map(Roll.read, self._rolls, parts)))
 
 
 def temperature_filter(scores: Scores, temperature: float) -> Scores:

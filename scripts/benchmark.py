@@ -6,6 +6,7 @@ python scripts/benchmark.py generate [--model RUN]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
@@ -22,12 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
-from threadpoolctl import threadpool_limits
 
 from picogpt.config import GenerateConfig, GPTConfig, SampleConfig
 from picogpt.device import instruction_set
 from picogpt.engine import Engine
-from picogpt.generate import Reader, Roll, SideBySide, StopWatcher, generate, make_generator
+from picogpt.generate import Reader, Roll, StopWatcher, generate, make_generator
 from picogpt.model import GPT
 from picogpt.reference import ReferenceModel
 from picogpt.run import RunFolder, find_model
@@ -52,7 +52,7 @@ def speed(reader: Reader, prompt: npt.NDArray[np.uint8], count: int, batch: int 
     """Characters a second, of all texts together, that are drawn and read behind `prompt`."""
     logits = reader.read(prompt)
     if isinstance(reader, Roll) and batch > 1:
-        reader, logits = SideBySide(reader, batch), np.repeat(logits, batch, axis=0)
+        reader, logits = reader.fork(batch), np.repeat(logits, batch, axis=0)
     generators, watchers = [make_generator(0, i) for i in range(batch)], [StopWatcher([]) for _ in range(batch)]
     made = generate(reader, logits, count + 2, config=SampleConfig(), generators=generators, watchers=watchers)
     next(made)  # drawn from the prompt's own logits
@@ -75,11 +75,25 @@ def first_character(model: Path) -> float:
 
 
 def peak_memory(model: Path) -> float:
-    """Most memory (MB) that `picogpt-generate` holds over 256 characters, from a parent that holds little itself."""
-    command = [sys.executable, "-m", "picogpt.cli.generate", "-m", str(model), "-p", "a"]
-    code = f"import subprocess, resource; subprocess.run({command!r}, check=True, capture_output=True); "
-    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+    """Most memory (MB) that the processes of `picogpt-generate` hold together over 3,000 characters, as seen every 5 ms.
+
+    Pages that they share count once (Linux's proportional set size).
+    """
+    command = [sys.executable, "-m", "picogpt.cli.generate", "-m", str(model), "-p", "a", "-n", "3000"]
+    most = 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
+        while process.poll() is None:
+            with contextlib.suppress(OSError):  # a process that has just ended
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                most = max(most, sum(map(proportional_kb, [process.pid, *map(int, children)])))
+            time.sleep(0.005)
+    return most / 1024
+
+
+def proportional_kb(process: int) -> int:
+    """The proportional set size of a process in kB."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
 def generation(arguments: argparse.Namespace) -> None:
@@ -101,9 +115,10 @@ def generation(arguments: argparse.Namespace) -> None:
 
 def compare_with_reference(path: Path) -> None:
     """Print characters a second of both at several lengths of text, and their ratio."""
-    engine, reference = Engine.load(path), ReferenceModel.load(path).model
+    engine, reference = Engine.load(path, threads=None), ReferenceModel.load(path).model
     hop = GenerateConfig().hop_for(engine.config.context_len)
-    print(f"hop {hop}\n\n| text | engine, characters/s | reference, characters/s | ratio |\n|---|---|---|---|")
+    print(f"hop {hop}, engine on {engine.threads} processes\n")
+    print("| text | engine, characters/s | reference, characters/s | ratio |\n|---|---|---|---|")
     for length in LENGTHS:
         prompt = ids_of(length)
         slow_count = 10 if length <= 640 else 4
@@ -119,17 +134,13 @@ def compare_with_reference(path: Path) -> None:
         print(f"| {length:,} | {statistics.median(ours):,.0f} | {statistics.median(theirs):,.1f} | {ratio:,.0f} |", flush=True)
 
 
-def many_samples(engine: Engine, hop: int) -> float:
-    """Characters a second of `SAMPLES` texts together; leaves numpy's threads as they were."""
-    with threadpool_limits(user_api="blas"):
-        return speed(Roll(engine, hop), ids_of(128), 120, SAMPLES)
-
-
 def many_and_long(path: Path) -> None:
     """Print what many samples at once gain, and what a long text costs."""
-    engine = Engine.load(path)
+    engine = Engine.load(path, threads=None, texts=SAMPLES)
     hop = GenerateConfig().hop_for(engine.config.context_len)
-    one, many = in_turns(lambda: speed(Roll(engine, hop), ids_of(128), 360), lambda: many_samples(engine, hop))
+    one, many = in_turns(
+        lambda: speed(Roll(engine, hop), ids_of(128), 360), lambda: speed(Roll(engine, hop), ids_of(128), 120, SAMPLES)
+    )
     ratio = statistics.median(b / a for a, b in zip(one, many, strict=True))
     print(f"\n{SAMPLES} samples at once: {statistics.median(many):,.0f} characters/s, {ratio:.1f} times those of one")
     early, late = in_turns(

@@ -95,4 +95,5 @@ def test_files_are_written_in_one_place(path: Path) -> None:
     assert modes <= ({"rb", "r+b"} if unit(path) == "run" else set())
     names = set(calls(tree))
     assert not {name for name in names if name.rsplit(".", 1)[-1] in {"write_text", "write_bytes", "savez", "save_file"}}
-    assert not names & {"os.rename", "os.replace", "os.write"}
+    assert not names & {"os.rename", "os.replace"}
+    assert "os.write" not in names or path.name == "team.py"  # a pipe, and a process's last words

@@ -19,10 +19,15 @@ import picogpt.generate as generate_module
 from picogpt.cli import common, generate, plot, progress, train
 from picogpt.cli.download import DownloadBar
 from picogpt.cli.settings import Request
+from picogpt.config import GPTConfig
+from picogpt.engine.window import processes_for
 from picogpt.errors import Interrupted, PicoGPTError
 from picogpt.run import RunFolder
 from picogpt.tokenizer import CharTokenizer
 from tests.conftest import TINY_FLAGS
+
+THREADS = processes_for(GPTConfig(n_layer=1, n_head=2, n_embd=16, context_len=8), None)
+"""Processes that generate with a tiny model here."""
 
 RUN = [sys.executable, "-m", "picogpt.cli.train"]
 
@@ -367,7 +372,7 @@ class TestGenerate:
 
         assert out.startswith("one and")
         assert len(re.sub("<.{1,3}>", "x", out)) == len("one and") + 20 + 1
-        assert err == "model logs/numbers/model.safetensors, seed 3\n"
+        assert err == f"model logs/numbers/model.safetensors, seed 3, threads {THREADS}\n"
         assert generate.main(["-p", "One and", "-n", "20", "-s", "3", "-m", "numbers"]) == 0
         assert capsys.readouterr().out == out
 
@@ -467,7 +472,7 @@ class TestGenerate:
         done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, timeout=60)
 
         assert len(done.stdout) == 10
-        assert done.stderr == "model logs/numbers/model.safetensors, seed 1\n"
+        assert done.stderr == f"model logs/numbers/model.safetensors, seed 1, threads {THREADS}\n"
 
     def test_full_disk_is_one_line(self, trained: Path) -> None:
         """`picogpt-generate > /dev/full` says so, without a traceback."""

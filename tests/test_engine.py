@@ -10,9 +10,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-import picogpt.engine as engine_module
 from picogpt.config import GPTConfig
 from picogpt.engine import Engine, Window
+from picogpt.engine import weights as weights_module
 from picogpt.errors import RunError
 from picogpt.generate import Roll
 from picogpt.model import GPT
@@ -149,9 +149,9 @@ def test_memory_does_not_grow(engine: Engine) -> None:
 
 def test_gelu_table() -> None:
     """The table gives GELU to 1e-6 over its range and below it."""
-    values, slopes = engine_module._gelu_table(9.3)
+    values, slopes = weights_module._gelu_table(9.3)
     x = np.concatenate((np.linspace(-7, 10, 20_001), [-1e4]))
-    places = (x + engine_module._GELU_FLOOR) * engine_module._GELU_STEPS
+    places = (x + weights_module._GELU_FLOOR) * weights_module._GELU_STEPS
     cells = np.clip(np.floor(places).astype(int), 0, None)
     found = values[cells] + slopes[cells] * (places - np.floor(places))
     expected = [v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()]
@@ -165,10 +165,10 @@ def test_gelu_table_is_long_enough(rough: tuple[GPT, Engine]) -> None:
     n = np.random.default_rng(0).normal(size=(1000, 48)).astype(np.float32)
     n *= math.sqrt(48) / np.linalg.norm(n, axis=1, keepdims=True)
 
-    for layer in engine.layers:
+    for layer in engine.weights.layers:
         worst = layer.fc[:-1].T * math.sqrt(48) / np.linalg.norm(layer.fc[:-1], axis=0)[:, None]
         for inputs in (n, worst):
-            assert (inputs @ layer.fc[:-1] + layer.fc[-1]).max() < len(engine.gelu_values)
+            assert (inputs @ layer.fc[:-1] + layer.fc[-1]).max() < len(engine.weights.gelu_values)
 
 
 def test_large_scores_are_done_carefully() -> None:

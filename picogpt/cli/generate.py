@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from picogpt.cli.common import Parser, StopRequest, notice, run_command
-from picogpt.config import GenerateConfig, SampleConfig, parse_new_tokens
+from picogpt.config import GenerateConfig, SampleConfig, check_threads, parse_new_tokens
 from picogpt.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ def build_parser() -> Parser:
         metavar="N",
         type=int,
         help="characters from window to window; fewer is slower (default: 15/16 of one)",
+    )
+    model.add_argument(
+        "--threads", metavar="N", type=int, help="processes that compute the model together (default: one a core, at most 2)"
     )
     sampling = parser.add_argument_group("sampling")
     number = _adder(sampling)
@@ -111,8 +114,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     if sys.stdout is None:
         raise DataError("standard output is closed; there is nowhere to write to")
     path, chosen = find_model(arguments.model, arguments.logs_dir)
-    engine = Engine.load(path)
-    notice(f"{chosen}, seed {draw.seed}")
+    engine = Engine.load(path, threads=check_threads(arguments.threads), texts=make.num_samples)
+    notice(f"{chosen}, seed {draw.seed}, threads {engine.threads}")
     writer = _Writer(engine, CharTokenizer(), draw, make, make.hop_for(engine.config.context_len), chat=arguments.chat)
     if arguments.prompt is None and arguments.prompt_file is None and sys.stdin is not None and sys.stdin.isatty():
         return _loop(writer)
@@ -226,7 +229,7 @@ class _Writer:
         """New ids of `count` texts as they become certain, and which texts have come to a stop."""
         import numpy as np
 
-        from picogpt.generate import ROLL_WINDOWS, Reader, Roll, SideBySide, StopWatcher, generate, make_generator
+        from picogpt.generate import ROLL_WINDOWS, Roll, StopWatcher, generate, make_generator
 
         ids = self._prompt_ids(prompt)
         longest = ROLL_WINDOWS * self.engine.config.context_len
@@ -234,17 +237,14 @@ class _Writer:
             notice(f"of the prompt's {len(ids):,} characters the model reads the last {longest:,}")
         roll = Roll(self.engine, self.hop)
         logits = roll.read(np.array([ids[-longest:]], dtype=np.uint8))
-        reader: Reader = roll
         if count > 1:
-            reader, logits = SideBySide(roll, count), np.repeat(logits, count, axis=0)
+            roll, logits = roll.fork(count), np.repeat(logits, count, axis=0)
         assert self.draw.seed is not None
         # Each turn of a loop has draws of its own.
         generators = [make_generator(self.draw.seed, self._turns * self.make.num_samples + i) for i in range(count)]
         watchers = [StopWatcher(self._stops) for _ in range(count)]
         self._turns += 1
-        for parts in generate(
-            reader, logits, self.make.max_new_tokens, config=self.draw, generators=generators, watchers=watchers
-        ):
+        for parts in generate(roll, logits, self.make.max_new_tokens, config=self.draw, generators=generators, watchers=watchers):
             yield parts, [watcher.stopped for watcher in watchers]
 
     def _prompt_ids(self, prompt: str) -> Sequence[int]:
