@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import io
 import itertools
@@ -15,15 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
 from picogpt.cli import train
-from picogpt.data import ArticleReader, Shards, StreamSource, StreamSpec, WaitInterrupted, draw_validation, resolve_stream, stream
+from picogpt.data import (
+    ArticleReader,
+    Shards,
+    StreamSource,
+    StreamSpec,
+    WaitInterrupted,
+    articles,
+    draw_validation,
+    outage,
+    resolve_stream,
+    stream,
+)
+from picogpt.data.articles import Place
 from picogpt.data.hub import Row
-from picogpt.data.stream import Place
+from picogpt.data.outage import Outage
 from picogpt.errors import ConfigError, DataError
 from picogpt.run import RunFolder
 from picogpt.tokenizer import CharTokenizer
@@ -33,6 +47,16 @@ from tests.hub import COMMIT, Hub, serving
 FILES = tuple(f"file-{i}" for i in range(3))
 SHARDS = Shards(files=FILES, format="parquet", columns=("text",), commit=COMMIT)
 decode = CharTokenizer().decode
+
+
+class Nowhere:
+    """Keeps no validation text."""
+
+    def save_validation(self, ids: npt.NDArray[np.uint8]) -> None:
+        """Not kept."""
+
+
+NOWHERE = Nowhere()
 
 
 def article(number: int) -> str:
@@ -60,7 +84,7 @@ def make_source(*, batch_size: int = 2, roll_len: int = 40, read: Any = rows_of,
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small pool and short waits."""
     monkeypatch.setattr(stream, "POOL", 64)
-    monkeypatch.setattr(stream, "LONGEST_WAIT", 0.02)
+    monkeypatch.setattr(outage, "LONGEST_WAIT", 0.02)
 
 
 def batches(source: StreamSource, steps: range) -> list[bytes]:
@@ -71,12 +95,12 @@ def batches(source: StreamSource, steps: range) -> list[bytes]:
 def test_goes_on_at_the_very_article() -> None:
     """A hundred stops at random, each resumed in a new source from the snapshot: the batches of one that never stopped."""
     straight = make_source()
-    straight.begin()
+    straight.begin(NOWHERE)
     expected = batches(straight, range(400))
     straight.close()
     generator = random.Random(0)
     source = make_source()
-    source.begin()
+    source.begin(NOWHERE)
     found: list[bytes] = []
     stops = sorted(generator.sample(range(1, 400), 100))
     for start, end in zip([0, *stops], [*stops, 400], strict=True):
@@ -110,7 +134,7 @@ def test_every_article_is_read_once_a_pass() -> None:
 def test_text_is_cut_without_loss() -> None:
     """Sequences laid end to end, each beginning with the last character of the one before, are the articles joined."""
     source = make_source()
-    source.begin()
+    source.begin(NOWHERE)
     for _ in range(50):
         source._cut_next(lambda: False)
     source.close()
@@ -128,10 +152,39 @@ def test_text_is_cut_without_loss() -> None:
     assert all(sequence[0] == before[-1] for before, sequence in itertools.pairwise(sequences))
 
 
+def test_share_of_text() -> None:
+    """Every article is counted once, on its side, however often the run was resumed, and the share is said."""
+    source = make_source()
+    source.begin(NOWHERE)
+    for k in range(300):
+        source.train_batch(k)
+        if k % 50 == 49:
+            arrays, plain = source.snapshot()
+            source.close()
+            source = make_source()
+            source.restore(arrays, plain)
+    source.close()
+    place, found = source._place, dict.fromkeys(("train", "val", "train chars", "val chars", "empty"), 0)
+    for item in ArticleReader(SHARDS, 7, lambda _: None, rows_of).articles(Place(0, 0, 0)):
+        if item.place >= place:
+            break
+        side = "val" if item.for_validation else "train"
+        found[side] += 1
+        found[f"{side} chars"] += len(item.ids)
+        found["empty"] += item.empty_before
+    share = found["train chars"] / (found["train chars"] + found["val chars"])
+
+    assert min(found.values()) > 5
+    assert source.summary() == (
+        f"read so far: {found['train']:,} articles with {found['train chars']:,} characters to train on, {found['val']:,} with "
+        f"{found['val chars']:,} for validation, {found['empty']:,} empty ones; {share:.1%} of the text is trained on"
+    )
+
+
 def test_batches_mix_articles() -> None:
     """The sequences of a batch begin in different articles."""
     source = make_source(batch_size=8)
-    source.begin()
+    source.begin(NOWHERE)
     for k in range(50):
         source.train_batch(k)
         articles = [source._article_of[row] for row in source._draw(k + 1)]
@@ -153,7 +206,7 @@ def test_validation_articles_are_never_trained_on() -> None:
     """About one in twenty, the same ones whatever the order, and none of them in the pool."""
     here = sides(7)
     source = make_source()
-    source.begin()
+    source.begin(NOWHERE)
     for k in range(300):
         source.train_batch(k)
     pool = "".join(decode(sequence) for sequence in source._pool)
@@ -186,32 +239,81 @@ class Broken:
             yield columns
 
 
-def test_outages_are_waited_out() -> None:
+def test_outages_are_waited_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever breaks, it goes on from the very article, says so each time, and the batches are the same."""
     straight = make_source()
-    straight.begin()
+    straight.begin(NOWHERE)
     expected = batches(straight, range(900))
     straight.close()
     errors: list[Exception] = [ConnectionError("reset"), TimeoutError("hang"), ValueError("wrong bytes"), OSError("no name")] * 3
     notices: list[str] = []
+    monkeypatch.setattr(outage, "NOTICE_INTERVAL", 0.0)
     source = make_source(read=Broken(errors), notify=notices.append)
-    source.begin()
+    source.begin(NOWHERE)
     found = batches(source, range(900))
     source.close()
 
     assert found == expected
-    assert len(notices) == 12
-    assert re.fullmatch(r"file-\d, row \d+: ConnectionError: reset; next try in 0 s", notices[0])
+    assert len(notices) == 24
+    assert re.fullmatch(r"file-\d, row \d+: ConnectionError: reset; no answer for 0 s, trying on for 86,400 s more", notices[0])
+    assert notices[1] == "the stream is back after 0 s"
+
+
+class Clock:
+    """Time that passes only while somebody waits."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waits: list[float] = []
+
+    def wait(self, seconds: float) -> bool:
+        self.waits.append(seconds)
+        self.now += seconds
+        return False
+
+
+def test_hours_of_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The waits grow to a minute; a line at once, one a minute, and one when it is over; after a day it gives up."""
+    monkeypatch.setattr(outage, "LONGEST_WAIT", 60.0)
+    clock = Clock()
+    notices: list[tuple[float, str]] = []
+    waiting = Outage(lambda line: notices.append((clock.now, line)), clock.wait, lambda: clock.now)
+    waiting.over()
+    while clock.now < 5 * 3600:
+        waiting.wait("f, row 3", "ConnectionError: down")
+    waiting.over()
+    waiting.over()
+    times = [when for when, _ in notices]
+
+    assert clock.waits[:8] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert times[0] == 0
+    assert all(60 <= later - earlier <= 120 for earlier, later in itertools.pairwise(times[:-1]))
+    assert notices[1][1].startswith("f, row 3: ConnectionError: down; no answer for 63 s, trying on for 86,337 s more")
+    assert notices[-1] == (clock.now, f"the stream is back after {clock.now:,.0f} s")
+    with pytest.raises(DataError, match=r"f, row 3: no answer for 86,4\d\d s \(reset\); the same command goes on"):
+        collections.deque(waiting.wait("f, row 3", "reset") for _ in itertools.count())
+
+
+def test_a_flapping_network_is_not_a_flood_of_lines() -> None:
+    """Failures that follow each other closely are said once a minute."""
+    clock = Clock()
+    notices: list[str] = []
+    waiting = Outage(notices.append, clock.wait, lambda: clock.now)
+    for _ in range(1000):
+        waiting.wait("f, row 3", "reset")
+        waiting.over()
+
+    assert len(notices) == 2
 
 
 def test_gives_up_after_a_stated_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """When patience is over there is one clear line."""
-    monkeypatch.setattr(stream, "PATIENCE", 0.05)
+    monkeypatch.setattr(outage, "PATIENCE", 0.05)
     monkeypatch.setattr("threading.Event.wait", lambda self, timeout=None: self.is_set())
     source = make_source(read=Broken([ConnectionError("down")] * 10**6, every=1))
-    source.begin()
+    source.begin(NOWHERE)
 
-    with pytest.raises(DataError, match=r"no answer for 0 s \(ConnectionError: down\); the same command goes on"):
+    with pytest.raises(DataError, match=r"no answer for \d s \(ConnectionError: down\); the same command goes on"):
         source.train_batch(0)
     source.close()
 
@@ -220,9 +322,9 @@ def test_gives_up_after_a_stated_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_gone_is_not_waited_for(error: Exception) -> None:
     """A file that is not there any more ends the run at once."""
     source = make_source(read=Broken([error], every=5))
-    source.begin()
+    source.begin(NOWHERE)
 
-    with pytest.raises(DataError, match=r"file-\d: cannot be read .* it may be gone from the hub"):
+    with pytest.raises(DataError, match=r"file-\d: cannot be read \((FileNotFoundError: gone|PermissionError: gated)\)"):
         source.train_batch(0)
     source.close()
 
@@ -237,7 +339,7 @@ def test_nothing_but_empty_articles() -> None:
 
 def test_too_small_for_validation() -> None:
     """A data set of a handful of articles may have none for validation."""
-    only = next(file for file in FILES if not stream._is_for_validation(file, 0))
+    only = next(file for file in FILES if not articles._is_for_validation(file, 0))
     reader = ArticleReader(SHARDS, 7, lambda _: None, lambda file, row: iter([("one",)] if file == only else []))
 
     with pytest.raises(DataError, match="the data set is too small"):
@@ -254,11 +356,11 @@ def test_stop_while_waiting() -> None:
             yield columns
 
     straight = make_source()
-    straight.begin()
+    straight.begin(NOWHERE)
     expected = batches(straight, range(200))
     straight.close()
     source = make_source(read=stuck)
-    source.begin()
+    source.begin(NOWHERE)
     k = 0
     with contextlib.suppress(WaitInterrupted):
         for k in range(1000):
@@ -321,8 +423,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-SHORT = "import picogpt.data.stream as s; s.POOL = 64; s.VALIDATION_CHARS = 2000; s.READ_AHEAD = 8; s.LONGEST_WAIT = 0.2; "
-SHORT += "import datasets.config as c; c.STREAMING_READ_RETRY_INTERVAL = 0.05; "
+SHORT = "from picogpt.data import articles, outage, stream; stream.POOL = 64; articles.VALIDATION_CHARS = 2000; "
+SHORT += "articles.READ_AHEAD = 2000; outage.LONGEST_WAIT = 0.2; "
 SHORT += "from picogpt.cli.train import main; import sys; sys.exit(main())"
 FLAGS = [*TINY_FLAGS, "--epochs", "2", "--steps-per-epoch", "40", "--val-steps", "1", "--batch-size", "2"]
 
@@ -422,7 +524,7 @@ def test_another_commit(hub: Hub, here: Path) -> None:
 
 def test_folder_like_the_hubs(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of parquet files is streamed like the hub's, under its own name; a changed one stops the run."""
-    monkeypatch.setattr(stream, "VALIDATION_CHARS", 2000)
+    monkeypatch.setattr(articles, "VALIDATION_CHARS", 2000)
     folder = here / "my-articles"
     folder.mkdir()
     for i in range(2):

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from picogpt.data.text import Corpus
 from picogpt.errors import DataError
 
-__all__ = ["Batch", "RepeatedSource", "Source", "Stop", "TextSource", "WaitInterrupted", "even_rolls"]
+__all__ = ["Batch", "RepeatedSource", "Source", "Stop", "TextSource", "ValidationStore", "WaitInterrupted", "even_rolls"]
 
 Stop = Callable[[], bool]
 """Asked now and then whether to end."""
@@ -36,6 +36,13 @@ class WaitInterrupted(Exception):
     """A batch was waited for, and a stop came first."""
 
 
+class ValidationStore(Protocol):
+    """Where a run's validation text is kept."""
+
+    def save_validation(self, ids: npt.NDArray[np.uint8]) -> None:
+        """Keep the ids (characters,)."""
+
+
 class Source(Protocol):
     """What training needs of its data."""
 
@@ -45,11 +52,14 @@ class Source(Protocol):
     def val_batches(self, most: int) -> Iterator[Batch]:
         """The validation batches, at most so many; the same ones every time."""
 
-    def begin(self) -> None:
-        """Begin with the first batch; or else `restore`."""
+    def begin(self, run: ValidationStore) -> None:
+        """Begin with the first batch, and keep in `run` what later starts need; or else `restore`."""
 
     def close(self) -> None:
         """No more batches are asked for."""
+
+    def summary(self) -> str:
+        """A line about what was read so far; empty if there is nothing to say."""
 
     def snapshot(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Arrays and plain values to go on from at the batch that comes next."""
@@ -110,11 +120,15 @@ class TextSource:
         """At most `most` batches of (batch_size, roll_len); see `even_rolls`."""
         return even_rolls(self.val_ids, self._roll_len, self._batch_size, most)
 
-    def begin(self) -> None:
+    def begin(self, run: ValidationStore) -> None:
         """Nothing to do."""
 
     def close(self) -> None:
         """Nothing to do."""
+
+    def summary(self) -> str:
+        """Nothing: all of the text is used."""
+        return ""
 
     def snapshot(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Nothing: batches depend on the step alone."""

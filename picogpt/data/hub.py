@@ -15,7 +15,7 @@ from typing import Any
 
 from picogpt.errors import ConfigError, DataError
 
-__all__ = ["NAMED_STREAMS", "Shards", "StreamSpec", "find_shards", "read_rows", "resolve_stream"]
+__all__ = ["NAMED_STREAMS", "Shards", "StreamSpec", "explain", "find_shards", "is_final", "read_rows", "resolve_stream"]
 
 Row = tuple[str, ...]
 
@@ -102,9 +102,7 @@ def find_shards(spec: StreamSpec, revision: str | None = None) -> Shards:
     Raises:
         DataError: the data set, its part or its column is not there, or the hub cannot be reached.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
+    datasets = _library()
     try:
         builder = datasets.load_dataset_builder(spec.path, spec.config, revision=revision)
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -135,30 +133,69 @@ def _check_columns(spec: StreamSpec, shards: Shards) -> None:
     try:
         names = _open(shards, shards.files[0]).column_names
     except OSError as error:
-        raise DataError(f"{shards.files[0]}: cannot be read ({_first_line(error)}); check the network") from error
+        raise DataError(f"{shards.files[0]}: cannot be read ({explain(error)}); check the network") from error
     missing = [column for column in spec.columns if column not in (names or ())]
     if missing:
         raise DataError(f"{spec.path}: it has no column {missing[0]}; name one of {', '.join(names or ())} with --text-column")
 
 
-def _open(shards: Shards, file: str) -> Any:
+def _library() -> Any:
+    """`datasets`, told to leave waiting, and talking about it, to us: by itself it would be silent for minutes, then give up."""
     import datasets
+    import huggingface_hub
 
-    return datasets.load_dataset(shards.format, data_files={"train": [file]}, split="train", streaming=True)
+    datasets.disable_progress_bars()
+    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+    for name in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN"):
+        setattr(datasets.config, f"STREAMING_{name}_RETRY_INTERVAL", 0)
+    for logging in (datasets.logging, huggingface_hub.logging):
+        logging.set_verbosity(logging.CRITICAL)
+    return datasets
+
+
+def _open(shards: Shards, file: str, **options: Any) -> Any:
+    return _library().load_dataset(shards.format, data_files={"train": [file]}, split="train", streaming=True, **options)
 
 
 def read_rows(shards: Shards, file: str, start: int) -> Iterator[Row]:
-    """The columns of each row of one file, from row `start` on; null is an empty text."""
-    rows = _open(shards, file).select_columns(list(shards.columns))
+    """The columns of each row of one file, from row `start` on; null is an empty text.
+
+    Raises:
+        DataError: a column holds something else than text.
+        Exception: whatever the libraries raise where the file cannot be read.
+    """
+    columns = list(shards.columns)
+    # Of a parquet file no more than these columns is downloaded.
+    rows = _open(shards, file, **({"columns": columns} if shards.format == "parquet" else {})).select_columns(columns)
     if start:
         rows = rows.skip(start)
     iterator = iter(rows)
     try:
         for row in iterator:
-            yield tuple(row[column] or "" for column in shards.columns)
+            yield tuple(_text(row[column], column, file) for column in columns)
     finally:
-        # A reader that is left open keeps threads that end the process badly.
+        # A reader that is left open goes on reading.
         iterator.close()
+
+
+def _text(value: Any, column: str, file: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    raise DataError(f"{file}: column {column} holds {type(value).__name__}, not text; name another one with --text-column")
+
+
+def is_final(error: Exception) -> bool:
+    """Whether waiting is of no use: a file that is not there, permission that is not given, or a network that is not wanted."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    kinds = (DataError, FileNotFoundError, PermissionError)
+    return isinstance(error, kinds) or type(error).__name__ == "OfflineModeIsEnabled" or status in {401, 403, 404, 410, 416}
+
+
+def explain(error: Exception) -> str:
+    """What happened, on one line: what the error says, and what it comes from."""
+    return f"{type(error).__name__}: {_first_line(error)[:200]}"
 
 
 def _first_line(error: Exception) -> str:
