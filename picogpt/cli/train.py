@@ -132,8 +132,8 @@ def _locate(request: Request) -> tuple[RunFolder, RunSettings | None, Text]:
     text = find_text(request, None)
     run = RunFolder(request.logs_dir / text.name)
     stored = _stored(run, request)
-    # A stream keeps to the commit of its run, which is known only now.
-    return run, stored, find_text(request, stored) if stored and stored.data.commit else text
+    # A stream keeps to the commit of its run, which is known only now; nothing was asked of the hub yet.
+    return run, stored, find_text(request, stored) if stored and stored.data.files else text
 
 
 def _stored(run: RunFolder, request: Request) -> RunSettings | None:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.data.batches import Stop, WaitInterrupted
-from picogpt.data.hub import Row, Shards, explain, is_final, read_rows
+from picogpt.data.hub import Row, Shards, explain, read_rows, remedy
 from picogpt.data.outage import Closed, Outage
 from picogpt.errors import DataError
 from picogpt.tokenizer import SPECIAL_IDS, CharTokenizer
@@ -154,9 +154,11 @@ class ArticleReader:
         while True:
             try:
                 columns = next(rows, None)
+            except DataError:
+                raise
             except Exception as error:  # the libraries below raise nearly anything when a connection breaks
-                if is_final(error):
-                    raise DataError(f"{file}: cannot be read ({explain(error)})") from error
+                if advice := remedy(error):
+                    raise DataError(f"{file}: cannot be read ({explain(error)}); {advice}") from error
                 self._outage.wait(f"{file.rpartition('/')[2]}, row {row:,}", explain(error))
                 rows = self._read(file, row)
                 continue
