@@ -15,7 +15,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from picogpt.errors import ConfigError, DataError
 from picogpt.run import RunFolder
 from picogpt.tokenizer import CharTokenizer
 from tests.conftest import HUB_PORT, TINY_FLAGS
-from tests.hub import COMMIT, Hub, serving
+from tests.hub import COMMIT, Hub, free_port, serving
 
 TIMES = int(os.environ.get("PICOGPT_TORTURE", "1"))
 FILES = tuple(f"file-{i}" for i in range(3))
@@ -559,7 +560,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 SHORT = "from picogpt.data import articles, outage, stream; stream.POOL = 64; articles.VALIDATION_CHARS = 2000; "
 SHORT += "articles.READ_AHEAD = 2000; outage.LONGEST_WAIT = 0.2; "
-SHORT += "from picogpt.cli.train import main; import sys; sys.exit(main())"
+SHORT += "import time; sleep = time.sleep; time.sleep = lambda seconds: sleep(min(seconds, 0.05)); "
+SHORT += "from picogpt.cli.train import command; command()"
 FLAGS = [*TINY_FLAGS, "--epochs", "2", "--steps-per-epoch", "40", "--val-steps", "1", "--batch-size", "2"]
 
 
@@ -574,6 +576,15 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Exit code, stdout and stderr."""
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait, at most 20 s."""
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come about")
 
 
 def weights(run: str) -> dict[str, bytes]:
@@ -593,7 +604,7 @@ def test_over_http_with_faults_and_a_kill(hub: Hub, here: Path) -> None:
         process.stdout.readline()
         process.kill()
         finish(process)
-        hub.faults += ["reset", None, 503, None, "cut"]
+        hub.faults += ["reset", 503, "cut"]
         code, _, err = finish(start(hub, port, here, "--run", "rough"))
         assert code == 0, err
 
@@ -602,19 +613,22 @@ def test_over_http_with_faults_and_a_kill(hub: Hub, here: Path) -> None:
     assert RunFolder(Path("logs/calm")).read_config()["data"]["commit"] == COMMIT
 
 
-def test_signal_during_an_outage(hub: Hub, here: Path) -> None:
-    """With the network gone a signal still ends the run at once, saved, and it goes on when the network is back."""
+def test_signal_during_an_outage(here: Path) -> None:
+    """While a server hangs a signal still ends the run at once, saved, and it goes on when the network is back."""
+    files = {f"20231101.en/train-{i:05}-of-00008.parquet": parquet(i * 25, 25) for i in range(8)}
+    hub = Hub("wikimedia/wikipedia", files | README)
     with serving(hub) as port:
         process = start(hub, port, here, "--run", "waiting", "--epochs", "200")
         assert process.stdout is not None
         process.stdout.readline()
-        hub.down = True
-        hub.cut_connections()
+        hub.faults += ["hang"] * 100
+        wait_until(lambda: len(hub.faults) < 100)
         process.send_signal(signal.SIGTERM)
         code, _, err = finish(process)
         assert code == 128 + signal.SIGTERM, err
         assert "stopped and saved at step" in err
-        hub.down = False
+        hub.faults.clear()
+        hub.released.set()
         process = start(hub, port, here, "--run", "waiting", "--epochs", "200")
         assert process.stdout is not None
         assert process.stdout.readline().startswith("epoch")
@@ -622,6 +636,31 @@ def test_signal_during_an_outage(hub: Hub, here: Path) -> None:
         _, _, err = finish(process)
 
     assert "goes on from step" in err
+
+
+def test_going_on_without_the_hub(hub: Hub, here: Path) -> None:
+    """A run needs no list of files to go on: offline, or without its commit, it says so; without a network it waits."""
+    port = free_port()
+    with serving(hub, port):
+        assert finish(start(hub, port, here))[0] == 0
+        offline = finish(start(hub, port, here, "--epochs", "3", HF_HUB_OFFLINE="1"))
+        hub.commit = "f" * 40
+        changed = finish(start(hub, port, here, "--epochs", "3"))
+    hub.commit = COMMIT
+    process = start(hub, port, here, "--epochs", "3")
+    assert process.stderr is not None
+    failed = next(line for line in iter(process.stderr.readline, "") if "no answer" in line)
+    hub.requests.clear()
+    with serving(hub, port):
+        code, out, err = finish(process)
+
+    assert offline[0] == changed[0] == 1
+    assert "unset HF_HUB_OFFLINE to go on" in offline[2]
+    assert re.search(rf"wikipedia@{COMMIT}/.*parquet: cannot be read \(.*\); .*--fresh starts over", changed[2])
+    assert re.search(r"train-0000\d-of-00003.parquet, row \d+: ConnectError: .*refused; no answer for 0 s, trying on", failed)
+    assert (code, out.count("epoch 3 of 3")) == (0, 1), err
+    assert "the stream is back after" in err
+    assert not [request for request in hub.requests if "README" in request]
 
 
 @pytest.mark.parametrize(
@@ -643,17 +682,6 @@ def test_clear_lines(hub: Hub, here: Path, flags: list[str], changes: dict[str, 
     assert message in err
     assert "Traceback" not in err
     assert not (here / "logs").exists()
-
-
-def test_another_commit(hub: Hub, here: Path) -> None:
-    """A run keeps to its commit; where the hub has it no more, that is said."""
-    with serving(hub) as port:
-        assert finish(start(hub, port, here, "--run", "pinned"))[0] == 0
-        hub.commit = "f" * 40
-        code, _, err = finish(start(hub, port, here, "--run", "pinned", "--epochs", "3"))
-
-    assert code == 1
-    assert re.search(rf"wikipedia@{COMMIT}/.*parquet: cannot be read \(.*\); .*--fresh starts over", err)
 
 
 def test_folder_like_the_hubs(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
