@@ -91,6 +91,7 @@ class TestText:
             ("utf16", "text".encode("utf-16"), "utf16: not a text in UTF-8"),
             ("empty", b"", "empty: no text in it"),
             ("mark", b"\xef\xbb\xbf", "mark: no text in it"),
+            ("utf16le", "text".encode("utf-16-le"), "utf16le: not a text in UTF-8"),
         ],
     )
     def test_refused(self, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
@@ -113,6 +114,38 @@ class TestText:
 
         assert corpus.describe_unknown() == "4 characters unknown to the tokenizer (40.00%; commonest: 'é' 3, '日' 1)"
         assert Corpus(name="x", ids=corpus.ids, unknown=Counter()).describe_unknown() == "every character known"
+
+    def test_long_text_lies_in_a_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A text too long for the memory is the same one, mapped from a file that has no name, and gives the same batches."""
+        path = tmp_path / "a"
+        path.write_text("".join(f"line {i} é\n" for i in range(2000)), encoding="utf-8")
+        whole = read_texts([str(path)], name="x")
+        monkeypatch.setattr("picogpt.data.text.IN_MEMORY", 1000)
+        monkeypatch.setattr("picogpt.data.text._BLOCK_CHARS", 300)
+        mapped = read_texts([str(path)], name="x", scratch=tmp_path)
+        sources = [TextSource(corpus, roll_len=50, batch_size=3, seed=0) for corpus in (whole, mapped)]
+
+        assert mapped.mapped is not None
+        assert whole.mapped is None
+        assert mapped.fingerprint == whole.fingerprint
+        assert mapped.unknown == whole.unknown == {"é": 2000}
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+        for k in range(30):
+            one, other = (source.train_batch(k).inputs for source in sources)
+            assert np.array_equal(one, other)
+        for first, second in zip(*(source.val_batches(9) for source in sources), strict=True):
+            assert np.array_equal(first.targets, second.targets)
+
+    def test_no_room_for_a_long_text(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A disk that fills on the way is one line, and nothing stays on it."""
+        path = tmp_path / "a"
+        path.write_text("text\n" * 1000)
+        monkeypatch.setattr("picogpt.data.text.IN_MEMORY", 100)
+        monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Path("/dev/full").open("wb"))  # noqa: SIM115
+
+        with pytest.raises(DataError, match=r"no room for the ids of a long text.*No space left on device.*another --logs-dir"):
+            read_texts([str(path)], name="x", scratch=tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
     def test_fingerprint(self, tmp_path: Path) -> None:
         """The same text has the same fingerprint, another one another."""

@@ -86,6 +86,7 @@ class TextSource:
     """
 
     def __init__(self, corpus: Corpus, *, roll_len: int, batch_size: int, seed: int) -> None:
+        self._corpus = corpus
         n_train = int(TRAIN_SHARE * len(corpus.ids))
         self.train_ids, self.val_ids = corpus.ids[:n_train], corpus.ids[n_train:]
         self._roll_len, self._batch_size, self._seed = roll_len, batch_size, seed
@@ -114,11 +115,15 @@ class TextSource:
         """Batch of step k, (batch_size, roll_len)."""
         rolls = range(k * self._batch_size, (k + 1) * self._batch_size)
         starts = [int(self._starts_of_pass(i // self._rolls_per_pass)[i % self._rolls_per_pass]) for i in rolls]
-        return _cut(self.train_ids, starts, self._roll_len)
+        batch = _cut(self.train_ids, starts, self._roll_len)
+        self._corpus.forget()
+        return batch
 
     def val_batches(self, most: int) -> Iterator[Batch]:
         """At most `most` batches of (batch_size, roll_len); see `even_rolls`."""
-        return even_rolls(self.val_ids, self._roll_len, self._batch_size, most)
+        for batch in even_rolls(self.val_ids, self._roll_len, self._batch_size, most):
+            self._corpus.forget()
+            yield batch
 
     def begin(self, run: ValidationStore) -> None:
         """Nothing to do."""
