@@ -343,6 +343,55 @@ def test_what_is_gone_is_not_waited_for(error: Exception) -> None:
     source.close()
 
 
+def test_articles_of_all_sizes() -> None:
+    """Null and empty ones are passed over and counted, tiny ones joined, one of 10 MB cut, and nothing between is lost."""
+    texts = ["", "a", "b" * 10_000_000, "", "", "c", *(f"d{i}" for i in range(2000))]
+    shards = Shards(files=("one",), format="parquet", columns=("text",), commit=COMMIT)
+    reader = ArticleReader(shards, 0, lambda _: None, lambda _, row: iter([(text,) for text in texts[row:]]))
+    source = StreamSource(reader, np.zeros(100, np.uint8), roll_len=10_000, batch_size=2, seed=0)
+    source.begin(NOWHERE)
+    while source._usage.train_articles < 1000:
+        source._cut_next(lambda: False)
+    source.close()
+    sequences = [sequence for sequence, _ in source._fresh]
+    text = decode(np.concatenate([sequences[0], *(sequence[1:] for sequence in sequences[1:])]))
+    kept = [text for row, text in enumerate(texts) if text and not articles._is_for_validation("one", row)]
+
+    assert "\n\n".join(kept).startswith(text.removesuffix("\n"))
+    assert len(text) > 10_000_000
+    assert source._usage.empty_articles == 3
+
+
+def test_a_column_of_numbers(here: Path) -> None:
+    """A column that holds no text is one line, and not waited for."""
+    pq.write_table(pa.table({"text": list(range(50))}), here / "train.parquet")
+    shards = find_shards(StreamSpec(name="x", path=str(here)))
+
+    with pytest.raises(DataError, match="train.parquet: column text holds int, not text; name another one with --text-column"):
+        next(ArticleReader(shards, 0, lambda _: None).articles(Place(0, 0, 0)))
+
+
+ENDING = """
+import os
+from picogpt.cli.common import end_process
+from picogpt.data import ArticleReader, StreamSpec, find_shards
+from picogpt.data.articles import Place
+reader = ArticleReader(find_shards(StreamSpec(name="x", path=os.getcwd())), 0, print)
+reader.start(Place(0, 0, 0))
+reader.take(lambda: False)
+print("read", end="")
+end_process(3)
+"""
+
+
+def test_a_process_ends_while_it_reads(here: Path) -> None:
+    """What the library still reads neither holds up nor aborts a process that ends."""
+    pq.write_table(pa.table({"text": ["some text " * 100] * 50_000}), here / "train.parquet", row_group_size=1000)
+    process = subprocess.run([sys.executable, "-c", ENDING], check=False, capture_output=True, text=True, cwd=here, timeout=30)
+
+    assert (process.returncode, process.stdout, process.stderr) == (3, "read", "")
+
+
 def test_nothing_but_empty_articles() -> None:
     """A data set without text is said, and does not turn for ever."""
     reader = ArticleReader(SHARDS, 7, lambda _: None, lambda *_: iter([("",)] * 5))
