@@ -379,6 +379,7 @@ from picogpt.data.articles import Place
 reader = ArticleReader(find_shards(StreamSpec(name="x", path=os.getcwd())), 0, print)
 reader.start(Place(0, 0, 0))
 reader.take(lambda: False)
+reader.close()
 print("read", end="")
 end_process(3)
 """
@@ -386,7 +387,9 @@ end_process(3)
 
 def test_a_process_ends_while_it_reads(here: Path) -> None:
     """What the library still reads neither holds up nor aborts a process that ends."""
-    pq.write_table(pa.table({"text": ["some text " * 100] * 50_000}), here / "train.parquet", row_group_size=1000)
+    digits = random.Random(0).randbytes(20_000_000).hex()  # not to be packed into one read
+    texts = [digits[i : i + 1000] for i in range(0, len(digits), 1000)]
+    pq.write_table(pa.table({"text": texts}), here / "train.parquet", row_group_size=1000)
     process = subprocess.run([sys.executable, "-c", ENDING], check=False, capture_output=True, text=True, cwd=here, timeout=30)
 
     assert (process.returncode, process.stdout, process.stderr) == (3, "read", "")
