@@ -28,6 +28,12 @@ def read(*paths: Path | str) -> str:
     return decode(read_texts([str(path) for path in paths], name="x").ids)
 
 
+def mapped_memory(folder: Path) -> list[int]:
+    """Memory (kB) of each mapping of a file in `folder`."""
+    regions = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    return [int(found[1]) for region in regions if str(folder) in region and (found := re.search(r"Rss: +(\d+)", region))]
+
+
 class TestText:
     def test_files_and_folders_in_order(self, tmp_path: Path) -> None:
         """A folder is read to its bottom in the order of names; texts are joined by a newline; other files are left out."""
@@ -136,6 +142,23 @@ class TestText:
         for first, second in zip(*(source.val_batches(9) for source in sources), strict=True):
             assert np.array_equal(first.targets, second.targets)
 
+    @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system does not tell its memory")
+    def test_long_text_takes_no_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However much of it is read, by the fingerprint or in batches, the pages are given back."""
+        path = tmp_path / "a"
+        path.write_text("some more text\n" * 400_000)
+        monkeypatch.setattr("picogpt.data.text.IN_MEMORY", 1000)
+        monkeypatch.setattr("picogpt.data.text._BLOCK_CHARS", 1 << 18)
+        corpus = read_texts([str(path)], name="x", scratch=tmp_path)
+        source = TextSource(corpus, roll_len=1000, batch_size=8, seed=0)
+        assert corpus.fingerprint
+        for k in range(700):
+            source.train_batch(k)
+        assert len(list(source.val_batches(50))) == 50
+
+        assert 0 < len(held := mapped_memory(tmp_path)) < 3
+        assert sum(held) < 1000
+
     def test_no_room_for_a_long_text(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A disk that fills on the way is one line, and nothing stays on it."""
         path = tmp_path / "a"
@@ -180,7 +203,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[_Ha
 
     handler = Handler
     http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=http.serve_forever)
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(corpora, "TINY_SHAKESPEARE_URL", f"http://127.0.0.1:{http.server_port}/input.txt")
@@ -354,6 +377,8 @@ class TestBatches:
         config = TrainConfig(batch_size=2, windows=10)
         with pytest.raises(DataError, match="tiny: too short, 30 characters where rolls of 80 need at least 91"):
             tiny_source(config, n_chars=30)
+        with pytest.raises(DataError, match="too short, 1 characters where rolls of 80 need at least 91"):
+            TextSource(Corpus(name="x", ids=np.ones(1, np.uint8), unknown=Counter()), roll_len=80, batch_size=1, seed=0)
         ids = np.ones(91, dtype=np.uint8)
 
         assert TextSource(Corpus(name="x", ids=ids, unknown=Counter()), roll_len=80, batch_size=1, seed=0).train_batch(3)
