@@ -294,13 +294,13 @@ def finish(source: StreamSource, found: Loaded, results: Connection) -> None:
 
 def loading(arguments: argparse.Namespace) -> None:
     """Measure what a stream costs, over HTTP from a process that serves a folder laid out like the hub's."""
+    # Processes that end at once leave tqdm's lock behind, which Python would warn of.
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     server = context.Process(target=serve, args=(arguments.folder.resolve(), theirs), daemon=True)
     server.start()
     with tempfile.TemporaryDirectory() as home:
-        # Processes that end at once leave tqdm's lock behind, which Python would warn of.
-        os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
         os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{ours.recv()}", "HF_HOME": home, "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
         alone, training, memory = (in_process(measure, ours) for measure in (load_alone, train_from_stream, train_from_memory))
     ours.send(False)
