@@ -33,7 +33,7 @@ from picogpt.errors import ConfigError
         (GPTConfig, {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         (GPTConfig, {"dropout": float("nan")}, r"dropout must be in \[0, 1\), got nan"),
         (TrainConfig, {"recipe": "slow"}, "recipe must be one of fast, seed, got 'slow'"),
-        (TrainConfig, {"optimizer": "sgd"}, "optimizer must be adamw, got 'sgd'"),
+        (TrainConfig, {"optimizer": "sgd"}, "optimizer must be muon or adamw, got 'sgd'"),
         (TrainConfig, {"decay": "steps"}, "decay must be one of linear, cosine"),
         (TrainConfig, {"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         (TrainConfig, {"windows": 0}, "windows must be a whole number of at least 1"),
