@@ -41,7 +41,7 @@ from picogpt.errors import ConfigError
         (TrainConfig, {"decay_steps": 0}, "decay_steps must be a whole number of at least 1"),
         (TrainConfig, {"lr": 0.0}, "lr must be a rate from 1e-9 to 1, got 0.0"),
         (TrainConfig, {"lr": float("inf")}, "lr must be a rate"),
-        (TrainConfig, {"min_lr": 1.0}, r"min_lr must be from 0 to lr \(0.002\), got 1.0"),
+        (TrainConfig, {"min_lr": 1.0}, r"min_lr must be from 0 to lr \(0.003\), got 1.0"),
         (TrainConfig, {"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
         (TrainConfig, {"weight_decay": -0.1}, "weight_decay must be a number of at least 0"),
         (TrainConfig, {"grad_clip": float("nan")}, "grad_clip must be a number of at least 0"),
