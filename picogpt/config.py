@@ -406,6 +406,10 @@ class DataConfig:
     """The hub's commit that a stream keeps to."""
     text_column: str | None = None
     """The stream's column that was asked for."""
+    files: tuple[str, ...] = ()
+    """Addresses of a stream's files at that commit, so that going on needs no list of them."""
+    format: str | None = None
+    """How a stream's files are read: parquet, json, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -432,15 +436,16 @@ class RunSettings:
             ConfigError: a part is missing or not valid.
         """
         try:
+            data: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["data"].items()}
             return cls(
                 model=GPTConfig(**content["model"]),
                 train=TrainConfig(**content["train"]),
                 budget=Budget(**content["budget"]),
                 schedule=Schedule(**content["schedule"]),
-                data=DataConfig(**{**content["data"], "text": tuple(content["data"]["text"])}),
+                data=DataConfig(**data),
                 dtype=str(content["dtype"]),
                 threads=int(content["threads"]),
                 origin=content.get("origin"),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the run's config is not valid ({type(error).__name__}: {error})") from error

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
-__all__ = ["TEMPORARY_SUFFIX", "atomic_write", "remove_leftovers", "replace", "sync_folder"]
+__all__ = ["TEMPORARY_SUFFIX", "atomic_write", "remove_leftovers", "replace", "sync_folder", "unnamed_file"]
 
 TEMPORARY_SUFFIX = ".part"
 
@@ -49,6 +51,21 @@ def _write_all(descriptor: int, chunk: bytes) -> None:
     view = memoryview(chunk)
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+def unnamed_file(folder: Path, chunks: Iterable[bytes]) -> IO[bytes]:
+    """A file in `folder` that holds `chunks` and has no name: it goes with the process, however that ends.
+
+    Raises:
+        OSError: the disk is full, read-only or broken; nothing is left on it. Likewise what `chunks` raises.
+    """
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+        for chunk in chunks:
+            stream.write(chunk)
+        stream.flush()
+        stack.pop_all()
+    return stream
 
 
 def replace(source: Path, target: Path) -> None:

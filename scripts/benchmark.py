@@ -1,19 +1,24 @@
 """Ratios against plain baselines, each pair measured in one run, taking turns; medians are printed.
 
 python scripts/benchmark.py generate [--model RUN]
+python scripts/benchmark.py load --folder DIR
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +29,33 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from picogpt.config import GenerateConfig, GPTConfig, SampleConfig
-from picogpt.device import instruction_set
+from picogpt.config import GenerateConfig, GPTConfig, SampleConfig, TrainConfig
+from picogpt.data import (
+    ArticleReader,
+    Batch,
+    RepeatedSource,
+    Source,
+    Stop,
+    StreamSource,
+    StreamSpec,
+    draw_validation,
+    find_shards,
+)
+from picogpt.device import choose_dtype, instruction_set, set_threads
 from picogpt.engine import Engine
 from picogpt.generate import Reader, Roll, StopWatcher, generate, make_generator
 from picogpt.model import GPT
 from picogpt.reference import ReferenceModel
 from picogpt.run import RunFolder, find_model
+from picogpt.train import Trainer, seconds_of
+from tests.hub import Hub, serving
 
 LENGTHS = (128, 640, 1280, 5000)
 ROUNDS = 5
 SAMPLES = 64
+PAIRS = 40
+"""Training steps from the stream, and as many from memory."""
+LOADER_BATCHES = 2000
 
 
 def in_turns(*calls: Callable[[], float]) -> list[list[float]]:
@@ -150,6 +171,181 @@ def many_and_long(path: Path) -> None:
     print(f"characters 9,000-10,000: {statistics.median(late):,.0f} characters/s, {ratio:.2f} of those over 1,000-2,000")
 
 
+REPOSITORY = "bench/mark"
+
+
+def serve(folder: Path, requests: Connection) -> None:
+    """Serve `folder` like the hub, in a process of its own: send the port, then for each request the bytes sent so far."""
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    hub = Hub(REPOSITORY, files)
+    with serving(hub) as port:
+        requests.send(port)
+        while requests.recv():
+            requests.send(hub.bytes_sent)
+
+
+@dataclass
+class Loaded:
+    """What a process measured."""
+
+    seconds: float = 0.0
+    """From the first request to the first batch."""
+    downloaded: float = 0.0
+    """MB, until then."""
+    peak_at_first_batch: float = 0.0
+    """MB of memory."""
+    chars_per_second: float = 0.0
+    """Of the loader alone."""
+    chars_per_second_training: float = 0.0
+    share: float = 0.0
+    """Of training time that the stream costs."""
+    peak: float = 0.0
+    """MB of memory at the end."""
+
+
+def peak() -> float:
+    """The most memory this process has held, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Tap(StreamSource):
+    """A stream whose last batch is kept."""
+
+    last: Batch
+
+    def train_batch(self, k: int, stop: Stop = lambda: False) -> Batch:
+        """The stream's next batch."""
+        self.last = super().train_batch(k, stop)
+        return self.last
+
+
+class Replay(RepeatedSource):
+    """The last batch of a stream again, from memory."""
+
+    def __init__(self, tap: Tap) -> None:
+        super().__init__(roll_len=roll_len(), batch_size=TrainConfig().batch_size)
+        self._tap = tap
+
+    def train_batch(self, k: int, stop: Stop = lambda: False) -> Batch:  # noqa: ARG002
+        """That batch."""
+        return self._tap.last
+
+
+def default_trainer(source: Source) -> Trainer:
+    """The default model and batch, in this machine's own number type."""
+    set_threads(None)
+    return Trainer(GPTConfig(), TrainConfig(), source, choose_dtype("auto")[0])
+
+
+def roll_len() -> int:
+    """Characters of a roll by default."""
+    return TrainConfig().windows * GPTConfig().context_len
+
+
+def open_stream(bytes_sent: Callable[[], int]) -> tuple[Tap, Loaded]:
+    """The stream as a run begins it, up to its first batch."""
+    found, start, before = Loaded(), time.perf_counter(), bytes_sent()
+    shards = find_shards(StreamSpec(name=REPOSITORY, path=REPOSITORY))
+    validation = draw_validation(ArticleReader(shards, 0, print))
+    size = TrainConfig().batch_size
+    source = Tap(ArticleReader(shards, 0, print), validation, roll_len=roll_len(), batch_size=size, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        source.begin(RunFolder(Path(folder)))
+    source.train_batch(0)
+    found.seconds, found.peak_at_first_batch = time.perf_counter() - start, peak()
+    found.downloaded = (bytes_sent() - before) / 1e6
+    return source, found
+
+
+def load_alone(bytes_sent: Callable[[], int], results: Connection) -> None:
+    """Time the loader without training."""
+    source, found = open_stream(bytes_sent)
+    start = time.perf_counter()
+    for k in range(1, LOADER_BATCHES + 1):
+        source.train_batch(k)
+    found.chars_per_second = LOADER_BATCHES * TrainConfig().batch_size * roll_len() / (time.perf_counter() - start)
+    finish(source, found, results)
+
+
+def train_from_stream(bytes_sent: Callable[[], int], results: Connection) -> None:
+    """Time steps fed by the stream against steps on the same batches from memory, one of each in turn."""
+    tap, found = open_stream(bytes_sent)
+    trainer = default_trainer(tap)
+    replay = Replay(tap)
+    shares, speeds = [], []
+    for k in range(PAIRS + 1):
+        trainer.step, trainer.source = k + 1, tap
+        streamed = seconds_of(lambda: trainer.update(1e-3))
+        trainer.source = replay
+        from_memory = seconds_of(lambda: trainer.update(1e-3))
+        if k:  # the first steps make buffers and kernels
+            shares.append(1 - from_memory / streamed)
+            speeds.append(trainer.chars_per_step / streamed)
+    found.share, found.chars_per_second_training = statistics.median(shares), statistics.median(speeds)
+    finish(tap, found, results)
+
+
+def train_from_memory(bytes_sent: Callable[[], int], results: Connection) -> None:  # noqa: ARG001
+    """Take a few steps on noise in memory, for the memory they take."""
+    trainer = default_trainer(RepeatedSource(roll_len=roll_len(), batch_size=TrainConfig().batch_size))
+    for _ in range(5):
+        trainer.update(1e-3)
+    results.send(asdict(Loaded(peak=peak())))
+
+
+def finish(source: StreamSource, found: Loaded, results: Connection) -> None:
+    """End the stream and report."""
+    found.peak = peak()
+    source.close()
+    results.send(asdict(found))
+    results.close()
+    # The library's threads may still read.
+    os._exit(0)
+
+
+def loading(arguments: argparse.Namespace) -> None:
+    """Measure what a stream costs, over HTTP from a process that serves a folder laid out like the hub's."""
+    # Processes that end at once leave tqdm's lock behind, which Python would warn of.
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    server = context.Process(target=serve, args=(arguments.folder.resolve(), theirs), daemon=True)
+    server.start()
+    with tempfile.TemporaryDirectory() as home:
+        os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{ours.recv()}", "HF_HOME": home, "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+        alone, training, memory = (in_process(measure, ours) for measure in (load_alone, train_from_stream, train_from_memory))
+    ours.send(False)
+    print(f"loader alone: {alone.chars_per_second:,.0f} characters/s")
+    print(f"training: {training.chars_per_second_training:,.0f} characters/s; the stream costs {training.share:.1%} of it")
+    first = f"{training.seconds:.1f} s, {training.downloaded:.1f} MB downloaded, {training.peak_at_first_batch:.0f} MB held"
+    print(f"until the first batch: {first}")
+    print(f"peak memory: {training.peak:.0f} MB, from memory {memory.peak:.0f}: {training.peak - memory.peak:.0f} MB more")
+
+
+def in_process(measure: Callable[[Callable[[], int], Connection], None], server: Connection) -> Loaded:
+    """Run `measure` in a new process and return what it found."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(BytesSent(server), theirs))
+    process.start()
+    theirs.close()
+    found = Loaded(**ours.recv())
+    process.join()
+    return found
+
+
+@dataclass
+class BytesSent:
+    """Asks the server how many bytes it has sent."""
+
+    server: Connection
+
+    def __call__(self) -> int:
+        """The number."""
+        self.server.send(True)
+        return int(self.server.recv())
+
+
 def main() -> None:
     """Run one of the comparisons."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,6 +353,9 @@ def main() -> None:
     generate_parser = commands.add_parser("generate", help="the engine against the plain reference")
     generate_parser.add_argument("--model", metavar="RUN", help="a trained model (default: the full shape, untrained)")
     generate_parser.set_defaults(run=generation)
+    load_parser = commands.add_parser("load", help="a stream against the same batches from memory")
+    load_parser.add_argument("--folder", metavar="DIR", type=Path, required=True, help="a data set laid out like the hub's")
+    load_parser.set_defaults(run=loading)
     arguments = parser.parse_args()
     machine = f"{instruction_set()}, {torch.get_num_threads()} threads, {os.cpu_count()} cores"
     print(f"{machine}; numpy {np.__version__}, torch {torch.__version__}")

@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from picogpt.cli.train import main
+from picogpt.cli.train import command
 
-sys.exit(main())
+command()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,12 @@ import torch
 
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Corpus, TextSource
+from tests.hub import Hub, free_port
+
+HUB_PORT = free_port()
+"""Where this process looks for the hub: `datasets` reads it once, when it is imported."""
+_hub_home = tempfile.TemporaryDirectory()
+os.environ |= Hub("", {}).environment(HUB_PORT, Path(_hub_home.name))
 
 VECTORS = Path(__file__).parent / "vectors"
 

@@ -19,13 +19,23 @@ from typing import Any
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class Hub:
     """What is served, what was asked, and what goes wrong next."""
 
     def __init__(self, repository: str, files: dict[str, bytes], commit: str = COMMIT) -> None:
         self.repository, self.files, self.commit = repository, files, commit
         self.faults: list[Any] = []
-        """For the requests of data that come next: a status, "reset", "cut" or "hang"; None is an answer."""
+        """For the requests of data that come next: a status, "reset", "cut" (less than was promised), "short" (less, and no
+        more promised), "junk" (other bytes), "hang", or "loop" (redirected for ever); None is an answer."""
+        self.released = threading.Event()
+        """Ends what hangs."""
         self.down = False
         """Whether every connection is refused."""
         self.requests: list[str] = []
@@ -113,6 +123,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, b"", {**headers, "Content-Length": str(len(content))})
             return
         fault = self.hub.faults.pop(0) if self.hub.faults and name.endswith(".parquet") else None
+        if fault == "loop" or self.path.endswith("again"):
+            self._send(302, b"", {"Location": f"{self.path.partition('?')[0]}?again"})
+            return
+        if fault == "hang":
+            self.close_connection = True
+            self.hub.released.wait(30)
+            return
         if isinstance(fault, int):
             self._send(fault, b"", {"Retry-After": "0"})
             return
@@ -126,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
             end = min(int(asked[2] or len(content) - 1), len(content) - 1)
             status, part = 206, content[int(asked[1]) : end + 1]
             headers["Content-Range"] = f"bytes {asked[1]}-{end}/{len(content)}"
+        if fault in {"junk", "short"}:
+            part = bytes(len(part)) if fault == "junk" else part[: len(part) // 2]
         if fault == "cut":
             self._send(status, part[: len(part) // 2], {**headers, "Content-Length": str(len(part))})
             self.close_connection = True
@@ -149,16 +168,17 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(hub: Hub) -> Iterator[int]:
-    """Serve `hub`; yields the port."""
+def serving(hub: Hub, port: int = 0) -> Iterator[int]:
+    """Serve `hub` on `port`, or on any that is free; yields the port."""
     handler = type("Handler", (_Handler,), {"hub": hub})
-    server = _Server(("127.0.0.1", 0), handler)
+    server = _Server(("127.0.0.1", port), handler)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
         yield server.server_port
     finally:
+        hub.released.set()
         server.shutdown()
         hub.cut_connections()
         server.server_close()

@@ -28,6 +28,12 @@ def read(*paths: Path | str) -> str:
     return decode(read_texts([str(path) for path in paths], name="x").ids)
 
 
+def mapped_memory(folder: Path) -> list[int]:
+    """Memory (kB) of each mapping of a file in `folder`."""
+    regions = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    return [int(found[1]) for region in regions if str(folder) in region and (found := re.search(r"Rss: +(\d+)", region))]
+
+
 class TestText:
     def test_files_and_folders_in_order(self, tmp_path: Path) -> None:
         """A folder is read to its bottom in the order of names; texts are joined by a newline; other files are left out."""
@@ -91,6 +97,7 @@ class TestText:
             ("utf16", "text".encode("utf-16"), "utf16: not a text in UTF-8"),
             ("empty", b"", "empty: no text in it"),
             ("mark", b"\xef\xbb\xbf", "mark: no text in it"),
+            ("utf16le", "text".encode("utf-16-le"), "utf16le: not a text in UTF-8"),
         ],
     )
     def test_refused(self, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
@@ -113,6 +120,55 @@ class TestText:
 
         assert corpus.describe_unknown() == "4 characters unknown to the tokenizer (40.00%; commonest: 'é' 3, '日' 1)"
         assert Corpus(name="x", ids=corpus.ids, unknown=Counter()).describe_unknown() == "every character known"
+
+    def test_long_text_lies_in_a_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A text too long for the memory is the same one, mapped from a file that has no name, and gives the same batches."""
+        path = tmp_path / "a"
+        path.write_text("".join(f"line {i} é\n" for i in range(2000)), encoding="utf-8")
+        whole = read_texts([str(path)], name="x")
+        monkeypatch.setattr("picogpt.data.text.IN_MEMORY", 1000)
+        monkeypatch.setattr("picogpt.data.text._BLOCK_CHARS", 300)
+        mapped = read_texts([str(path)], name="x", scratch=tmp_path)
+        sources = [TextSource(corpus, roll_len=50, batch_size=3, seed=0) for corpus in (whole, mapped)]
+
+        assert mapped.mapped is not None
+        assert whole.mapped is None
+        assert mapped.fingerprint == whole.fingerprint
+        assert mapped.unknown == whole.unknown == {"é": 2000}
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+        for k in range(30):
+            one, other = (source.train_batch(k).inputs for source in sources)
+            assert np.array_equal(one, other)
+        for first, second in zip(*(source.val_batches(9) for source in sources), strict=True):
+            assert np.array_equal(first.targets, second.targets)
+
+    @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system does not tell its memory")
+    def test_long_text_takes_no_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However much of it is read, by the fingerprint or in batches, the pages are given back."""
+        path = tmp_path / "a"
+        path.write_text("some more text\n" * 400_000)
+        monkeypatch.setattr("picogpt.data.text.IN_MEMORY", 1000)
+        monkeypatch.setattr("picogpt.data.text._BLOCK_CHARS", 1 << 18)
+        corpus = read_texts([str(path)], name="x", scratch=tmp_path)
+        source = TextSource(corpus, roll_len=1000, batch_size=8, seed=0)
+        assert corpus.fingerprint
+        for k in range(700):
+            source.train_batch(k)
+        assert len(list(source.val_batches(50))) == 50
+
+        assert 0 < len(held := mapped_memory(tmp_path)) < 3
+        assert sum(held) < 1000
+
+    def test_no_room_for_a_long_text(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A disk that fills on the way is one line, and nothing stays on it."""
+        path = tmp_path / "a"
+        path.write_text("text\n" * 1000)
+        monkeypatch.setattr("picogpt.data.text.IN_MEMORY", 100)
+        monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Path("/dev/full").open("wb"))  # noqa: SIM115
+
+        with pytest.raises(DataError, match=r"no room for the ids of a long text.*No space left on device.*another --logs-dir"):
+            read_texts([str(path)], name="x", scratch=tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
     def test_fingerprint(self, tmp_path: Path) -> None:
         """The same text has the same fingerprint, another one another."""
@@ -147,7 +203,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[_Ha
 
     handler = Handler
     http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=http.serve_forever)
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(corpora, "TINY_SHAKESPEARE_URL", f"http://127.0.0.1:{http.server_port}/input.txt")
@@ -321,6 +377,8 @@ class TestBatches:
         config = TrainConfig(batch_size=2, windows=10)
         with pytest.raises(DataError, match="tiny: too short, 30 characters where rolls of 80 need at least 91"):
             tiny_source(config, n_chars=30)
+        with pytest.raises(DataError, match="too short, 1 characters where rolls of 80 need at least 91"):
+            TextSource(Corpus(name="x", ids=np.ones(1, np.uint8), unknown=Counter()), roll_len=80, batch_size=1, seed=0)
         ids = np.ones(91, dtype=np.uint8)
 
         assert TextSource(Corpus(name="x", ids=ids, unknown=Counter()), roll_len=80, batch_size=1, seed=0).train_batch(3)

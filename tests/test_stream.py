@@ -1,38 +1,70 @@
-"""Streams: the real library over real HTTP against a hub on the loopback, and the pool against plain iterables."""
+"""Streams: the real library over real HTTP against a hub on the loopback, and the pool against plain iterables.
+
+`PICOGPT_TORTURE=10 pytest tests/test_stream.py` resumes ten times as often.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import itertools
+import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
 from picogpt.cli import train
-from picogpt.data import ArticleReader, Shards, StreamSource, StreamSpec, WaitInterrupted, draw_validation, resolve_stream, stream
+from picogpt.data import (
+    NAMED_STREAMS,
+    ArticleReader,
+    Shards,
+    StreamSource,
+    StreamSpec,
+    WaitInterrupted,
+    articles,
+    draw_validation,
+    find_shards,
+    outage,
+    resolve_stream,
+    stream,
+)
+from picogpt.data.articles import Article, Place
 from picogpt.data.hub import Row
-from picogpt.data.stream import Place
+from picogpt.data.outage import Outage
 from picogpt.errors import ConfigError, DataError
 from picogpt.run import RunFolder
 from picogpt.tokenizer import CharTokenizer
-from tests.conftest import TINY_FLAGS
-from tests.hub import COMMIT, Hub, serving
+from tests.conftest import HUB_PORT, TINY_FLAGS
+from tests.hub import COMMIT, Hub, free_port, serving
 
+TIMES = int(os.environ.get("PICOGPT_TORTURE", "1"))
 FILES = tuple(f"file-{i}" for i in range(3))
 SHARDS = Shards(files=FILES, format="parquet", columns=("text",), commit=COMMIT)
 decode = CharTokenizer().decode
+
+
+class Nowhere:
+    """Keeps no validation text."""
+
+    def save_validation(self, ids: npt.NDArray[np.uint8]) -> None:
+        """Not kept."""
+
+
+NOWHERE = Nowhere()
 
 
 def article(number: int) -> str:
@@ -60,7 +92,7 @@ def make_source(*, batch_size: int = 2, roll_len: int = 40, read: Any = rows_of,
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small pool and short waits."""
     monkeypatch.setattr(stream, "POOL", 64)
-    monkeypatch.setattr(stream, "LONGEST_WAIT", 0.02)
+    monkeypatch.setattr(outage, "LONGEST_WAIT", 0.02)
 
 
 def batches(source: StreamSource, steps: range) -> list[bytes]:
@@ -71,12 +103,12 @@ def batches(source: StreamSource, steps: range) -> list[bytes]:
 def test_goes_on_at_the_very_article() -> None:
     """A hundred stops at random, each resumed in a new source from the snapshot: the batches of one that never stopped."""
     straight = make_source()
-    straight.begin()
+    straight.begin(NOWHERE)
     expected = batches(straight, range(400))
     straight.close()
     generator = random.Random(0)
     source = make_source()
-    source.begin()
+    source.begin(NOWHERE)
     found: list[bytes] = []
     stops = sorted(generator.sample(range(1, 400), 100))
     for start, end in zip([0, *stops], [*stops, 400], strict=True):
@@ -110,7 +142,7 @@ def test_every_article_is_read_once_a_pass() -> None:
 def test_text_is_cut_without_loss() -> None:
     """Sequences laid end to end, each beginning with the last character of the one before, are the articles joined."""
     source = make_source()
-    source.begin()
+    source.begin(NOWHERE)
     for _ in range(50):
         source._cut_next(lambda: False)
     source.close()
@@ -128,10 +160,39 @@ def test_text_is_cut_without_loss() -> None:
     assert all(sequence[0] == before[-1] for before, sequence in itertools.pairwise(sequences))
 
 
+def test_share_of_text() -> None:
+    """Every article is counted once, on its side, however often the run was resumed, and the share is said."""
+    source = make_source()
+    source.begin(NOWHERE)
+    for k in range(300):
+        source.train_batch(k)
+        if k % 50 == 49:
+            arrays, plain = source.snapshot()
+            source.close()
+            source = make_source()
+            source.restore(arrays, plain)
+    source.close()
+    place, found = source._place, dict.fromkeys(("train", "val", "train chars", "val chars", "empty"), 0)
+    for item in ArticleReader(SHARDS, 7, lambda _: None, rows_of).articles(Place(0, 0, 0)):
+        if item.place >= place:
+            break
+        side = "val" if item.for_validation else "train"
+        found[side] += 1
+        found[f"{side} chars"] += len(item.ids)
+        found["empty"] += item.empty_before
+    share = found["train chars"] / (found["train chars"] + found["val chars"])
+
+    assert min(found.values()) > 3
+    assert source.summary() == (
+        f"read so far: {found['train']:,} articles with {found['train chars']:,} characters to train on, {found['val']:,} with "
+        f"{found['val chars']:,} for validation, {found['empty']:,} empty ones; {share:.1%} of the text is trained on"
+    )
+
+
 def test_batches_mix_articles() -> None:
     """The sequences of a batch begin in different articles."""
     source = make_source(batch_size=8)
-    source.begin()
+    source.begin(NOWHERE)
     for k in range(50):
         source.train_batch(k)
         articles = [source._article_of[row] for row in source._draw(k + 1)]
@@ -153,7 +214,7 @@ def test_validation_articles_are_never_trained_on() -> None:
     """About one in twenty, the same ones whatever the order, and none of them in the pool."""
     here = sides(7)
     source = make_source()
-    source.begin()
+    source.begin(NOWHERE)
     for k in range(300):
         source.train_batch(k)
     pool = "".join(decode(sequence) for sequence in source._pool)
@@ -186,32 +247,87 @@ class Broken:
             yield columns
 
 
-def test_outages_are_waited_out() -> None:
+def test_outages_are_waited_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever breaks, it goes on from the very article, says so each time, and the batches are the same."""
     straight = make_source()
-    straight.begin()
+    straight.begin(NOWHERE)
     expected = batches(straight, range(900))
     straight.close()
     errors: list[Exception] = [ConnectionError("reset"), TimeoutError("hang"), ValueError("wrong bytes"), OSError("no name")] * 3
     notices: list[str] = []
+    monkeypatch.setattr(outage, "NOTICE_INTERVAL", 0.0)
     source = make_source(read=Broken(errors), notify=notices.append)
-    source.begin()
+    source.begin(NOWHERE)
     found = batches(source, range(900))
     source.close()
 
     assert found == expected
-    assert len(notices) == 12
-    assert re.fullmatch(r"file-\d, row \d+: ConnectionError: reset; next try in 0 s", notices[0])
+    assert len(notices) == 24
+    assert re.fullmatch(r"file-\d, row \d+: ConnectionError: reset; no answer for 0 s, trying on for 86,400 s more", notices[0])
+    assert notices[1] == "the stream is back after 0 s"
+
+
+class Clock:
+    """Time that passes only while somebody waits."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waits: list[float] = []
+
+    def wait(self, seconds: float) -> bool:
+        self.waits.append(seconds)
+        self.now += seconds
+        return False
+
+
+def wait_for_ever(waiting: Outage) -> None:
+    """Fail without an end."""
+    while True:
+        waiting.wait("f, row 3", "reset")
+
+
+def test_hours_of_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The waits grow to a minute; a line at once, one a minute, and one when it is over; after a day it gives up."""
+    monkeypatch.setattr(outage, "LONGEST_WAIT", 60.0)
+    clock = Clock()
+    notices: list[tuple[float, str]] = []
+    waiting = Outage(lambda line: notices.append((clock.now, line)), clock.wait, lambda: clock.now)
+    waiting.over()
+    while clock.now < 5 * 3600:
+        waiting.wait("f, row 3", "ConnectionError: down")
+    waiting.over()
+    waiting.over()
+    times = [when for when, _ in notices]
+
+    assert clock.waits[:8] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert times[0] == 0
+    assert all(60 <= later - earlier <= 120 for earlier, later in itertools.pairwise(times[:-1]))
+    assert notices[1][1].startswith("f, row 3: ConnectionError: down; no answer for 63 s, trying on for 86,337 s more")
+    assert notices[-1] == (clock.now, f"the stream is back after {clock.now:,.0f} s")
+    with pytest.raises(DataError, match=r"f, row 3: no answer for 86,4\d\d s \(reset\); the same command goes on"):
+        wait_for_ever(waiting)
+
+
+def test_a_flapping_network_is_not_a_flood_of_lines() -> None:
+    """Failures that follow each other closely are said once a minute."""
+    clock = Clock()
+    notices: list[str] = []
+    waiting = Outage(notices.append, clock.wait, lambda: clock.now)
+    for _ in range(1000):
+        waiting.wait("f, row 3", "reset")
+        waiting.over()
+
+    assert len(notices) == 2
 
 
 def test_gives_up_after_a_stated_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """When patience is over there is one clear line."""
-    monkeypatch.setattr(stream, "PATIENCE", 0.05)
+    monkeypatch.setattr(outage, "PATIENCE", 0.05)
     monkeypatch.setattr("threading.Event.wait", lambda self, timeout=None: self.is_set())
     source = make_source(read=Broken([ConnectionError("down")] * 10**6, every=1))
-    source.begin()
+    source.begin(NOWHERE)
 
-    with pytest.raises(DataError, match=r"no answer for 0 s \(ConnectionError: down\); the same command goes on"):
+    with pytest.raises(DataError, match=r"no answer for \d s \(ConnectionError: down\); the same command goes on"):
         source.train_batch(0)
     source.close()
 
@@ -220,11 +336,63 @@ def test_gives_up_after_a_stated_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_gone_is_not_waited_for(error: Exception) -> None:
     """A file that is not there any more ends the run at once."""
     source = make_source(read=Broken([error], every=5))
-    source.begin()
+    source.begin(NOWHERE)
 
-    with pytest.raises(DataError, match=r"file-\d: cannot be read .* it may be gone from the hub"):
+    with pytest.raises(DataError, match=r"file-\d: cannot be read \((FileNotFoundError: gone|PermissionError: gated)\); "):
         source.train_batch(0)
     source.close()
+
+
+def test_articles_of_all_sizes() -> None:
+    """Null and empty ones are passed over and counted, tiny ones joined, one of 10 MB cut, and nothing between is lost."""
+    texts = ["", "a", "b" * 10_000_000, "", "", "c", *(f"d{i}" for i in range(2000))]
+    shards = Shards(files=("one",), format="parquet", columns=("text",), commit=COMMIT)
+    reader = ArticleReader(shards, 0, lambda _: None, lambda _, row: iter([(text,) for text in texts[row:]]))
+    source = StreamSource(reader, np.zeros(100, np.uint8), roll_len=10_000, batch_size=2, seed=0)
+    source.begin(NOWHERE)
+    while source._usage.train_articles < 1000:
+        source._cut_next(lambda: False)
+    source.close()
+    sequences = [sequence for sequence, _ in source._fresh]
+    text = decode(np.concatenate([sequences[0], *(sequence[1:] for sequence in sequences[1:])]))
+    kept = [text for row, text in enumerate(texts) if text and not articles._is_for_validation("one", row)]
+
+    assert "\n\n".join(kept).startswith(text.removesuffix("\n"))
+    assert len(text) > 10_000_000
+    assert source._usage.empty_articles == 3
+
+
+def test_a_column_of_numbers(here: Path) -> None:
+    """A column that holds no text is one line, and not waited for."""
+    pq.write_table(pa.table({"text": list(range(50))}), here / "train.parquet")
+    shards = find_shards(StreamSpec(name="x", path=str(here)))
+
+    with pytest.raises(DataError, match="train.parquet: column text holds int, not text; name another one with --text-column"):
+        next(ArticleReader(shards, 0, lambda _: None).articles(Place(0, 0, 0)))
+
+
+ENDING = """
+import os
+from picogpt.cli.common import end_process
+from picogpt.data import ArticleReader, StreamSpec, find_shards
+from picogpt.data.articles import Place
+reader = ArticleReader(find_shards(StreamSpec(name="x", path=os.getcwd())), 0, print)
+reader.start(Place(0, 0, 0))
+reader.take(lambda: False)
+reader.close()
+print("read", end="")
+end_process(3)
+"""
+
+
+def test_a_process_ends_while_it_reads(here: Path) -> None:
+    """What the library still reads neither holds up nor aborts a process that ends."""
+    digits = random.Random(0).randbytes(20_000_000).hex()  # not to be packed into one read
+    texts = [digits[i : i + 1000] for i in range(0, len(digits), 1000)]
+    pq.write_table(pa.table({"text": texts}), here / "train.parquet", row_group_size=1000)
+    process = subprocess.run([sys.executable, "-c", ENDING], check=False, capture_output=True, text=True, cwd=here, timeout=30)
+
+    assert (process.returncode, process.stdout, process.stderr) == (3, "read", "")
 
 
 def test_nothing_but_empty_articles() -> None:
@@ -237,7 +405,7 @@ def test_nothing_but_empty_articles() -> None:
 
 def test_too_small_for_validation() -> None:
     """A data set of a handful of articles may have none for validation."""
-    only = next(file for file in FILES if not stream._is_for_validation(file, 0))
+    only = next(file for file in FILES if not articles._is_for_validation(file, 0))
     reader = ArticleReader(SHARDS, 7, lambda _: None, lambda file, row: iter([("one",)] if file == only else []))
 
     with pytest.raises(DataError, match="the data set is too small"):
@@ -254,11 +422,11 @@ def test_stop_while_waiting() -> None:
             yield columns
 
     straight = make_source()
-    straight.begin()
+    straight.begin(NOWHERE)
     expected = batches(straight, range(200))
     straight.close()
     source = make_source(read=stuck)
-    source.begin()
+    source.begin(NOWHERE)
     k = 0
     with contextlib.suppress(WaitInterrupted):
         for k in range(1000):
@@ -315,15 +483,137 @@ README = {
 
 
 @pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's own waits between tries take no time, and a server that hangs is noticed soon."""
+    import huggingface_hub
+
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    monkeypatch.setattr(outage, "NOTICE_INTERVAL", 0.0)
+
+
+@pytest.fixture
+def library(hub: Hub) -> Iterator[Shards]:
+    """The small Wikipedia over HTTP, in this process, through the real library."""
+    from huggingface_hub import HfFileSystem
+
+    HfFileSystem.clear_instance_cache()
+    with serving(hub, HUB_PORT):
+        yield find_shards(NAMED_STREAMS["wikipedia"])
+
+
+EXPECTED = [article(i) for i in range(750) if i % 7 and i % 11]
+
+
+def first_pass(shards: Shards, notices: list[str]) -> list[str]:
+    """All texts of the first pass, in the data set's own order."""
+    found: dict[str, list[str]] = {}
+    for item in ArticleReader(shards, 7, notices.append).articles(Place(0, 0, 0)):
+        if item.place.epoch:
+            break
+        text = decode(item.ids)
+        found.setdefault(str(item.place.file), []).append(text)
+    return sorted(itertools.chain(*found.values()), key=EXPECTED.index)
+
+
+@pytest.mark.parametrize("fault", ["reset", "hang", "cut", "short", "junk", 429, 500, 503, "loop"])
+def test_each_fault_is_waited_out(hub: Hub, library: Shards, at_once: None, fault: int | str) -> None:
+    """Whatever the server does, longer than the library's own patience, each article comes exactly once."""
+    hub.faults += [None, None, None, *[fault] * 8]
+    notices: list[str] = []
+
+    assert first_pass(library, notices) == EXPECTED
+    assert hub.faults == []
+    assert notices
+    assert re.fullmatch(r"the stream is back after \d s", notices[-1])
+
+
+def test_no_name_is_waited_out(hub: Hub, library: Shards, at_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is a network without names, and a hub that refuses connections when a file is to be opened."""
+    look_up, failures = socket.getaddrinfo, iter(range(20))
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        if next(failures, None) is not None:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return look_up(*arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", failing)
+    hub.faults += [None, None, None, "reset"]
+    notices: list[str] = []
+
+    assert first_pass(library, notices) == EXPECTED
+    assert next(failures, None) is None
+    assert any("name resolution" in line for line in notices), notices
+
+
+@pytest.mark.parametrize("status", [404, 416, 410, 401, 403])
+def test_what_the_hub_refuses_is_final(hub: Hub, library: Shards, at_once: None, status: int) -> None:
+    """A file that is gone, or not allowed, is one line that says what to do."""
+    hub.faults += [None, None, None, *[status] * 3]
+    advice = "set HF_TOKEN" if status in {401, 403} else "--fresh starts over"
+
+    with pytest.raises(DataError, match=rf"wikipedia@{COMMIT}/.*parquet: cannot be read \(.*\); .*{advice}"):
+        first_pass(library, [])
+
+
+class Logged(ArticleReader):
+    """Notes the place of every article that is taken."""
+
+    def __init__(self, shards: Shards, log: list[Place]) -> None:
+        super().__init__(shards, 7, lambda _: None)
+        self.log = log
+
+    def take(self, stop: Any) -> Article:
+        item = super().take(stop)
+        self.log.append(item.place)
+        return item
+
+
+def test_random_resumes_lose_and_repeat_nothing(library: Shards) -> None:
+    """The places of all articles taken, over runs killed at random after a snapshot at random: each once, in order."""
+
+    def source() -> StreamSource:
+        return StreamSource(Logged(library, log), np.zeros(100, np.uint8), roll_len=40, batch_size=2, seed=7)
+
+    generator = random.Random(0)
+    log: list[Place] = []
+    found: list[bytes] = []
+    running = source()
+    running.begin(NOWHERE)
+    for _ in range(10 * TIMES):
+        found += batches(running, range(len(found), len(found) + generator.randrange(60)))
+        (arrays, plain), taken = running.snapshot(), len(log)
+        batches(running, range(len(found), len(found) + generator.randrange(30)))
+        running.close()
+        del log[taken:]  # what came after the snapshot has gone with the process
+        running = source()
+        running.restore(arrays, plain)
+    found += batches(running, range(len(found), len(found) + 20))
+    running.close()
+    undisturbed = ArticleReader(library, 7, lambda _: None)
+    expected = [item.place for item in itertools.islice(undisturbed.articles(Place(0, 0, 0)), len(log))]
+    lost, repeated = len(set(expected) - set(log)), len(log) - len(set(log))
+
+    assert (lost, repeated) == (0, 0), f"{10 * TIMES} resumes, {len(log):,} articles"
+    assert log == expected
+    log.clear()
+    straight = source()
+    straight.begin(NOWHERE)
+    assert batches(straight, range(len(found))) == found
+    straight.close()
+
+
+@pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to run in."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-SHORT = "import picogpt.data.stream as s; s.POOL = 64; s.VALIDATION_CHARS = 2000; s.READ_AHEAD = 8; s.LONGEST_WAIT = 0.2; "
-SHORT += "import datasets.config as c; c.STREAMING_READ_RETRY_INTERVAL = 0.05; "
-SHORT += "from picogpt.cli.train import main; import sys; sys.exit(main())"
+SHORT = "from picogpt.data import articles, outage, stream; stream.POOL = 64; articles.VALIDATION_CHARS = 2000; "
+SHORT += "articles.READ_AHEAD = 2000; outage.LONGEST_WAIT = 0.2; "
+SHORT += "import time; sleep = time.sleep; time.sleep = lambda seconds: sleep(min(seconds, 0.05)); "
+SHORT += "from picogpt.cli.train import command; command()"
 FLAGS = [*TINY_FLAGS, "--epochs", "2", "--steps-per-epoch", "40", "--val-steps", "1", "--batch-size", "2"]
 
 
@@ -338,6 +628,15 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Exit code, stdout and stderr."""
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait, at most 20 s."""
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come about")
 
 
 def weights(run: str) -> dict[str, bytes]:
@@ -357,7 +656,7 @@ def test_over_http_with_faults_and_a_kill(hub: Hub, here: Path) -> None:
         process.stdout.readline()
         process.kill()
         finish(process)
-        hub.faults += ["reset", None, 503, None, "cut"]
+        hub.faults += ["reset", 503, "cut"]
         code, _, err = finish(start(hub, port, here, "--run", "rough"))
         assert code == 0, err
 
@@ -366,19 +665,22 @@ def test_over_http_with_faults_and_a_kill(hub: Hub, here: Path) -> None:
     assert RunFolder(Path("logs/calm")).read_config()["data"]["commit"] == COMMIT
 
 
-def test_signal_during_an_outage(hub: Hub, here: Path) -> None:
-    """With the network gone a signal still ends the run at once, saved, and it goes on when the network is back."""
+def test_signal_during_an_outage(here: Path) -> None:
+    """While a server hangs a signal still ends the run at once, saved, and it goes on when the network is back."""
+    files = {f"20231101.en/train-{i:05}-of-00008.parquet": parquet(i * 25, 25) for i in range(8)}
+    hub = Hub("wikimedia/wikipedia", files | README)
     with serving(hub) as port:
         process = start(hub, port, here, "--run", "waiting", "--epochs", "200")
         assert process.stdout is not None
         process.stdout.readline()
-        hub.down = True
-        hub.cut_connections()
+        hub.faults += ["hang"] * 100
+        wait_until(lambda: len(hub.faults) < 100)
         process.send_signal(signal.SIGTERM)
         code, _, err = finish(process)
         assert code == 128 + signal.SIGTERM, err
         assert "stopped and saved at step" in err
-        hub.down = False
+        hub.faults.clear()
+        hub.released.set()
         process = start(hub, port, here, "--run", "waiting", "--epochs", "200")
         assert process.stdout is not None
         assert process.stdout.readline().startswith("epoch")
@@ -386,6 +688,31 @@ def test_signal_during_an_outage(hub: Hub, here: Path) -> None:
         _, _, err = finish(process)
 
     assert "goes on from step" in err
+
+
+def test_going_on_without_the_hub(hub: Hub, here: Path) -> None:
+    """A run needs no list of files to go on: offline, or without its commit, it says so; without a network it waits."""
+    port = free_port()
+    with serving(hub, port):
+        assert finish(start(hub, port, here))[0] == 0
+        offline = finish(start(hub, port, here, "--epochs", "3", HF_HUB_OFFLINE="1"))
+        hub.commit = "f" * 40
+        changed = finish(start(hub, port, here, "--epochs", "3"))
+    hub.commit = COMMIT
+    process = start(hub, port, here, "--epochs", "3")
+    assert process.stderr is not None
+    failed = next(line for line in iter(process.stderr.readline, "") if "no answer" in line)
+    hub.requests.clear()
+    with serving(hub, port):
+        code, out, err = finish(process)
+
+    assert offline[0] == changed[0] == 1
+    assert "unset HF_HUB_OFFLINE to go on" in offline[2]
+    assert re.search(rf"wikipedia@{COMMIT}/.*parquet: cannot be read \(.*\); .*--fresh starts over", changed[2])
+    assert re.search(r"train-0000\d-of-00003.parquet, row \d+: ConnectError: .*refused; no answer for 0 s, trying on", failed)
+    assert (code, out.count("epoch 3 of 3")) == (0, 1), err
+    assert "the stream is back after" in err
+    assert not [request for request in hub.requests if "README" in request]
 
 
 @pytest.mark.parametrize(
@@ -409,20 +736,9 @@ def test_clear_lines(hub: Hub, here: Path, flags: list[str], changes: dict[str, 
     assert not (here / "logs").exists()
 
 
-def test_another_commit(hub: Hub, here: Path) -> None:
-    """A run keeps to its commit; where the hub has it no more, that is said."""
-    with serving(hub) as port:
-        assert finish(start(hub, port, here, "--run", "pinned"))[0] == 0
-        hub.commit = "f" * 40
-        code, _, err = finish(start(hub, port, here, "--run", "pinned", "--epochs", "3"))
-
-    assert code == 1
-    assert "wikimedia/wikipedia: the hub has the run's commit 0123456789ab no more; --fresh starts over" in err
-
-
 def test_folder_like_the_hubs(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of parquet files is streamed like the hub's, under its own name; a changed one stops the run."""
-    monkeypatch.setattr(stream, "VALIDATION_CHARS", 2000)
+    monkeypatch.setattr(articles, "VALIDATION_CHARS", 2000)
     folder = here / "my-articles"
     folder.mkdir()
     for i in range(2):

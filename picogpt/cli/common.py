@@ -15,7 +15,7 @@ from typing import NoReturn
 from picogpt import __version__
 from picogpt.errors import ConfigError, PicoGPTError
 
-__all__ = ["Parser", "StopRequest", "notice", "run_command"]
+__all__ = ["Parser", "StopRequest", "end_process", "notice", "run_command"]
 
 _WRONG_USAGE = 2
 _INTERRUPTED = 130
@@ -79,6 +79,18 @@ def run_command(body: Callable[[argparse.Namespace], int], parser: Parser, argv:
         message, code = _explain(error, parser)
         notice(f"{parser.prog}: {message}")
         return code
+
+
+def end_process(code: int) -> NoReturn:
+    """End with `code` at once, whatever threads of a library are still reading.
+
+    One that waits for the network cannot be joined, and one that comes back while the interpreter is being torn down aborts
+    the process. By now all that is to last has been written.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
 
 
 def _explain(error: BaseException, parser: Parser) -> tuple[str, int]:

@@ -136,6 +136,7 @@ class Session:
             notice(f"warning: {fault}")
         self.trainer.restore(checkpoint)
         notice(f"{self.run.path}: goes on from step {self.trainer.step:,}")
+        self._tell_usage()
         for name, before, now in (("threads", self._stored.threads, threads), ("dtype", self._stored.dtype, dtype)):
             if before != now:
                 notice(f"{name} is {now} and was {before}: the run goes on, but not byte for byte as it would have")
@@ -147,11 +148,7 @@ class Session:
 
     def _begin(self) -> None:
         """Begin with the first batch, and with what the run begins from."""
-        from picogpt.data import StreamSource
-
-        if isinstance(self._source, StreamSource):
-            self.run.save_validation(self._source.val_ids)
-        self._source.begin()
+        self._source.begin(self.run)
         if self._origin is not None:
             self.trainer.begin_from(self._origin.weights, self._origin.log)
             notice(f"begins with the weights of {self._origin.path}")
@@ -220,6 +217,11 @@ class Session:
             return self.trainer.fit(self.run, self.schedule, display, stop)
         finally:
             display.close()
+            self._tell_usage()
+
+    def _tell_usage(self) -> None:
+        if summary := self._source.summary():
+            notice(summary)
 
     def _sample(self) -> str:
         """A text that the model writes after a newline, the same draws every time."""

@@ -178,7 +178,8 @@ def _tell(data: DataConfig) -> str:
     """What text it is, as far as two of them can differ."""
     if data.characters is not None:
         return f"{data.name} of {data.characters:,} characters"
-    return f"{data.dataset} at {data.commit or 'other files'}"
+    column = f", column {data.text_column}" if data.text_column else ""
+    return f"{data.dataset} at {data.commit or 'other files'}{column}"
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

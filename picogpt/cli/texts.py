@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from picogpt.cli.common import notice
@@ -60,22 +62,40 @@ class _Whole:
 
 
 class _Streamed:
-    """A data set of the hub, or a folder like one."""
+    """A data set of the hub, or a folder like one.
 
-    def __init__(self, spec: StreamSpec, shards: Shards, text_column: str | None) -> None:
+    Args:
+        spec: the data set.
+        text_column: the column that was asked for.
+        stored: the text of the run that goes on.
+    """
+
+    def __init__(self, spec: StreamSpec, text_column: str | None, stored: DataConfig | None) -> None:
         self.name = spec.short_name
-        self._spec, self._shards, self._text_column = spec, shards, text_column
+        self._spec, self._text_column, self._stored = spec, text_column, stored
+
+    @functools.cached_property
+    def _shards(self) -> Shards:
+        """The files: those of the run's commit, which need no network to be named, or the newest ones."""
+        from picogpt.data import Shards, find_shards
+
+        stored = self._stored
+        if stored is None or stored.commit is None or stored.format is None or stored.dataset != self._spec.name:
+            return find_shards(self._spec)
+        return Shards(files=stored.files, format=stored.format, columns=self._spec.columns, commit=stored.commit)
 
     def describe(self) -> DataConfig:
-        """Its commit and the fingerprint of its files."""
-        local = self._shards.commit is None
+        """Its commit, its files and their fingerprint."""
+        shards = self._shards
         return DataConfig(
-            dataset=self._spec.path if local else self._spec.name,
+            dataset=self._spec.name if shards.commit else self._spec.path,
             name=self.name,
             characters=None,
-            sha256=self._shards.fingerprint,
-            commit=self._shards.commit,
+            sha256=shards.fingerprint,
+            commit=shards.commit,
             text_column=self._text_column,
+            files=shards.files,
+            format=shards.format,
         )
 
     def source(self, model: GPTConfig, config: TrainConfig, run: RunFolder | None) -> Source:
@@ -103,15 +123,20 @@ def find_text(request: Request, stored: RunSettings | None) -> Text:
         DataError: the text cannot be had.
     """
     from picogpt.cli.download import DownloadBar
-    from picogpt.data import DATASETS, find_shards, load_dataset, read_texts, resolve_stream
+    from picogpt.data import DATASETS, load_dataset, read_texts, resolve_stream
 
     text, dataset, column = request.text, request.dataset, request.text_column
     if not text and dataset is None and stored is not None:
         text, dataset = stored.data.text, stored.data.dataset
     if text:
-        return _Whole(read_texts(text, name=request.text_name(text)), text)
+        return _Whole(read_texts(text, name=request.text_name(text), scratch=_existing(request.logs_dir)), text)
     if dataset is None or dataset in DATASETS:
         return _Whole(load_dataset(dataset or "auto", notify=notice, progress=DownloadBar("Tiny Shakespeare")), ())
     column = column or (stored.data.text_column if stored else None)
-    spec = resolve_stream(dataset, column)
-    return _Streamed(spec, find_shards(spec, stored.data.commit if stored else None), column)
+    return _Streamed(resolve_stream(dataset, column), column, stored.data if stored else None)
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or as much of its path as is there."""
+    absolute = folder.absolute()
+    return next(path for path in (absolute, *absolute.parents) if path.is_dir())

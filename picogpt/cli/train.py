@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from picogpt.cli.common import Parser, run_command
+from picogpt.cli.common import Parser, end_process, run_command
 from picogpt.cli.session import Origin, Session
 from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, Request
 from picogpt.cli.texts import Text, find_text
@@ -18,7 +17,7 @@ from picogpt.errors import ConfigError, RunError
 if TYPE_CHECKING:
     from picogpt.run import RunFolder
 
-__all__ = ["build_parser", "main"]
+__all__ = ["build_parser", "command", "main"]
 
 
 def build_parser() -> Parser:
@@ -92,6 +91,11 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_train, build_parser(), argv)
 
 
+def command() -> NoReturn:
+    """`picogpt-train` as a process of its own."""
+    end_process(main())
+
+
 def _train(arguments: argparse.Namespace) -> int:
     request = Request.from_flags(arguments)
     run, stored, text = _locate(request)
@@ -132,8 +136,8 @@ def _locate(request: Request) -> tuple[RunFolder, RunSettings | None, Text]:
     text = find_text(request, None)
     run = RunFolder(request.logs_dir / text.name)
     stored = _stored(run, request)
-    # A stream keeps to the commit of its run, which is known only now.
-    return run, stored, find_text(request, stored) if stored and stored.data.commit else text
+    # A stream keeps to the commit of its run, which is known only now; nothing was asked of the hub yet.
+    return run, stored, find_text(request, stored) if stored and stored.data.files else text
 
 
 def _stored(run: RunFolder, request: Request) -> RunSettings | None:
@@ -153,4 +157,4 @@ def _stored(run: RunFolder, request: Request) -> RunSettings | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

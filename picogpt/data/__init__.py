@@ -1,9 +1,10 @@
 """Where text comes from: files and named corpora, streams of the hub, all cut into batches. Knows no torch; batches are numpy."""
 
-from picogpt.data.batches import Batch, RepeatedSource, Source, Stop, TextSource, WaitInterrupted
+from picogpt.data.articles import ArticleReader, draw_validation
+from picogpt.data.batches import Batch, RepeatedSource, Source, Stop, TextSource, ValidationStore, WaitInterrupted
 from picogpt.data.corpora import DATASETS, load_dataset
 from picogpt.data.hub import NAMED_STREAMS, Shards, StreamSpec, find_shards, resolve_stream
-from picogpt.data.stream import ArticleReader, StreamSource, draw_validation
+from picogpt.data.stream import StreamSource
 from picogpt.data.text import Corpus, read_texts
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "StreamSource",
     "StreamSpec",
     "TextSource",
+    "ValidationStore",
     "WaitInterrupted",
     "draw_validation",
     "find_shards",

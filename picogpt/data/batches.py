@@ -13,7 +13,7 @@ import numpy.typing as npt
 from picogpt.data.text import Corpus
 from picogpt.errors import DataError
 
-__all__ = ["Batch", "RepeatedSource", "Source", "Stop", "TextSource", "WaitInterrupted", "even_rolls"]
+__all__ = ["Batch", "RepeatedSource", "Source", "Stop", "TextSource", "ValidationStore", "WaitInterrupted", "even_rolls"]
 
 Stop = Callable[[], bool]
 """Asked now and then whether to end."""
@@ -36,6 +36,13 @@ class WaitInterrupted(Exception):
     """A batch was waited for, and a stop came first."""
 
 
+class ValidationStore(Protocol):
+    """Where a run's validation text is kept."""
+
+    def save_validation(self, ids: npt.NDArray[np.uint8]) -> None:
+        """Keep the ids (characters,)."""
+
+
 class Source(Protocol):
     """What training needs of its data."""
 
@@ -45,11 +52,14 @@ class Source(Protocol):
     def val_batches(self, most: int) -> Iterator[Batch]:
         """The validation batches, at most so many; the same ones every time."""
 
-    def begin(self) -> None:
-        """Begin with the first batch; or else `restore`."""
+    def begin(self, run: ValidationStore) -> None:
+        """Begin with the first batch, and keep in `run` what later starts need; or else `restore`."""
 
     def close(self) -> None:
         """No more batches are asked for."""
+
+    def summary(self) -> str:
+        """A line about what was read so far; empty if there is nothing to say."""
 
     def snapshot(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Arrays and plain values to go on from at the batch that comes next."""
@@ -76,6 +86,7 @@ class TextSource:
     """
 
     def __init__(self, corpus: Corpus, *, roll_len: int, batch_size: int, seed: int) -> None:
+        self._corpus = corpus
         n_train = int(TRAIN_SHARE * len(corpus.ids))
         self.train_ids, self.val_ids = corpus.ids[:n_train], corpus.ids[n_train:]
         self._roll_len, self._batch_size, self._seed = roll_len, batch_size, seed
@@ -104,17 +115,25 @@ class TextSource:
         """Batch of step k, (batch_size, roll_len)."""
         rolls = range(k * self._batch_size, (k + 1) * self._batch_size)
         starts = [int(self._starts_of_pass(i // self._rolls_per_pass)[i % self._rolls_per_pass]) for i in rolls]
-        return _cut(self.train_ids, starts, self._roll_len)
+        batch = _cut(self.train_ids, starts, self._roll_len)
+        self._corpus.forget()
+        return batch
 
     def val_batches(self, most: int) -> Iterator[Batch]:
         """At most `most` batches of (batch_size, roll_len); see `even_rolls`."""
-        return even_rolls(self.val_ids, self._roll_len, self._batch_size, most)
+        for batch in even_rolls(self.val_ids, self._roll_len, self._batch_size, most):
+            self._corpus.forget()
+            yield batch
 
-    def begin(self) -> None:
+    def begin(self, run: ValidationStore) -> None:
         """Nothing to do."""
 
     def close(self) -> None:
         """Nothing to do."""
+
+    def summary(self) -> str:
+        """Nothing: all of the text is used."""
+        return ""
 
     def snapshot(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Nothing: batches depend on the step alone."""

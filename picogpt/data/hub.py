@@ -15,7 +15,7 @@ from typing import Any
 
 from picogpt.errors import ConfigError, DataError
 
-__all__ = ["NAMED_STREAMS", "Shards", "StreamSpec", "find_shards", "read_rows", "resolve_stream"]
+__all__ = ["NAMED_STREAMS", "Shards", "StreamSpec", "explain", "find_shards", "read_rows", "remedy", "resolve_stream"]
 
 Row = tuple[str, ...]
 
@@ -66,9 +66,9 @@ class Shards:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what the files are called and, in a folder, how long they are."""
+        """SHA-256 of the columns and of what the files are called and, in a folder, how long they are."""
         sizes = [Path(file).stat().st_size if self.commit is None else 0 for file in self.files]
-        return hashlib.sha256(repr(list(zip(self.files, sizes, strict=True))).encode()).hexdigest()
+        return hashlib.sha256(repr((self.columns, list(zip(self.files, sizes, strict=True)))).encode()).hexdigest()
 
 
 def resolve_stream(name: str, text_column: str | None) -> StreamSpec:
@@ -92,21 +92,15 @@ def resolve_stream(name: str, text_column: str | None) -> StreamSpec:
     )
 
 
-def find_shards(spec: StreamSpec, revision: str | None = None) -> Shards:
-    """Ask the hub, or look into the folder, for the files of `spec`'s part `train`.
-
-    Args:
-        spec: the data set.
-        revision: the commit to keep to; None takes the newest.
+def find_shards(spec: StreamSpec) -> Shards:
+    """Ask the hub, or look into the folder, for the files of `spec`'s part `train` at the newest commit.
 
     Raises:
         DataError: the data set, its part or its column is not there, or the hub cannot be reached.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
+    datasets = _library()
     try:
-        builder = datasets.load_dataset_builder(spec.path, spec.config, revision=revision)
+        builder = datasets.load_dataset_builder(spec.path, spec.config)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise DataError(
             f"{spec.path}: no such data set on the hub, or one that needs permission (set HF_TOKEN); {_first_line(error)}"
@@ -114,10 +108,6 @@ def find_shards(spec: StreamSpec, revision: str | None = None) -> Shards:
     except ValueError as error:
         raise DataError(f"{spec.path}: {_first_line(error)}; name one of these as {spec.path}:CONFIG") from error
     except OSError as error:
-        if revision is not None and getattr(getattr(error, "response", None), "status_code", None) == 404:
-            raise DataError(
-                f"{spec.path}: the hub has the run's commit {revision[:12]} no more; --fresh starts over with the newest"
-            ) from error
         raise DataError(
             f"{spec.path}: the hub cannot be reached ({_first_line(error)}); check the network and HF_HUB_OFFLINE, or use --text"
         ) from error
@@ -135,31 +125,85 @@ def _check_columns(spec: StreamSpec, shards: Shards) -> None:
     try:
         names = _open(shards, shards.files[0]).column_names
     except OSError as error:
-        raise DataError(f"{shards.files[0]}: cannot be read ({_first_line(error)}); check the network") from error
+        raise DataError(f"{shards.files[0]}: cannot be read ({explain(error)}); check the network") from error
     missing = [column for column in spec.columns if column not in (names or ())]
     if missing:
         raise DataError(f"{spec.path}: it has no column {missing[0]}; name one of {', '.join(names or ())} with --text-column")
 
 
-def _open(shards: Shards, file: str) -> Any:
+def _library() -> Any:
+    """`datasets`, told to leave waiting, and talking about it, to us: by itself it would be silent for minutes, then give up."""
     import datasets
+    import huggingface_hub
 
-    return datasets.load_dataset(shards.format, data_files={"train": [file]}, split="train", streaming=True)
+    datasets.disable_progress_bars()
+    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+    for name in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN"):
+        setattr(datasets.config, f"STREAMING_{name}_RETRY_INTERVAL", 0)
+    for logging in (datasets.logging, huggingface_hub.logging):
+        logging.set_verbosity(logging.CRITICAL)
+    return datasets
+
+
+def _open(shards: Shards, file: str, **options: Any) -> Any:
+    return _library().load_dataset(shards.format, data_files={"train": [file]}, split="train", streaming=True, **options)
 
 
 def read_rows(shards: Shards, file: str, start: int) -> Iterator[Row]:
-    """The columns of each row of one file, from row `start` on; null is an empty text."""
-    rows = _open(shards, file).select_columns(list(shards.columns))
+    """The columns of each row of one file, from row `start` on; null is an empty text.
+
+    Raises:
+        DataError: a column holds something else than text.
+        Exception: whatever the libraries raise where the file cannot be read.
+    """
+    columns = list(shards.columns)
+    # Of a parquet file no more than these columns is downloaded.
+    rows = _open(shards, file, **({"columns": columns} if shards.format == "parquet" else {})).select_columns(columns)
     if start:
         rows = rows.skip(start)
     iterator = iter(rows)
     try:
         for row in iterator:
-            yield tuple(row[column] or "" for column in shards.columns)
+            yield tuple(_text(row[column], column, file) for column in columns)
     finally:
-        # A reader that is left open keeps threads that end the process badly.
+        # A reader that is left open goes on reading.
         iterator.close()
 
 
-def _first_line(error: Exception) -> str:
+def _text(value: Any, column: str, file: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    raise DataError(f"{file}: column {column} holds {type(value).__name__}, not text; name another one with --text-column")
+
+
+def remedy(error: BaseException) -> str | None:
+    """What to do about an error that waiting does not mend; None where it may."""
+    for cause in _causes(error):
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if type(cause).__name__ == "OfflineModeIsEnabled":
+            return "unset HF_HUB_OFFLINE to go on"
+        if isinstance(cause, PermissionError) or status in {401, 403}:
+            return "set HF_TOKEN to one that may read it"
+        if isinstance(cause, FileNotFoundError) or status in {404, 410, 416}:
+            return "it is there no more, or not at the run's commit; --fresh starts over with the newest"
+    return None
+
+
+def explain(error: BaseException) -> str:
+    """What happened, on one line, as the innermost error tells it."""
+    *_, innermost = _causes(error)
+    return f"{type(innermost).__name__}: {_first_line(innermost)[:200]}"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

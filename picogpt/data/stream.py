@@ -1,241 +1,61 @@
-"""Batches from a stream of articles that is too long to hold: read beside training, mixed in a pool, resumed exactly.
+"""Batches from a stream of articles that is too long to hold: mixed in a pool, resumed exactly.
 
-Articles come in the order of their files, and files in an order made of the seed. Each is added to those before it, an empty
-line between them, and cut into sequences of one roll and one character, so that all text is used, short articles joined to
-their neighbours. A pool holds a thousand sequences; a batch draws sequences of different articles from it and
-the next ones of the stream take their places. One article in twenty, by a hash of where it stands, is for validation only.
+Each article is added to those before it, an empty line between them, and cut into sequences of one roll and one character, so
+that all text is used, short articles joined to their neighbours. A pool holds a thousand sequences; a batch draws sequences of
+different articles from it and the next ones of the stream take their places.
 
-What a thread has read ahead is not part of the state: the state is what has been taken from it, so that a run that goes on
+What the reader has read ahead is not part of the state: the state is what has been taken from it, so that a run that goes on
 reads on at the very article.
 """
 
 from __future__ import annotations
 
-import hashlib
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from picogpt.data.batches import Batch, Stop, WaitInterrupted, even_rolls
-from picogpt.data.hub import Row, Shards, read_rows
-from picogpt.errors import DataError
-from picogpt.tokenizer import SPECIAL_IDS, CharTokenizer
+from picogpt.data.articles import SEPARATOR, Article, ArticleReader, Ids, Place
+from picogpt.data.batches import Batch, Stop, ValidationStore, even_rolls
 
-__all__ = ["Article", "ArticleReader", "Place", "StreamSource", "draw_validation"]
-
-Ids = npt.NDArray[np.uint8]
-Notify = Callable[[str], None]
-Read = Callable[[str, int], Iterator[Row]]
+__all__ = ["StreamSource", "Usage"]
 
 POOL = 1024
 """Sequences that batches are drawn from."""
-VALIDATION_CHARS = 256_000
-"""Characters of validation text that are drawn once for a run."""
-ONE_IN = 20
-"""One article in so many is for validation."""
-READ_AHEAD = 512
-"""Articles that wait between the reader and training."""
-PATIENCE = 86_400.0
-"""Seconds without an article after which a run gives up: a day."""
-FIRST_WAIT = 1.0
-"""Seconds before the first new try; each one after it waits twice as long."""
-LONGEST_WAIT = 60.0
-"""Seconds between two tries at the most; each is said in a line."""
 
-_STREAM_SHARDS, _STREAM_DRAW = 3, 4
-"""Numbers of the random streams that order the files and draw from the pool."""
+_STREAM_DRAW = 4
+"""Number of the random stream that draws from the pool."""
 
 
-class Place(NamedTuple):
-    """Where an article stands: pass over the data set, file within the pass, row of the file."""
+@dataclass
+class Usage:
+    """What became of the articles that were read, over all starts of a run."""
 
-    epoch: int
-    file: int
-    row: int
+    train_articles: int = 0
+    train_chars: int = 0
+    val_articles: int = 0
+    val_chars: int = 0
+    empty_articles: int = 0
 
-
-@dataclass(frozen=True)
-class Article:
-    """One article, encoded, with its place and the place after it."""
-
-    place: Place
-    after: Place
-    for_validation: bool
-    ids: Ids
-
-
-class ArticleReader:
-    """Reads articles in order, in a thread of its own, from any place on.
-
-    A failure of the network is waited out: it tries again after 1, 2, 4, ... up to `LONGEST_WAIT` seconds from the very row,
-    and gives up after `PATIENCE`.
-
-    Args:
-        shards: the data set.
-        seed: of the order of its files.
-        notify: told in a line of every wait.
-        read: rows of a file from a row on.
-    """
-
-    def __init__(self, shards: Shards, seed: int, notify: Notify, read: Read | None = None) -> None:
-        self._shards, self._seed, self._notify = shards, seed, notify
-        self._read: Read = read or (lambda file, row: read_rows(shards, file, row))
-        self._tokenizer = CharTokenizer()
-        self._queue: queue.Queue[Article | DataError] = queue.Queue(READ_AHEAD)
-        self._closed = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self, place: Place) -> None:
-        """Begin to read at `place`."""
-        self._thread = threading.Thread(target=self._run, args=(place,), name="articles", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """End the thread; what it has read ahead is forgotten."""
-        self._closed.set()
-        if self._thread is not None:
-            self._thread.join(timeout=10)
-
-    def take(self, stop: Stop) -> Article:
-        """The next article.
-
-        Raises:
-            WaitInterrupted: `stop` said so while none was there.
-            DataError: there will be no more.
-        """
-        while True:
-            try:
-                item = self._queue.get(timeout=0.2)
-            except queue.Empty:
-                if stop():
-                    raise WaitInterrupted from None
-                continue
-            if isinstance(item, DataError):
-                raise item
-            return item
-
-    def _run(self, place: Place) -> None:
-        try:
-            for article in self.articles(place):
-                self._put(article)
-        except DataError as error:
-            self._put(error)
-        except _Closed:
-            pass
-
-    def _put(self, item: Article | DataError) -> None:
-        while not self._closed.is_set():
-            try:
-                self._queue.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-            return
-        raise _Closed
-
-    def articles(self, place: Place) -> Iterator[Article]:
-        """All articles from `place` on, pass after pass, without end; waits out failures.
-
-        Raises:
-            DataError: the data set holds no text, a file is gone, or patience has run out.
-        """
-        found = True
-        while True:
-            if place.file == 0 and place.row == 0:
-                if not found:
-                    raise DataError(f"{self._shards.files[0]}: no text in the whole data set; check --text-column")
-                found = False
-            for article in self._file(place):
-                found = True
-                yield article
-            place = Place(place.epoch, place.file + 1, 0)
-            if place.file == len(self._shards.files):
-                place = Place(place.epoch + 1, 0, 0)
-
-    def _file(self, place: Place) -> Iterator[Article]:
-        """The articles of one file from `place` on."""
-        order = np.random.Generator(np.random.Philox(key=[self._seed, _STREAM_SHARDS], counter=[0, 0, 0, place.epoch]))
-        file = self._shards.files[order.permutation(len(self._shards.files))[place.file]]
-        wait, failing_since = min(FIRST_WAIT, LONGEST_WAIT), None
-        row = place.row
-        while True:
-            try:
-                for columns in self._read(file, row):
-                    wait, failing_since = min(FIRST_WAIT, LONGEST_WAIT), None
-                    here = Place(place.epoch, place.file, row)
-                    row += 1
-                    ids = self._encode(columns)
-                    if len(ids):
-                        yield Article(here, here._replace(row=row), _is_for_validation(file, here.row), ids)
-                return
-            except Exception as error:  # noqa: PERF203 (once a file) the libraries below raise nearly anything when a connection breaks
-                if _is_final(error):
-                    raise DataError(f"{file}: cannot be read ({_describe(error)}); it may be gone from the hub") from error
-                failing_since = failing_since or time.monotonic()
-                if time.monotonic() - failing_since > PATIENCE:
-                    raise DataError(
-                        f"{file}: no answer for {PATIENCE:,.0f} s ({_describe(error)}); the same command goes on"
-                    ) from error
-                self._notify(f"{file.rpartition('/')[2]}, row {row:,}: {_describe(error)}; next try in {wait:.0f} s")
-                if self._closed.wait(wait):
-                    raise _Closed from error
-                wait = min(2 * wait, LONGEST_WAIT)
-
-    def _encode(self, columns: Row) -> Ids:
-        """One column is a text; two are a question and its answer, wrapped in their tokens."""
-        if len(columns) == 1:
-            return self._tokenizer.encode(columns[0])
-        question, answer = map(self._tokenizer.encode, columns)
-        mark = {token: np.array([i], np.uint8) for token, i in SPECIAL_IDS.items()}
-        newline = self._tokenizer.encode("\n")
-        return np.concatenate((mark["<Q>"], question, mark["</Q>"], newline, mark["<A>"], answer, mark["</A>"]))
-
-
-class _Closed(Exception):
-    """The reader was closed."""
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether waiting is of no use: a file that is not there, or permission that is not given."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return isinstance(error, FileNotFoundError | PermissionError) or status in {401, 403, 404, 410, 416}
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
-
-
-def _is_for_validation(file: str, row: int) -> bool:
-    """By a hash of file and row, so that an article is always on the same side."""
-    digest = hashlib.sha256(f"{file.rpartition('/')[2]}:{row}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") % ONE_IN == 0
-
-
-def draw_validation(reader: ArticleReader, characters: int = VALIDATION_CHARS) -> Ids:
-    """The first articles for validation, joined, until they have so many characters or the data set is at its end.
-
-    Raises:
-        DataError: there is none.
-    """
-    parts: list[Ids] = []
-    total = 0
-    for article in reader.articles(Place(0, 0, 0)):
-        if article.place.epoch > 0 or total >= characters:
-            break
+    def count(self, article: Article) -> None:
+        """Add one article, and the empty ones before it."""
+        self.empty_articles += article.empty_before
         if article.for_validation:
-            parts += [article.ids, _SEPARATOR]
-            total += len(article.ids) + len(_SEPARATOR)
-    if total < 2:
-        raise DataError("the data set is too small: not one article in it is for validation; use --text for small texts")
-    return np.concatenate(parts)[:characters]
+            self.val_articles += 1
+            self.val_chars += len(article.ids)
+        else:
+            self.train_articles += 1
+            self.train_chars += len(article.ids)
 
-
-_SEPARATOR = CharTokenizer().encode("\n\n")
+    def __str__(self) -> str:
+        share = self.train_chars / max(1, self.train_chars + self.val_chars)
+        return (
+            f"read so far: {self.train_articles:,} articles with {self.train_chars:,} characters to train on, "
+            f"{self.val_articles:,} with {self.val_chars:,} for validation, {self.empty_articles:,} empty ones; "
+            f"{share:.1%} of the text is trained on"
+        )
 
 
 class StreamSource:
@@ -259,10 +79,11 @@ class StreamSource:
         self._fresh: list[tuple[Ids, int]] = []  # sequences that are cut and not yet in the pool
         self._carry = np.zeros(0, np.uint8)  # text that is not yet a sequence
         self._place = Place(0, 0, 0)
-        self._articles = 0
+        self._usage = Usage()
 
-    def begin(self) -> None:
-        """Begin with the data set's first article."""
+    def begin(self, run: ValidationStore) -> None:
+        """Begin with the data set's first article; `run` keeps the validation text."""
+        run.save_validation(self.val_ids)
         self._reader.start(self._place)
 
     def close(self) -> None:
@@ -313,17 +134,20 @@ class StreamSource:
         while len(self._carry) <= self._roll_len:
             article = self._reader.take(stop)
             self._place = article.after
-            if article.for_validation:
-                continue
-            self._articles += 1
-            self._carry = np.concatenate((self._carry, article.ids, _SEPARATOR))
+            self._usage.count(article)
+            if not article.for_validation:
+                self._carry = np.concatenate((self._carry, article.ids, SEPARATOR))
         # The last character of one sequence is the first of the next, so that each is predicted once.
-        self._fresh.append((self._carry[: self._roll_len + 1].copy(), self._articles))
+        self._fresh.append((self._carry[: self._roll_len + 1].copy(), self._usage.train_articles))
         self._carry = self._carry[self._roll_len :]
 
     def val_batches(self, most: int) -> Iterator[Batch]:
         """At most `most` batches of validation rolls, always the same ones."""
         return even_rolls(self.val_ids, self._roll_len, self._batch_size, most)
+
+    def summary(self) -> str:
+        """How much text was read, and what for."""
+        return str(self._usage)
 
     def snapshot(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Arrays and plain values to go on from."""
@@ -334,7 +158,11 @@ class StreamSource:
             "carry": self._carry.copy(),
             "fresh": np.stack(rows) if rows else np.zeros((0, self._roll_len + 1), np.uint8),
         }
-        plain = {"place": list(self._place), "articles": self._articles, "fresh": [article for _, article in self._fresh]}
+        plain = {
+            "place": list(self._place),
+            "usage": asdict(self._usage),
+            "fresh": [article for _, article in self._fresh],
+        }
         return arrays, plain
 
     def restore(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
@@ -344,5 +172,5 @@ class StreamSource:
         self._article_of[: self._filled] = arrays["article_of"]
         self._carry = arrays["carry"].copy()
         self._fresh = list(zip(arrays["fresh"].copy(), plain["fresh"], strict=True))
-        self._place, self._articles = Place(*plain["place"]), plain["articles"]
+        self._place, self._usage = Place(*plain["place"]), Usage(**plain["usage"])
         self._reader.start(self._place)

@@ -1,0 +1,251 @@
+"""Articles of a data set, one after the other: read and encoded in a thread of their own, from any place on.
+
+Articles come in the order of their files, and files in an order made of the seed, anew each pass. One in twenty, by a hash of
+where it stands, is for validation. What was read ahead is no state: whoever goes on names the place to go on from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from picogpt.data.batches import Stop, WaitInterrupted
+from picogpt.data.hub import Row, Shards, explain, read_rows, remedy
+from picogpt.data.outage import Closed, Outage
+from picogpt.errors import DataError
+from picogpt.tokenizer import SPECIAL_IDS, CharTokenizer
+
+__all__ = ["SEPARATOR", "Article", "ArticleReader", "Ids", "Place", "draw_validation"]
+
+Ids = npt.NDArray[np.uint8]
+Notify = Callable[[str], None]
+Read = Callable[[str, int], Iterator[Row]]
+
+VALIDATION_CHARS = 256_000
+"""Characters of validation text that are drawn once for a run."""
+ONE_IN = 20
+"""One article in so many is for validation."""
+READ_AHEAD = 1 << 24
+"""Characters that wait between the reader and training, a byte each: a network may be gone while they last."""
+
+_STREAM_SHARDS = 3
+"""Number of the random stream that orders the files."""
+
+
+class Place(NamedTuple):
+    """Where an article stands: pass over the data set, file within the pass, row of the file."""
+
+    epoch: int
+    file: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Article:
+    """One article, encoded, with its place and the place after it."""
+
+    place: Place
+    after: Place
+    for_validation: bool
+    ids: Ids
+    empty_before: int
+    """Articles without a character that were passed over since the one before."""
+
+
+class ArticleReader:
+    """Reads articles in order, in a thread of its own, from any place on.
+
+    A failure of the network is waited out (`picogpt.data.outage`) and reading goes on from the very row.
+
+    Args:
+        shards: the data set.
+        seed: of the order of its files.
+        notify: told in a line of every wait.
+        read: rows of a file from a row on.
+    """
+
+    def __init__(self, shards: Shards, seed: int, notify: Notify, read: Read | None = None) -> None:
+        self._shards, self._seed = shards, seed
+        self._read: Read = read or (lambda file, row: read_rows(shards, file, row))
+        self._tokenizer = CharTokenizer()
+        self._buffer = _Buffer()
+        self._closed = threading.Event()
+        self._outage = Outage(notify, self._closed.wait)
+        self._thread: threading.Thread | None = None
+
+    def start(self, place: Place) -> None:
+        """Begin to read at `place`."""
+        self._thread = threading.Thread(target=self._run, args=(place,), name="articles", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; what it has read ahead is forgotten."""
+        self._closed.set()
+        self._buffer.close()
+        if self._thread is not None:
+            # A read that hangs ends by itself later, or with the process.
+            self._thread.join(timeout=1)
+
+    def take(self, stop: Stop) -> Article:
+        """The next article.
+
+        Raises:
+            WaitInterrupted: `stop` said so while none was there.
+            DataError: there will be no more.
+        """
+        while (item := self._buffer.get(timeout=0.2)) is None:
+            if stop():
+                raise WaitInterrupted
+        if isinstance(item, DataError):
+            raise item
+        return item
+
+    def _run(self, place: Place) -> None:
+        try:
+            for article in self.articles(place):
+                self._buffer.put(article)
+        except DataError as error:
+            self._buffer.put(error)
+        except Closed:
+            pass
+
+    def articles(self, place: Place) -> Iterator[Article]:
+        """All articles from `place` on, pass after pass, without end; waits out failures.
+
+        Raises:
+            DataError: the data set holds no text, a file is gone, or patience has run out.
+        """
+        empty = 0
+        found = True
+        while True:
+            if place.file == 0 and place.row == 0:
+                if not found:
+                    raise DataError(f"{self._shards.files[0]}: no text in the whole data set; check --text-column")
+                found = False
+            file = self._file(place)
+            for row, columns in self._rows(file, place.row):
+                ids = self._encode(columns)
+                if not len(ids):
+                    empty += 1
+                    continue
+                here = place._replace(row=row)
+                yield Article(here, place._replace(row=row + 1), _is_for_validation(file, row), ids, empty)
+                empty, found = 0, True
+            place = Place(place.epoch, place.file + 1, 0)
+            if place.file == len(self._shards.files):
+                place = Place(place.epoch + 1, 0, 0)
+
+    def _file(self, place: Place) -> str:
+        """The file that `place` is in."""
+        order = np.random.Generator(np.random.Philox(key=[self._seed, _STREAM_SHARDS], counter=[0, 0, 0, place.epoch]))
+        number = int(order.permutation(len(self._shards.files))[place.file])
+        return self._shards.files[number]
+
+    def _rows(self, file: str, row: int) -> Iterator[tuple[int, Row]]:
+        """Number and columns of each row of `file` from `row` on."""
+        rows = self._read(file, row)
+        while True:
+            try:
+                columns = next(rows, None)
+            except DataError:
+                raise
+            except Exception as error:  # the libraries below raise nearly anything when a connection breaks
+                if advice := remedy(error):
+                    raise DataError(f"{file}: cannot be read ({explain(error)}); {advice}") from error
+                self._outage.wait(f"{file.rpartition('/')[2]}, row {row:,}", explain(error))
+                rows = self._read(file, row)
+                continue
+            self._outage.over()
+            if columns is None:
+                return
+            yield row, columns
+            row += 1
+
+    def _encode(self, columns: Row) -> Ids:
+        """One column is a text; two are a question and its answer, wrapped in their tokens."""
+        if len(columns) == 1:
+            return self._tokenizer.encode(columns[0])
+        question, answer = map(self._tokenizer.encode, columns)
+        mark = {token: np.array([i], np.uint8) for token, i in SPECIAL_IDS.items()}
+        newline = self._tokenizer.encode("\n")
+        return np.concatenate((mark["<Q>"], question, mark["</Q>"], newline, mark["<A>"], answer, mark["</A>"]))
+
+
+class _Buffer:
+    """What was read and not yet taken: up to `READ_AHEAD` characters, and whatever their number one article."""
+
+    def __init__(self) -> None:
+        self._items: deque[Article | DataError] = deque()
+        self._size = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def put(self, item: Article | DataError) -> None:
+        """Add `item` once there is room.
+
+        Raises:
+            Closed: nobody takes it any more.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._size < READ_AHEAD)
+            if self._closed:
+                raise Closed
+            self._items.append(item)
+            self._size += _size(item)
+            self._changed.notify()
+
+    def get(self, timeout: float) -> Article | DataError | None:
+        """The oldest item, or None if none comes within `timeout` seconds."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._items, timeout):
+                return None
+            item = self._items.popleft()
+            self._size -= _size(item)
+            self._changed.notify()
+            return item
+
+    def close(self) -> None:
+        """Refuse what comes from now on."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+def _size(item: Article | DataError) -> int:
+    return len(item.ids) if isinstance(item, Article) else 0
+
+
+def _is_for_validation(file: str, row: int) -> bool:
+    """By a hash of file and row, so that an article is always on the same side."""
+    digest = hashlib.sha256(f"{file.rpartition('/')[2]}:{row}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") % ONE_IN == 0
+
+
+def draw_validation(reader: ArticleReader, characters: int = VALIDATION_CHARS) -> Ids:
+    """The first articles for validation, joined, until they have so many characters or the data set is at its end.
+
+    Raises:
+        DataError: there is none.
+    """
+    parts: list[Ids] = []
+    total = 0
+    for article in reader.articles(Place(0, 0, 0)):
+        if article.place.epoch > 0 or total >= characters:
+            break
+        if article.for_validation:
+            parts += [article.ids, SEPARATOR]
+            total += len(article.ids) + len(SEPARATOR)
+    if total < 2:
+        raise DataError("the data set is too small: not one article in it is for validation; use --text for small texts")
+    return np.concatenate(parts)[:characters]
+
+
+SEPARATOR = CharTokenizer().encode("\n\n")
+"""What stands between two articles."""
