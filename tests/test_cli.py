@@ -120,7 +120,7 @@ class TestTrain:
         train.main(training(text_file))
         assert train.main(training(text_file, "--lr", "0.001", "--epochs", "3")) == 0
 
-        assert "lr is 0.001 from here on and was 0.002" in capsys.readouterr().err
+        assert "lr is 0.001 from here on and was 0.003" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("flags", "message"),
