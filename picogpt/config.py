@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 Decay = Literal["linear", "cosine"]
+OptimizerName = Literal["muon", "adamw"]
 
 DTYPES = ("auto", "float32", "bfloat16")
 """Types of the matrix products; auto is the faster one on this machine."""
@@ -144,14 +145,18 @@ class TrainConfig:
 
     recipe: str = "fast"
     """The recipe the other settings started from."""
-    batch_size: int = 4
+    batch_size: int = 2
     """Rolls in a step. Small steps, and so more of them, learn more from the same characters."""
     windows: int = 10
     """Windows in a roll: 10 windows of 128 are the 1280 characters that the context vector reaches over."""
-    optimizer: Literal["adamw"] = "adamw"
-    """AdamW (Loshchilov and Hutter, 2019)."""
-    lr: float = 2e-3
-    """Highest learning rate, reached at the end of the warm-up."""
+    optimizer: OptimizerName = "muon"
+    """Muon for the matrices of the blocks (Jordan et al., 2024) with AdamW for the rest, or AdamW for everything."""
+    lr: float = 3e-3
+    """Highest learning rate of AdamW, reached at the end of the warm-up."""
+    muon_lr: float = 0.02
+    """Highest learning rate of Muon; it rises and falls with `lr`."""
+    momentum: float = 0.95
+    """Decay of Muon's mean gradient, in [0, 1)."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay, at most `lr`."""
     warmup_steps: int = 100
@@ -164,8 +169,8 @@ class TrainConfig:
     """Decay of the mean gradient, in [0, 1)."""
     beta2: float = 0.95
     """Decay of the mean squared gradient, in [0, 1)."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay of matrices and embeddings; biases and norms have none."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices and embeddings, times the learning rate; biases and norms have none."""
     grad_clip: float = 1.0
     """Largest norm of the gradient over all parameters; 0 turns clipping off."""
     seed: int = 1337
@@ -173,7 +178,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.recipe in RECIPES, "recipe", f"one of {', '.join(RECIPES)}", self.recipe)
-        _require(self.optimizer == "adamw", "optimizer", "adamw", self.optimizer)
+        _require(self.optimizer in get_args(OptimizerName), "optimizer", " or ".join(get_args(OptimizerName)), self.optimizer)
         _require(self.decay in get_args(Decay), "decay", f"one of {', '.join(get_args(Decay))}", self.decay)
         _require_whole("batch_size", self.batch_size, 1)
         _require_whole("windows", self.windows, 1)
@@ -182,7 +187,8 @@ class TrainConfig:
             _require_whole("decay_steps", self.decay_steps, 1)
         _require_between("lr", self.lr, 1e-9, 1.0, "a rate from 1e-9 to 1")
         _require_between("min_lr", self.min_lr, 0.0, self.lr, f"from 0 to lr ({self.lr:g})")
-        for name in ("beta1", "beta2"):
+        _require_between("muon_lr", self.muon_lr, 1e-9, 10.0, "a rate from 1e-9 to 10")
+        for name in ("beta1", "beta2", "momentum"):
             _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         for name in ("weight_decay", "grad_clip"):
             _require_between(name, getattr(self, name), 0.0, 1e6, "a number of at least 0")
@@ -211,7 +217,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         # The settings of the original project.
         "seed": MappingProxyType(
             {
+                "optimizer": "adamw",
                 "batch_size": 8,
+                "weight_decay": 0.1,
                 "lr": 6e-4,
                 "min_lr": 6e-5,
                 "warmup_steps": 2000,

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from picogpt.attention import causal_attention
 from picogpt.config import GPTConfig
 from picogpt.errors import RunError
 from picogpt.roll import window_spans
@@ -35,21 +36,13 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.attn_dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Take x (B, S, C) and mask (S, S), 0 where a row may look and -inf elsewhere; return (B, S, C)."""
-        B, S, C = x.shape
-        D = C // self.n_head
-        qkv = self.c_attn(x).view(B, S, 3, self.n_head, D)  # (B, S, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, B * self.n_head, S, D)  # each (B*H, S, D)
-        # Plain batched products: on a CPU, with S = 129 and D = 32, torch's fused attention is no faster in float32
-        # and takes several times as long in bfloat16.
-        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))  # (B*H, S, S)
-        weights = self.attn_dropout(scores.softmax(dim=-1))  # (B*H, S, S)
-        y = torch.bmm(weights, v).view(B, self.n_head, S, D)  # (B, H, S, D)
-        y = y.transpose(1, 2).reshape(B, S, C)  # (B, S, C)
+        qkv = self.c_attn(x)  # (B, S, 3C)
+        y = causal_attention(qkv, mask, self.n_head, self.dropout if self.training else 0.0)  # (B, S, C)
         out: Tensor = self.resid_dropout(self.c_proj(y))
         return out
 

@@ -19,7 +19,7 @@ from picogpt.config import GPTConfig, Schedule, TrainConfig
 from picogpt.data import Batch, RepeatedSource, Source, Stop, WaitInterrupted
 from picogpt.errors import DataError, TrainingError
 from picogpt.model import GPT
-from picogpt.optim import build_optimizer, learning_rate, set_learning_rate
+from picogpt.optim import build_optimizers, learning_rate, set_learning_rate
 from picogpt.run import Checkpoint, LossLog, RunFolder, Tensors
 
 __all__ = ["Observer", "StepReport", "Trainer", "measure_seconds_per_step", "seconds_of"]
@@ -69,7 +69,7 @@ class Trainer:
         self.dtype = dtype
         torch.manual_seed(config.seed)
         self.model = GPT(model_config)
-        self.optimizer = build_optimizer(self.model, config)
+        self.optimizers = build_optimizers(self.model, config, dtype)
         self.log = LossLog()
         self.seconds = 0.0
         """Seconds spent training, validation included, over all starts of the run."""
@@ -158,7 +158,7 @@ class Trainer:
         if self.model.config.dropout:
             self._seed_dropout()
         loss = self._loss(self.source.train_batch(self.step, stop))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
         value = loss.item()
@@ -167,8 +167,9 @@ class Trainer:
                 f"step {self.step + 1}: the loss is {value} and the gradient's norm {norm.item()}; the last finite state is "
                 "kept; start again with a smaller --lr and --fresh, or --dtype float32"
             )
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
+        set_learning_rate(self.optimizers, rate / self.config.lr)
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         self.log.iter_num = self._steps_before + self.step
         return value
@@ -227,9 +228,10 @@ class Trainer:
                 "start again with a smaller --lr and --fresh, or --dtype float32"
             )
         tensors = {f"model.{name}": tensor for name, tensor in self.model.arrays().items()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = value.detach().numpy()
+        for optimizer in self.optimizers:
+            for name, parameter in self._parameters_of(optimizer):
+                for key, value in optimizer.state[parameter].items():
+                    tensors[f"optimizer.{key}.{name}"] = value.detach().numpy()
         arrays, data = self.source.snapshot()
         tensors |= {f"data.{name}": array for name, array in arrays.items()}
         state: dict[str, Any] = {
@@ -243,6 +245,11 @@ class Trainer:
             "log": self.log.to_dict(),
         }
         run.save_checkpoint(Checkpoint(tensors=tensors, state=state))
+
+    def _parameters_of(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:
+        """The parameters that `optimizer` holds, by name."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if id(parameter) in held]
 
     def _is_finite(self) -> bool:
         return all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
@@ -267,13 +274,14 @@ class Trainer:
         tensors, state = checkpoint.tensors, checkpoint.state
         weights = {name.removeprefix("model."): array for name, array in tensors.items() if name.startswith("model.")}
         self.model.load_arrays(weights)
-        for name, parameter in self.model.named_parameters():
-            suffix = f".{name}"
-            self.optimizer.state[parameter] = {
-                key.removeprefix("optimizer.").removesuffix(suffix): torch.from_numpy(array.copy())
-                for key, array in tensors.items()
-                if key.startswith("optimizer.") and key.endswith(suffix)
-            }
+        for optimizer in self.optimizers:
+            for name, parameter in self._parameters_of(optimizer):
+                suffix = f".{name}"
+                optimizer.state[parameter] = {
+                    key.removeprefix("optimizer.").removesuffix(suffix): torch.from_numpy(array.copy())
+                    for key, array in tensors.items()
+                    if key.startswith("optimizer.") and key.endswith(suffix)
+                }
         arrays = {name.removeprefix("data."): array for name, array in tensors.items() if name.startswith("data.")}
         self.source.restore(arrays, state["data"])
         self.log = LossLog.from_dict(state["log"])

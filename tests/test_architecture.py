@@ -13,7 +13,7 @@ import picogpt
 PACKAGE = Path(picogpt.__file__).parent
 LAYERS = [
     {"errors"},
-    {"roll", "config", "files"},
+    {"roll", "config", "files", "attention"},
     {"model", "tokenizer"},
     {"run", "data", "optim", "device"},
     {"engine", "original"},
@@ -53,7 +53,11 @@ def test_imports_go_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("library", "users"),
-    [("matplotlib", {"plot"}), ("torch", {"model", "optim", "device", "train", "reference"}), ("safetensors", {"run"})],
+    [
+        ("matplotlib", {"plot"}),
+        ("torch", {"attention", "model", "optim", "device", "train", "reference"}),
+        ("safetensors", {"run"}),
+    ],
 )
 def test_libraries_stay_where_they_belong(library: str, users: set[str]) -> None:
     """Each heavy library is imported by the modules whose job it is, and no others."""

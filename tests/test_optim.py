@@ -1,12 +1,15 @@
-"""The learning rate as a table, and who gets weight decay."""
+"""The learning rate as a table, who gets which optimizer, and Muon from its definition."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
 
 from picogpt.config import TrainConfig
 from picogpt.model import GPT
-from picogpt.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from picogpt.optim import Muon, build_optimizers, learning_rate, orthogonalize, set_learning_rate
 from tests.conftest import TINY
 
 FAST = TrainConfig(lr=1.0, warmup_steps=10)
@@ -36,20 +39,109 @@ def test_learning_rate(config: TrainConfig, step: int, total: int, expected: flo
     assert learning_rate(step, total, config) == pytest.approx(expected, rel=1e-9)
 
 
-def test_weight_decay_is_for_matrices() -> None:
-    """Matrices and embeddings decay, biases and norms do not, and every parameter is in one group."""
+def test_every_parameter_has_one_optimizer() -> None:
+    """Muon holds the blocks' matrices, AdamW the rest; matrices and embeddings decay, biases and norms do not."""
     model = GPT(TINY)
-    decayed, others = parameter_groups(model, 0.1)
+    adamw, muon = build_optimizers(model, TrainConfig(weight_decay=0.1), torch.float32)
+    embeddings, others = (group["params"] for group in adamw.param_groups)
+    matrices = muon.param_groups[0]["params"]
 
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
-    assert all(p.dim() == 2 for p in decayed["params"])
-    assert all(p.dim() == 1 for p in others["params"])
-    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+    assert [group["weight_decay"] for optimizer in (adamw, muon) for group in optimizer.param_groups] == [0.1, 0.0, 0.1]
+    assert len(matrices) == 4 * TINY.n_layer
+    assert len(embeddings) == 2
+    assert all(p.dim() == 1 for p in others)
+    assert {id(p) for p in (*matrices, *embeddings, *others)} == {id(p) for p in model.parameters()}
+    assert len(matrices) + len(embeddings) + len(others) == len(list(model.parameters()))
 
 
-def test_settings_reach_the_optimizer() -> None:
-    """Betas and learning rate of every group."""
-    optimizer = build_optimizer(GPT(TINY), TrainConfig(beta1=0.8, beta2=0.9))
-    set_learning_rate(optimizer, 0.125)
+def test_adamw_alone() -> None:
+    """With `adamw` there is one optimizer, and it holds everything."""
+    model = GPT(TINY)
+    (adamw,) = build_optimizers(model, TrainConfig(optimizer="adamw"), torch.float32)
 
-    assert [(group["betas"], group["lr"]) for group in optimizer.param_groups] == [((0.8, 0.9), 0.125)] * 2
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert sum(len(group["params"]) for group in adamw.param_groups) == len(list(model.parameters()))
+
+
+def test_settings_reach_the_optimizers() -> None:
+    """Betas, momentum, and a learning rate that is the same share of each peak."""
+    optimizers = build_optimizers(GPT(TINY), TrainConfig(beta1=0.8, beta2=0.9, momentum=0.7), torch.float32)
+    set_learning_rate(optimizers, 0.5)
+    (embeddings, others), (matrices,) = (optimizer.param_groups for optimizer in optimizers)
+
+    assert embeddings["betas"] == others["betas"] == (0.8, 0.9)
+    assert matrices["momentum"] == 0.7
+    assert [group["lr"] for group in (embeddings, others, matrices)] == [1.5e-3, 1.5e-3, 0.01]
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 24, 96)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.bfloat16, 0.15)])
+def test_orthogonalize(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    """Singular values become about 1 and singular vectors stay, whatever the scale and however the values differ."""
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.logspace(0, -2, 24)
+    matrices = 1e-3 * u * values @ v
+    found = u.mT @ orthogonalize(matrices, dtype) @ v.mT
+
+    diagonal = found.diagonal(dim1=1, dim2=2)
+    assert found.dtype == torch.float32
+    assert 0.8 - tolerance < diagonal.min()
+    assert diagonal.max() < 1.2 + tolerance
+    assert (found - torch.diag_embed(diagonal)).abs().max() < 1e-3 + tolerance
+
+
+@pytest.mark.parametrize("smallest", [-3, -2, -1, 0])
+@pytest.mark.parametrize("shape", [(8, 24, 24), (8, 24, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_never_runs_away(smallest: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """However small some singular values are, none comes out far above 1."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+        values = torch.linalg.svdvals(orthogonalize(u * torch.logspace(0, smallest, 24) @ v, dtype))
+        assert values.max() < 1.25
+
+
+def test_a_gradient_of_zero() -> None:
+    """It gives no update, and no division by zero."""
+    assert not orthogonalize(torch.zeros(1, 4, 8), torch.float32).any()
+    assert torch.equal(muon_step(torch.ones(4, 8), [torch.zeros(4, 8)]), torch.ones(4, 8))
+
+
+def muon_step(weight: torch.Tensor, gradients: list[torch.Tensor], **settings: float) -> torch.Tensor:
+    """What a weight becomes over some steps of Muon."""
+    parameter = torch.nn.Parameter(weight.clone())
+    muon = Muon([parameter], lr=0.1, dtype=torch.float32, **settings)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        muon.step()
+    return parameter.detach()
+
+
+def test_muon_by_hand() -> None:
+    """Two steps from the definition: mean gradient with a look ahead, orthogonal, evened out by rows, decayed."""
+    torch.manual_seed(1)
+    weight, gradients = torch.randn(12, 6), [torch.randn(12, 6) for _ in range(2)]
+    found = muon_step(weight, gradients, momentum=0.9, beta2=0.8, weight_decay=0.5)
+    expected, mean, square = weight.clone(), torch.zeros(12, 6), torch.zeros(12, 1)
+    for gradient in gradients:
+        mean = 0.9 * mean + 0.1 * gradient
+        update = orthogonalize((0.1 * gradient + 0.9 * mean).T[None], torch.float32)[0].T * math.sqrt(2)
+        square = 0.8 * square + 0.2 * update.square().mean(1, keepdim=True)
+        even = update / square.sqrt()
+        expected = (1 - 0.1 * 0.5) * expected - 0.1 * even * update.norm() / even.norm()
+
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_muon_takes_qkv_for_three() -> None:
+    """The step of a matrix for queries, keys and values is that of each part by itself, before evening out."""
+    torch.manual_seed(2)
+    weight, gradient = torch.randn(18, 6), torch.randn(18, 6)
+    together = torch.nn.Parameter(weight.clone())
+    muon = Muon([together], lr=0.1)
+    parts = muon._orthogonal([gradient])[0].chunk(3)
+
+    for part, own in zip(parts, gradient.chunk(3), strict=True):
+        torch.testing.assert_close(part, muon._orthogonal([own])[0], rtol=0.02, atol=0.02)

@@ -113,7 +113,7 @@ def test_restored_optimizer_updates_the_model(run: RunFolder) -> None:
     second.update(1e-2)
 
     assert all(before[name] != now for name, now in weights_of(second).items())
-    assert all(state["step"].item() == 4 for state in second.optimizer.state.values())
+    assert all(state["step"].item() == 4 for optimizer in second.optimizers for state in optimizer.state.values())
 
 
 def test_stops_during_validation(run: RunFolder) -> None:

@@ -25,8 +25,9 @@ MODEL_FLAGS: Mapping[str, tuple[type, str]] = {
 TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {
     "batch_size": (int, "rolls in a step"),
     "windows": (int, "windows in a roll"),
-    "lr": (float, "highest learning rate"),
-    "optimizer": (str, "optimizer: adamw"),
+    "optimizer": (str, "muon, with AdamW for all but the blocks' matrices, or adamw"),
+    "lr": (float, "highest learning rate of AdamW"),
+    "muon_lr": (float, "highest learning rate of Muon"),
     "weight_decay": (float, "weight decay of matrices"),
     "grad_clip": (float, "largest norm of the gradient, 0 for no limit"),
     "warmup_steps": (int, "steps until the highest learning rate; at most a tenth of a run of recipe fast"),
@@ -34,7 +35,7 @@ TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {
 }
 """Fields of `TrainConfig` that are flags: type and meaning."""
 
-_CHANGEABLE = frozenset({"lr", "min_lr", "weight_decay", "grad_clip", "warmup_steps"})
+_CHANGEABLE = frozenset({"lr", "min_lr", "muon_lr", "weight_decay", "grad_clip", "warmup_steps"})
 """Training settings that may change while a run goes on; the others would make its past steps something else."""
 _LENGTHS = ("epochs", "minutes", "chars")
 

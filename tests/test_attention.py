@@ -1,0 +1,65 @@
+"""Attention in halves against its definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from picogpt.attention import causal_attention
+
+
+def mask_of(n_slots: int) -> Tensor:
+    """0 where a row may look, -inf elsewhere."""
+    return torch.full((n_slots, n_slots), -torch.inf).triu(1)
+
+
+def by_definition(qkv: Tensor, n_head: int) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over what came before, head by head."""
+    batch, n_slots, width = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+    q, k, v = (part.reshape(batch, n_slots, n_head, -1).transpose(1, 2) for part in qkv.chunk(3, dim=2))
+    weights = (q @ k.mT / math.sqrt(q.size(-1)) + mask_of(n_slots).to(qkv.dtype)).softmax(-1)
+    read: Tensor = (weights @ v).transpose(1, 2).reshape(batch, n_slots, width)
+    return read
+
+
+@pytest.mark.parametrize("n_slots", [1, 2, 3, 16, 17, 129])
+def test_equals_its_definition(n_slots: int) -> None:
+    """Outputs and gradients, in double precision."""
+    torch.manual_seed(n_slots)
+    qkv = torch.randn(2, n_slots, 3 * 12, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, n_slots, 12, dtype=torch.float64)
+    found, expected = causal_attention(qkv, mask_of(n_slots), 3), by_definition(qkv, 3)
+
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y, qkv, upstream)[0] for y in (found, expected)))
+
+
+def test_gradient_by_differences() -> None:
+    """The backward pass is the derivative of the forward pass."""
+    torch.manual_seed(0)
+    qkv = torch.randn(1, 5, 12, dtype=torch.float64, requires_grad=True)
+
+    assert torch.autograd.gradcheck(lambda x: causal_attention(x, mask_of(5), 2), qkv)
+
+
+def test_bfloat16() -> None:
+    """Close to float32, in the type that came in."""
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 20, 24)
+    found = causal_attention(qkv.bfloat16(), mask_of(20), 2)
+
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), by_definition(qkv, 2), atol=0.05, rtol=0.05)
+
+
+def test_dropout() -> None:
+    """With dropout weights are left out at random; without chance of it the result is the same as ever."""
+    torch.manual_seed(0)
+    qkv = torch.randn(1, 9, 24)
+    dropped = causal_attention(qkv, mask_of(9), 2, dropout=0.5)
+
+    assert not torch.allclose(dropped, by_definition(qkv, 2))
+    torch.testing.assert_close(causal_attention(qkv, mask_of(9), 2, dropout=1e-9), by_definition(qkv, 2))
