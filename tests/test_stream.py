@@ -603,6 +603,17 @@ def test_random_resumes_lose_and_repeat_nothing(library: Shards) -> None:
     straight.close()
 
 
+def test_going_on_downloads_no_more_than_the_current_file(hub: Hub, library: Shards) -> None:
+    """From a place in the last file on, no other file is asked for."""
+    reader = ArticleReader(library, 7, lambda _: None)
+    place = Place(0, 2, 5)
+    hub.requests.clear()
+    next(reader.articles(place))
+
+    asked = {request.rpartition("/")[2] for request in hub.requests if ".parquet" in request}
+    assert asked == {reader._file(place).rpartition("/")[2]}
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to run in."""
