@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from picogpt.config import GPTConfig
 from picogpt.engine import Engine, team, window
@@ -202,6 +203,13 @@ def runs(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_one_thread_is_one(path: str) -> None:
+    """With one process numpy's products use no more threads either."""
+    with threadpool_limits(2, user_api="blas"):
+        Engine.load(Path(path), threads=1)
+        assert {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"} == {1}
 
 
 @pytest.mark.parametrize(

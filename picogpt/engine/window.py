@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from picogpt.config import GPTConfig
 from picogpt.engine.blocks import Blocks, OwnSums, normal
@@ -61,10 +62,14 @@ class Engine:
     def load(cls, path: Path, *, threads: int | None = 1, texts: int = 1) -> Engine:
         """Read the model of a `.safetensors` file, for `threads` processes at most; None leaves the choice to `processes_for`.
 
+        With one process numpy's matrix products use one thread as well, unless the choice was left.
+
         Raises:
             RunError: there is none, or it is damaged.
         """
         config, arrays = load_model(path)
+        if threads == 1:
+            threadpool_limits(1, user_api="blas")
         return cls(config, arrays, processes=processes_for(config, threads), texts=texts)
 
     def open(self, batch: int) -> Blocks | TeamBlocks:
