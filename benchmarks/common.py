@@ -1,21 +1,25 @@
-"""What the comparisons share: turns, the machine, and how much memory a process has held."""
+"""What the comparisons share: turns, processes of their own, and what the machine is."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from picogpt.device import instruction_set
 
-__all__ = ["ROOT", "ROUNDS", "in_turns", "machine", "peak"]
+__all__ = ["ROOT", "ROUNDS", "in_new_process", "in_turns", "machine"]
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
+
+T = TypeVar("T")
 
 
 def in_turns(*calls: Callable[[], float]) -> list[list[float]]:
@@ -24,9 +28,16 @@ def in_turns(*calls: Callable[[], float]) -> list[list[float]]:
     return [list(results) for results in zip(*rounds, strict=True)]
 
 
-def peak() -> float:
-    """The most memory this process has held, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def in_new_process(measure: Callable[..., T], *arguments: object, environment: Mapping[str, str] | None = None) -> T:
+    """What `measure` returns in a process of its own, whose memory and environment nothing else has touched."""
+    before = dict(os.environ)
+    os.environ.update(environment or {})
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(measure, *arguments).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def machine() -> str:

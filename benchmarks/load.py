@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from benchmarks.common import peak
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import (
     ArticleReader,
@@ -27,6 +26,7 @@ from picogpt.data import (
     find_shards,
 )
 from picogpt.device import choose_dtype, set_threads
+from picogpt.memory import peak_memory
 from picogpt.run import RunFolder
 from picogpt.train import Trainer, seconds_of
 from tests.hub import Hub, serving
@@ -66,6 +66,11 @@ class Loaded:
     """Of training time that the stream costs."""
     peak: float = 0.0
     """MB of memory at the end."""
+
+
+def peak() -> float:
+    """The most memory this process has held, in MB."""
+    return peak_memory() / 2**20
 
 
 class Tap(StreamSource):

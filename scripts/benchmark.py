@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py generate [--model RUN]
 python scripts/benchmark.py load --folder DIR
+python scripts/benchmark.py train [--profile native|laptop|both]
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import machine
 from benchmarks.generate import generation
 from benchmarks.load import loading
+from benchmarks.train import PROFILES, training
 
 
 def main() -> None:
@@ -27,6 +29,11 @@ def main() -> None:
     load_parser = commands.add_parser("load", help="a stream against the same batches from memory")
     load_parser.add_argument("--folder", metavar="DIR", type=Path, required=True, help="a data set laid out like the hub's")
     load_parser.set_defaults(run=loading)
+    train_parser = commands.add_parser("train", help="the training loop against a plain one")
+    train_parser.add_argument(
+        "--profile", choices=[*PROFILES, "both"], default="native", help="laptop: as if without AVX-512 (default: native)"
+    )
+    train_parser.set_defaults(run=training)
     arguments = parser.parse_args()
     print(machine())
     arguments.run(arguments)
