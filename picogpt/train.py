@@ -157,7 +157,7 @@ class Trainer:
         self.model.train()
         if self.model.config.dropout:
             self._seed_dropout()
-        loss = self._loss(self.source.train_batch(self.step, stop))
+        loss = self.loss(self.source.train_batch(self.step, stop))
         self.model.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
@@ -178,7 +178,8 @@ class Trainer:
         bits = np.random.Philox(key=[self.config.seed, _STREAM_DROPOUT], counter=[0, 0, 0, self.step])
         torch.manual_seed(int(bits.random_raw() >> 1))
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Mean loss over `batch` in nats per character, in the type of the run's products."""
         inputs, targets = (torch.from_numpy(np.ascontiguousarray(part)) for part in batch)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             _, loss = self.model(inputs, targets)
@@ -193,7 +194,7 @@ class Trainer:
         for batch in self.source.val_batches(val_steps):
             if stop():
                 return None
-            total += self._loss(batch).item() * batch.targets.size
+            total += self.loss(batch).item() * batch.targets.size
             count += batch.targets.size
         return total / count
 

@@ -3,6 +3,7 @@
 python scripts/benchmark.py generate [--model RUN]
 python scripts/benchmark.py load --folder DIR
 python scripts/benchmark.py train [--profile native|laptop|both]
+python scripts/benchmark.py learn --text FILE... | --folder DIR --loss X [--chars N] [--only fast|seed]
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import machine
 from benchmarks.generate import generation
+from benchmarks.learn import add_arguments, learning
 from benchmarks.load import loading
 from benchmarks.train import PROFILES, training
 
@@ -34,6 +36,9 @@ def main() -> None:
         "--profile", choices=[*PROFILES, "both"], default="native", help="laptop: as if without AVX-512 (default: native)"
     )
     train_parser.set_defaults(run=training)
+    learn_parser = commands.add_parser("learn", help="both recipes to the same loss")
+    add_arguments(learn_parser)
+    learn_parser.set_defaults(run=learning)
     arguments = parser.parse_args()
     print(machine())
     arguments.run(arguments)
