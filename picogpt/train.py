@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from picogpt.config import GPTConfig, Schedule, TrainConfig
-from picogpt.data import Batch, RepeatedSource, Source, Stop, WaitInterrupted
+from picogpt.data import Batch, Source, Stop, WaitInterrupted
 from picogpt.errors import DataError, TrainingError
 from picogpt.model import GPT
 from picogpt.optim import build_optimizers, learning_rate, set_learning_rate
 from picogpt.run import Checkpoint, LossLog, RunFolder, Tensors
 
-__all__ = ["Observer", "StepReport", "Trainer", "measure_seconds_per_step", "seconds_of"]
+__all__ = ["Observer", "StepReport", "Trainer", "seconds_of"]
 
 SAVE_INTERVAL = 300.0
 """Seconds of training after which a checkpoint is written in the middle of an epoch."""
@@ -290,18 +290,6 @@ class Trainer:
         self._steps_before, self._chars_before = int(state["steps_before"]), int(state["chars_before"])
         self._epoch_loss, self._epoch_steps = float(state["epoch_loss"]), int(state["epoch_steps"])
         self.seconds = float(state["seconds"])
-
-
-def measure_seconds_per_step(model_config: GPTConfig, config: TrainConfig, dtype: torch.dtype, *, n_steps: int = 4) -> float:
-    """Seconds of one step with its share of validation, measured on noise and a model that is then thrown away.
-
-    The share is the default's: one validation batch in five steps.
-    """
-    source = RepeatedSource(roll_len=config.windows * model_config.context_len, batch_size=config.batch_size)
-    trainer = Trainer(model_config, config, source, dtype)
-    trainer.update(config.lr)
-    seconds = [seconds_of(lambda: trainer.update(config.lr)) for _ in range(n_steps)]
-    return sorted(seconds)[n_steps // 2] + seconds_of(lambda: trainer.validate(1)) / 5
 
 
 def seconds_of(call: Callable[[], object]) -> float:

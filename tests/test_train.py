@@ -12,7 +12,7 @@ from picogpt.config import GPTConfig, Schedule, TrainConfig
 from picogpt.device import choose_dtype, instruction_set, set_threads
 from picogpt.errors import TrainingError
 from picogpt.run import RunFolder, load_model
-from picogpt.train import StepReport, Trainer, measure_seconds_per_step
+from picogpt.train import StepReport, Trainer
 from tests.conftest import TINY, tiny_source
 
 CONFIG = TrainConfig(batch_size=2, windows=3, lr=1e-2, warmup_steps=2)
@@ -174,11 +174,6 @@ def test_bfloat16_learns_the_same() -> None:
     for _ in range(5):
         assert coarse.update(1e-3) == pytest.approx(fine.update(1e-3), abs=0.02)
     assert all(p.dtype == torch.float32 for p in coarse.model.parameters())
-
-
-def test_measuring_changes_nothing() -> None:
-    """Timing trains a model that is thrown away."""
-    assert measure_seconds_per_step(TINY, CONFIG, torch.float32) > 0
 
 
 def test_device() -> None:

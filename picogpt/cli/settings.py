@@ -52,6 +52,7 @@ class Request:
     """Values of the flags that were given, by name."""
     logs_dir: Path
     fresh: bool
+    dry_run: bool
     run: str | None
     dataset: str | None
     text_column: str | None
@@ -73,6 +74,7 @@ class Request:
             given=given,
             logs_dir=arguments.logs_dir,
             fresh=arguments.fresh,
+            dry_run=arguments.dry_run,
             run=None if arguments.run is None else check_run_name(arguments.run),
             dataset=arguments.dataset,
             text_column=arguments.text_column,
