@@ -166,6 +166,17 @@ def test_gradient_clipping_and_its_absence() -> None:
     assert weights_of(unlimited) == weights_of(none) != weights_of(tiny)
 
 
+def test_gradient_accumulation_is_the_same_step() -> None:
+    """A batch in parts has the loss and the gradient of the whole, but for rounding."""
+    whole, parts = (make_trainer(TrainConfig(batch_size=6, windows=3, grad_accum=n)) for n in (1, 3))
+
+    for _ in range(3):
+        assert parts.update(1e-3) == pytest.approx(whole.update(1e-3), abs=1e-5)
+    for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        assert ours.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_bfloat16_learns_the_same() -> None:
     """With bfloat16 products the first losses agree to a hundredth."""
     coarse = Trainer(TINY, CONFIG, tiny_source(CONFIG), torch.bfloat16)

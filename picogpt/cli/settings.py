@@ -24,6 +24,7 @@ MODEL_FLAGS: Mapping[str, tuple[type, str]] = {
 """Fields of `GPTConfig` that are flags: type and meaning."""
 TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {
     "batch_size": (int, "rolls in a step"),
+    "grad_accum": (int, "parts that a batch is computed in, one after the other, to save memory"),
     "windows": (int, "windows in a roll"),
     "optimizer": (str, "muon, with AdamW for all but the blocks' matrices, or adamw"),
     "lr": (float, "highest learning rate of AdamW"),
@@ -35,7 +36,7 @@ TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {
 }
 """Fields of `TrainConfig` that are flags: type and meaning."""
 
-_CHANGEABLE = frozenset({"lr", "min_lr", "muon_lr", "weight_decay", "grad_clip", "warmup_steps"})
+_CHANGEABLE = frozenset({"grad_accum", "lr", "min_lr", "muon_lr", "weight_decay", "grad_clip", "warmup_steps"})
 """Training settings that may change while a run goes on; the others would make its past steps something else."""
 _LENGTHS = ("epochs", "minutes", "chars")
 
