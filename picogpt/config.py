@@ -446,6 +446,8 @@ class RunSettings:
     """Type of the matrix products, float32 or bfloat16."""
     threads: int
     """Threads that torch computes with; another number gives other roundings."""
+    compile: bool = False
+    """Whether the blocks are compiled, which rounds otherwise."""
     origin: str | None = None
     """Absolute path of the model that the run began from, or of the original's log; None where it began from nothing."""
 
@@ -466,6 +468,7 @@ class RunSettings:
                 data=DataConfig(**data),
                 dtype=str(content["dtype"]),
                 threads=int(content["threads"]),
+                compile=bool(content.get("compile", False)),
                 origin=content.get("origin"),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:

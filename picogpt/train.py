@@ -88,6 +88,11 @@ class Trainer:
         """Whether steps have been taken that are in no epoch of the log yet."""
         return self._epoch_steps > 0
 
+    def compile_blocks(self) -> None:
+        """Have torch.compile translate the blocks when they are first called; weights and their names stay as they are."""
+        for block in self.model.transformer.h:
+            block.compile()
+
     def fit(self, run: RunFolder, schedule: Schedule, observer: Observer, stop: Stop) -> bool:
         """Train to the end of `schedule`, saving into `run` after every epoch, every few minutes and when stopped.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._inductor.cpp_builder import cpp_compiler_search
 
 import picogpt.generate as generate_module
 from picogpt.cli import common, generate, plot, progress, train
@@ -237,6 +238,38 @@ class TestTrain:
         assert message in err
         assert err.count("\n") == 1
         assert list(Path().iterdir()) == []
+
+    def test_compile_without_a_compiler(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """It is said in one line, after what the text is, and nothing was trained."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("torch._inductor.config.cpp.cxx", (None, "/nowhere/g++"))
+            cpp_compiler_search.cache_clear()
+            assert train.main(training(text_file, "--compile")) == 1
+        cpp_compiler_search.cache_clear()
+
+        assert "picogpt-train: --compile: no C++ compiler that works (/nowhere/g++" in capsys.readouterr().err
+        assert not Path("logs/numbers/config.json").exists()
+
+    def test_compile_is_kept(self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """A compiled run says so, goes on compiled, and says it when it no longer is."""
+        asked = []
+        monkeypatch.setattr("picogpt.device.check_compiler", lambda: None)
+        monkeypatch.setattr("picogpt.train.Trainer.compile_blocks", lambda trainer: asked.append(trainer))
+        train.main(training(text_file, "--compile"))
+        assert "1 threads, blocks compiled (the first steps take longer)" in capsys.readouterr().err
+        train.main(["--run", "numbers", "--epochs", "3"])
+        assert len(asked) == 2
+        train.main(["--run", "numbers", "--epochs", "4", "--no-compile"])
+        assert len(asked) == 2
+        assert "compile is False and was True: the run goes on, but not byte for byte" in capsys.readouterr().err
+
+    def test_gradient_accumulation(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Parts that do not divide the batch are wrong usage; a run may go on with other ones."""
+        assert train.main(training(text_file, "--grad-accum", "3")) == 2
+        assert "--grad-accum must be a divisor of batch_size (4), got 3" in capsys.readouterr().err
+        train.main(training(text_file, "--grad-accum", "2"))
+        train.main(["--run", "numbers", "--epochs", "3", "--grad-accum", "1"])
+        assert "grad_accum is 1 from here on and was 2" in capsys.readouterr().err
 
     def test_logs_folder_is_a_file(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """A place that cannot be written to is one line."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from picogpt.config import GPTConfig, Schedule, TrainConfig
-from picogpt.device import choose_dtype, instruction_set, set_threads
+from picogpt.device import check_compiler, choose_dtype, flush_denormals, instruction_set, set_threads
 from picogpt.errors import TrainingError
 from picogpt.run import RunFolder, load_model
 from picogpt.train import StepReport, Trainer
@@ -204,3 +204,35 @@ def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch, ratio: float, expect
     monkeypatch.setattr("picogpt.device._product_seconds", lambda dtype: ratio if dtype is torch.float32 else 1.0)
 
     assert choose_dtype("auto")[0] is expected
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where CXX points nowhere it is one line that says what to do; where there is a compiler, nothing."""
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import cpp_compiler_search
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/g++"))
+    cpp_compiler_search.cache_clear()
+
+    with pytest.raises(
+        TrainingError, match=r"--compile: no C\+\+ compiler that works \(/nowhere/g\+\+, .*\); install g\+\+, or leave"
+    ):
+        check_compiler()
+
+
+def test_denormals_are_flushed() -> None:
+    """The smallest numbers become zero, and can be had again."""
+    try:
+        assert not flush_denormals() or (torch.tensor(1e-38) / 1e3).item() == 0
+    finally:
+        torch.set_flush_denormal(False)
+    assert (torch.tensor(1e-38) / 1e3).item() > 0
+
+
+def test_compiling_keeps_names() -> None:
+    """Every block is to be compiled when it is called, and what is saved has the same names."""
+    plain, compiled = make_trainer(), make_trainer()
+    compiled.compile_blocks()
+
+    assert all(block._compiled_call_impl is not None for block in compiled.model.transformer.h)
+    assert list(compiled.model.arrays()) == list(plain.model.arrays())

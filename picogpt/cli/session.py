@@ -137,17 +137,28 @@ class Session:
 
     def _make_trainer(self, model: GPTConfig, config: TrainConfig) -> tuple[int, str]:
         """Make the trainer; return the number of threads and why its type of number was chosen."""
-        from picogpt.device import choose_dtype, set_threads
+        from picogpt.device import check_compiler, choose_dtype, flush_denormals, set_threads
+
+        flush_denormals()
+        threads = set_threads(self.request.threads or (self._stored.threads if self._stored else None))
+        self._dtype, reason = choose_dtype(self.request.dtype or (self._stored.dtype if self._stored else "auto"))
+        self._compile = self._stored.compile if self._stored and self.request.compile is None else bool(self.request.compile)
+        if self._compile:
+            check_compiler()
+        self.trainer = self._new_trainer(model, config, self._source)
+        return threads, reason
+
+    def _new_trainer(self, model: GPTConfig, config: TrainConfig, source: Source) -> Trainer:
         from picogpt.train import Trainer
 
-        threads = set_threads(self.request.threads or (self._stored.threads if self._stored else None))
-        dtype, reason = choose_dtype(self.request.dtype or (self._stored.dtype if self._stored else "auto"))
-        self.trainer = Trainer(model, config, self._source, dtype)
-        return threads, reason
+        trainer = Trainer(model, config, source, self._dtype)
+        if self._compile:
+            trainer.compile_blocks()
+        return trainer
 
     @property
     def _dtype_name(self) -> str:
-        return str(self.trainer.dtype).removeprefix("torch.")
+        return str(self._dtype).removeprefix("torch.")
 
     def _settings(self, model: GPTConfig, config: TrainConfig, budget: Budget, data: DataConfig, threads: int) -> RunSettings:
         return RunSettings(
@@ -158,6 +169,7 @@ class Session:
             data=data,
             dtype=self._dtype_name,
             threads=threads,
+            compile=self._compile,
             origin=self._origin_path(),
         )
 
@@ -169,7 +181,12 @@ class Session:
         self.trainer.restore(checkpoint)
         notice(f"{self.run.path}: goes on from step {self.trainer.step:,}")
         self._tell_usage()
-        for name, before, now in (("threads", self._stored.threads, threads), ("dtype", self._stored.dtype, self._dtype_name)):
+        now_and_before = (
+            ("threads", self._stored.threads, threads),
+            ("dtype", self._stored.dtype, self._dtype_name),
+            ("compile", self._stored.compile, self._compile),
+        )
+        for name, before, now in now_and_before:
             if before != now:
                 notice(f"{name} is {now} and was {before}: the run goes on, but not byte for byte as it would have")
 
@@ -217,16 +234,12 @@ class Session:
     def _measure(self) -> tuple[float, EpochEnd]:
         """Time a few steps and an end of an epoch with a model that is thrown away."""
         from picogpt.cli.forecast import rehearse
-        from picogpt.train import Trainer
 
         notice("timing a few steps")
-        trainer = self.trainer
-        model, config = trainer.model.config, trainer.config
+        model, config = self.trainer.model.config, self.trainer.config
         # The folder of a dry run does not exist; its disk is that of the folder it would be in.
         parent = next(path for path in (self.run.path.absolute(), *self.run.path.absolute().parents) if path.is_dir())
-        self._rehearsed = rehearse(
-            model, config, lambda source: Trainer(model, config, source, trainer.dtype), parent, self._sample
-        )
+        self._rehearsed = rehearse(model, config, lambda source: self._new_trainer(model, config, source), parent, self._sample)
         return self._rehearsed
 
     def _forecaster(self, data: DataConfig) -> Forecaster:
@@ -249,7 +262,8 @@ class Session:
             f"model: {self.trainer.model.num_params():,} parameters; {model.n_layer} layers, {model.n_head} heads, width "
             f"{model.n_embd}, windows of {model.context_len}"
         )
-        notice(f"computing in {settings.dtype} ({dtype_reason}) with {settings.threads} threads")
+        compiled = ", blocks compiled (the first steps take longer)" if settings.compile else ""
+        notice(f"computing in {settings.dtype} ({dtype_reason}) with {settings.threads} threads{compiled}")
         roll_len = train.windows * model.context_len
         notice(
             f"{self.run.path}: {schedule.total_steps:,} steps of {train.batch_size} x {roll_len:,} characters, "

@@ -60,6 +60,7 @@ class Request:
     text: tuple[str, ...]
     threads: int | None
     dtype: str | None
+    compile: bool | None
     init_from: str | None
     import_original: Path | None
 
@@ -82,6 +83,7 @@ class Request:
             text=tuple(path if path == "-" else str(Path(path).absolute()) for path in arguments.text or ()),
             threads=check_threads(arguments.threads),
             dtype=check_dtype(arguments.dtype),
+            compile=arguments.compile,
             init_from=arguments.init_from,
             import_original=arguments.import_original,
         )

@@ -64,6 +64,11 @@ def build_parser() -> Parser:
         metavar="TYPE",
         help="type of the matrix products: float32, bfloat16, or auto, whichever a short timing finds faster (default: auto)",
     )
+    machine.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="translate the blocks with torch.compile, which needs a C++ compiler (default: --no-compile)",
+    )
     return parser
 
 
