@@ -254,7 +254,7 @@ class TestTrain:
         """A compiled run says so, goes on compiled, and says it when it no longer is."""
         asked = []
         monkeypatch.setattr("picogpt.device.check_compiler", lambda: None)
-        monkeypatch.setattr("picogpt.train.Trainer.compile_blocks", lambda trainer: asked.append(trainer))
+        monkeypatch.setattr("picogpt.train.Trainer.compile_blocks", asked.append)
         train.main(training(text_file, "--compile"))
         assert "1 threads, blocks compiled (the first steps take longer)" in capsys.readouterr().err
         train.main(["--run", "numbers", "--epochs", "3"])
