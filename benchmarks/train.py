@@ -127,4 +127,4 @@ def memory_of(name: str) -> float:
     loop = loops()[name]()
     for _ in range(STEPS_FOR_MEMORY):
         loop.update(1e-3)
-    return peak_memory() / 2**20
+    return peak_memory() / 1e6
