@@ -147,7 +147,7 @@ class TrainConfig:
 
     recipe: str = "fast"
     """The recipe the other settings started from."""
-    batch_size: int = 4
+    batch_size: int = 2
     """Rolls in a step. Small steps, and so more of them, learn more from the same characters."""
     grad_accum: int = 1
     """Parts that a batch is computed in, one after the other, to save memory; divides `batch_size`. Their gradients are summed
@@ -174,8 +174,8 @@ class TrainConfig:
     """Decay of the mean gradient, in [0, 1)."""
     beta2: float = 0.95
     """Decay of the mean squared gradient, in [0, 1)."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay of matrices and embeddings; biases and norms have none."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices and embeddings, times the learning rate; biases and norms have none."""
     grad_clip: float = 1.0
     """Largest norm of the gradient over all parameters; 0 turns clipping off."""
     seed: int = 1337
@@ -228,6 +228,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             {
                 "optimizer": "adamw",
                 "batch_size": 8,
+                "weight_decay": 0.1,
                 "lr": 6e-4,
                 "min_lr": 6e-5,
                 "warmup_steps": 2000,

@@ -121,13 +121,13 @@ class TestTrain:
         train.main(training(text_file))
         assert train.main(training(text_file, "--lr", "0.001", "--epochs", "3")) == 0
 
-        assert "lr is 0.001 from here on and was 0.002" in capsys.readouterr().err
+        assert "lr is 0.001 from here on and was 0.003" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
             (["--n-layer", "3"], "n_layer is 3 and was 2"),
-            (["--seed", "5", "--batch-size", "2"], "batch_size is 2 and was 4; seed is 5 and was 1337"),
+            (["--seed", "5", "--batch-size", "4"], "batch_size is 4 and was 2; seed is 5 and was 1337"),
             (["--recipe", "seed"], "recipe is seed and was fast"),
         ],
     )
@@ -207,7 +207,7 @@ class TestTrain:
             (["--batch-size", "0"], 2, "--batch-size must be"),
             (["--windows", "-1"], 2, "--windows must be"),
             (["--lr", "-1"], 2, "--lr must be a rate from 1e-9 to 1, got -1.0"),
-            (["--optimizer", "sgd"], 2, "--optimizer must be adamw, got 'sgd'"),
+            (["--optimizer", "sgd"], 2, "--optimizer must be muon or adamw, got 'sgd'"),
             (["--weight-decay", "-1"], 2, "--weight-decay must be"),
             (["--grad-clip", "inf"], 2, "--grad-clip must be"),
             (["--warmup-steps", "-1"], 2, "--warmup-steps must be"),
