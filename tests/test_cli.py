@@ -266,7 +266,7 @@ class TestTrain:
     def test_gradient_accumulation(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Parts that do not divide the batch are wrong usage; a run may go on with other ones."""
         assert train.main(training(text_file, "--grad-accum", "3")) == 2
-        assert "--grad-accum must be a divisor of batch_size (4), got 3" in capsys.readouterr().err
+        assert "--grad-accum must be a divisor of batch_size (2), got 3" in capsys.readouterr().err
         train.main(training(text_file, "--grad-accum", "2"))
         train.main(["--run", "numbers", "--epochs", "3", "--grad-accum", "1"])
         assert "grad_accum is 1 from here on and was 2" in capsys.readouterr().err

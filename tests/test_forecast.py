@@ -126,7 +126,7 @@ class TestCommand:
 
         assert re.search(LINE, err)
         assert "parameters; 2 layers" in err
-        assert "6 steps of 4 x 24 characters" in err
+        assert "6 steps of 2 x 24 characters" in err
         assert "dry run: nothing was trained and nothing is kept" in err
         assert out == ""
         assert list(Path().iterdir()) == []
