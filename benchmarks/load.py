@@ -70,7 +70,7 @@ class Loaded:
 
 def peak() -> float:
     """The most memory this process has held, in MB."""
-    return peak_memory() / 1e6
+    return peak_memory() / 2**20
 
 
 class Tap(StreamSource):
