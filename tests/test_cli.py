@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch._inductor.cpp_builder import cpp_compiler_search
 
 import picogpt.generate as generate_module
 from picogpt.cli import common, generate, plot, progress, train
@@ -25,6 +24,7 @@ from picogpt.engine.window import processes_for
 from picogpt.errors import Interrupted, PicoGPTError
 from picogpt.run import RunFolder
 from picogpt.tokenizer import CharTokenizer
+from picogpt.train import Trainer
 from tests.conftest import TINY_FLAGS
 
 THREADS = processes_for(GPTConfig(n_layer=1, n_head=2, n_embd=16, context_len=8), None)
@@ -239,22 +239,31 @@ class TestTrain:
         assert err.count("\n") == 1
         assert list(Path().iterdir()) == []
 
-    def test_compile_without_a_compiler(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_compile_without_a_compiler(
+        self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """It is said in one line, after what the text is, and nothing was trained."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("torch._inductor.config.cpp.cxx", (None, "/nowhere/g++"))
-            cpp_compiler_search.cache_clear()
-            assert train.main(training(text_file, "--compile")) == 1
-        cpp_compiler_search.cache_clear()
+        from torch._inductor import config
+        from torch._inductor.cpp_builder import cpp_compiler_search
 
-        assert "picogpt-train: --compile: no C++ compiler that works (/nowhere/g++" in capsys.readouterr().err
+        cpp_compiler_search.cache_clear()
+        monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/g++"))
+        assert train.main(training(text_file, "--compile")) == 1
+
+        err = capsys.readouterr().err
+        assert err.splitlines()[-1].startswith("picogpt-train: --compile: no C++ compiler that works (/nowhere/g++, ")
+        assert err.count("\n") == 2
         assert not Path("logs/numbers/config.json").exists()
 
     def test_compile_is_kept(self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         """A compiled run says so, goes on compiled, and says it when it no longer is."""
-        asked = []
+        asked: list[Trainer] = []
+
+        def compile_blocks(self: Trainer) -> None:
+            asked.append(self)
+
         monkeypatch.setattr("picogpt.device.check_compiler", lambda: None)
-        monkeypatch.setattr("picogpt.train.Trainer.compile_blocks", asked.append)
+        monkeypatch.setattr(Trainer, "compile_blocks", compile_blocks)
         train.main(training(text_file, "--compile"))
         assert "1 threads, blocks compiled (the first steps take longer)" in capsys.readouterr().err
         train.main(["--run", "numbers", "--epochs", "3"])
@@ -385,7 +394,7 @@ class TestHelp:
         """Each flag says its default, or is one that has none."""
         for action in parser._actions:
             flag = action.option_strings[0]
-            if flag not in {"-h", "--version", "--fresh", "--text", "--chat", "--no-echo", "--json"}:
+            if flag not in {"-h", "--version", "--fresh", "--dry-run", "--text", "--chat", "--no-echo", "--json"}:
                 assert "default:" in (action.help or ""), flag
 
 

@@ -229,6 +229,7 @@ def test_denormals_are_flushed() -> None:
     assert (torch.tensor(1e-38) / 1e3).item() > 0
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_compiling_keeps_names() -> None:
     """Every block is to be compiled when it is called, and what is saved has the same names."""
     plain, compiled = make_trainer(), make_trainer()
