@@ -149,9 +149,6 @@ class TrainConfig:
     """The recipe the other settings started from."""
     batch_size: int = 2
     """Rolls in a step. Small steps, and so more of them, learn more from the same characters."""
-    grad_accum: int = 1
-    """Parts that a batch is computed in, one after the other, to save memory; divides `batch_size`. Their gradients are summed
-    in the order of the batch (`gradient_accumulation_steps` of nanoGPT, with the batch staying what it is)."""
     windows: int = 10
     """Windows in a roll: 10 windows of 128 are the 1280 characters that the context vector reaches over."""
     optimizer: OptimizerName = "muon"
@@ -187,10 +184,6 @@ class TrainConfig:
         _require(self.decay in get_args(Decay), "decay", f"one of {', '.join(get_args(Decay))}", self.decay)
         _require_whole("batch_size", self.batch_size, 1)
         _require_whole("windows", self.windows, 1)
-        _require_whole("grad_accum", self.grad_accum, 1)
-        _require(
-            self.batch_size % self.grad_accum == 0, "grad_accum", f"a divisor of batch_size ({self.batch_size})", self.grad_accum
-        )
         _require_whole("warmup_steps", self.warmup_steps, 0)
         if self.decay_steps is not None:
             _require_whole("decay_steps", self.decay_steps, 1)

@@ -162,10 +162,11 @@ class Trainer:
         self.model.train()
         if self.model.config.dropout:
             self._seed_dropout()
-        batch = self.source.train_batch(self.step, stop)
+        loss = self.loss(self.source.train_batch(self.step, stop))
         self.model.zero_grad(set_to_none=True)
-        value = sum(self._backward(part) for part in self._parts(batch))
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        value = loss.item()
         if not (math.isfinite(value) and math.isfinite(norm.item())):
             raise TrainingError(
                 f"step {self.step + 1}: the loss is {value} and the gradient's norm {norm.item()}; the last finite state is "
@@ -177,17 +178,6 @@ class Trainer:
         self.step += 1
         self.log.iter_num = self._steps_before + self.step
         return value
-
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """The batch in `grad_accum` parts of as many rolls, in order."""
-        n_parts = self.config.grad_accum
-        return [Batch(*part) for part in zip(*(np.split(rows, n_parts) for rows in batch), strict=True)]
-
-    def _backward(self, part: Batch) -> float:
-        """Add a part's gradients to those before it; return its share of the batch's mean loss."""
-        loss = self.loss(part) / self.config.grad_accum
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.item()
 
     def _seed_dropout(self) -> None:
         bits = np.random.Philox(key=[self.config.seed, _STREAM_DROPOUT], counter=[0, 0, 0, self.step])

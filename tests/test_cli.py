@@ -272,13 +272,13 @@ class TestTrain:
         assert len(asked) == 2
         assert "compile is False and was True: the run goes on, but not byte for byte" in capsys.readouterr().err
 
-    def test_gradient_accumulation(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        """Parts that do not divide the batch are wrong usage; a run may go on with other ones."""
-        assert train.main(training(text_file, "--grad-accum", "3")) == 2
-        assert "--grad-accum must be a divisor of batch_size (2), got 3" in capsys.readouterr().err
-        train.main(training(text_file, "--grad-accum", "2"))
-        train.main(["--run", "numbers", "--epochs", "3", "--grad-accum", "1"])
-        assert "grad_accum is 1 from here on and was 2" in capsys.readouterr().err
+    def test_gradient_checkpointing(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """It is said, and the weights are those of a run without it."""
+        train.main(training(text_file, "--run", "kept"))
+        train.main(training(text_file, "--run", "again", "--gradient-checkpointing"))
+        assert "blocks are computed again in the backward pass" in capsys.readouterr().err
+        models = [(Path("logs") / name / "model.safetensors").read_bytes() for name in ("kept", "again")]
+        assert models[0] == models[1]
 
     def test_logs_folder_is_a_file(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """A place that cannot be written to is one line."""
@@ -394,7 +394,17 @@ class TestHelp:
         """Each flag says its default, or is one that has none."""
         for action in parser._actions:
             flag = action.option_strings[0]
-            if flag not in {"-h", "--version", "--fresh", "--dry-run", "--text", "--chat", "--no-echo", "--json"}:
+            if flag not in {
+                "-h",
+                "--version",
+                "--fresh",
+                "--dry-run",
+                "--gradient-checkpointing",
+                "--text",
+                "--chat",
+                "--no-echo",
+                "--json",
+            }:
                 assert "default:" in (action.help or ""), flag
 
 

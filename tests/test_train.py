@@ -166,15 +166,25 @@ def test_gradient_clipping_and_its_absence() -> None:
     assert weights_of(unlimited) == weights_of(none) != weights_of(tiny)
 
 
-def test_gradient_accumulation_is_the_same_step() -> None:
-    """A batch in parts has the loss and the gradient of the whole, but for rounding."""
-    whole, parts = (make_trainer(TrainConfig(batch_size=6, windows=3, grad_accum=n)) for n in (1, 3))
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_gradient_checkpointing_changes_no_bit(dropout: float) -> None:
+    """Blocks that are computed again, dropout's draws among it, leave every weight as it would have been; all are."""
+    model = GPTConfig(n_layer=2, n_head=2, n_embd=16, context_len=8, dropout=dropout)
+    kept, again = make_trainer(model=model), make_trainer(model=model)
+    again.model.transformer.gradient_checkpointing = True
+    calls: list[Trainer] = []
 
-    for _ in range(3):
-        assert parts.update(1e-3) == pytest.approx(whole.update(1e-3), abs=1e-5)
-    for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
-        assert ours.grad is not None
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+    def count(trainer: Trainer) -> None:
+        trainer.model.transformer.h[0].register_forward_pre_hook(lambda *_: calls.append(trainer))
+
+    for trainer in (kept, again):
+        count(trainer)
+        for _ in range(3):
+            trainer.update(1e-2)
+
+    assert weights_of(again) == weights_of(kept)
+    # Three windows in each of three steps.
+    assert (calls.count(kept), calls.count(again)) == (9, 18)
 
 
 def test_bfloat16_learns_the_same() -> None:

@@ -154,6 +154,7 @@ class Session:
         trainer = Trainer(model, config, source, self._dtype)
         if self._compile:
             trainer.compile_blocks()
+        trainer.model.transformer.gradient_checkpointing = self.request.gradient_checkpointing
         return trainer
 
     @property
@@ -263,6 +264,8 @@ class Session:
             f"{model.n_embd}, windows of {model.context_len}"
         )
         compiled = ", blocks compiled (the first steps take longer)" if settings.compile else ""
+        if self.request.gradient_checkpointing:
+            compiled += "; blocks are computed again in the backward pass, for less memory"
         notice(f"computing in {settings.dtype} ({dtype_reason}) with {settings.threads} threads{compiled}")
         roll_len = train.windows * model.context_len
         notice(

@@ -24,7 +24,6 @@ MODEL_FLAGS: Mapping[str, tuple[type, str]] = {
 """Fields of `GPTConfig` that are flags: type and meaning."""
 TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {
     "batch_size": (int, "rolls in a step"),
-    "grad_accum": (int, "parts that a batch is computed in, one after the other, to save memory"),
     "windows": (int, "windows in a roll"),
     "optimizer": (str, "muon, with AdamW for all but the blocks' matrices, or adamw"),
     "lr": (float, "highest learning rate of AdamW"),
@@ -36,7 +35,7 @@ TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {
 }
 """Fields of `TrainConfig` that are flags: type and meaning."""
 
-_CHANGEABLE = frozenset({"grad_accum", "lr", "min_lr", "muon_lr", "weight_decay", "grad_clip", "warmup_steps"})
+_CHANGEABLE = frozenset({"lr", "min_lr", "muon_lr", "weight_decay", "grad_clip", "warmup_steps"})
 """Training settings that may change while a run goes on; the others would make its past steps something else."""
 _LENGTHS = ("epochs", "minutes", "chars")
 
@@ -61,6 +60,7 @@ class Request:
     threads: int | None
     dtype: str | None
     compile: bool | None
+    gradient_checkpointing: bool
     init_from: str | None
     import_original: Path | None
 
@@ -84,6 +84,7 @@ class Request:
             threads=check_threads(arguments.threads),
             dtype=check_dtype(arguments.dtype),
             compile=arguments.compile,
+            gradient_checkpointing=arguments.gradient_checkpointing,
             init_from=arguments.init_from,
             import_original=arguments.import_original,
         )

@@ -65,6 +65,11 @@ def build_parser() -> Parser:
         help="type of the matrix products: float32, bfloat16, or auto, whichever a short timing finds faster (default: auto)",
     )
     machine.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute the blocks again in the backward pass instead of keeping them: less memory, slower, the same numbers",
+    )
+    machine.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="translate the blocks with torch.compile, which needs a C++ compiler (default: --no-compile)",
