@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,7 +17,7 @@ from picogpt.device import choose_dtype, set_threads
 from picogpt.memory import peak_memory
 from picogpt.train import Trainer, seconds_of
 
-__all__ = ["PROFILES", "flops_per_char", "training"]
+__all__ = ["add_arguments", "flops_per_char", "training"]
 
 PROFILES = {"native": {}, "laptop": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}}
 """Environment of each profile: the machine as it is, and without the instructions that a laptop of some years does not have."""
@@ -54,12 +54,22 @@ def flops_per_char(config: GPTConfig) -> float:
     return per_slot * S / (S - 1) + 6 * config.vocab_size * C
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags."""
+    parser.add_argument(
+        "--profile", choices=[*PROFILES, "both"], default="native", help="laptop: as if without AVX-512 (default: native)"
+    )
+    default = TrainConfig().batch_size
+    parser.add_argument("--batch-size", metavar="N", type=int, default=default, help=f"rolls in a step (default: {default})")
+
+
 def training(arguments: argparse.Namespace) -> None:
     """Print the comparison for each profile."""
     print(f"{flops_per_char(GPTConfig()) / 1e6:.1f} MFLOP a character: (6 x 12 C^2 + 12 S C) x layers x S / (S - 1) + 6 V C")
     for profile in PROFILES if arguments.profile == "both" else (arguments.profile,):
-        found = in_new_process(measure, environment=PROFILES[profile])
-        memory = {name: in_new_process(memory_of, name, environment=PROFILES[profile]) for name in found.speeds}
+        environment, size = PROFILES[profile], arguments.batch_size
+        found = in_new_process(measure, size, environment=environment)
+        memory = {name: in_new_process(memory_of, name, size, environment=environment) for name in found.speeds}
         print(f"\nprofile {profile}: {found.machine}\n{found.dtype}")
         print("; ".join(f"{name} products reach {peak / 1e9:,.0f} GFLOP/s" for name, peak in found.peaks.items()))
         print(
@@ -72,31 +82,31 @@ def training(arguments: argparse.Namespace) -> None:
             print(f"| {name} | {dtype} | {speed:,.0f} | {ratio:.2f} | {share:.0%} | {memory[name]:,.0f} |", flush=True)
 
 
-def loops() -> dict[str, Callable[[], Trainer | PlainLoop]]:
-    """What makes each of the loops, with the model, batch and number type that are the default here."""
-    model, config = GPTConfig(), TrainConfig()
+def loops(batch_size: int) -> dict[str, Callable[[], Trainer | PlainLoop]]:
+    """What makes each of the loops, with the model and number type that are the default here."""
+    model, config = GPTConfig(), TrainConfig(batch_size=batch_size)
     source = RepeatedSource(roll_len=config.windows * model.context_len, batch_size=config.batch_size)
     chosen = choose_dtype("auto")[0]
     found: dict[str, Callable[[], Trainer | PlainLoop]] = {
         "ours": lambda: Trainer(model, config, source, chosen),
-        "ours, --optimizer adamw": lambda: Trainer(model, TrainConfig(optimizer="adamw"), source, chosen),
+        "ours, --optimizer adamw": lambda: Trainer(model, replace(config, optimizer="adamw"), source, chosen),
     }
     if chosen is not torch.float32:
         found["ours, --dtype float32"] = lambda: Trainer(model, config, source, torch.float32)
     return {**found, "plain": lambda: PlainLoop(model, config, source)}
 
 
-def measure() -> Found:
+def measure(batch_size: int) -> Found:
     """Time the loops in turns."""
     set_threads(None)
-    made = {name: make() for name, make in loops().items()}
+    made = {name: make() for name, make in loops(batch_size).items()}
     types = {
         name: str(loop.dtype if isinstance(loop, Trainer) else torch.float32).removeprefix("torch.")
         for name, loop in made.items()
     }
     for loop in made.values():
         loop.update(1e-3)  # the first step makes buffers and kernels
-    results = in_turns(*(timed(loop) for loop in made.values()))
+    results = in_turns(*(timed(loop, batch_size) for loop in made.values()))
     return Found(
         machine=machine(),
         dtype=choose_dtype("auto")[1],
@@ -106,9 +116,9 @@ def measure() -> Found:
     )
 
 
-def timed(loop: Trainer | PlainLoop) -> Callable[[], float]:
+def timed(loop: Trainer | PlainLoop, batch_size: int) -> Callable[[], float]:
     """Takes a step and returns characters a second."""
-    chars = TrainConfig().batch_size * TrainConfig().windows * GPTConfig().context_len
+    chars = batch_size * TrainConfig().windows * GPTConfig().context_len
     return lambda: chars / seconds_of(lambda: loop.update(1e-3))
 
 
@@ -122,9 +132,9 @@ def product_speed(shape: tuple[int, int, int], dtype: str) -> float:
     return 2 * m * k * n / min(seconds)
 
 
-def memory_of(name: str) -> float:
+def memory_of(name: str, batch_size: int) -> float:
     """Peak memory in MB of this process after a few steps of a loop."""
-    loop = loops()[name]()
+    loop = loops(batch_size)[name]()
     for _ in range(STEPS_FOR_MEMORY):
         loop.update(1e-3)
     return peak_memory() / 1e6

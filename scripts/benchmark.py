@@ -2,7 +2,7 @@
 
 python scripts/benchmark.py generate [--model RUN]
 python scripts/benchmark.py load --folder DIR
-python scripts/benchmark.py train [--profile native|laptop|both]
+python scripts/benchmark.py train [--profile native|laptop|both] [--batch-size N]
 python scripts/benchmark.py learn --text FILE... | --folder DIR --loss X [--chars N] [--only fast|seed]
 """
 
@@ -16,9 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import machine
 from benchmarks.generate import generation
-from benchmarks.learn import add_arguments, learning
+from benchmarks.learn import add_arguments as add_learn_arguments
+from benchmarks.learn import learning
 from benchmarks.load import loading
-from benchmarks.train import PROFILES, training
+from benchmarks.train import add_arguments as add_train_arguments
+from benchmarks.train import training
 
 
 def main() -> None:
@@ -32,12 +34,10 @@ def main() -> None:
     load_parser.add_argument("--folder", metavar="DIR", type=Path, required=True, help="a data set laid out like the hub's")
     load_parser.set_defaults(run=loading)
     train_parser = commands.add_parser("train", help="the training loop against a plain one")
-    train_parser.add_argument(
-        "--profile", choices=[*PROFILES, "both"], default="native", help="laptop: as if without AVX-512 (default: native)"
-    )
+    add_train_arguments(train_parser)
     train_parser.set_defaults(run=training)
     learn_parser = commands.add_parser("learn", help="both recipes to the same loss")
-    add_arguments(learn_parser)
+    add_learn_arguments(learn_parser)
     learn_parser.set_defaults(run=learning)
     arguments = parser.parse_args()
     print(machine())
