@@ -65,6 +65,7 @@ class Session:
         self, run: RunFolder, source: Source, request: Request, stored: RunSettings | None, origin: Origin | None
     ) -> None:
         self.run, self._source, self.request, self._stored, self._origin = run, source, request, stored, origin
+        self._compile = stored.compile if stored and request.compile is None else bool(request.compile)
         self._rehearsed: tuple[float, EpochEnd] | None = None
 
     def train(self, model: GPTConfig, config: TrainConfig, budget: Budget, data: DataConfig) -> None:
@@ -74,6 +75,7 @@ class Session:
             Interrupted: a signal ended it.
             PicoGPTError, OSError: something else did.
         """
+        self._check_compiler()
         if self.request.fresh:
             self._set_aside()
         self.run.create()
@@ -94,6 +96,7 @@ class Session:
         Raises:
             PicoGPTError, OSError: it could not.
         """
+        self._check_compiler()
         threads, dtype_reason = self._make_trainer(model, config)
         if self.request.fresh and self.run.path.exists():
             notice(f"the run that is there would be kept as {self.run.free_name()}")
@@ -113,6 +116,13 @@ class Session:
         logs = "" if self.request.logs_dir == Path("logs") else f" --logs-dir {shlex.quote(str(self.request.logs_dir))}"
         text = " --text -, with the same text," if "-" in data.text else ""
         return f"picogpt-train --run {self.run.name}{logs}{text}"
+
+    def _check_compiler(self) -> None:
+        """Refuse to compile without a compiler before anything is touched."""
+        from picogpt.device import check_compiler
+
+        if self._compile:
+            check_compiler()
 
     def _set_aside(self) -> None:
         if self.run.path.exists():
@@ -137,14 +147,11 @@ class Session:
 
     def _make_trainer(self, model: GPTConfig, config: TrainConfig) -> tuple[int, str]:
         """Make the trainer; return the number of threads and why its type of number was chosen."""
-        from picogpt.device import check_compiler, choose_dtype, flush_denormals, set_threads
+        from picogpt.device import choose_dtype, flush_denormals, set_threads
 
         flush_denormals()
         threads = set_threads(self.request.threads or (self._stored.threads if self._stored else None))
         self._dtype, reason = choose_dtype(self.request.dtype or (self._stored.dtype if self._stored else "auto"))
-        self._compile = self._stored.compile if self._stored and self.request.compile is None else bool(self.request.compile)
-        if self._compile:
-            check_compiler()
         self.trainer = self._new_trainer(model, config, self._source)
         return threads, reason
 
