@@ -22,8 +22,8 @@ __all__ = ["EpochEnd", "Forecaster", "ForecastingObserver", "rehearse", "time_ep
 
 TIMED_STEPS = 5
 """Steps that are timed, after a first one that makes buffers and kernels."""
-PICTURE_BYTES = 100_000
-"""Room for config, loss log and its picture."""
+SMALL_FILES = 400_000
+"""Bytes for config, loss log, its picture, and the validation text of a stream."""
 
 Sampler = Callable[[Trainer], str]
 
@@ -57,7 +57,7 @@ def time_epoch_end(trainer: Trainer, parent: Path, sample: Sampler) -> EpochEnd:
 
         end()
         seconds = seconds_of(end)
-        disk = PICTURE_BYTES + sum(path.stat().st_size for path in folder.path.iterdir())
+        disk = SMALL_FILES + sum(path.stat().st_size for path in folder.path.iterdir())
     return EpochEnd(validation, seconds, disk)
 
 
