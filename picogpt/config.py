@@ -43,6 +43,8 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 MIN_STEPS_PER_EPOCH = 4
 """A run on a budget has no shorter epochs, or validation would take more than a tenth of its time."""
+VAL_SHARE = 0.2
+"""Validation batches for each step, where their number is not given."""
 EPOCHS_OF_A_BUDGET = 20
 """A run on a budget is cut into about as many, so that a curve, a sample and a checkpoint come early."""
 
@@ -257,9 +259,11 @@ class Pace:
     """How fast a run trains on this machine, as measured."""
 
     seconds_per_step: float
-    """One optimizer step with its share of validation."""
+    """One optimizer step."""
+    seconds_per_val_batch: float
+    """One batch of validation."""
     seconds_per_epoch_end: float
-    """What comes after an epoch: saving, the sample and the picture."""
+    """What comes after an epoch's validation: saving, the sample and the picture."""
     seconds_spent: float = 0.0
     """Seconds that the run has trained already."""
 
@@ -304,9 +308,13 @@ class Budget:
         if self.minutes is not None:
             assert pace is not None
             left = max(0.0, self.minutes * 60 - pace.seconds_spent)
+            step, end = self._with_share_of_validation(pace)
             # A short run has fewer epochs, so that their ends take at most a quarter of it.
-            n_epochs = max(1, min(n_epochs, int(left / 4 / pace.seconds_per_epoch_end)))
-            steps = round((left - n_epochs * pace.seconds_per_epoch_end) / pace.seconds_per_step)
+            n_epochs = max(1, min(n_epochs, int(left / 4 / end)))
+            if self.steps_per_epoch is not None:
+                steps = round(left / (step + end / self.steps_per_epoch))
+            else:
+                steps = round((left - n_epochs * end) / step)
             total = steps_done + max(steps, 0 if steps_done else 1)
         elif self.chars is not None:
             total = math.ceil(self.chars / chars_per_step)
@@ -316,8 +324,14 @@ class Budget:
         share = max(MIN_STEPS_PER_EPOCH, math.ceil(total / n_epochs))
         return self._with_validation(total, self.steps_per_epoch or share)
 
+    def _with_share_of_validation(self, pace: Pace) -> tuple[float, float]:
+        """Seconds of a step and of an epoch's end, the one of them that validation grows with including it."""
+        if self.val_steps is not None:
+            return pace.seconds_per_step, pace.seconds_per_epoch_end + self.val_steps * pace.seconds_per_val_batch
+        return pace.seconds_per_step + pace.seconds_per_val_batch * VAL_SHARE, pace.seconds_per_epoch_end
+
     def _with_validation(self, total: int, steps_per_epoch: int) -> Schedule:
-        val_steps = self.val_steps or max(1, steps_per_epoch // 5)
+        val_steps = self.val_steps or max(1, int(steps_per_epoch * VAL_SHARE))
         return Schedule(total_steps=total, steps_per_epoch=steps_per_epoch, val_steps=val_steps)
 
 
@@ -426,6 +440,8 @@ class RunSettings:
     """Type of the matrix products, float32 or bfloat16."""
     threads: int
     """Threads that torch computes with; another number gives other roundings."""
+    compile: bool = False
+    """Whether the blocks are compiled, which rounds otherwise."""
     origin: str | None = None
     """Absolute path of the model that the run began from, or of the original's log; None where it began from nothing."""
 
@@ -446,6 +462,7 @@ class RunSettings:
                 data=DataConfig(**data),
                 dtype=str(content["dtype"]),
                 threads=int(content["threads"]),
+                compile=bool(content.get("compile", False)),
                 origin=content.get("origin"),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -6,7 +6,9 @@ import time
 
 import torch
 
-__all__ = ["choose_dtype", "instruction_set", "set_threads"]
+from picogpt.errors import TrainingError
+
+__all__ = ["check_compiler", "choose_dtype", "flush_denormals", "instruction_set", "set_threads"]
 
 _ROWS, _IN, _OUT = 1032, 256, 1024
 """Shape of the model's largest matrix product, for eight rolls."""
@@ -24,6 +26,31 @@ def set_threads(count: int | None) -> int:
 def instruction_set() -> str:
     """The vector instructions that torch uses here, such as AVX2 or AVX512."""
     return str(torch.backends.cpu.get_cpu_capability())
+
+
+def check_compiler() -> None:
+    """Make sure that torch.compile finds a C++ compiler.
+
+    Raises:
+        TrainingError: it does not.
+    """
+    # Imported here: it takes a second, and few ask for it.
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        looked_for = ", ".join(name for name in config.cpp.cxx if name)
+        raise TrainingError(
+            f"--compile: no C++ compiler that works ({looked_for}, by PATH or CXX); install g++, or leave --compile out"
+        ) from error
+
+
+def flush_denormals() -> bool:
+    """Have numbers too small for full precision become zero, which are slow to compute with; False where that is not possible."""
+    return torch.set_flush_denormal(True)
 
 
 def choose_dtype(name: str) -> tuple[torch.dtype, str]:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from picogpt.attention import causal_attention
 from picogpt.config import GPTConfig
@@ -89,6 +90,9 @@ class _Transformer(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        # Whether blocks are computed again in the backward pass instead of kept: the same numbers (Chen et al., 2016).
+        self.gradient_checkpointing = False
+        self._draws = config.dropout > 0
         n_slots = config.context_len + 1
         self.mask: Tensor
         self.register_buffer("mask", torch.full((n_slots, n_slots), -torch.inf).triu(1), persistent=False)
@@ -100,7 +104,10 @@ class _Transformer(nn.Module):
         x = self.drop(x + self.wpe.weight[:S])  # (B, S, C)
         mask = self.mask[:S, :S]
         for block in self.h:
-            x = block(x, mask)
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=self._draws)
+            else:
+                x = block(x, mask)
         out: Tensor = self.ln_f(x)
         return out
 

@@ -147,11 +147,16 @@ class RunFolder:
         """Make the folder."""
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def set_aside(self) -> Path:
-        """Rename the folder to the first free `NAME.old-1`, `NAME.old-2`, ... and return that."""
+    def free_name(self) -> Path:
+        """The first of `NAME.old-1`, `NAME.old-2`, ... that is free."""
         number = 1
         while (target := self.path.with_name(f"{self.name}.old-{number}")).exists():
             number += 1
+        return target
+
+    def set_aside(self) -> Path:
+        """Rename the folder to `free_name` and return that."""
+        target = self.free_name()
         replace(self.path, target)
         return target
 
@@ -225,10 +230,10 @@ class RunFolder:
             replace(current, self.path / _PREVIOUS)
         replace(staged, current)
 
-    def load_checkpoint(self) -> tuple[Checkpoint, str | None]:
+    def load_checkpoint(self, *, rename: bool = True) -> tuple[Checkpoint, str | None]:
         """The newest good checkpoint, and a line about a newer damaged one that was passed over.
 
-        A damaged one is renamed, so that saving does not put it in the place of a good one.
+        With `rename` a damaged one is renamed, so that saving does not put it in the place of a good one.
 
         Raises:
             RunError: there is none, or all of them are damaged; nothing is changed then.
@@ -245,7 +250,8 @@ class RunFolder:
                 continue
             if not faults:
                 return checkpoint, None
-            replace(self.path / _CHECKPOINT, self.path / _DAMAGED)
+            if rename:
+                replace(self.path / _CHECKPOINT, self.path / _DAMAGED)
             return checkpoint, f"{faults[0]}; it is kept as {_DAMAGED}, and the run goes on from the checkpoint before it"
         if faults:
             raise RunError(f"{'; '.join(faults)}; nothing to go on from: start over with --fresh, the folder is kept")

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from picogpt.config import GPTConfig, Schedule, TrainConfig
-from picogpt.data import Batch, RepeatedSource, Source, Stop, WaitInterrupted
+from picogpt.data import Batch, Source, Stop, WaitInterrupted
 from picogpt.errors import DataError, TrainingError
 from picogpt.model import GPT
 from picogpt.optim import build_optimizers, learning_rate, set_learning_rate
 from picogpt.run import Checkpoint, LossLog, RunFolder, Tensors
 
-__all__ = ["Observer", "StepReport", "Trainer", "measure_seconds_per_step", "seconds_of"]
+__all__ = ["Observer", "StepReport", "Trainer", "seconds_of"]
 
 SAVE_INTERVAL = 300.0
 """Seconds of training after which a checkpoint is written in the middle of an epoch."""
@@ -87,6 +87,11 @@ class Trainer:
     def epoch_is_open(self) -> bool:
         """Whether steps have been taken that are in no epoch of the log yet."""
         return self._epoch_steps > 0
+
+    def compile_blocks(self) -> None:
+        """Have torch.compile translate the blocks when they are first called; weights and their names stay as they are."""
+        for block in self.model.transformer.h:
+            block.compile()
 
     def fit(self, run: RunFolder, schedule: Schedule, observer: Observer, stop: Stop) -> bool:
         """Train to the end of `schedule`, saving into `run` after every epoch, every few minutes and when stopped.
@@ -157,7 +162,7 @@ class Trainer:
         self.model.train()
         if self.model.config.dropout:
             self._seed_dropout()
-        loss = self._loss(self.source.train_batch(self.step, stop))
+        loss = self.loss(self.source.train_batch(self.step, stop))
         self.model.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
@@ -178,7 +183,8 @@ class Trainer:
         bits = np.random.Philox(key=[self.config.seed, _STREAM_DROPOUT], counter=[0, 0, 0, self.step])
         torch.manual_seed(int(bits.random_raw() >> 1))
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Mean loss over `batch` in nats per character, in the type of the run's products."""
         inputs, targets = (torch.from_numpy(np.ascontiguousarray(part)) for part in batch)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             _, loss = self.model(inputs, targets)
@@ -193,7 +199,7 @@ class Trainer:
         for batch in self.source.val_batches(val_steps):
             if stop():
                 return None
-            total += self._loss(batch).item() * batch.targets.size
+            total += self.loss(batch).item() * batch.targets.size
             count += batch.targets.size
         return total / count
 
@@ -289,18 +295,6 @@ class Trainer:
         self._steps_before, self._chars_before = int(state["steps_before"]), int(state["chars_before"])
         self._epoch_loss, self._epoch_steps = float(state["epoch_loss"]), int(state["epoch_steps"])
         self.seconds = float(state["seconds"])
-
-
-def measure_seconds_per_step(model_config: GPTConfig, config: TrainConfig, dtype: torch.dtype, *, n_steps: int = 4) -> float:
-    """Seconds of one step with its share of validation, measured on noise and a model that is then thrown away.
-
-    The share is the default's: one validation batch in five steps.
-    """
-    source = RepeatedSource(roll_len=config.windows * model_config.context_len, batch_size=config.batch_size)
-    trainer = Trainer(model_config, config, source, dtype)
-    trainer.update(config.lr)
-    seconds = [seconds_of(lambda: trainer.update(config.lr)) for _ in range(n_steps)]
-    return sorted(seconds)[n_steps // 2] + seconds_of(lambda: trainer.validate(1)) / 5
 
 
 def seconds_of(call: Callable[[], object]) -> float:

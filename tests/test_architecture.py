@@ -15,7 +15,7 @@ LAYERS = [
     {"errors"},
     {"roll", "config", "files", "attention"},
     {"model", "tokenizer"},
-    {"run", "data", "optim", "device"},
+    {"run", "data", "optim", "device", "memory", "forecast"},
     {"engine", "original"},
     {"train", "generate", "reference", "plot"},
     {"cli"},

@@ -24,6 +24,7 @@ from picogpt.engine.window import processes_for
 from picogpt.errors import Interrupted, PicoGPTError
 from picogpt.run import RunFolder
 from picogpt.tokenizer import CharTokenizer
+from picogpt.train import Trainer
 from tests.conftest import TINY_FLAGS
 
 THREADS = processes_for(GPTConfig(n_layer=1, n_head=2, n_embd=16, context_len=8), None)
@@ -238,6 +239,47 @@ class TestTrain:
         assert err.count("\n") == 1
         assert list(Path().iterdir()) == []
 
+    def test_compile_without_a_compiler(
+        self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is said in one line, after what the text is, and nothing was trained."""
+        from torch._inductor import config
+        from torch._inductor.cpp_builder import cpp_compiler_search
+
+        cpp_compiler_search.cache_clear()
+        monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/g++"))
+        assert train.main(training(text_file, "--compile")) == 1
+
+        err = capsys.readouterr().err
+        assert err.splitlines()[-1].startswith("picogpt-train: --compile: no C++ compiler that works (/nowhere/g++, ")
+        assert err.count("\n") == 2
+        assert not Path("logs").exists()
+
+    def test_compile_is_kept(self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """A compiled run says so, goes on compiled, and says it when it no longer is."""
+        asked: list[Trainer] = []
+
+        def compile_blocks(self: Trainer) -> None:
+            asked.append(self)
+
+        monkeypatch.setattr("picogpt.device.check_compiler", lambda: None)
+        monkeypatch.setattr(Trainer, "compile_blocks", compile_blocks)
+        train.main(training(text_file, "--compile"))
+        assert "1 threads, blocks compiled (the first steps take longer)" in capsys.readouterr().err
+        train.main(["--run", "numbers", "--epochs", "3"])
+        assert len(asked) == 2
+        train.main(["--run", "numbers", "--epochs", "4", "--no-compile"])
+        assert len(asked) == 2
+        assert "compile is False and was True: the run goes on, but not byte for byte" in capsys.readouterr().err
+
+    def test_gradient_checkpointing(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """It is said, and the weights are those of a run without it."""
+        train.main(training(text_file, "--run", "kept"))
+        train.main(training(text_file, "--run", "again", "--gradient-checkpointing"))
+        assert "blocks are computed again in the backward pass" in capsys.readouterr().err
+        models = [(Path("logs") / name / "model.safetensors").read_bytes() for name in ("kept", "again")]
+        assert models[0] == models[1]
+
     def test_logs_folder_is_a_file(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """A place that cannot be written to is one line."""
         Path("file").touch()
@@ -352,7 +394,17 @@ class TestHelp:
         """Each flag says its default, or is one that has none."""
         for action in parser._actions:
             flag = action.option_strings[0]
-            if flag not in {"-h", "--version", "--fresh", "--text", "--chat", "--no-echo", "--json"}:
+            if flag not in {
+                "-h",
+                "--version",
+                "--fresh",
+                "--dry-run",
+                "--gradient-checkpointing",
+                "--text",
+                "--chat",
+                "--no-echo",
+                "--json",
+            }:
                 assert "default:" in (action.help or ""), flag
 
 

@@ -103,7 +103,7 @@ def test_recipes() -> None:
         TrainConfig.from_recipe("x", {})
 
 
-PACE = Pace(seconds_per_step=0.5, seconds_per_epoch_end=1.0)
+PACE = Pace(seconds_per_step=0.4, seconds_per_val_batch=0.5, seconds_per_epoch_end=1.0)
 
 
 @pytest.mark.parametrize(
@@ -115,11 +115,14 @@ PACE = Pace(seconds_per_step=0.5, seconds_per_epoch_end=1.0)
         (Budget(chars=1_000_001), None, (101, 6, 1)),
         (Budget(chars=5), None, (1, 4, 1)),
         (Budget(chars=1_000_000, steps_per_epoch=50), None, (100, 50, 10)),
-        # 300 s less 20 epoch ends of 1 s leave 560 steps of half a second.
+        # 300 s less 20 epoch ends of 1 s leave 560 steps of half a second, a fifth of a validation batch included.
         (Budget(minutes=5), PACE, (560, 28, 5)),
         # In 24 s only 6 epoch ends fit into a quarter of the time; 18 s are left.
         (Budget(minutes=0.4), PACE, (36, 6, 1)),
         (Budget(minutes=1e-6), PACE, (1, 4, 1)),
+        # An epoch of 10 steps takes 4 + 4 x 0.5 + 1 s.
+        (Budget(minutes=7, steps_per_epoch=10, val_steps=4), PACE, (600, 10, 4)),
+        (Budget(minutes=7, steps_per_epoch=5), PACE, (600, 5, 1)),
     ],
 )
 def test_schedule(budget: Budget, pace: Pace | None, expected: tuple[int, int, int]) -> None:
@@ -131,7 +134,7 @@ def test_schedule(budget: Budget, pace: Pace | None, expected: tuple[int, int, i
 
 def test_schedule_of_a_run_that_goes_on() -> None:
     """Minutes and characters are those of the whole run: what is done and spent counts."""
-    spent = Pace(seconds_per_step=0.5, seconds_per_epoch_end=1.0, seconds_spent=240.0)
+    spent = Pace(seconds_per_step=0.4, seconds_per_val_batch=0.5, seconds_per_epoch_end=1.0, seconds_spent=240.0)
 
     # 60 s are left, 15 of them for epoch ends: 90 steps more.
     assert Budget(minutes=5).schedule(chars_per_step=1, pace=spent, steps_done=400).total_steps == 490

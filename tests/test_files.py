@@ -84,6 +84,8 @@ def test_leftovers_are_removed(tmp_path: Path) -> None:
     for name in (".a.123.part", "a", ".part-of-me"):
         (tmp_path / name).touch()
 
+    (tmp_path / ".pace-1.part" / "model").mkdir(parents=True)
+    (tmp_path / ".link.part").symlink_to(tmp_path / ".part-of-me")
     remove_leftovers(tmp_path)
 
     assert sorted(path.name for path in tmp_path.iterdir()) == [".part-of-me", "a"]

@@ -100,9 +100,10 @@ class TrainingDisplay:
             atomic_write(self._run.plot_path, draw_losses({self._run.name: log}))
         except OSError as error:
             where = error.filename or self._run.path
-            self._tell(f"warning: {where}: log or picture not written ({error.strerror or error}); training goes on")
+            self.tell(f"warning: {where}: log or picture not written ({error.strerror or error}); training goes on")
 
-    def _tell(self, text: str) -> None:
+    def tell(self, text: str) -> None:
+        """Say a notice, above the bar if there is one."""
         if self._bar is not None:
             with self._bar.external_write_mode(file=_Stderr()):
                 notice(text)
@@ -121,7 +122,7 @@ class TrainingDisplay:
             sys.stdout.flush()
         except (OSError, ValueError, AttributeError):
             self._stdout_alive = False
-            self._tell("standard output is closed; training goes on without it")
+            self.tell("standard output is closed; training goes on without it")
 
 
 class _Stderr(io.TextIOBase):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import shlex
-import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from picogpt.config import Budget, DataConfig, GPTConfig, Pace, RunSettings, Sch
 from picogpt.errors import Interrupted, PicoGPTError, RunError
 
 if TYPE_CHECKING:
+    from picogpt.cli.forecast import EpochEnd, Forecaster
     from picogpt.data import Source
     from picogpt.run import LossLog, RunFolder
     from picogpt.train import Trainer
@@ -65,6 +65,8 @@ class Session:
         self, run: RunFolder, source: Source, request: Request, stored: RunSettings | None, origin: Origin | None
     ) -> None:
         self.run, self._source, self.request, self._stored, self._origin = run, source, request, stored, origin
+        self._compile = stored.compile if stored and request.compile is None else bool(request.compile)
+        self._rehearsed: tuple[float, EpochEnd] | None = None
 
     def train(self, model: GPTConfig, config: TrainConfig, budget: Budget, data: DataConfig) -> None:
         """Train to the end of the run, or until a signal; everything is saved either way.
@@ -73,6 +75,7 @@ class Session:
             Interrupted: a signal ended it.
             PicoGPTError, OSError: something else did.
         """
+        self._check_compiler()
         if self.request.fresh:
             self._set_aside()
         self.run.create()
@@ -81,17 +84,45 @@ class Session:
             if self._stored is None and self.run.has_checkpoint():
                 raise RunError(f"{self.run.path}: another process has begun this run meanwhile; start again to go on with it")
             self._prepare(model, config, budget, data)
-            finished = self._fit(stop)
+            finished = self._fit(stop, data)
         if not finished:
             assert stop.signal_number is not None
             step = f"{self.trainer.step:,}"
             raise Interrupted(f"stopped and saved at step {step}; {self._command(data)} goes on from there", stop.signal_number)
+
+    def rehearse(self, model: GPTConfig, config: TrainConfig, budget: Budget, data: DataConfig) -> None:
+        """Say what `train` would do and what it would take; train nothing and leave nothing behind.
+
+        Raises:
+            PicoGPTError, OSError: it could not.
+        """
+        self._check_compiler()
+        threads, dtype_reason = self._make_trainer(model, config)
+        if self.request.fresh and self.run.path.exists():
+            notice(f"the run that is there would be kept as {self.run.free_name()}")
+        if self._stored is not None and self.run.has_checkpoint():
+            state = self.run.load_checkpoint(rename=False)[0].state
+            self.trainer.step, self.trainer.seconds = int(state["step"]), float(state["seconds"])
+            notice(f"{self.run.path}: would go on from step {self.trainer.step:,}")
+        self.schedule = self._fix_schedule(budget)
+        self.request.refuse_finished(self.schedule.total_steps, self.trainer.step)
+        self._announce(self._settings(model, config, budget, data, threads), dtype_reason)
+        step, end = self._rehearsed or self._measure()
+        notice(str(self._forecaster(data).forecast(step, end, step=self.trainer.step)))
+        notice("dry run: nothing was trained and nothing is kept")
 
     def _command(self, data: DataConfig) -> str:
         """What to type to go on."""
         logs = "" if self.request.logs_dir == Path("logs") else f" --logs-dir {shlex.quote(str(self.request.logs_dir))}"
         text = " --text -, with the same text," if "-" in data.text else ""
         return f"picogpt-train --run {self.run.name}{logs}{text}"
+
+    def _check_compiler(self) -> None:
+        """Refuse to compile without a compiler before anything is touched."""
+        from picogpt.device import check_compiler
+
+        if self._compile:
+            check_compiler()
 
     def _set_aside(self) -> None:
         if self.run.path.exists():
@@ -100,36 +131,57 @@ class Session:
 
     def _prepare(self, model: GPTConfig, config: TrainConfig, budget: Budget, data: DataConfig) -> None:
         """Make the trainer, where it stood if the run goes on, and fix the number of steps."""
-        from picogpt.device import choose_dtype, set_threads
-        from picogpt.train import Trainer
-
-        threads = set_threads(self.request.threads or (self._stored.threads if self._stored else None))
-        dtype, reason = choose_dtype(self.request.dtype or (self._stored.dtype if self._stored else "auto"))
-        dtype_name = str(dtype).removeprefix("torch.")
-        self.trainer = Trainer(model, config, self._source, dtype)
+        threads, dtype_reason = self._make_trainer(model, config)
         if self.run.has_checkpoint():
-            self._restore(threads, dtype_name)
+            self._restore(threads)
         else:
             self._begin()
         self.schedule = self._fix_schedule(budget)
         self.request.refuse_finished(self.schedule.total_steps, self.trainer.step)
-        settings = RunSettings(
+        settings = self._settings(model, config, budget, data, threads)
+        versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "safetensors")}}
+        self.run.write_config({**asdict(settings), "versions": versions})
+        if self._origin is not None and self._origin.log is not None and not self.run.has_checkpoint():
+            self._keep_imported(self._origin.log)
+        self._announce(settings, dtype_reason)
+
+    def _make_trainer(self, model: GPTConfig, config: TrainConfig) -> tuple[int, str]:
+        """Make the trainer; return the number of threads and why its type of number was chosen."""
+        from picogpt.device import choose_dtype, flush_denormals, set_threads
+
+        flush_denormals()
+        threads = set_threads(self.request.threads or (self._stored.threads if self._stored else None))
+        self._dtype, reason = choose_dtype(self.request.dtype or (self._stored.dtype if self._stored else "auto"))
+        self.trainer = self._new_trainer(model, config, self._source)
+        return threads, reason
+
+    def _new_trainer(self, model: GPTConfig, config: TrainConfig, source: Source) -> Trainer:
+        from picogpt.train import Trainer
+
+        trainer = Trainer(model, config, source, self._dtype)
+        if self._compile:
+            trainer.compile_blocks()
+        trainer.model.transformer.gradient_checkpointing = self.request.gradient_checkpointing
+        return trainer
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self._dtype).removeprefix("torch.")
+
+    def _settings(self, model: GPTConfig, config: TrainConfig, budget: Budget, data: DataConfig, threads: int) -> RunSettings:
+        return RunSettings(
             model=model,
             train=config,
             budget=budget,
             schedule=self.schedule,
             data=data,
-            dtype=dtype_name,
+            dtype=self._dtype_name,
             threads=threads,
+            compile=self._compile,
             origin=self._origin_path(),
         )
-        versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "safetensors")}}
-        self.run.write_config({**asdict(settings), "versions": versions})
-        if self._origin is not None and self._origin.log is not None and not self.run.has_checkpoint():
-            self._keep_imported(self._origin.log)
-        self._announce(settings, reason)
 
-    def _restore(self, threads: int, dtype: str) -> None:
+    def _restore(self, threads: int) -> None:
         assert self._stored is not None
         checkpoint, fault = self.run.load_checkpoint()
         if fault:
@@ -137,7 +189,12 @@ class Session:
         self.trainer.restore(checkpoint)
         notice(f"{self.run.path}: goes on from step {self.trainer.step:,}")
         self._tell_usage()
-        for name, before, now in (("threads", self._stored.threads, threads), ("dtype", self._stored.dtype, dtype)):
+        now_and_before = (
+            ("threads", self._stored.threads, threads),
+            ("dtype", self._stored.dtype, self._dtype_name),
+            ("compile", self._stored.compile, self._compile),
+        )
+        for name, before, now in now_and_before:
             if before != now:
                 notice(f"{name} is {now} and was {before}: the run goes on, but not byte for byte as it would have")
 
@@ -173,21 +230,39 @@ class Session:
         return budget.schedule(chars_per_step=trainer.chars_per_step, pace=pace, steps_done=trainer.step)
 
     def _measure_pace(self) -> Pace:
-        """Time a few steps on a model that is thrown away, and one end of an epoch."""
-        from picogpt.plot import draw_losses
-        from picogpt.run import LossLog, RunFolder
-        from picogpt.train import measure_seconds_per_step, seconds_of
+        """Time a few steps and an end of an epoch, for a length in minutes."""
+        step, end = self._measure()
+        return Pace(
+            seconds_per_step=step,
+            seconds_per_val_batch=end.seconds_per_val_batch,
+            seconds_per_epoch_end=end.seconds,
+            seconds_spent=self.trainer.seconds,
+        )
+
+    def _measure(self) -> tuple[float, EpochEnd]:
+        """Time a few steps and an end of an epoch with a model that is thrown away."""
+        from picogpt.cli.forecast import rehearse
 
         notice("timing a few steps")
-        trainer = self.trainer
-        steps = measure_seconds_per_step(trainer.model.config, trainer.config, trainer.dtype)
-        scratch = RunFolder(self.run.path / ".pace")
-        scratch.create()
-        # Before the first step only the weights are saved; later the optimizer's two moments come with them.
-        saving = seconds_of(lambda: trainer.save(scratch)) * (1 if trainer.step else 3)
-        shutil.rmtree(scratch.path)
-        showing = seconds_of(self._sample) + seconds_of(lambda: draw_losses({"pace": LossLog(train=[1.0], val=[1.0])}))
-        return Pace(seconds_per_step=steps, seconds_per_epoch_end=saving + showing, seconds_spent=trainer.seconds)
+        model, config = self.trainer.model.config, self.trainer.config
+        # The folder of a dry run does not exist; its disk is that of the folder it would be in.
+        parent = next(path for path in (self.run.path.absolute(), *self.run.path.absolute().parents) if path.is_dir())
+        self._rehearsed = rehearse(model, config, lambda source: self._new_trainer(model, config, source), parent, self._sample)
+        return self._rehearsed
+
+    def _forecaster(self, data: DataConfig) -> Forecaster:
+        from picogpt.cli.forecast import Forecaster
+        from picogpt.data import download_bytes
+
+        trainer, schedule = self.trainer, self.schedule
+        chars_left = (schedule.total_steps - trainer.step) * trainer.chars_per_step
+        return Forecaster(
+            schedule=schedule,
+            chars_per_step=trainer.chars_per_step,
+            first_step=trainer.step,
+            val_batches=sum(1 for _ in self._source.val_batches(schedule.val_steps)),
+            network=download_bytes(chars_left) if data.commit is not None else 0,
+        )
 
     def _announce(self, settings: RunSettings, dtype_reason: str) -> None:
         model, train, schedule = settings.model, settings.train, settings.schedule
@@ -195,15 +270,19 @@ class Session:
             f"model: {self.trainer.model.num_params():,} parameters; {model.n_layer} layers, {model.n_head} heads, width "
             f"{model.n_embd}, windows of {model.context_len}"
         )
-        notice(f"computing in {settings.dtype} ({dtype_reason}) with {settings.threads} threads")
+        compiled = ", blocks compiled (the first steps take longer)" if settings.compile else ""
+        if self.request.gradient_checkpointing:
+            compiled += "; blocks are computed again in the backward pass, for less memory"
+        notice(f"computing in {settings.dtype} ({dtype_reason}) with {settings.threads} threads{compiled}")
         roll_len = train.windows * model.context_len
         notice(
             f"{self.run.path}: {schedule.total_steps:,} steps of {train.batch_size} x {roll_len:,} characters, "
             f"{schedule.steps_per_epoch:,} an epoch; recipe {train.recipe}, learning rate {train.lr:g}, seed {train.seed}"
         )
 
-    def _fit(self, stop: StopRequest) -> bool:
+    def _fit(self, stop: StopRequest, data: DataConfig) -> bool:
         """Train; False if a signal ended it."""
+        from picogpt.cli.forecast import ForecastingObserver, time_epoch_end
         from picogpt.cli.progress import TrainingDisplay
 
         if self.trainer.step >= self.schedule.total_steps and not self.trainer.epoch_is_open:
@@ -212,9 +291,18 @@ class Session:
                 "--minutes or --chars to go on, or --fresh to start over"
             )
             return True
-        display = TrainingDisplay(self.run, self.schedule, self.trainer, self._sample)
+        trainer = self.trainer
+        display = TrainingDisplay(self.run, self.schedule, trainer, lambda: self._sample(trainer))
+
+        def time_end() -> EpochEnd:
+            return self._rehearsed[1] if self._rehearsed else time_epoch_end(trainer, self.run.path, self._sample)
+
+        observer = ForecastingObserver(display, display.tell, self._forecaster(data), time_end)
         try:
-            return self.trainer.fit(self.run, self.schedule, display, stop)
+            finished = trainer.fit(self.run, self.schedule, observer, stop)
+            if finished:
+                observer.say_outcome()
+            return finished
         finally:
             display.close()
             self._tell_usage()
@@ -223,8 +311,8 @@ class Session:
         if summary := self._source.summary():
             notice(summary)
 
-    def _sample(self) -> str:
-        """A text that the model writes after a newline, the same draws every time."""
+    def _sample(self, trainer: Trainer) -> str:
+        """A text that the trainer's model writes after a newline, the same draws every time."""
         from picogpt.config import GenerateConfig, SampleConfig
         from picogpt.engine import Engine
         from picogpt.generate import Roll, StopWatcher, generate, make_generator
@@ -232,7 +320,7 @@ class Session:
 
         tokenizer = CharTokenizer()
         try:
-            engine = Engine(self.trainer.model.config, self.trainer.model.arrays())
+            engine = Engine(trainer.model.config, trainer.model.arrays())
         except PicoGPTError as error:
             return f"(no sample: {error})"
         roll = Roll(engine, GenerateConfig().hop_for(engine.config.context_len))

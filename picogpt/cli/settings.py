@@ -52,12 +52,15 @@ class Request:
     """Values of the flags that were given, by name."""
     logs_dir: Path
     fresh: bool
+    dry_run: bool
     run: str | None
     dataset: str | None
     text_column: str | None
     text: tuple[str, ...]
     threads: int | None
     dtype: str | None
+    compile: bool | None
+    gradient_checkpointing: bool
     init_from: str | None
     import_original: Path | None
 
@@ -73,12 +76,15 @@ class Request:
             given=given,
             logs_dir=arguments.logs_dir,
             fresh=arguments.fresh,
+            dry_run=arguments.dry_run,
             run=None if arguments.run is None else check_run_name(arguments.run),
             dataset=arguments.dataset,
             text_column=arguments.text_column,
             text=tuple(path if path == "-" else str(Path(path).absolute()) for path in arguments.text or ()),
             threads=check_threads(arguments.threads),
             dtype=check_dtype(arguments.dtype),
+            compile=arguments.compile,
+            gradient_checkpointing=arguments.gradient_checkpointing,
             init_from=arguments.init_from,
             import_original=arguments.import_original,
         )

@@ -41,6 +41,9 @@ def build_parser() -> Parser:
     run.add_argument("--run", metavar="NAME", help="folder under the logs folder (default: the text's name)")
     run.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
     run.add_argument("--fresh", action="store_true", help="start over; the old folder is kept under a new name")
+    run.add_argument(
+        "--dry-run", action="store_true", help="say how long it would take, how much memory, disk and network; train nothing"
+    )
     begin = run.add_mutually_exclusive_group()
     begin.add_argument("--init-from", metavar="RUN", help="begin with another run's best weights (default: none)")
     begin.add_argument(
@@ -60,6 +63,16 @@ def build_parser() -> Parser:
         "--dtype",
         metavar="TYPE",
         help="type of the matrix products: float32, bfloat16, or auto, whichever a short timing finds faster (default: auto)",
+    )
+    machine.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute the blocks again in the backward pass instead of keeping them: less memory, slower, the same numbers",
+    )
+    machine.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="translate the blocks with torch.compile, which needs a C++ compiler (default: --no-compile)",
     )
     return parser
 
@@ -106,7 +119,8 @@ def _train(arguments: argparse.Namespace) -> int:
     config, budget = request.train(stored), request.budget(stored)
     source = text.source(model, config, run if stored and run.has_validation() else None)
     try:
-        Session(run, source, request, stored, origin).train(model, config, budget, data)
+        session = Session(run, source, request, stored, origin)
+        (session.rehearse if request.dry_run else session.train)(model, config, budget, data)
     finally:
         source.close()
     return 0

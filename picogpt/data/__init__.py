@@ -4,7 +4,7 @@ from picogpt.data.articles import ArticleReader, draw_validation
 from picogpt.data.batches import Batch, RepeatedSource, Source, Stop, TextSource, ValidationStore, WaitInterrupted
 from picogpt.data.corpora import DATASETS, load_dataset
 from picogpt.data.hub import NAMED_STREAMS, Shards, StreamSpec, find_shards, resolve_stream
-from picogpt.data.stream import StreamSource
+from picogpt.data.stream import StreamSource, download_bytes
 from picogpt.data.text import Corpus, read_texts
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "TextSource",
     "ValidationStore",
     "WaitInterrupted",
+    "download_bytes",
     "draw_validation",
     "find_shards",
     "load_dataset",

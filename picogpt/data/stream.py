@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from picogpt.data.articles import SEPARATOR, Article, ArticleReader, Ids, Place
+from picogpt.data.articles import ONE_IN, READ_AHEAD, SEPARATOR, Article, ArticleReader, Ids, Place
 from picogpt.data.batches import Batch, Stop, ValidationStore, even_rolls
 
-__all__ = ["StreamSource", "Usage"]
+__all__ = ["StreamSource", "Usage", "download_bytes"]
 
 POOL = 1024
 """Sequences that batches are drawn from."""
@@ -56,6 +56,14 @@ class Usage:
             f"{self.val_articles:,} with {self.val_chars:,} for validation, {self.empty_articles:,} empty ones; "
             f"{share:.1%} of the text is trained on"
         )
+
+
+def download_bytes(characters: int) -> int:
+    """About how many bytes of a data set's files training on so many characters fetches, at a byte a character.
+
+    What is for validation is fetched too, and what is read ahead. Compressed files take fewer, by what they are compressed.
+    """
+    return round(characters / (1 - 1 / ONE_IN)) + READ_AHEAD
 
 
 class StreamSource:

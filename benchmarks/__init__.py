@@ -1,0 +1,1 @@
+"""Comparisons with plain baselines, for `scripts/benchmark.py`: each pair in one run, taking turns."""

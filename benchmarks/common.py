@@ -1,0 +1,46 @@
+"""What the comparisons share: turns, processes of their own, and what the machine is."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from picogpt.device import instruction_set
+
+__all__ = ["ROOT", "ROUNDS", "in_new_process", "in_turns", "machine"]
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS = 5
+
+T = TypeVar("T")
+
+
+def in_turns(*calls: Callable[[], float]) -> list[list[float]]:
+    """Results of each of `calls` over `ROUNDS` rounds, in which they take turns: A B A B ..."""
+    rounds = [[call() for call in calls] for _ in range(ROUNDS)]
+    return [list(results) for results in zip(*rounds, strict=True)]
+
+
+def in_new_process(measure: Callable[..., T], *arguments: object, environment: Mapping[str, str] | None = None) -> T:
+    """What `measure` returns in a process of its own, whose memory and environment nothing else has touched."""
+    before = dict(os.environ)
+    os.environ.update(environment or {})
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(measure, *arguments).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    threads = f"{instruction_set()}, {torch.get_num_threads()} threads, {os.cpu_count()} cores"
+    return f"{threads}; numpy {np.__version__}, torch {torch.__version__}"

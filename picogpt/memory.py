@@ -1,0 +1,47 @@
+"""How much memory this process has held, as each system tells it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+__all__ = ["peak_memory"]
+
+if sys.platform == "win32":
+    import ctypes
+    from ctypes import wintypes
+
+    class _Counters(ctypes.Structure):
+        """PROCESS_MEMORY_COUNTERS of psapi.h, up to the one that is read."""
+
+        _fields_ = (
+            ("cb", wintypes.DWORD),
+            ("PageFaultCount", wintypes.DWORD),
+            ("PeakWorkingSetSize", ctypes.c_size_t),
+            ("rest", ctypes.c_size_t * 7),
+        )
+
+    def peak_memory() -> int:
+        """The most memory, in bytes, that this process has held at once (its peak resident set)."""
+        counters = _Counters(cb=ctypes.sizeof(_Counters))
+        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+        kernel.GetCurrentProcess.restype = wintypes.HANDLE
+        kernel.K32GetProcessMemoryInfo.argtypes = (wintypes.HANDLE, ctypes.c_void_p, wintypes.DWORD)
+        kernel.K32GetProcessMemoryInfo(kernel.GetCurrentProcess(), ctypes.byref(counters), counters.cb)
+        return int(counters.PeakWorkingSetSize)
+
+elif sys.platform == "linux":
+
+    def peak_memory() -> int:
+        """The most memory, in bytes, that this process has held at once (its peak resident set)."""
+        # Not ru_maxrss, which a process inherits from the one that started it.
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+else:
+    import resource
+
+    def peak_memory() -> int:
+        """The most memory, in bytes, that this process has held at once (its peak resident set)."""
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024

@@ -1,0 +1,53 @@
+"""The baselines are the same model, and what is counted is counted right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.common import in_turns
+from benchmarks.learn import follow
+from benchmarks.plain import PlainLoop
+from benchmarks.train import flops_per_char
+from picogpt.config import GPTConfig, TrainConfig
+from picogpt.train import Trainer
+from tests.conftest import TINY, tiny_source
+
+CONFIG = TrainConfig(optimizer="adamw", batch_size=2, windows=3)
+
+
+def test_plain_loop_learns_the_same() -> None:
+    """Our loop with AdamW in float32 and the plain one go through the same losses."""
+    ours = Trainer(TINY, CONFIG, tiny_source(CONFIG), torch.float32)
+    plain = PlainLoop(TINY, CONFIG, tiny_source(CONFIG))
+
+    assert [plain.update(1e-2) for _ in range(4)] == pytest.approx([ours.update(1e-2) for _ in range(4)], abs=1e-4)
+
+
+def test_flops() -> None:
+    """One layer of width 2, windows of 1 and 3 ids: 2 slots a character of 6 x 48 + 12 x 2 x 2, and 36 for the head."""
+    shape = GPTConfig(n_layer=1, n_head=1, n_embd=2, context_len=1, vocab_size=3)
+
+    assert flops_per_char(shape) == 2 * (288 + 48) + 36
+
+
+def test_turns() -> None:
+    """Calls take turns, and each one's results stand together."""
+    order: list[float] = []
+
+    def call(value: float) -> float:
+        order.append(value)
+        return value
+
+    assert in_turns(lambda: call(1), lambda: call(2)) == [[1] * 5, [2] * 5]
+    assert order == [1, 2] * 5
+
+
+@pytest.mark.parametrize(("target", "chars", "reached"), [(3.0, 60, True), (0.0, 100, False)])
+def test_learning_ends_at_the_target(capsys: pytest.CaptureFixture[str], target: float, chars: int, reached: bool) -> None:
+    """It ends at the first loss that is low enough, or at the length it was given; each validation is a line."""
+    losses = iter([9.0, 4.0, 3.0, 2.0, 1.0])
+    course = follow(lambda: 10, lambda: next(losses), target=target, every=20, most=100, name="x")
+
+    assert (course.chars, course.reached) == (chars, reached)
+    assert capsys.readouterr().out.count("characters in 0 s, validation loss") == chars // 20
