@@ -1,9 +1,9 @@
 """Causal attention for short windows and small heads on a CPU, its backward pass written by hand.
 
 With 129 slots and heads of 32, torch's fused attention takes five times as long in bfloat16 as what is done here, and 1.4 times
-in float32 (forward and backward, two cores with AVX-512). Here are plain batched products, done in two halves, by rows: the first half of the slots looks at half of the keys only, so a
-quarter of the products, of the softmax and of what is kept for the backward pass is saved. Gradients are written
-where they belong, with nothing concatenated.
+in float32 (forward and backward, two cores with AVX-512). Here are plain batched products in two halves, by rows: the first
+half of the slots looks at half of the keys only, which saves a quarter of the products, of the softmax and of what is kept for
+the backward pass. Gradients are written where they belong, with nothing concatenated.
 
 Dimensions: B rolls in a batch, S slots of a window, C = n_embd, H = n_head, D = C / H.
 """
