@@ -216,17 +216,14 @@ def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch, ratio: float, expect
     assert choose_dtype("auto")[0] is expected
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler() -> None:
     """Where CXX points nowhere it is one line that says what to do; where there is a compiler, nothing."""
     from torch._inductor import config
     from torch._inductor.cpp_builder import cpp_compiler_search
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/g++"))
     cpp_compiler_search.cache_clear()
-
-    with pytest.raises(
-        TrainingError, match=r"--compile: no C\+\+ compiler that works \(/nowhere/g\+\+, .*\); install g\+\+, or leave"
-    ):
+    message = r"--compile: no C\+\+ compiler that works \(/nowhere/g\+\+, .*\); install g\+\+, or leave"
+    with config.patch({"cpp.cxx": (None, "/nowhere/g++")}), pytest.raises(TrainingError, match=message):
         check_compiler()
 
 
