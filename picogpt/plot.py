@@ -14,7 +14,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from picogpt.run import LossLog
 from picogpt.scores import CONDITIONS, Estimate, Scores, position_bins
@@ -31,6 +31,7 @@ _SCORES_DPI = 120  # 1440 x 1020 pixels
 _BINS_PER_OCTAVE = 2
 _LINEAR_NATS = 0.01
 """Differences up to which their axis is linear."""
+_DIFFERENCE_TICKS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _MARKERS: Mapping[str, str] = {"as_is": "o", "zeroed": "s", "other": "^", "sliding": "D"}
 
 
@@ -107,13 +108,14 @@ def draw_scores(scores: Scores, title: str) -> bytes:
     losses, differences = figure.subplots(2, 2, sharex="col", height_ratios=(3, 2))
     _, windows, context_len = scores.losses["as_is"].shape
     bins = position_bins(context_len, _BINS_PER_OCTAVE)
-    middles = np.sqrt([first * last for first, last in bins])
+    numbers = np.arange(windows, dtype=np.float64)
+    middles = np.array([math.sqrt(first * last) for first, last in bins])
     for i, name in enumerate(CONDITIONS):
-        _draw_losses(losses[0], np.arange(windows), scores.by_window(name), i)
+        _draw_losses(losses[0], numbers, scores.by_window(name), i)
         _draw_losses(losses[1], middles, scores.by_position(name, bins), i)
         if name != "as_is":
             # Side by side, or the bars would hide each other.
-            _draw_differences(differences[0], np.arange(windows) + (i - 2) / 8, scores.by_window(name, minus="as_is"), i)
+            _draw_differences(differences[0], numbers + (i - 2) / 8, scores.by_window(name, minus="as_is"), i)
             _draw_differences(differences[1], middles * 2 ** ((i - 2) / 12), scores.by_position(name, bins, minus="as_is"), i)
     _label_scores(losses, differences, context_len)
     figure.suptitle(title, fontsize=15)
@@ -151,11 +153,13 @@ def _label_scores(losses: Sequence[Axes], differences: Sequence[Axes], context_l
         axes.axhline(0, color="C0", linewidth=1.8)
         # Linear around nothing, logarithmic beyond: the conditions differ by hundredths here and by halves there.
         axes.set_yscale("symlog", linthresh=_LINEAR_NATS)
+        axes.yaxis.set_major_locator(FixedLocator([0, *(sign * tick for sign in (-1, 1) for tick in _DIFFERENCE_TICKS)]))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda nats, _: f"{nats:+g}" if nats else "0"))
     losses[0].set_ylabel("loss (nats per character)", fontsize=14)
     differences[0].set_ylabel("more than with the roll\n(nats per character)", fontsize=14)
     losses[1].legend(fontsize=12)
     differences[0].set_xlabel("window of the roll", fontsize=14)
-    differences[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    differences[0].xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
     differences[1].set_xlabel("characters of the window seen, from window 1 on", fontsize=14)
     differences[1].set_xscale("log", base=2)
     ticks = [2**i for i in range(context_len.bit_length())]

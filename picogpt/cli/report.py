@@ -59,8 +59,7 @@ class Report:
     def sentence(self) -> str:
         """What the roll buys this model, and what the plain way would."""
         windows, _ = self._shape
-        buys = self.scores.mean("zeroed", minus="as_is", first_window=1)
-        plain = self.scores.mean("sliding", minus="as_is", first_window=1)
+        buys, other, plain = (self.scores.mean(name, minus="as_is", first_window=1) for name in ("zeroed", "other", "sliding"))
         if abs(buys.nats) <= 2 * buys.error:
             meaning = "That is within two standard errors of nothing: on this text the roll cannot be told from none."
         elif buys.nats > 0:
@@ -69,9 +68,8 @@ class Report:
             meaning = "The model does better without its context vector."
         return (
             f"What the roll buys this model: {buys.nats:.5f} +- {buys.error:.5f} nats per character ({buys.bits:.5f} bits) on "
-            f"windows 1 to {windows - 1}, the loss with the context vector zeroed less the loss with it. {meaning} Overlapping "
-            f"windows without a roll cost {abs(plain.nats):.5f} +- {plain.error:.5f} {'less' if plain.nats < 0 else 'more'} than "
-            f"the roll."
+            f"windows 1 to {windows - 1}, the loss with the context vector zeroed less the loss with it. {meaning} The vector "
+            f"of another article costs {_more(other)} than its own, and overlapping windows without a roll {_more(plain)}."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -161,6 +159,10 @@ def _row(label: str, cells: Sequence[str]) -> str:
 
 def _pair(estimate: Estimate, sign: str = "") -> str:
     return f"{estimate.nats:{sign}.4f} +- {estimate.error:.4f}"
+
+
+def _more(estimate: Estimate) -> str:
+    return f"{abs(estimate.nats):.5f} +- {estimate.error:.5f} {'less' if estimate.nats < 0 else 'more'}"
 
 
 def _plain(estimate: Estimate) -> dict[str, float]:
