@@ -348,7 +348,9 @@ class TestHelp:
 
         assert min(seconds) < 0.3
 
-    @pytest.mark.parametrize("parser", [train.build_parser(), generate.build_parser(), evaluation.build_parser()])
+    @pytest.mark.parametrize(
+        "parser", [train.build_parser(), generate.build_parser(), evaluation.build_parser()], ids=lambda parser: parser.prog
+    )
     def test_every_default_is_shown(self, parser: common.Parser) -> None:
         """Each flag says its default, or is one that has none."""
         for action in parser._actions:

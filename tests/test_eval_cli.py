@@ -148,7 +148,7 @@ def test_articles_of_a_stream(run: RunFolder, capsys: Capture, monkeypatch: pyte
     err = capsys.readouterr().err
 
     assert "org/name: 1 files at commit cccccccccccc; the articles that no run on it is trained on" in err
-    assert "name, the first articles for validation of over 24 characters: 12 rolls of 24 characters from 3 of 3 articles" in err
+    assert "name, the first articles for validation of over 24 characters: 12 rolls of 24 characters from 4 of 4 articles" in err
     assert {(shards.columns, shards.commit) for shards in asked} == {(("body",), "c" * 40)}
     assert evaluate("--dataset", "org/name", "--chars", "9999") == 0  # the whole pass
 
