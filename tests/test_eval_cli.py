@@ -108,10 +108,11 @@ def test_other_text(run: RunFolder, text_file: Path, capsys: Capture) -> None:
     assert "n-gram counted on numbers.txt: 6,000 characters" in err
 
     Path("other.txt").write_text("another text altogether, é\n" * 40)
-    assert evaluate("--text", "other.txt") == 0
+    assert evaluate("--text", "other.txt", "other.txt") == 0
     err = capsys.readouterr().err
+    assert "other.txt and 1 more, all of it" in err
     assert "warning" not in err
-    assert "40 characters unknown to the tokenizer" in err
+    assert "80 characters unknown to the tokenizer" in err
     assert "n-gram counted on the first nine tenths of numbers: 5,400 characters" in err
 
 

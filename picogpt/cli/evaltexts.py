@@ -82,7 +82,7 @@ def find_eval_text(
     if dataset is not None and dataset not in DATASETS:
         return _streamed_text(trained, dataset, text_column, roll_len, chars)
     if text:
-        corpus = read_texts(text, name=" ".join(Path(path).name or path for path in text), scratch=trained.run.path)
+        corpus = read_texts(text, name=_name(text), scratch=trained.run.path)
     else:
         corpus = load_dataset(dataset or "auto", notify=notice, progress=DownloadBar("Tiny Shakespeare"))
     notice(f"{corpus.name}: {len(corpus.ids):,} characters; {corpus.describe_unknown()}")
@@ -101,7 +101,7 @@ def find_ngram_text(trained: Trained, evaluated: EvalText, paths: Sequence[str])
     from picogpt.data import read_texts, split_text
 
     if paths:
-        corpus = read_texts(paths, name=" ".join(Path(path).name or path for path in paths), scratch=trained.run.path)
+        corpus = read_texts(paths, name=_name(paths), scratch=trained.run.path)
         return corpus.name, corpus.ids
     if trained.settings is None:
         return "no run beside the model that would name its text"
@@ -110,6 +110,12 @@ def find_ngram_text(trained: Trained, evaluated: EvalText, paths: Sequence[str])
     except (DataError, RunError) as error:
         return str(error)
     return f"the first nine tenths of {corpus.name}", split_text(corpus.ids)[0]
+
+
+def _name(paths: Sequence[str]) -> str:
+    """A short name for files and folders."""
+    first = "stdin" if paths[0] == "-" else Path(paths[0]).name or paths[0]
+    return first if len(paths) == 1 else f"{first} and {len(paths) - 1} more"
 
 
 def _own_text(trained: Trained, roll_len: int) -> EvalText:
