@@ -28,8 +28,9 @@ def test_equals_the_plain_way() -> None:
     """Every character of rows of known, shuffled and unknown text, from the first one of a row on."""
     rng = np.random.Generator(np.random.Philox(2))
     rows = np.stack([TEXT[:20], rng.permutation(TEXT)[:20], rng.integers(0, 88, 20, dtype=np.uint8)])
-    losses = NGram(TEXT).losses(rows)
-    text = TEXT.tolist()
+    counted = np.where(np.arange(len(TEXT)) % 5 < 4, TEXT, 0).astype(np.uint8)  # an unknown id is no beginning of a row
+    losses = NGram(counted).losses(rows)
+    text = counted.tolist()
     plain = [
         [-math.log(plain_probability(text, tuple(row[max(0, i - 4) : i]), row[i])) for i in range(1, 20)] for row in rows.tolist()
     ]

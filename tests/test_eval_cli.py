@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -151,7 +152,10 @@ def test_articles_of_a_stream(run: RunFolder, capsys: Capture, monkeypatch: pyte
     assert "org/name: 1 files at commit cccccccccccc; the articles that no run on it is trained on" in err
     assert "name, the first articles for validation of over 24 characters: 12 rolls of 24 characters from 4 of 4 articles" in err
     assert {(shards.columns, shards.commit) for shards in asked} == {(("body",), "c" * 40)}
-    assert evaluate("--dataset", "org/name", "--chars", "9999") == 0  # the whole pass
+    assert evaluate("--dataset", "org/name", "--chars", "9999") == 0
+    found = re.search(r"from (\d+) of", capsys.readouterr().err)
+    assert found
+    assert int(found[1]) < 60  # one in twenty of all 250
 
 
 @pytest.mark.parametrize(
