@@ -19,6 +19,7 @@ __all__ = [
     "Budget",
     "DataConfig",
     "Decay",
+    "EvalConfig",
     "GPTConfig",
     "GenerateConfig",
     "Pace",
@@ -401,6 +402,27 @@ class GenerateConfig:
             return context_len - context_len // 16
         _require(self.hop <= context_len, "hop", f"from 1 to {context_len}, the model's window", self.hop)
         return self.hop
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How much text is scored, and how.
+
+    Raises:
+        ConfigError: a field is out of its range.
+    """
+
+    chars: int = 200_000
+    """Characters to score at most, in whole rolls spread evenly over the text; at least two rolls are."""
+    windows: int = 10
+    """Windows in a roll, as many as training rolls over by default; the roll shows in the second one first."""
+    batch_size: int = 16
+    """Rolls that are read side by side."""
+
+    def __post_init__(self) -> None:
+        _require_whole("chars", self.chars, 1)
+        _require_whole("windows", self.windows, 2)
+        _require_whole("batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

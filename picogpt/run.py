@@ -9,6 +9,7 @@
 | `validation.safetensors`          | of a run on a stream: its validation text, drawn once                     |
 | `log.pkl`                         | the loss log, plain values only                                          |
 | `log.jpg`                         | its picture                                                              |
+| `eval.jpg`                        | the picture of an evaluation, where there was one                        |
 
 Every file is written whole or not at all. Nothing that is read can run code. Tensors are numpy arrays here, so that
 reading a model needs no torch.

@@ -13,11 +13,11 @@ import picogpt
 PACKAGE = Path(picogpt.__file__).parent
 LAYERS = [
     {"errors"},
-    {"roll", "config", "files", "attention"},
+    {"roll", "config", "files", "attention", "scores"},
     {"model", "tokenizer"},
-    {"run", "data", "optim", "device", "memory", "forecast"},
+    {"run", "data", "optim", "device", "memory", "forecast", "baselines"},
     {"engine", "original"},
-    {"train", "generate", "reference", "plot"},
+    {"train", "generate", "evaluate", "reference", "plot"},
     {"cli"},
 ]
 """From the bottom to the top: a module may import those of lower layers, and its own package."""
@@ -55,7 +55,7 @@ def test_imports_go_one_way(path: Path) -> None:
     ("library", "users"),
     [
         ("matplotlib", {"plot"}),
-        ("torch", {"attention", "model", "optim", "device", "train", "reference"}),
+        ("torch", {"attention", "model", "optim", "device", "train", "evaluate", "reference"}),
         ("safetensors", {"run"}),
     ],
 )

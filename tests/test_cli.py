@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 import picogpt.generate as generate_module
 from picogpt.cli import common, generate, plot, progress, train
+from picogpt.cli import eval as evaluation
 from picogpt.cli.download import DownloadBar
 from picogpt.cli.settings import Request
 from picogpt.config import GPTConfig
@@ -371,7 +372,7 @@ def test_bar_on_a_terminal(text_file: Path) -> None:
 
 
 class TestHelp:
-    @pytest.mark.parametrize("command", ["train", "generate", "plot"])
+    @pytest.mark.parametrize("command", ["train", "generate", "eval", "plot"])
     @pytest.mark.parametrize("flags", [["--help"], ["--version"], ["--no-such-flag"]], ids=lambda flags: flags[0])
     def test_answers_without_heavy_imports(self, command: str, flags: list[str]) -> None:
         """Help, version and a wrong flag need no torch and not even numpy, which is what makes them instant."""
@@ -390,7 +391,9 @@ class TestHelp:
 
         assert min(seconds) < 0.3
 
-    @pytest.mark.parametrize("parser", [train.build_parser(), generate.build_parser()], ids=["train", "generate"])
+    @pytest.mark.parametrize(
+        "parser", [train.build_parser(), generate.build_parser(), evaluation.build_parser()], ids=lambda parser: parser.prog
+    )
     def test_every_default_is_shown(self, parser: common.Parser) -> None:
         """Each flag says its default, or is one that has none."""
         for action in parser._actions:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from picogpt.cli import eval as evaluation
 from picogpt.cli import generate, plot, train
 from picogpt.cli.common import Parser
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 PARSERS = {
     "picogpt-train": train.build_parser(),
     "picogpt-generate": generate.build_parser(),
+    "picogpt-eval": evaluation.build_parser(),
     "picogpt-plot": plot.build_parser(),
 }
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -86,7 +88,7 @@ def test_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) -> Non
     assert (site / "picogpt" / "py.typed").exists()
 
 
-@pytest.mark.parametrize("script", ["train.py", "infer.py"])
+@pytest.mark.parametrize("script", ["train.py", "infer.py", "eval.py"])
 def test_scripts_work_from_a_clone(script: str, tmp_path: Path) -> None:
     """The wrappers find the package beside them, wherever they are started."""
     done = subprocess.run(

@@ -1,7 +1,7 @@
 """Where text comes from: files and named corpora, streams of the hub, all cut into batches. Knows no torch; batches are numpy."""
 
 from picogpt.data.articles import ArticleReader, draw_validation
-from picogpt.data.batches import Batch, RepeatedSource, Source, Stop, TextSource, ValidationStore, WaitInterrupted
+from picogpt.data.batches import Batch, RepeatedSource, Source, Stop, TextSource, ValidationStore, WaitInterrupted, split_text
 from picogpt.data.corpora import DATASETS, load_dataset
 from picogpt.data.hub import NAMED_STREAMS, Shards, StreamSpec, find_shards, resolve_stream
 from picogpt.data.stream import StreamSource, download_bytes
@@ -28,4 +28,5 @@ __all__ = [
     "load_dataset",
     "read_texts",
     "resolve_stream",
+    "split_text",
 ]

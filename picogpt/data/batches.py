@@ -13,7 +13,17 @@ import numpy.typing as npt
 from picogpt.data.text import Corpus
 from picogpt.errors import DataError
 
-__all__ = ["Batch", "RepeatedSource", "Source", "Stop", "TextSource", "ValidationStore", "WaitInterrupted", "even_rolls"]
+__all__ = [
+    "Batch",
+    "RepeatedSource",
+    "Source",
+    "Stop",
+    "TextSource",
+    "ValidationStore",
+    "WaitInterrupted",
+    "even_rolls",
+    "split_text",
+]
 
 Stop = Callable[[], bool]
 """Asked now and then whether to end."""
@@ -68,6 +78,12 @@ class Source(Protocol):
         """Go on from a snapshot."""
 
 
+def split_text(ids: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """The part of a text (characters,) that is trained on, and the part for validation."""
+    n_train = int(TRAIN_SHARE * len(ids))
+    return ids[:n_train], ids[n_train:]
+
+
 class TextSource:
     """Batches from a text in memory, its first 90 % for training and the rest for validation.
 
@@ -87,8 +103,8 @@ class TextSource:
 
     def __init__(self, corpus: Corpus, *, roll_len: int, batch_size: int, seed: int) -> None:
         self._corpus = corpus
-        n_train = int(TRAIN_SHARE * len(corpus.ids))
-        self.train_ids, self.val_ids = corpus.ids[:n_train], corpus.ids[n_train:]
+        self.train_ids, self.val_ids = split_text(corpus.ids)
+        n_train = len(self.train_ids)
         self._roll_len, self._batch_size, self._seed = roll_len, batch_size, seed
         if len(self.train_ids) <= roll_len or len(self.val_ids) < 2:
             needed = max(int((roll_len + 1) / TRAIN_SHARE) + 1, 20)

@@ -1,0 +1,214 @@
+"""`picogpt-eval`: what a character costs a trained model, and what the context roll buys it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from picogpt.cli.common import Parser, end_process, notice, run_command
+from picogpt.cli.evaltexts import EvalText, Trained, find_eval_text, find_ngram_text
+from picogpt.config import EvalConfig, check_threads
+from picogpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from picogpt.cli.report import Report
+    from picogpt.scores import Rolls
+
+__all__ = ["build_parser", "command", "main"]
+
+LINE_INTERVAL = 30.0
+"""Seconds between progress lines where stderr is no terminal."""
+
+
+def build_parser() -> Parser:
+    """The parser."""
+    defaults = EvalConfig()
+    parser = Parser(
+        "picogpt-eval",
+        "Score a text with a trained model, in nats and bits per character: with its context vectors as they are, zeroed, taken\n"
+        "from another article, and in overlapping windows without a roll; beside compressors and a character n-gram.",
+        "A table goes to stdout, a picture beside the model. docs/evaluation.md says how to read them.",
+    )
+    parser.add_argument(
+        "-m",
+        "--model",
+        metavar="RUN",
+        help="a run's name, its folder, or a .safetensors file (default: the run under the logs folder that was saved last)",
+    )
+    parser.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
+    group = parser.add_argument_group("text (default: the one that the run was validated on)")
+    text = group.add_mutually_exclusive_group()
+    text.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="a data set as in picogpt-train: all of a text, or a stream's articles for validation (default: the run's)",
+    )
+    text.add_argument(
+        "--text", metavar="PATH", nargs="+", default=[], help="files, folders of .txt, or - for stdin: all of it (default: none)"
+    )
+    group.add_argument("--text-column", metavar="NAME", help="column of a streamed data set that holds the text (default: text)")
+    group.add_argument(
+        "--chars",
+        metavar="N",
+        type=int,
+        default=defaults.chars,
+        help="characters to score at most, spread evenly over the text (default: %(default)s)",
+    )
+    group.add_argument(
+        "--ngram-text",
+        metavar="PATH",
+        nargs="+",
+        default=[],
+        help="text to count the n-gram on (default: the run's, where it is a text on this machine)",
+    )
+    group.add_argument(
+        "--windows", metavar="N", type=int, default=defaults.windows, help="windows in a roll (default: %(default)s)"
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--batch-size", metavar="N", type=int, default=defaults.batch_size, help="rolls read side by side (default: %(default)s)"
+    )
+    machine.add_argument("--threads", metavar="N", type=int, help="threads to compute with (default: one a core)")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "-o", "--output", metavar="FILE", type=Path, help="the picture, a .jpg (default: eval.jpg beside the model)"
+    )
+    output.add_argument("--json", action="store_true", help="one JSON object, on a line, instead of the table")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command on `argv` (None: the process's own arguments) and return its exit code."""
+    return run_command(_evaluate, build_parser(), argv)
+
+
+def command() -> NoReturn:
+    """`picogpt-eval` as a process of its own."""
+    end_process(main())
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    config = EvalConfig(chars=arguments.chars, windows=arguments.windows, batch_size=arguments.batch_size)
+    threads = check_threads(arguments.threads)
+    if arguments.output is not None and arguments.output.suffix.lower() not in {".jpg", ".jpeg"}:
+        raise ConfigError(f"output must end in .jpg, got {str(arguments.output)!r}", "output")
+    from picogpt.files import atomic_write
+    from picogpt.run import find_model
+
+    path, chosen = find_model(arguments.model, arguments.logs_dir)
+    notice(chosen)
+    report = _score(arguments, path, config, threads)
+    output = arguments.output or path.with_name("eval.jpg")
+    print(json.dumps({**report.to_json(), "picture": str(output)}) if arguments.json else report.table(), flush=True)
+    from picogpt.plot import draw_scores
+
+    atomic_write(output, draw_scores(report.scores, report.title()))
+    notice(f"picture: {output}")
+    return 0
+
+
+def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig, threads: int | None) -> Report:
+    """Find the text, score it, and measure the baselines on the same characters."""
+    from picogpt.baselines import NGRAM_CHARS, NGram, compressed_bits
+    from picogpt.cli.report import Report
+    from picogpt.run import load_model
+    from picogpt.scores import Scores, cut_rolls
+
+    shape, weights = load_model(path)
+    trained = Trained.of_model(path)
+    roll_len = config.windows * shape.context_len
+    text = find_eval_text(
+        trained,
+        text=arguments.text,
+        dataset=arguments.dataset,
+        text_column=arguments.text_column,
+        roll_len=roll_len,
+        chars=config.chars,
+    )
+    rolls = cut_rolls(text.articles, roll_len, config.chars)
+    _announce(text, rolls)
+    ngram_text = find_ngram_text(trained, text, arguments.ngram_text)
+    from picogpt.device import set_threads
+    from picogpt.evaluate import chars_to_read, evaluate
+    from picogpt.model import GPT
+
+    model = GPT(shape)
+    model.load_arrays(weights)
+    notice(f"computing in float32 with {set_threads(threads)} threads")
+    with _Progress(chars_to_read(rolls, shape.context_len)) as advance:
+        losses = evaluate(model, rolls, batch_size=config.batch_size, advance=advance)
+    if isinstance(ngram_text, str):
+        ngram = f"no n-gram: {ngram_text}"
+    else:
+        name, ids = ngram_text
+        counted = NGram(ids)
+        cap = f", the first {NGRAM_CHARS:,} of {len(ids):,}" if len(ids) > NGRAM_CHARS else ""
+        ngram = f"n-gram counted on {name}: {counted.n_chars:,} characters{cap}"
+        losses["ngram"] = counted.losses(rolls.ids).reshape(losses["as_is"].shape)
+    notice(ngram)
+    return Report(
+        model=str(path),
+        text=text.name,
+        part=text.description,
+        unit=text.unit,
+        scores=Scores(losses, rolls.article_of),
+        compressors=compressed_bits(rolls.ids[:, 1:].reshape(-1)),
+        ngram=ngram,
+    )
+
+
+def _announce(text: EvalText, rolls: Rolls) -> None:
+    """Say what is scored."""
+    R, T = len(rolls.ids), rolls.ids.shape[1] - 1
+    why = "" if text.unit == "articles" else "; no articles are marked in it, so stretches stand for them"
+    notice(
+        f"{text.name}, {text.description}: {R:,} rolls of {T:,} characters from {rolls.n_articles:,} of "
+        f"{len(text.articles):,} {text.unit}, {rolls.n_chars:,} characters{why}"
+    )
+
+
+class _Progress:
+    """Characters read: a bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        total: characters to read.
+    """
+
+    def __init__(self, total: int) -> None:
+        from tqdm import tqdm
+
+        self._total, self._done = total, 0
+        self._start = self._last_line = time.perf_counter()
+        on_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._bar: tqdm[NoReturn] | None = None
+        if on_terminal:
+            self._bar = tqdm(total=total, unit="char", unit_scale=True, dynamic_ncols=True)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, chars: int) -> None:
+        """So many more have been read."""
+        self._done += chars
+        if self._bar is not None:
+            self._bar.update(chars)
+        elif time.perf_counter() - self._last_line >= LINE_INTERVAL:
+            self._last_line = time.perf_counter()
+            rate = self._done / (self._last_line - self._start)
+            left = timedelta(seconds=round((self._total - self._done) / rate))
+            notice(f"{self._done / self._total:.0%} read, {rate:,.0f} characters/s, {left} left")
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,174 @@
+"""What `picogpt-eval` says of its scores: a table, a sentence, a JSON object."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from picogpt.baselines import NGRAM_ORDER
+from picogpt.scores import CONDITIONS, Estimate, Scores, position_bins
+
+__all__ = ["Report"]
+
+_NGRAM = "ngram"
+_COMPRESSOR_LABELS: Mapping[str, str] = {
+    "bz2": "bz2 -9, starting from nothing",
+    "lzma": "lzma -9e, starting from nothing",
+}
+_WIDTH = 36
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The scores of a model on a text."""
+
+    model: str
+    """Path of the model."""
+    text: str
+    """Name of the text."""
+    part: str
+    """Which part of it."""
+    unit: str
+    """What errors are taken over: articles, or stretches."""
+    scores: Scores
+    """Losses of the conditions, and of the n-gram as `ngram` where it was counted."""
+    compressors: Mapping[str, float]
+    """Bits per character, by name."""
+    ngram: str
+    """What the n-gram was counted on, or why there is none."""
+
+    @property
+    def n_articles(self) -> int:
+        """Articles, or stretches, that rolls were cut from."""
+        return int(self.scores.article_of[-1]) + 1
+
+    def table(self) -> str:
+        """The scores as text: overall, by window of the roll, by position in the window, and the sentence."""
+        return "\n\n".join("\n".join(part) for part in (self._overall(), self._windows(), self._positions(), [self.sentence()]))
+
+    def title(self) -> str:
+        """What the picture shows."""
+        return (
+            f"{Path(self.model).parent.name} on {self.text}: {self._chars:,} characters, "
+            f"{self.n_articles:,} {self.unit}, with standard errors"
+        )
+
+    def sentence(self) -> str:
+        """What the roll buys this model, and what the plain way would."""
+        windows, _ = self._shape
+        buys, other, plain = (self.scores.mean(name, minus="as_is", first_window=1) for name in ("zeroed", "other", "sliding"))
+        if abs(buys.nats) <= 2 * buys.error:
+            meaning = "That is within two standard errors of nothing: on this text the roll cannot be told from none."
+        elif buys.nats > 0:
+            meaning = f"That is {buys.nats / self.scores.mean('zeroed', first_window=1).nats:.2%} of the loss."
+        else:
+            meaning = "The model does better without its context vector."
+        return (
+            f"What the roll buys this model: {buys.nats:.5f} +- {buys.error:.5f} nats per character ({buys.bits:.5f} bits) on "
+            f"windows 1 to {windows - 1}, the loss with the context vector zeroed less the loss with it. {meaning} The vector "
+            f"of another article costs {_more(other)} than its own, and overlapping windows without a roll {_more(plain)}."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        windows, context_len = self._shape
+        every = [(p, p) for p in range(1, context_len + 1)]
+        return {
+            "model": self.model,
+            "text": {"name": self.text, "part": self.part, "rolls": len(self.scores.article_of), "characters": self._chars},
+            "errors_over": {"unit": self.unit, "number": self.n_articles},
+            "windows": windows,
+            "context_len": context_len,
+            "scores": {
+                name: {
+                    **_plain(self.scores.mean(name)),
+                    "by_window": [_plain(estimate) for estimate in self.scores.by_window(name)],
+                    "by_position": [_plain(estimate) for estimate in self.scores.by_position(name, every)],
+                }
+                for name in self.scores.losses
+            },
+            "more_than_as_is": {
+                name: _plain(self.scores.mean(name, minus="as_is", first_window=1)) for name in CONDITIONS if name != "as_is"
+            },
+            "compressors": {name: {"bits": bits, "nats": bits * math.log(2)} for name, bits in self.compressors.items()},
+            "ngram": self.ngram,
+            "sentence": self.sentence(),
+        }
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """Windows of a roll, and characters of a window."""
+        _, windows, context_len = self.scores.losses["as_is"].shape
+        return windows, context_len
+
+    @property
+    def _chars(self) -> int:
+        return self.scores.losses["as_is"].size
+
+    def _labels(self) -> Iterator[tuple[str, str]]:
+        """Name and label of each row that has a loss for each character."""
+        yield from CONDITIONS.items()
+        if _NGRAM in self.scores.losses:
+            yield _NGRAM, f"{NGRAM_ORDER}-gram"
+
+    def _overall(self) -> list[str]:
+        rows = [f"{'':{_WIDTH}}  {'nats/char':>18}  {'bits/char':>18}  {'more than as it is*':>20}"]
+        for name, label in self._labels():
+            mean = self.scores.mean(name)
+            more = "" if name == "as_is" else _pair(self.scores.mean(name, minus="as_is", first_window=1), sign="+")
+            bits = f"{mean.bits:.4f} +- {mean.bits_error:.4f}"
+            rows.append(f"{label:{_WIDTH}}  {_pair(mean):>18}  {bits:>18}  {more:>20}".rstrip())
+        for name, bits_per_char in self.compressors.items():
+            label = _COMPRESSOR_LABELS[name]
+            rows.append(f"{label:{_WIDTH}}  {bits_per_char * math.log(2):<7.4f}{'':11}  {bits_per_char:<7.4f}".rstrip())
+        windows, _ = self._shape
+        rows.append(f"* nats per character on windows 1 to {windows - 1}, paired; +- is a standard error over {self.unit}")
+        return rows
+
+    def _windows(self) -> list[str]:
+        windows, _ = self._shape
+        heading = ["nats per character by window of the roll", _row("", [str(i) for i in range(windows)])]
+        return [*heading, *(self._line(label, self.scores.by_window(name)) for name, label in self._labels()), self._errors(None)]
+
+    def _positions(self) -> list[str]:
+        windows, context_len = self._shape
+        bins = position_bins(context_len)
+        heading = [
+            f"nats per character by how many characters of the window were seen, windows 1 to {windows - 1}",
+            _row("", [f"{first}" if first == last else f"{first}-{last}" for first, last in bins]),
+        ]
+        rows = (self._line(label, self.scores.by_position(name, bins)) for name, label in self._labels())
+        return [*heading, *rows, self._errors(bins)]
+
+    def _errors(self, bins: Sequence[tuple[int, int]] | None) -> str:
+        """The standard errors of the first row; those of the others are about the same."""
+        estimates = self.scores.by_window("as_is") if bins is None else self.scores.by_position("as_is", bins)
+        return _row("standard error of the first row", [f"{estimate.error:.4f}" for estimate in estimates])
+
+    @staticmethod
+    def _line(label: str, estimates: Sequence[Estimate]) -> str:
+        return _row(label, [f"{estimate.nats:.4f}" for estimate in estimates])
+
+
+def _row(label: str, cells: Sequence[str]) -> str:
+    return f"{label:{_WIDTH}}" + "".join(f"{cell:>8}" for cell in cells)
+
+
+def _pair(estimate: Estimate, sign: str = "") -> str:
+    return f"{estimate.nats:{sign}.4f} +- {estimate.error:.4f}"
+
+
+def _more(estimate: Estimate) -> str:
+    return f"{abs(estimate.nats):.5f} +- {estimate.error:.5f} {'less' if estimate.nats < 0 else 'more'}"
+
+
+def _plain(estimate: Estimate) -> dict[str, float]:
+    return {
+        "nats": estimate.nats,
+        "nats_error": estimate.error,
+        "bits": estimate.bits,
+        "bits_error": estimate.bits_error,
+    }
