@@ -9,13 +9,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from picogpt import __version__
 from picogpt.errors import ConfigError, PicoGPTError
 
-__all__ = ["Parser", "StopRequest", "end_process", "notice", "run_command"]
+__all__ = ["Parser", "StopRequest", "add_model", "end_process", "notice", "run_command"]
 
 _WRONG_USAGE = 2
 _INTERRUPTED = 130
@@ -55,6 +56,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with exit code 2 and one line."""
         self.exit(_WRONG_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def add_model(flags: argparse._ActionsContainer) -> None:
+    """Add the flags that name a trained model."""
+    flags.add_argument(
+        "-m",
+        "--model",
+        metavar="RUN",
+        help="a run's name, its folder, or a .safetensors file (default: the run under the logs folder that was saved last)",
+    )
+    flags.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
 
 
 def notice(text: str) -> None:

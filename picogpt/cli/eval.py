@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from picogpt.cli.common import Parser, end_process, notice, run_command
+from picogpt.cli.common import Parser, add_model, end_process, notice, run_command
 from picogpt.cli.evaltexts import EvalText, Trained, find_eval_text, find_ngram_text
 from picogpt.config import EvalConfig, check_threads
 from picogpt.errors import ConfigError
@@ -36,13 +36,7 @@ def build_parser() -> Parser:
         "from another article, and in overlapping windows without a roll; beside compressors and a character n-gram.",
         "A table goes to stdout, a picture beside the model. docs/evaluation.md says how to read them.",
     )
-    parser.add_argument(
-        "-m",
-        "--model",
-        metavar="RUN",
-        help="a run's name, its folder, or a .safetensors file (default: the run under the logs folder that was saved last)",
-    )
-    parser.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
+    add_model(parser)
     group = parser.add_argument_group("text (default: the one that the run was validated on)")
     text = group.add_mutually_exclusive_group()
     text.add_argument(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from picogpt.cli.common import Parser, StopRequest, notice, run_command
+from picogpt.cli.common import Parser, StopRequest, add_model, notice, run_command
 from picogpt.config import GenerateConfig, SampleConfig, check_threads, parse_new_tokens
 from picogpt.errors import ConfigError, DataError
 
@@ -41,13 +41,7 @@ def build_parser() -> Parser:
     source.add_argument("-f", "--prompt-file", metavar="FILE", help="file to go on from, - for stdin (default: none)")
     prompt.add_argument("--chat", action="store_true", help="prompts are questions, <Q>...</Q>, and texts answers, <A>...</A>")
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "-m",
-        "--model",
-        metavar="RUN",
-        help="a run's name, its folder, or a .safetensors file (default: the run under the logs folder that was saved last)",
-    )
-    model.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
+    add_model(model)
     model.add_argument(
         "--hop",
         metavar="N",
