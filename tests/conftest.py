@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from picogpt.cli import forecast
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Corpus, TextSource
 from tests.hub import Hub, free_port
@@ -57,6 +58,14 @@ def _only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def _untimed_epoch_ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in this process rehearses no end of an epoch for its forecast, but where that is tested: it would take longer than the run."""
+    if request.module.__name__ != "tests.test_forecast":
+        known = forecast.EpochEnd(seconds_per_val_batch=0.001, seconds=0.05, disk=1_000_000)
+        monkeypatch.setattr(forecast, "time_epoch_end", lambda *_: known)
 
 
 @pytest.fixture(autouse=True, scope="session")

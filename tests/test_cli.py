@@ -241,16 +241,14 @@ class TestTrain:
         assert err.count("\n") == 1
         assert list(Path().iterdir()) == []
 
-    def test_compile_without_a_compiler(
-        self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_compile_without_a_compiler(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """It is said in one line, after what the text is, and nothing was trained."""
         from torch._inductor import config
         from torch._inductor.cpp_builder import cpp_compiler_search
 
         cpp_compiler_search.cache_clear()
-        monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/g++"))
-        assert train.main(training(text_file, "--compile")) == 1
+        with config.patch({"cpp.cxx": (None, "/nowhere/g++")}):
+            assert train.main(training(text_file, "--compile")) == 1
 
         err = capsys.readouterr().err
         assert err.splitlines()[-1].startswith("picogpt-train: --compile: no C++ compiler that works (/nowhere/g++, ")
