@@ -3,9 +3,9 @@
 A process may hold all heads or a share of them. What its attention or its MLP puts out is then a part of a sum that all
 processes add up (`Sums`), after which each holds the same residual stream.
 
-Scores are exponentiated as they are in the fast case. A column of ones beside the values gives the softmax's sum in the same
-product. Should a score ever be too large for that, the numbers that come out are not finite, and the caller does the character
-again by `advance`, which takes care.
+Scores are exponentiated as they are, and a column of ones beside the values gives the softmax's sum in the same product.
+Should a score ever be too large for that, `advance` sees it and subtracts the largest first; `step` does not look: the numbers
+that come out are not finite, and the caller does the character again by `advance`.
 
 Dimensions: B texts side by side, k slots at once, S slots of a window, C = n_embd, D = C / n_head; H heads and M inner
 values of the MLP in this process's share.
