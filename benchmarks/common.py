@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_info
 
 from picogpt.device import instruction_set
 
@@ -41,6 +42,8 @@ def in_new_process(measure: Callable[..., T], *arguments: object, environment: M
 
 
 def machine() -> str:
-    """What the figures were measured on."""
+    """What the figures were measured on; numpy's matrix products may use other instructions than torch."""
     threads = f"{instruction_set()}, {torch.get_num_threads()} threads, {os.cpu_count()} cores"
-    return f"{threads}; numpy {np.__version__}, torch {torch.__version__}"
+    blas = {library["architecture"] for library in threadpool_info() if library["internal_api"] == "openblas"}
+    kernels = ", ".join(sorted(blas)) or "no OpenBLAS"
+    return f"{threads}; numpy {np.__version__} ({kernels}), torch {torch.__version__}"

@@ -219,6 +219,8 @@ class StopWatcher:
 
     def pass_on(self, token: int) -> list[int]:
         """Take the next id; return those that are now certain to be no part of a stop text."""
+        if not self._stops:
+            return [token]
         self._held.append(token)
         held = tuple(self._held)
         for stop in self._stops:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.common import in_turns
+from benchmarks import common
+from benchmarks.common import in_turns, machine
 from benchmarks.learn import follow
 from benchmarks.plain import PlainLoop
 from benchmarks.train import flops_per_char
@@ -41,6 +42,14 @@ def test_turns() -> None:
 
     assert in_turns(lambda: call(1), lambda: call(2)) == [[1] * 5, [2] * 5]
     assert order == [1, 2] * 5
+
+
+def test_machine_names_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The instructions of numpy's matrix products are printed beside those of torch."""
+    libraries = [{"internal_api": "openblas", "architecture": "Haswell"}, {"internal_api": "mkl"}, {"internal_api": "openmp"}]
+    monkeypatch.setattr(common, "threadpool_info", lambda: libraries)
+
+    assert " (Haswell), torch " in machine()
 
 
 @pytest.mark.parametrize(("target", "chars", "reached"), [(3.0, 60, True), (0.0, 100, False)])

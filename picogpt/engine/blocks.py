@@ -3,9 +3,9 @@
 A process may hold all heads or a share of them. What its attention or its MLP puts out is then a part of a sum that all
 processes add up (`Sums`), after which each holds the same residual stream.
 
-Scores are exponentiated as they are in the fast case. A column of ones beside the values gives the softmax's sum in the same
-product. Should a score ever be too large for that, the numbers that come out are not finite, and the caller does the character
-again by `advance`, which takes care.
+Scores are exponentiated as they are, and a column of ones beside the values gives the softmax's sum in the same product.
+Should a score ever be too large for that, `advance` sees it and subtracts the largest first; `step` does not look: the numbers
+that come out are not finite, and the caller does the character again by `advance`.
 
 Dimensions: B texts side by side, k slots at once, S slots of a window, C = n_embd, D = C / n_head; H heads and M inner
 values of the MLP in this process's share.
@@ -18,12 +18,16 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from picogpt.engine.weights import Floats, Layer, Weights
 
 __all__ = ["Blocks", "OwnSums", "Sums", "normal"]
 
 _LAYER_NORM_EPSILON = 1e-5
+
+_LARGE_SCORE = 60
+"""Below this, the exponentials of a whole window's scores can be added up as they are, without loss."""
 
 ATTENTION, MLP = 0, 1
 """The two sums of a layer; each has memory of its own, so that one can be written while the other is still read."""
@@ -77,6 +81,7 @@ class Blocks:
         self._keys = np.zeros((*shape, self._head_size, slots), np.float32)  # (L, B, H, D, S)
         self._values = np.ones((*shape, slots, self._head_size + 1), np.float32)  # (L, B, H, S, D + 1), the last of each a 1
         self._mask = np.triu(np.full((slots, slots), -np.inf, np.float32), 1)  # (S, S)
+        self._scratch = _Scratch(batch, 1, self._n_head, layers[0])
         self._step: _Step | None = None
 
     def fork(self, batch: int) -> Blocks:
@@ -87,6 +92,8 @@ class Blocks:
 
     def advance(self, x: Floats, first: int) -> None:
         """Run slots `x` (B, k, C), which stand behind the `first` slots read before, through all blocks, in place."""
+        if self._scratch.slots != x.shape[1]:
+            self._scratch = _Scratch(self._batch, x.shape[1], self._n_head, self._layers[0])
         for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
             self._attend(x, layer, keys, values, first)
             self._sums.add(ATTENTION, x)
@@ -101,43 +108,80 @@ class Blocks:
 
     def _attend(self, x: Floats, layer: Layer, keys: Floats, values: Floats, first: int) -> None:
         """Write this share of the attention's output for `x`; `keys` are (B, H, D, S) and `values` (B, H, S, D + 1)."""
-        B, k, C = x.shape
-        H, D, end = self._n_head, self._head_size, first + k
-        qkv = normal(x).reshape(-1, C) @ layer.qkv[:-1]  # (B * k, 3 * H * D)
-        qkv[:, : H * D] += layer.qkv[-1, : H * D]
-        q, new_keys, new_values = qkv.reshape(B, k, 3, H, D).transpose(2, 0, 3, 1, 4)  # each (B, H, k, D)
-        keys[..., first:end], values[..., first:end, :-1] = new_keys.swapaxes(-1, -2), new_values
-        scores = q @ keys[..., :end]  # (B, H, k, S)
-        if k > 1:
+        scratch, end = self._scratch, first + self._scratch.slots
+        scratch.normalise(x)
+        np.matmul(scratch.normal, layer.qkv, out=scratch.qkv)
+        keys[..., first:end] = scratch.key.swapaxes(-1, -2)
+        values[..., first:end, :-1] = scratch.value
+        scores = scratch.q @ keys[..., :end]  # (B, H, k, S)
+        large = max(scores.max(), -scores.min()) > _LARGE_SCORE
+        if scratch.slots > 1:
             scores += self._mask[first:end, :end]
-        scores -= scores.max(axis=-1, keepdims=True)
+        if large:
+            scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
         y = scores @ values[..., :end, :]  # (B, H, k, D + 1)
-        y = (y[..., :-1] / y[..., -1:]).transpose(0, 2, 1, 3).reshape(B * k, H * D)
-        self._project(y, layer.out, ATTENTION)
+        np.divide(y[..., :-1], y[..., -1:], out=scratch.heads)
+        self._project(scratch.y, layer.out, ATTENTION)
 
     def _feed(self, x: Floats, layer: Layer) -> None:
         """Write this share of the MLP's output for `x`."""
-        hidden = normal(x).reshape(-1, x.shape[-1]) @ layer.fc[:-1]  # (B * k, M)
-        hidden += layer.fc[-1]
-        edges = np.floor(hidden)
-        cells = edges.astype(np.intp)
-        hidden -= edges
-        hidden *= self._weights.gelu_slopes.take(cells, mode="clip")
-        hidden += self._weights.gelu_values.take(cells, mode="clip")
-        self._project(hidden, layer.proj, MLP)
+        scratch = self._scratch
+        scratch.normalise(x)
+        np.matmul(scratch.normal, layer.fc, out=scratch.places)
+        _gelu(self._weights, scratch.places, scratch.edges, scratch.cells, scratch.hidden[:, :-1])
+        self._project(scratch.hidden, layer.proj, MLP)
 
     def _project(self, inputs: Floats, matrix: Floats, which: int) -> None:
-        """Write `inputs` (B * k, n) times `matrix` (n + 1, C) as this process's part of sum `which`."""
-        part = self._sums.part(which, len(inputs) * matrix.shape[1]).reshape(len(inputs), -1)
-        np.matmul(inputs, matrix[:-1], out=part)
-        part += matrix[-1]
+        """Write `inputs` (B * k, n + 1) times `matrix` (n + 1, C) as this process's part of sum `which`."""
+        part = self._sums.part(which, len(inputs) * matrix.shape[1])
+        np.matmul(inputs, matrix, out=part.reshape(len(inputs), -1))
+
+
+class _Scratch:
+    """What lies between two sums, for k slots of B texts; inputs of the matrices end in a 1, for the row of biases.
+
+    Made once and written again and again, it stays in the processor's caches.
+    """
+
+    def __init__(self, batch: int, slots: int, n_head: int, layer: Layer) -> None:
+        C, width, inner = layer.out.shape[1], layer.out.shape[0] - 1, layer.proj.shape[0] - 1  # width is H * D, inner M
+        rows, head = batch * slots, (n_head, width // n_head)
+        self.slots = slots
+        self.normal, self.y, self.hidden = (np.ones((rows, size + 1), np.float32) for size in (C, width, inner))
+        self.heads = self.y[:, :-1].reshape(batch, slots, *head).swapaxes(1, 2)  # (B, H, k, D)
+        self.qkv = np.empty((rows, 3 * width), np.float32)
+        self.q, self.key, self.value = self.qkv.reshape(batch, slots, 3, *head).transpose(2, 0, 3, 1, 4)  # each (B, H, k, D)
+        self.places, self.edges = np.empty((2, rows, inner), np.float32)
+        self.cells = np.empty((rows, inner), np.intp)
+
+    def normalise(self, x: Floats) -> None:
+        """Write the normalised `x` (B, k, C) as the input of the next matrix."""
+        flat = x.reshape(len(self.normal), -1)
+        np.divide(flat, _root_mean_square(flat), out=self.normal[:, :-1])
+
+
+def _gelu(weights: Weights, places: Floats, edges: Floats, cells: npt.NDArray[np.intp], out: Floats) -> None:
+    """Write to `out` the GELU of what stands at `places` of its table; these, `edges` and `cells` are overwritten."""
+    np.floor(places, out=edges)
+    cells[...] = edges
+    places -= edges
+    weights.gelu_slopes.take(cells, mode="clip", out=edges)
+    places *= edges
+    weights.gelu_values.take(cells, mode="clip", out=edges)
+    np.add(places, edges, out=out)
+
+
+def _root_mean_square(x: Floats) -> Floats:
+    """What LayerNorm divides vectors `x` (..., C) by: (..., 1)."""
+    mean_square = np.einsum("...c,...c->...", x, x)[..., None] / np.float32(x.shape[-1])
+    root: Floats = np.sqrt(mean_square + np.float32(_LAYER_NORM_EPSILON))
+    return root
 
 
 def normal(x: Floats) -> Floats:
     """Divide centred vectors `x` (..., C) by their root mean square: LayerNorm without gain and bias."""
-    mean_square = np.einsum("...c,...c->...", x, x)[..., None] / np.float32(x.shape[-1])
-    divided: Floats = x / np.sqrt(mean_square + np.float32(_LAYER_NORM_EPSILON))
+    divided: Floats = x / _root_mean_square(x)
     return divided
 
 
@@ -206,14 +250,7 @@ class _Step:
         np.dot(self._y, layer.out, out=out)
 
     def _feed(self, x: Floats, layer: Layer, out: Floats) -> None:
-        places, edges, cells = self._places, self._edges, self._cells
         self._normalise(x)
-        np.dot(self._normal, layer.fc, out=places)
-        np.floor(places, out=edges)
-        cells[:] = edges
-        places -= edges
-        self._weights.gelu_slopes.take(cells, mode="clip", out=edges)
-        places *= edges
-        self._weights.gelu_values.take(cells, mode="clip", out=edges)
-        places += edges
+        np.dot(self._normal, layer.fc, out=self._places)
+        _gelu(self._weights, self._places, self._edges, self._cells, self._places)
         np.dot(self._hidden, layer.proj, out=out)

@@ -130,7 +130,7 @@ class Team:
 
     def __init__(self, weights: Weights, size: int, rows: int) -> None:
         assert weights.config.n_head % size == 0, (weights.config.n_head, size)
-        self._weights, self.rows = weights, rows
+        self._weights = weights
         self._shared = _Shared(size, rows * weights.config.n_embd)
         self._layers = [layer.share(0, size) for layer in weights.layers]
         self._sums = _TeamSums(self._shared, 0, self._wait)
@@ -281,12 +281,8 @@ class TeamBlocks:
 
     def advance(self, x: Floats, first: int) -> None:
         """See `Blocks`."""
-        most = max(1, self._team.rows // len(x))
-        for start in range(0, x.shape[1], most):
-            part = np.ascontiguousarray(x[:, start : start + most])
-            self._team.advance(self._window, part, first + start)
-            self._blocks.advance(part, first + start)
-            x[:, start : start + most] = part
+        self._team.advance(self._window, x, first)
+        self._blocks.advance(x, first)
 
     def step(self, x: Floats, slot: int) -> None:
         """See `Blocks`."""

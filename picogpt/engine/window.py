@@ -25,7 +25,7 @@ __all__ = ["Engine", "Window", "processes_for"]
 Ids = npt.NDArray[np.integer[Any]]
 
 _ROWS = 256
-"""Slots that a team advances at once, at least: two windows."""
+"""Slots that go through the blocks at once, at least: two windows."""
 
 
 def processes_for(config: GPTConfig, asked: int | None) -> int:
@@ -46,15 +46,18 @@ class Engine:
         processes: how many compute it together; see `processes_for`.
         texts: texts side by side, at most, that several processes are made ready for.
 
+    Attributes:
+        rows: slots of all texts that go through the blocks at once, at most; more do so in pieces.
+
     Raises:
         RunError: a weight is missing, of another shape, not finite or beyond all bounds, or the vocabulary is another.
     """
 
     def __init__(self, config: GPTConfig, arrays: Mapping[str, npt.NDArray[Any]], *, processes: int = 1, texts: int = 1) -> None:
-        self.config, self.threads = config, processes
+        self.config, self.threads, self.rows = config, processes, max(_ROWS, texts)
         self.weights = Weights(config, arrays)
         self._sums = OwnSums()
-        self.team = Team(self.weights, processes, max(_ROWS, texts)) if processes > 1 else None
+        self.team = Team(self.weights, processes, self.rows) if processes > 1 else None
         if self.team is not None:
             self.weights.layers.clear()  # each process has its share
 
@@ -160,7 +163,11 @@ class Window:
             slot = self._context - self._context.mean(axis=-1, keepdims=True)
             x = np.concatenate((slot[:, None], x), axis=1)  # (B, 1 + k, C)
         x += weights.wpe[first : first + x.shape[1]]
-        self._blocks.advance(x, first)
+        most = max(1, self._engine.rows // self._batch)
+        for start in range(0, x.shape[1], most):
+            piece = np.ascontiguousarray(x[:, start : start + most])
+            self._blocks.advance(piece, first + start)
+            x[:, start : start + most] = piece
         self._slots = first + x.shape[1]
         outputs = normal(x)
         self._sum += outputs.sum(axis=1)
