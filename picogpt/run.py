@@ -341,7 +341,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, str], Tensors]:
             metadata = stream.metadata() or {}
             names = list(stream.keys())
             if any(stream.get_slice(name).get_dtype() == _BFLOAT16 for name in names):
-                tensors = {name: _widen(part) for name, part in deserialize(path.read_bytes())}
+                tensors = {name: _widen(part) for name, part in deserialize(path.read_bytes())}  # type: ignore[no-untyped-call]
             else:
                 tensors = {name: stream.get_tensor(name) for name in names}
     except FileNotFoundError as error:
@@ -361,7 +361,8 @@ def _widen(part: Mapping[str, Any]) -> npt.NDArray[np.float32]:
     if part["dtype"] != _BFLOAT16:
         raise TypeError(f"a tensor of {part['dtype']} among others of {_BFLOAT16}")
     halves = np.frombuffer(part["data"], "<u2").astype(np.uint32)
-    return (halves << 16).view(np.float32).reshape(part["shape"])
+    floats: npt.NDArray[np.float32] = (halves << 16).view(np.float32).reshape(part["shape"])
+    return floats
 
 
 def _check_version(path: Path, found: object) -> None:
