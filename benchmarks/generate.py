@@ -18,10 +18,11 @@ import torch
 from benchmarks.common import ROOT, ROUNDS, in_turns
 from picogpt.config import GenerateConfig, GPTConfig, SampleConfig
 from picogpt.engine import Engine
+from picogpt.find import find_model
 from picogpt.generate import Reader, Roll, StopWatcher, generate, make_generator
 from picogpt.model import GPT
 from picogpt.reference import ReferenceModel
-from picogpt.run import RunFolder, find_model
+from picogpt.run import RunFolder
 
 __all__ = ["generation"]
 

@@ -18,7 +18,6 @@ reading a model needs no torch.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import json
 import os
@@ -31,27 +30,28 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save as serialize
 
 from picogpt.config import GPTConfig
 from picogpt.errors import ConfigError, RunError
 from picogpt.files import atomic_write, remove_leftovers, replace
 
-__all__ = ["Checkpoint", "LossLog", "RunFolder", "find_log", "find_model", "load_model", "read_log"]
+__all__ = ["FORMAT_VERSION", "LOG_FILE", "MODEL_FILE", "Checkpoint", "LossLog", "RunFolder", "load_model", "read_log"]
 
 FORMAT_VERSION = 1
 """Written into every file; a reader refuses a newer one."""
 
 Tensors = dict[str, npt.NDArray[Any]]
 
-_MODEL = "model.safetensors"
+MODEL_FILE = "model.safetensors"
 _CHECKPOINT = "checkpoint.safetensors"
 _PREVIOUS = "checkpoint.previous.safetensors"
 _DAMAGED = "checkpoint.damaged.safetensors"
 _VALIDATION = "validation.safetensors"
 _CONFIG = "config.json"
-_LOG = "log.pkl"
+LOG_FILE = "log.pkl"
+_BFLOAT16 = "BF16"
 
 
 @dataclass(kw_only=True)
@@ -138,7 +138,11 @@ class RunFolder:
 
     def has_model(self) -> bool:
         """Whether there is a trained model."""
-        return (self.path / _MODEL).exists()
+        return (self.path / MODEL_FILE).exists()
+
+    def is_finished_model(self) -> bool:
+        """Whether there is a trained model and nothing to go on from, as in the runs that come with picogpt."""
+        return self.has_model() and not self.has_checkpoint()
 
     def has_checkpoint(self) -> bool:
         """Whether something was saved to go on from, good or damaged."""
@@ -211,7 +215,7 @@ class RunFolder:
     def save_model(self, tensors: Mapping[str, npt.NDArray[Any]], config: GPTConfig) -> None:
         """Write `model.safetensors`: state dict and shape of the best model so far."""
         metadata = {"format": str(FORMAT_VERSION), "config": json.dumps(asdict(config))}
-        atomic_write(self.path / _MODEL, serialize(dict(tensors), metadata))
+        atomic_write(self.path / MODEL_FILE, serialize(dict(tensors), metadata))
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write `checkpoint.safetensors`, keeping the one before it.
@@ -277,56 +281,15 @@ class RunFolder:
 
     def write_log(self, log: LossLog) -> None:
         """Write `log.pkl`: a pickle of plain values, readable by anything that reads the original's losses."""
-        atomic_write(self.path / _LOG, pickle.dumps(log.to_dict(), protocol=4))
+        atomic_write(self.path / LOG_FILE, pickle.dumps(log.to_dict(), protocol=4))
 
     def read_log(self) -> LossLog:
         """Read `log.pkl`; see `read_log`."""
-        return read_log(self.path / _LOG)
-
-
-def find_model(name: str | None, logs_dir: Path) -> tuple[Path, str]:
-    """The model that a user means, and a few words that say which one it is.
-
-    Args:
-        name: a run's name, its folder or a `.safetensors` file; None means the run that was saved last.
-        logs_dir: where runs are kept.
-
-    Raises:
-        RunError: there is no such model, or none at all.
-    """
-    if name is not None:
-        path = _find(name, logs_dir, _MODEL)
-        return path, f"model {path}"
-    models = [path for path in logs_dir.glob(f"*/{_MODEL}") if path.is_file()]
-    if not models:
-        raise RunError(f"{logs_dir}: no trained model there; train one with picogpt-train, or name one with --model")
-    path = max(models, key=lambda path: path.stat().st_mtime_ns)
-    return path, f"model {path}" + (f", saved last of {len(models)}" if len(models) > 1 else "")
-
-
-def find_log(name: str, logs_dir: Path) -> Path:
-    """The loss log that a user means by a run's name, its folder or the file itself.
-
-    Raises:
-        RunError: there is none.
-    """
-    return _find(name, logs_dir, _LOG)
-
-
-def _find(name: str, logs_dir: Path, filename: str) -> Path:
-    if not name or "\0" in name:
-        raise RunError(f"{name!r}: not the name of a run")
-    for path in (Path(name), Path(name) / filename, logs_dir / name / filename):
-        if path.is_file():
-            return path
-    runs = sorted(path.parent.name for path in logs_dir.glob(f"*/{filename}"))
-    nearest = difflib.get_close_matches(name, runs, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"runs there: {', '.join(runs) or 'none'}"
-    raise RunError(f"{name}: no such file, and no run of that name with a {filename} under {logs_dir}; {hint}")
+        return read_log(self.path / LOG_FILE)
 
 
 def load_model(path: Path) -> tuple[GPTConfig, Tensors]:
-    """Shape and float32 weights from a `.safetensors` file that this module wrote.
+    """Shape and weights, in float32, from a `.safetensors` file of picogpt; it may hold them in bfloat16.
 
     Raises:
         RunError: there is no model, or it is damaged or of another kind.
@@ -376,13 +339,30 @@ def _read_tensors(path: Path) -> tuple[dict[str, str], Tensors]:
     try:
         with safe_open(path, framework="numpy") as stream:
             metadata = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
+            names = list(stream.keys())
+            if any(stream.get_slice(name).get_dtype() == _BFLOAT16 for name in names):
+                tensors = {name: _widen(part) for name, part in deserialize(path.read_bytes())}  # type: ignore[no-untyped-call]
+            else:
+                tensors = {name: stream.get_tensor(name) for name in names}
     except FileNotFoundError as error:
         raise RunError(f"{path}: there is no such file; train a model with picogpt-train, or name one with --model") from error
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise RunError(f"{path}: cannot be read as safetensors ({error})") from error
     _check_version(path, int(metadata.get("format", "0")) if metadata.get("format", "0").isdigit() else None)
     return metadata, tensors
+
+
+def _widen(part: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+    """The float32 numbers of a tensor of bfloat16, a type that numpy lacks: they are the upper halves of float32.
+
+    Raises:
+        TypeError: the tensor is of another type.
+    """
+    if part["dtype"] != _BFLOAT16:
+        raise TypeError(f"a tensor of {part['dtype']} among others of {_BFLOAT16}")
+    halves = np.frombuffer(part["data"], "<u2").astype(np.uint32)
+    floats: npt.NDArray[np.float32] = (halves << 16).view(np.float32).reshape(part["shape"])
+    return floats
 
 
 def _check_version(path: Path, found: object) -> None:

@@ -16,7 +16,7 @@ LAYERS = [
     {"roll", "config", "files", "attention", "scores"},
     {"model", "tokenizer"},
     {"run", "data", "optim", "device", "memory", "forecast", "baselines"},
-    {"engine", "original"},
+    {"engine", "original", "find"},
     {"train", "generate", "evaluate", "reference", "plot"},
     {"cli"},
 ]

@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import picogpt.generate as generate_module
+from picogpt import find
 from picogpt.cli import common, generate, plot, progress, train
 from picogpt.cli import eval as evaluation
 from picogpt.cli.download import DownloadBar
@@ -37,8 +38,9 @@ RUN = [sys.executable, "-m", "picogpt.cli.train"]
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test starts in an empty folder, like a newcomer."""
+    """Each test starts in an empty folder, like a newcomer, and without the models that come with a clone."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(find, "PRETRAINED", tmp_path / "clone" / "logs")
 
 
 class DeadStream(io.StringIO):
@@ -154,8 +156,28 @@ class TestTrain:
         for path in Path("logs/numbers").glob("checkpoint*"):
             path.unlink()
 
-        assert train.main(training(text_file)) == 1
-        assert "a trained model without a checkpoint" in capsys.readouterr().err
+        assert train.main(training(text_file, "--run", "numbers")) == 1
+        assert "a trained model without a checkpoint to go on from; choose another --run" in capsys.readouterr().err
+
+    def test_a_name_that_a_finished_model_has(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A run named after its text gets the next free name, and goes on under it."""
+        train.main(training(text_file))
+        model = Path("logs/numbers/model.safetensors")
+        kept = model.read_bytes()
+        for path in model.parent.glob("checkpoint*"):
+            path.unlink()
+        capsys.readouterr()
+
+        assert train.main(training(text_file)) == 0
+        assert (
+            "logs/numbers: a trained model without a checkpoint to go on from; this run is called numbers-2"
+            in capsys.readouterr().err
+        )
+        assert train.main(training(text_file, "--fresh")) == 0
+        assert train.main(["--text", str(text_file), "--epochs", "3"]) == 0
+        assert "logs/numbers-2: goes on" in capsys.readouterr().err
+        assert model.read_bytes() == kept
+        assert sorted(path.name for path in Path("logs").iterdir()) == ["numbers", "numbers-2", "numbers-2.old-1"]
 
     def test_damaged_checkpoint_is_said(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """The one before it is used; if both are damaged nothing is touched."""

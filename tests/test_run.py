@@ -7,16 +7,18 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save as torch_save
 
-from picogpt.config import GPTConfig
 from picogpt.errors import RunError
-from picogpt.run import Checkpoint, LossLog, RunFolder, find_log, find_model, load_model, read_log
+from picogpt.run import Checkpoint, LossLog, RunFolder, load_model, read_log
 from tests.conftest import TINY
 
 LOG = LossLog(train=[2.0, 1.5], val=[2.1, 1.6], chars=[10, 20], seconds=[1.0, 2.0], best_loss=1.6, iter_num=8)
@@ -226,29 +228,22 @@ def test_damaged_config(run: RunFolder, content: str, message: str) -> None:
         run.read_config()
 
 
-def test_find(tmp_path: Path) -> None:
-    """A run by its name, its folder or its file, and the one saved last where none is named."""
-    logs = tmp_path / "logs"
-    for age, name in enumerate(["new", "old"]):
-        folder = RunFolder(logs / name)
-        folder.create()
-        folder.save_model({"w": np.ones(3, np.float32)}, GPTConfig())
-        folder.write_log(LOG)
-        os.utime(logs / name / "model.safetensors", (1e9 - age, 1e9 - age))
-    expected = logs / "new" / "model.safetensors"
+def test_bfloat16(tmp_path: Path) -> None:
+    """A model in bfloat16 is read in float32, to the bit; one of two types is refused."""
+    config = {"config": json.dumps(asdict(TINY)), "format": "1"}
+    weights = {"w": torch.randn(3, 5).bfloat16(), "b": torch.tensor([1.0, -0.0, 3e38]).bfloat16()}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(torch_save(weights, config))
+    shape, loaded = load_model(path)
 
-    assert find_model(None, logs) == (expected, f"model {expected}, saved last of 2")
-    for name in ("new", str(logs / "new"), str(expected)):
-        assert find_model(name, logs)[0] == expected
-    assert find_log("old", logs) == logs / "old" / "log.pkl"
-    with pytest.raises(RunError, match=r"newe: no such file, and no run of that name .* did you mean new\?"):
-        find_model("newe", logs)
-    with pytest.raises(RunError, match="runs there: new, old"):
-        find_log("zzz", logs)
-    with pytest.raises(RunError, match="not the name of a run"):
-        find_log("", logs)
-    with pytest.raises(RunError, match="no trained model there; train one with picogpt-train"):
-        find_model(None, tmp_path)
+    assert shape == TINY
+    assert loaded.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert loaded[name].dtype == np.float32
+        assert loaded[name].tobytes() == weight.float().numpy().tobytes()
+    path.write_bytes(torch_save({**weights, "x": torch.ones(2)}, config))
+    with pytest.raises(RunError, match="a tensor of F32 among others of BF16"):
+        load_model(path)
 
 
 def test_lock_is_exclusive_and_dies_with_its_holder(run: RunFolder) -> None:

@@ -94,7 +94,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.output is not None and arguments.output.suffix.lower() not in {".jpg", ".jpeg"}:
         raise ConfigError(f"output must end in .jpg, got {str(arguments.output)!r}", "output")
     from picogpt.files import atomic_write
-    from picogpt.run import find_model
+    from picogpt.find import find_model
 
     path, chosen = find_model(arguments.model, arguments.logs_dir)
     notice(chosen)

@@ -102,7 +102,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.json and make.max_new_tokens is None:
         raise ConfigError("max_new_tokens must be a number with --json, got 'inf'", "max_new_tokens")
     from picogpt.engine import Engine
-    from picogpt.run import find_model
+    from picogpt.find import find_model
     from picogpt.tokenizer import CharTokenizer
 
     if sys.stdout is None:

@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _plot(arguments: argparse.Namespace) -> int:
     from picogpt.files import atomic_write
-    from picogpt.run import find_log, read_log
+    from picogpt.find import find_log
+    from picogpt.run import read_log
 
     paths = {run: find_log(run, arguments.logs_dir) for run in arguments.runs}
     logs = {run: read_log(path) for run, path in paths.items()}

@@ -42,8 +42,9 @@ class Origin:
         Raises:
             RunError: it is missing, damaged or of another kind.
         """
+        from picogpt.find import find_model
         from picogpt.original import read_original
-        from picogpt.run import find_model, load_model
+        from picogpt.run import load_model
 
         if request.init_from is not None:
             path, _ = find_model(request.init_from, request.logs_dir)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from picogpt.cli.common import Parser, end_process, run_command
+from picogpt.cli.common import Parser, end_process, notice, run_command
 from picogpt.cli.session import Origin, Session
 from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, Request
 from picogpt.cli.texts import Text, find_text
@@ -148,10 +148,23 @@ def _locate(request: Request) -> tuple[RunFolder, RunSettings | None, Text]:
         stored = _stored(run, request)
         return run, stored, find_text(request, stored)
     text = find_text(request, None)
-    run = RunFolder(request.logs_dir / text.name)
+    run = _default_run(request.logs_dir / text.name)
     stored = _stored(run, request)
     # A stream keeps to the commit of its run, which is known only now; nothing was asked of the hub yet.
     return run, stored, find_text(request, stored) if stored and stored.data.files else text
+
+
+def _default_run(path: Path) -> RunFolder:
+    """The run called `path`, or `path`-2, -3, ... where trained models that cannot be gone on with have these names."""
+    from picogpt.run import RunFolder
+
+    run, number = RunFolder(path), 1
+    while run.is_finished_model():
+        number += 1
+        run = RunFolder(path.with_name(f"{path.name}-{number}"))
+    if number > 1:
+        notice(f"{path}: a trained model without a checkpoint to go on from; this run is called {run.name}")
+    return run
 
 
 def _stored(run: RunFolder, request: Request) -> RunSettings | None:

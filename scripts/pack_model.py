@@ -1,0 +1,58 @@
+"""Makes a run small enough to be given away: what made it, its log and curve, and its best weights in bfloat16.
+
+    python scripts/pack_model.py RUN FOLDER
+
+Takes the run's folder and makes FOLDER, which must not exist yet. No checkpoint comes along, so nothing can go on with it but
+`picogpt-train --init-from`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from safetensors.torch import save
+
+from picogpt.config import RunSettings
+from picogpt.files import atomic_write
+from picogpt.plot import draw_losses
+from picogpt.run import FORMAT_VERSION, MODEL_FILE, RunFolder, load_model
+
+
+def pack(source: RunFolder, target: RunFolder) -> None:
+    """Make `target` from the run `source`.
+
+    Raises:
+        RunError: something of the run is missing or damaged.
+        ConfigError: its settings are not valid.
+        OSError: `target` exists, or cannot be written.
+    """
+    content, log = source.read_config(), source.read_log()
+    RunSettings.from_dict(content)
+    config, weights = load_model(source.path / MODEL_FILE)
+    rounded = {name: torch.from_numpy(array).bfloat16() for name, array in weights.items()}
+    metadata = {"format": str(FORMAT_VERSION), "config": json.dumps(asdict(config))}
+    target.path.mkdir(parents=True)
+    atomic_write(target.path / MODEL_FILE, save(rounded, metadata))
+    target.write_config({key: value for key, value in content.items() if key != "format"})
+    target.write_log(log)
+    atomic_write(target.plot_path, draw_losses({target.name: log}))
+
+
+def main() -> None:
+    """Pack what the arguments name."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    pack(RunFolder(arguments.run), RunFolder(arguments.folder))
+
+
+if __name__ == "__main__":
+    main()
