@@ -99,7 +99,7 @@ def choose_dtype(name: str, device: torch.device = CPU) -> tuple[torch.dtype, st
 
 def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.backends.mps.is_macos_or_newer(14, 0))
 
 

@@ -301,5 +301,5 @@ def _to_tensor(content: bytes) -> Tensor:
 def _number(environment: Mapping[str, str], name: str) -> int:
     value = environment.get(name, "")
     if not (value.isascii() and value.isdigit()):
-        raise ConfigError(f"RANK is set and {name} is {value!r}; start several ranks with torchrun, or one with RANK unset")
+        raise ConfigError(f"the environment has {name}={value!r}, where torchrun sets a number; use it, or unset RANK")
     return int(value)
