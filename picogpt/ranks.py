@@ -255,20 +255,22 @@ class Ranks:
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:
         """On rank 0: have the others end when the work inside does, with its exit code."""
-        code = 1
         try:
             yield
-            code = 0
-        except PicoGPTError as error:
-            code = error.exit_code
+        except RanksError:
+            raise  # the others notice it themselves
+        except (PicoGPTError, OSError) as error:
+            self._end(error.exit_code if isinstance(error, PicoGPTError) else 1)
             raise
-        finally:
-            if self.count > 1:
-                # Where one of them is gone, torchrun ends the others, and its loss is an error already.
-                with contextlib.suppress(RanksError):
-                    self.connect()
-                    self.lead(Kind.END, bytes([code]))
-                    self.share([])
+        self._end(0)
+
+    def _end(self, code: int) -> None:
+        if self.count > 1:
+            # One that is gone by now is missed by nobody.
+            with contextlib.suppress(RanksError):
+                self.connect()
+                self.lead(Kind.END, bytes([code]))
+                self.share([])
 
 
 ALONE = Ranks()

@@ -212,7 +212,7 @@ def killed(command: list[str], generator: random.Random, most: int) -> int:
             if kills == most or len(workers) < 2:
                 time.sleep(0.05)
                 continue
-            time.sleep(3 + 3 * generator.random())
+            time.sleep(6 * generator.random() if most > 1 else 4)
             if process.poll() is None and set(workers) <= set(workers_of(process)):
                 os.kill(generator.choice(workers), signal.SIGKILL)
                 seen |= set(workers)
@@ -224,7 +224,7 @@ def killed(command: list[str], generator: random.Random, most: int) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's children under /proc")
 def test_killed_under_torchrun(here: list[str]) -> None:
     """`kill -9` of a random rank: torchrun starts them again, and they come to the bytes of a run that nobody disturbed."""
-    flags = [*here, "--epochs", "16", "--fresh"]
+    flags = [*here, "--steps-per-epoch", "300", "--fresh"]
     assert run_ranks(2, [*flags, "--run", "undisturbed"]) == [0, 0]
     Path("often.py").write_text(
         "import picogpt.train as t; t.SAVE_INTERVAL = 0.02; from picogpt.cli.train import command; command()"
@@ -232,8 +232,8 @@ def test_killed_under_torchrun(here: list[str]) -> None:
     generator = random.Random(0)
     kills = 0
     for number in itertools.count():
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "99"]
-        command += ["--master-port", "0", "--", "often.py", *flags, "--run", f"killed-{number}"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "99"]
+        command += ["--", "often.py", *flags, "--run", f"killed-{number}"]
         kills += killed(command, generator, TIMES - kills)
         assert saved(f"killed-{number}") == saved("undisturbed")
         assert not Path(f"logs/killed-{number}.old-1").exists()
