@@ -45,7 +45,7 @@ def _obey(kind: Kind, payload: bytes, replica: Replica) -> None:
     if kind is Kind.SYNCHRONIZE:
         replica.synchronize()
     elif kind is Kind.COLLECT:
-        replica.ranks.send_back(pack(Checkpoint(tensors=replica.own_tensors(), state={})))
+        replica.ranks.send(pack(Checkpoint(tensors=replica.own_tensors(), state={})))
     else:
         assert kind is Kind.STEP
         (rate,) = _RATE.unpack_from(payload)

@@ -108,12 +108,14 @@ class Ranks:
 
     def first_start(self) -> bool:
         """Whether torchrun has not started this run before, as far as `note_start` was told."""
-        return self._store is None or not self._store.check(["started"])
+        with reaching():
+            return self._store is None or not self._store.check(["started"])
 
     def note_start(self) -> None:
         """Remember, through restarts, that the run has begun."""
         if self._store is not None:
-            self._store.set("started", "1")
+            with reaching():
+                self._store.set("started", "1")
 
     def connect(self) -> None:
         """Meet the others; rank 0 when it is ready for them, the others as soon as they can.
@@ -177,12 +179,11 @@ class Ranks:
                 dist.broadcast(payload, src=0)
         return Kind(kind), payload.numpy().tobytes()
 
-    def hand_out(self, contents: Iterator[bytes]) -> None:
-        """On rank 0: send each of the others its own of `contents`, in the order of the ranks."""
+    def send(self, content: bytes, target: int = 0) -> None:
+        """Send `content` to rank `target`, which `receive`s it."""
         with reaching():
-            for rank, content in zip(range(1, self.count), contents, strict=False):
-                dist.send(torch.tensor([len(content)]), rank)
-                dist.send(_to_tensor(content), rank)
+            dist.send(torch.tensor([len(content)]), target)
+            dist.send(_to_tensor(content), target)
 
     def receive(self, source: int = 0) -> bytes:
         """What `source` sends to this rank."""
@@ -192,12 +193,6 @@ class Ranks:
             content = torch.empty(int(size.item()), dtype=torch.uint8)
             dist.recv(content, source)
         return content.numpy().tobytes()
-
-    def send_back(self, content: bytes) -> None:
-        """On the others: send `content` to rank 0, which `receive`s it."""
-        with reaching():
-            dist.send(torch.tensor([len(content)]), 0)
-            dist.send(_to_tensor(content), 0)
 
     def share(self, values: Sequence[float]) -> list[list[float]]:
         """The `values` of every rank, in their order; signals travel with them."""

@@ -170,12 +170,18 @@ class Trainer(Replica):
         self.log.iter_num = self._steps_before + self.step
         return loss
 
+    def take_outer_step(self) -> None:
+        """Have all ranks take an outer step, before its time."""
+        self.ranks.lead(Kind.SYNCHRONIZE)
+        self.synchronize()
+
     def _bring_together(self) -> None:
         """Have the other ranks make the same replica."""
         own, common = self.own_tensors(), self.common_tensors()
         others = self._others or [own] * (self.ranks.count - 1)
         self.ranks.lead(Kind.BEGIN)
-        self.ranks.hand_out(pack(self.plan({**common, **tensors})) for tensors in others)
+        for rank, tensors in enumerate(others, start=1):
+            self.ranks.send(pack(self.plan({**common, **tensors})), rank)
         self._others = []
         self.come_together()
 
@@ -194,8 +200,7 @@ class Trainer(Replica):
     def _finish_epoch(self, run: RunFolder, schedule: Schedule, stop: Stop) -> bool:
         """Validate, enter the epoch into the log and save; False if stopped before that."""
         if self.local_steps:
-            self.ranks.lead(Kind.SYNCHRONIZE)
-            self.synchronize()
+            self.take_outer_step()
         val_loss = self.validate(schedule.val_steps, stop)
         if val_loss is None:
             return False

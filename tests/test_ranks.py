@@ -31,7 +31,7 @@ from picogpt.ranks import ALONE, Ranks, reaching
 from picogpt.replica import Replica, batch_of, bytes_of
 from picogpt.run import Checkpoint, RunFolder, pack, unpack
 from picogpt.train import Trainer
-from tests.conftest import TINY, TINY_FLAGS, tiny_source
+from tests.conftest import TINY, TINY_FLAGS, tiny_source, write_numbers
 from tests.ranks import RankProcesses, run_ranks, said
 from tests.test_stream import parquet
 
@@ -82,14 +82,19 @@ def train_in_two_parts(run: RunFolder) -> Trainer:
 
 
 def test_two_ranks_are_two_halves(here: list[str]) -> None:
-    """A hundred steps on two ranks and in one process, half by half: the same weights and moments to the bit."""
-    assert run_ranks(2, [*here, "--run", "two", "--epochs", "1", "--steps-per-epoch", "100"]) == [0, 0]
+    """A hundred steps on two ranks, one of them asleep for a while, and in one process, half by half: the same to the bit."""
+    ranks = RankProcesses(2, [*here, "--run", "two", "--steps-per-epoch", "50"])
+    ranks.await_text("epoch 1")
+    os.kill(ranks.pids[1], signal.SIGSTOP)
+    time.sleep(10 if TIMES > 1 else 1)
+    os.kill(ranks.pids[1], signal.SIGCONT)
+    assert ranks.wait() == [0, 0]
     alone = train_in_two_parts(RunFolder(Path("logs/two")))
 
     assert alone.step == 100
     assert saved("two") == {name: array.tobytes() for name, array in alone.own_tensors().items()}
     assert "2 ranks, each with 2 of a step's rolls; gradients are averaged every step" in said()
-    assert Path("rank-0.out").read_text().count("epoch ") == 1
+    assert Path("rank-0.out").read_text().count("epoch ") == 2
     assert (Path("rank-1.out").read_text(), said(1)) == ("", "")
 
 
@@ -128,21 +133,38 @@ def test_other_numbers_of_ranks(
     assert several.state["log"]["losses"]["val"][-1] < several.state["log"]["losses"]["val"][0]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """What two ranks save at the end, with and without outer steps, where nothing happens to them."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(folder)
+        write_numbers(folder / "numbers.txt")
+        for sync in ("0", "7"):
+            assert run_ranks(2, disturbed(["--text", "numbers.txt"], sync, f"sync-{sync}")) == [0, 0]
+        return {sync: saved(f"sync-{sync}") for sync in ("0", "7")}
+
+
+def disturbed(text: list[str], sync: str, run: str) -> list[str]:
+    """The flags of a run long enough to be disturbed."""
+    length = ["--epochs", "3", "--steps-per-epoch", "50", "--val-steps", "2", "--batch-size", "4"]
+    return [*text, *TINY_FLAGS, *length, "--dropout", "0.1", "--sync-every", sync, "--run", run]
+
+
 @pytest.mark.parametrize(("sync", "number"), [("0", signal.SIGINT), ("7", signal.SIGTERM)])
-def test_signal_to_any_rank(here: list[str], sync: str, number: signal.Signals) -> None:
+def test_signal_to_any_rank(here: list[str], undisturbed: dict[str, dict[str, bytes]], sync: str, number: signal.Signals) -> None:
     """A signal that one rank gets ends all of them after saving, and they go on to the bytes of a run without it."""
-    flags = [*here, "--epochs", "5", "--dropout", "0.1", "--sync-every", sync]
-    assert run_ranks(2, [*flags, "--run", "undisturbed"]) == [0, 0]
-    ranks = RankProcesses(2, [*flags, "--run", "asked"])
+    flags = disturbed(here[:2], sync, "asked")
+    ranks = RankProcesses(2, flags)
     ranks.await_text("epoch 1")
     os.kill(ranks.pids[1], number)
     assert ranks.wait() == [128 + number] * 2
     assert "stopped and saved at step" in said()
     assert said(1) == ""
-    assert 20 <= step_of("asked") < 100
-    assert run_ranks(2, [*flags, "--run", "asked"]) == [0, 0]
+    assert 50 <= step_of("asked") < 150
+    assert run_ranks(2, flags) == [0, 0]
 
-    assert saved("asked") == saved("undisturbed")
+    assert saved("asked") == undisturbed[sync]
 
 
 def test_signal_while_waiting(here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,19 +189,6 @@ def test_signal_while_waiting(here: list[str], monkeypatch: pytest.MonkeyPatch) 
     assert step_of("numbers") == 30
 
 
-def test_stopped_rank(here: list[str]) -> None:
-    """A rank that sleeps, its laptop closed for instance: the others wait, and the bytes are the same."""
-    assert run_ranks(2, [*here, "--run", "undisturbed"]) == [0, 0]
-    ranks = RankProcesses(2, [*here, "--run", "asleep"])
-    ranks.await_text("epoch 1")
-    os.kill(ranks.pids[1], signal.SIGSTOP)
-    time.sleep(10 if TIMES > 1 else 1)
-    os.kill(ranks.pids[1], signal.SIGCONT)
-
-    assert ranks.wait() == [0, 0]
-    assert saved("asleep") == saved("undisturbed")
-
-
 @pytest.mark.parametrize("lost", [0, 1])
 def test_lost_rank(here: list[str], lost: int) -> None:
     """A rank that is killed ends the other one, with one line; the checkpoint stands."""
@@ -202,17 +211,18 @@ def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def killed(command: list[str], generator: random.Random, most: int) -> int:
-    """Run `command`, killing a rank at random time after time; how often that was done."""
+def killed(command: list[str], checkpoint: Path, generator: random.Random, most: int) -> int:
+    """Run `command` and kill a rank, up to `most` times: once it has saved something, or at a random time; how often."""
     kills = 0
     seen: set[int] = set()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
             workers = [pid for pid in workers_of(process) if pid not in seen]
-            if kills == most or len(workers) < 2:
-                time.sleep(0.05)
+            if kills == most or len(workers) < 2 or (kills == 0 and not checkpoint.exists()):
+                time.sleep(0.02)
                 continue
-            time.sleep(6 * generator.random() if most > 1 else 4)
+            if kills:
+                time.sleep(5 * generator.random())
             if process.poll() is None and set(workers) <= set(workers_of(process)):
                 os.kill(generator.choice(workers), signal.SIGKILL)
                 seen |= set(workers)
@@ -222,20 +232,19 @@ def killed(command: list[str], generator: random.Random, most: int) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's children under /proc")
-def test_killed_under_torchrun(here: list[str]) -> None:
+def test_killed_under_torchrun(here: list[str], undisturbed: dict[str, dict[str, bytes]]) -> None:
     """`kill -9` of a random rank: torchrun starts them again, and they come to the bytes of a run that nobody disturbed."""
-    flags = [*here, "--steps-per-epoch", "300", "--fresh"]
-    assert run_ranks(2, [*flags, "--run", "undisturbed"]) == [0, 0]
     Path("often.py").write_text(
         "import picogpt.train as t; t.SAVE_INTERVAL = 0.02; from picogpt.cli.train import command; command()"
     )
     generator = random.Random(0)
     kills = 0
     for number in itertools.count():
+        sync = generator.choice(["0", "7"])
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "99"]
-        command += ["--", "often.py", *flags, "--run", f"killed-{number}"]
-        kills += killed(command, generator, TIMES - kills)
-        assert saved(f"killed-{number}") == saved("undisturbed")
+        command += ["--", "often.py", *disturbed(here[:2], sync, f"killed-{number}"), "--fresh"]
+        kills += killed(command, Path(f"logs/killed-{number}/checkpoint.safetensors"), generator, TIMES - kills)
+        assert saved(f"killed-{number}") == undisturbed[sync]
         assert not Path(f"logs/killed-{number}.old-1").exists()
         if kills == TIMES:
             return
@@ -383,6 +392,25 @@ def test_local_steps(outer_trainers: tuple[Trainer, Trainer]) -> None:
     for name, array in with_outer.model.arrays().items():
         way = without.model.arrays()[name] - before[name]
         assert array == pytest.approx(before[name] + 0.7 * 1.9 * way, abs=1e-5)
+
+
+def test_outer_step_before_its_time(outer_trainers: tuple[Trainer, Trainer], tmp_path: Path) -> None:
+    """With another number of ranks in the middle of a round, an outer step brings the weights together: no step is lost."""
+    alone, _ = outer_trainers
+    before = {name: array.copy() for name, array in alone.model.arrays().items()}
+    for _ in range(3):
+        alone.update(1e-2)
+    run = RunFolder(tmp_path)
+    alone.save(run)
+    two = Trainer(TINY, alone.config, tiny_source(alone.config), torch.float32, ranks=Ranks(0, 2))
+    two.restore(run.load_checkpoint()[0])
+    two.save(run)
+    again = run.load_checkpoint()[0]
+
+    assert (two.step, two.local_steps, again.state["ranks"]) == (3, 0, 2)
+    for name, array in two.model.arrays().items():
+        assert array == pytest.approx(before[name] + 0.7 * 1.9 * (alone.model.arrays()[name] - before[name]), abs=1e-5)
+        assert np.array_equal(again.tensors[f"rank1.model.{name}"], array)
 
 
 def test_missing_device(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,9 +72,9 @@ class Session:
         origin: Origin | None,
         ranks: Ranks | None,
     ) -> None:
-        from picogpt.ranks import ALONE
+        from picogpt.ranks import Ranks
 
-        self._ranks = ranks or ALONE
+        self._ranks = ranks or Ranks()
         self.run, self._source, self.request, self._stored, self._origin = run, source, request, stored, origin
         self._compile = stored.compile if stored and request.compile is None else bool(request.compile)
         self._rehearsed: tuple[float, EpochEnd] | None = None
