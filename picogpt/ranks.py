@@ -8,6 +8,7 @@ any number of ranks, and only rank 0 needs the run's folder. Messages are plain 
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import socket
 import time
@@ -285,7 +286,7 @@ def reaching() -> Iterator[None]:
         # gloo has no exception of its own; its messages carry the name of the file they come from.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        reason = str(error).splitlines()[0]
+        reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).partition(". ")[0]
         raise RanksError(
             f"another rank has ended or cannot be reached ({reason}); what was saved last stands: start again to go on from it"
         ) from error

@@ -1,7 +1,7 @@
 """The training loop. Knows the model from outside only; progress, pictures and signals hook in through `Observer` and `stop`.
 
 A run is a pure function of its settings on one machine and thread count: the weights start from the seed, batch k
-depends on k alone, and dropout draws from a seed made of the run's and the step's. So there is no generator to save.
+depends on k alone, and dropout draws from a seed made of the run's, the step's and the rank's. So there is no generator to save.
 """
 
 from __future__ import annotations

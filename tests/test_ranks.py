@@ -8,10 +8,12 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +214,19 @@ def test_lost_rank(here: list[str], undisturbed: dict[str, dict[str, bytes]], lo
     assert saved("killed") == undisturbed[sync]
 
 
+@pytest.mark.skipif(TIMES == 1, reason="takes the seconds of a long silence")
+def test_silent_rank(here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that says nothing for too long is given up, with one line."""
+    monkeypatch.setattr("picogpt.ranks.PATIENCE", timedelta(seconds=5))
+    ranks = RankProcesses(2, [*here, "--epochs", "99"])
+    ranks.await_text("epoch 1")
+    os.kill(ranks.pids[1], signal.SIGSTOP)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(ranks.pids[0], 0)[1]) == 1
+    assert re.search(r"another rank has ended or cannot be reached \(.*[Tt]imed out.*\)", said())
+    os.kill(ranks.pids[1], signal.SIGKILL)
+
+
 def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
     """Processes that torchrun has started, in the order of their ranks."""
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
@@ -338,7 +353,7 @@ def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match="mine"), reaching():
         raise RuntimeError("mine")
     with pytest.raises(RanksError, match=r"another rank .* \(too late\); what was saved last stands"), reaching():
-        raise dist.DistNetworkError("too late\nstack")
+        raise dist.DistNetworkError("[/a/b.cc:5] too late. Ask somebody.\nstack")
 
 
 def test_other_version() -> None:

@@ -27,7 +27,8 @@ def build_parser() -> Parser:
     parser = Parser(
         "picogpt-train",
         "Train a character GPT. A run that exists goes on where it stopped; Ctrl-C saves and ends it.",
-        "Results go to stdout, progress to stderr; the run is kept in LOGS_DIR/RUN.",
+        "Results go to stdout, progress to stderr; the run is kept in LOGS_DIR/RUN.\n"
+        "Several processes or machines: torchrun --nproc-per-node N -m -- picogpt.cli.train ... (docs/distributed.md)",
     )
     text = parser.add_argument_group("text").add_mutually_exclusive_group()
     text.add_argument(
@@ -66,8 +67,7 @@ def build_parser() -> Parser:
     machine.add_argument(
         "--device",
         metavar="NAME",
-        help="cpu, cuda, mps (Apple), or auto: a CUDA GPU if there is one, else the CPU (default: auto); several processes: "
-        "torchrun --nproc-per-node N -m picogpt.cli.train ..., see docs/distributed.md",
+        help="where to compute: cpu, cuda, mps (Apple), or auto: a CUDA GPU if there is one, else the CPU (default: auto)",
     )
     machine.add_argument(
         "--dtype",
