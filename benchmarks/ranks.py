@@ -98,8 +98,9 @@ def launch(commands: Sequence[Sequence[str]], address: str) -> list[float]:
         subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE)
         for rank, command in enumerate(commands)
     ]
-    found: list[float] = json.loads(processes[0].communicate()[0])
-    assert all(process.wait() == 0 for process in processes)
+    printed = [process.communicate()[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes)
+    found: list[float] = json.loads(printed[0])
     return found
 
 

@@ -96,6 +96,9 @@ class Ranks:
         rank, count, local_rank, local_count = (
             _number(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         )
+        _number(environment, "MASTER_PORT")
+        if not environment.get("MASTER_ADDR"):
+            raise _half_set("MASTER_ADDR", "")
         loopback = [name for _, name in socket.if_nameindex() if name in {"lo", "lo0"}]
         if count == local_count and loopback:
             environment.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
@@ -299,5 +302,9 @@ def _to_tensor(content: bytes) -> Tensor:
 def _number(environment: Mapping[str, str], name: str) -> int:
     value = environment.get(name, "")
     if not (value.isascii() and value.isdigit()):
-        raise ConfigError(f"the environment has {name}={value!r}, where torchrun sets a number; use it, or unset RANK")
+        raise _half_set(name, value)
     return int(value)
+
+
+def _half_set(name: str, value: str) -> ConfigError:
+    return ConfigError(f"the environment has RANK and {name}={value!r}; start ranks with torchrun, or unset RANK")

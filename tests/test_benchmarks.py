@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from benchmarks.common import in_turns
 from benchmarks.learn import follow
 from benchmarks.plain import PlainLoop
+from benchmarks.ranks import launch
 from benchmarks.train import flops_per_char
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.train import Trainer
@@ -29,6 +32,13 @@ def test_flops() -> None:
     shape = GPTConfig(n_layer=1, n_head=1, n_embd=2, context_len=1, vocab_size=3)
 
     assert flops_per_char(shape) == 2 * (288 + 48) + 36
+
+
+def test_launch() -> None:
+    """Ranks are told who they are, and what rank 0 prints comes back."""
+    code = "import os; print([float(os.environ[name]) for name in ('RANK', 'WORLD_SIZE')])"
+
+    assert launch([[sys.executable, "-c", code]] * 2, "127.0.0.1") == [0, 2]
 
 
 def test_turns() -> None:

@@ -176,6 +176,7 @@ def test_signal_while_waiting(here: list[str], monkeypatch: pytest.MonkeyPatch) 
 
     def waiting(self: TextSource, k: int, stop: Stop = lambda: False) -> Batch:
         while k == 30 and not stop():
+            Path("waiting").touch()
             time.sleep(0.01)
         if k == 30:
             raise WaitInterrupted
@@ -185,7 +186,9 @@ def test_signal_while_waiting(here: list[str], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("picogpt.ranks.HEARTBEAT", 0.1)
     ranks = RankProcesses(2, here)
     ranks.await_text("epoch 1")
-    time.sleep(0.5)
+    while not Path("waiting").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)  # some heartbeats
     os.kill(ranks.pids[1], signal.SIGTERM)
 
     assert ranks.wait() == [128 + signal.SIGTERM] * 2
@@ -315,10 +318,13 @@ def test_no_ranks_on_mps(here: list[str], monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_junk_variables() -> None:
     """Variables that are half there, or no numbers, are named."""
-    with pytest.raises(ConfigError, match="the environment has WORLD_SIZE='', where torchrun sets a number"):
+    with pytest.raises(ConfigError, match="the environment has RANK and WORLD_SIZE=''; start ranks with torchrun, or unset RANK"):
         Ranks.join({"RANK": "0"})
-    with pytest.raises(ConfigError, match="the environment has RANK='x'"):
+    with pytest.raises(ConfigError, match="the environment has RANK and RANK='x'"):
         Ranks.join({"RANK": "x"})
+    numbers = dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"), "1")
+    with pytest.raises(ConfigError, match="the environment has RANK and MASTER_ADDR=''"):
+        Ranks.join(numbers)
     assert Ranks.join({}).count == 1
 
 
@@ -326,7 +332,7 @@ def test_loopback_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks of one machine talk over the loopback; those of several, or told otherwise, do not."""
     monkeypatch.setattr("picogpt.ranks.rendezvous", lambda *_, **__: iter([(hash_store(), 0, 2)]))
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    here = dict(zip(names, ("0", "2", "0", "2"), strict=True))
+    here = {**dict(zip(names, ("0", "2", "0", "2"), strict=True)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     told = {**here, "GLOO_SOCKET_IFNAME": "eth7"}
     two_machines = {**here, "LOCAL_WORLD_SIZE": "1"}
     for environment in (here, told, two_machines):
