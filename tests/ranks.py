@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401 (a rank would import it, which takes a second: here it is done once)
+
 from picogpt.cli import train
 from tests.hub import free_port
 

@@ -1,6 +1,6 @@
 """Several processes that train one model: the same bytes as one, whatever happens to them.
 
-`PICOGPT_TORTURE=20 pytest tests/test_ranks.py` kills twenty times, and stops a rank for ten seconds.
+`PICOGPT_TORTURE=20 pytest tests/test_ranks.py` kills twenty times under torchrun, and stops a rank for ten seconds.
 """
 
 from __future__ import annotations
