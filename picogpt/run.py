@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load as deserialize
+from safetensors.numpy import load as tensors_of
 from safetensors.numpy import save as serialize
 
 from picogpt.config import GPTConfig
@@ -122,7 +122,7 @@ def pack(checkpoint: Checkpoint) -> bytes:
 def unpack(content: bytes) -> Checkpoint:
     """The inverse of `pack`."""
     start = 8 + int.from_bytes(content[:8], "little")
-    return Checkpoint(tensors=deserialize(content[start:]), state=json.loads(content[8:start]))
+    return Checkpoint(tensors=tensors_of(content[start:]), state=json.loads(content[8:start]))
 
 
 class RunFolder:
