@@ -84,5 +84,7 @@ def causal_attention(qkv: Tensor, mask: Tensor, n_head: int, dropout: float = 0.
         B, S, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
         q, k, v = qkv.view(B, S, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # each (B, H, S, D)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout).transpose(1, 2).flatten(2)
-    read: Tensor = _CausalAttention.apply(qkv, mask.to(qkv.dtype), n_head)  # type: ignore[no-untyped-call]
+    # On a GPU autocast makes a softmax float32, and the backward pass, which knows no autocast, would have two types to multiply.
+    with torch.autocast(qkv.device.type, enabled=False):
+        read: Tensor = _CausalAttention.apply(qkv, mask.to(qkv.dtype), n_head)  # type: ignore[no-untyped-call]
     return read

@@ -27,6 +27,7 @@ __all__ = [
     "SampleConfig",
     "Schedule",
     "TrainConfig",
+    "check_device",
     "check_dtype",
     "check_run_name",
     "check_threads",
@@ -38,6 +39,8 @@ OptimizerName = Literal["muon", "adamw"]
 
 DTYPES = ("auto", "float32", "bfloat16")
 """Types of the matrix products; auto is the faster one on this machine."""
+DEVICES = ("auto", "cpu", "cuda", "mps")
+"""Where training computes; auto is a CUDA GPU if there is one, else the CPU."""
 MAX_THREADS = 1024
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -81,6 +84,16 @@ def check_dtype(name: str | None) -> str | None:
         ConfigError: there is no such type.
     """
     _require(name is None or name in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", name)
+    return name
+
+
+def check_device(name: str | None) -> str | None:
+    """Return `name` if it is one of `DEVICES` or None.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    _require(name is None or name in DEVICES, "device", f"one of {', '.join(DEVICES)}", name)
     return name
 
 
@@ -176,6 +189,8 @@ class TrainConfig:
     """Decoupled weight decay of matrices and embeddings, times the learning rate; biases and norms have none."""
     grad_clip: float = 1.0
     """Largest norm of the gradient over all parameters; 0 turns clipping off."""
+    sync_every: int = 0
+    """Steps that each rank takes by itself before an outer step (DiLoCo); 0 averages the gradients of every step instead."""
     seed: int = 1337
     """Seed of the initial weights, of the order of the text and of dropout; at least 0, below 2**63."""
 
@@ -186,6 +201,7 @@ class TrainConfig:
         _require_whole("batch_size", self.batch_size, 1)
         _require_whole("windows", self.windows, 1)
         _require_whole("warmup_steps", self.warmup_steps, 0)
+        _require_whole("sync_every", self.sync_every, 0)
         if self.decay_steps is not None:
             _require_whole("decay_steps", self.decay_steps, 1)
         _require_between("lr", self.lr, 1e-9, 1.0, "a rate from 1e-9 to 1")
@@ -461,7 +477,11 @@ class RunSettings:
     dtype: str
     """Type of the matrix products, float32 or bfloat16."""
     threads: int
-    """Threads that torch computes with; another number gives other roundings."""
+    """Threads that each rank computes with; another number gives other roundings."""
+    ranks: int = 1
+    """Processes that train together; another number gives other roundings."""
+    device: str = "cpu"
+    """Where they compute: cpu, cuda or mps."""
     compile: bool = False
     """Whether the blocks are compiled, which rounds otherwise."""
     origin: str | None = None
@@ -484,6 +504,8 @@ class RunSettings:
                 data=DataConfig(**data),
                 dtype=str(content["dtype"]),
                 threads=int(content["threads"]),
+                ranks=int(content.get("ranks", 1)),
+                device=str(content.get("device", "cpu")),
                 compile=bool(content.get("compile", False)),
                 origin=content.get("origin"),
             )

@@ -8,7 +8,9 @@ import torch
 
 from picogpt.errors import TrainingError
 
-__all__ = ["check_compiler", "choose_dtype", "flush_denormals", "instruction_set", "set_threads"]
+__all__ = ["CPU", "check_compiler", "choose_device", "choose_dtype", "flush_denormals", "instruction_set", "set_threads"]
+
+CPU = torch.device("cpu")
 
 _ROWS, _IN, _OUT = 1032, 256, 1024
 """Shape of the model's largest matrix product, for eight rolls."""
@@ -53,17 +55,52 @@ def flush_denormals() -> bool:
     return torch.set_flush_denormal(True)
 
 
-def choose_dtype(name: str) -> tuple[torch.dtype, str]:
+def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
+    """Turn a name of `picogpt.config.DEVICES` into where training computes, and the reason for it in a few words.
+
+    `auto` takes a CUDA GPU if torch sees one. It takes no other GPU by itself: on a small model the CPU can be faster.
+
+    Args:
+        name: the device.
+        local_rank: number of this process on its machine; each has a GPU of its own.
+
+    Raises:
+        TrainingError: it is not there.
+    """
+    if name == "auto":
+        name, reason = ("cuda", "torch sees a GPU") if torch.cuda.is_available() else ("cpu", "torch sees no CUDA GPU")
+    else:
+        reason = "as the run or its flags say"
+    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[name]
+    if local_rank >= found and name != "cpu":
+        raise TrainingError(
+            f"--device {name}: torch {torch.__version__} sees {found} such devices here, and {local_rank + 1} are needed; "
+            "install a torch that is built for it, or take --device cpu"
+        )
+    return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name), reason
+
+
+def choose_dtype(name: str, device: torch.device = CPU) -> tuple[torch.dtype, str]:
     """Turn a name of `picogpt.config.DTYPES` into the type of the matrix products, and the reason for it in a few words.
 
-    `auto` times one product of the model's shape in both types: whether bfloat16 is fast depends on the processor's
-    instructions (without them it is many times slower than float32), and the clock is the judge that counts.
+    `auto` asks a GPU whether it has bfloat16. On a CPU it times one product of the model's shape in both types: whether bfloat16
+    is fast depends on the processor's instructions (without them it is many times slower than float32), and the clock is the
+    judge that counts.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name], "as the run or its flags say"
+    if device.type != "cpu":
+        has = "has" if _has_bfloat16(device) else "has no"
+        return (torch.bfloat16 if has == "has" else torch.float32), f"the GPU {has} bfloat16"
     ratio = _product_seconds(torch.float32) / _product_seconds(torch.bfloat16)
     chosen = torch.bfloat16 if ratio >= _WORTHWHILE else torch.float32
     return chosen, f"bfloat16 products run at {ratio:.1f} times the speed of float32 on {instruction_set()}"
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.backends.mps.is_macos_or_newer(14, 0))
 
 
 def _product_seconds(dtype: torch.dtype) -> float:

@@ -34,6 +34,10 @@ class TrainingError(PicoGPTError):
     """Training cannot go on, for instance because the loss is no longer finite."""
 
 
+class RanksError(PicoGPTError):
+    """The processes that train together have lost one of them."""
+
+
 class EngineError(PicoGPTError):
     """Generation cannot go on, because a process that computes a part of it has ended."""
 

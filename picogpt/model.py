@@ -143,8 +143,8 @@ class GPT(nn.Module):
         return total if positions else total - self.transformer.wpe.weight.numel()
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """The weights by name, as arrays that share their memory; the tied head stands there once, as `wte`."""
-        return {name: parameter.detach().numpy() for name, parameter in self.named_parameters()}
+        """The weights by name; on a CPU the arrays share their memory. The tied head stands there once, as `wte`."""
+        return {name: parameter.detach().cpu().numpy() for name, parameter in self.named_parameters()}
 
     def load_arrays(self, weights: Mapping[str, npt.NDArray[Any]]) -> None:
         """Copy `weights` into the model; the tied `lm_head.weight` may be among them or not.

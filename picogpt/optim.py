@@ -2,6 +2,8 @@
 
 Recipe `fast` trains the matrices of the blocks with Muon (Jordan et al., 2024): their updates are momentum made orthogonal,
 so that each direction in which a matrix can change counts the same. All other parameters have AdamW.
+
+Ranks that train by themselves for many steps are brought together by an outer optimizer (DiLoCo: Douillard et al., 2023).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 from picogpt.config import TrainConfig
 from picogpt.model import GPT
 
-__all__ = ["Muon", "build_optimizers", "learning_rate", "orthogonalize", "set_learning_rate"]
+__all__ = ["Muon", "OuterOptimizer", "build_optimizers", "learning_rate", "orthogonalize", "set_learning_rate"]
 
 _COEFFICIENTS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -134,6 +136,31 @@ class Muon(torch.optim.Optimizer):
         before = update.norm()
         update.div_(state["mean_square"].sqrt().add_(1e-8))
         update.mul_(before / (update.norm() + 1e-12))
+
+
+class OuterOptimizer:
+    """Nesterov SGD on the mean difference that the steps of all ranks have made (DiLoCo: Douillard et al., 2023).
+
+    Args:
+        parameters: what the ranks have in common now, and train from here.
+    """
+
+    LR = 0.7
+    MOMENTUM = 0.9
+    """The paper's choices for both."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.anchors = [parameter.detach().clone() for parameter in parameters]
+        """The parameters after the last outer step."""
+        self.sgd = torch.optim.SGD(self.anchors, lr=self.LR, momentum=self.MOMENTUM, nesterov=True)
+
+    @torch.no_grad()
+    def step(self, means: Sequence[Tensor]) -> None:
+        """Move the anchors, given the mean of each parameter over the ranks."""
+        for anchor, mean in zip(self.anchors, means, strict=True):
+            anchor.grad = anchor - mean
+        self.sgd.step()
+        self.sgd.zero_grad(set_to_none=True)
 
 
 def _short_side(matrix: Tensor) -> int:

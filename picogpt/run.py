@@ -31,13 +31,25 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, deserialize, safe_open
+from safetensors.numpy import load as tensors_of
 from safetensors.numpy import save as serialize
 
 from picogpt.config import GPTConfig
 from picogpt.errors import ConfigError, RunError
 from picogpt.files import atomic_write, remove_leftovers, replace
 
-__all__ = ["FORMAT_VERSION", "LOG_FILE", "MODEL_FILE", "Checkpoint", "LossLog", "RunFolder", "load_model", "read_log"]
+__all__ = [
+    "FORMAT_VERSION",
+    "LOG_FILE",
+    "MODEL_FILE",
+    "Checkpoint",
+    "LossLog",
+    "RunFolder",
+    "load_model",
+    "pack",
+    "read_log",
+    "unpack",
+]
 
 FORMAT_VERSION = 1
 """Written into every file; a reader refuses a newer one."""
@@ -110,6 +122,18 @@ class Checkpoint:
     """Weights and the optimizer's tensors, by name."""
     state: dict[str, Any]
     """Plain values: steps, sums, the loss log."""
+
+
+def pack(checkpoint: Checkpoint) -> bytes:
+    """`checkpoint` as bytes, to be sent to another process: the length of its state, the state, the tensors."""
+    state = json.dumps(checkpoint.state).encode()
+    return len(state).to_bytes(8, "little") + state + serialize(checkpoint.tensors)
+
+
+def unpack(content: bytes) -> Checkpoint:
+    """The inverse of `pack`."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    return Checkpoint(tensors=tensors_of(content[start:]), state=json.loads(content[8:start]))
 
 
 class RunFolder:

@@ -1,12 +1,12 @@
 """The training loop. Knows the model from outside only; progress, pictures and signals hook in through `Observer` and `stop`.
 
 A run is a pure function of its settings on one machine and thread count: the weights start from the seed, batch k
-depends on k alone, and dropout draws from a seed made of the run's and the step's. So there is no generator to save.
+depends on k alone, and dropout draws from a seed made of the run's, the step's and the rank's. So there is no generator to save.
 """
 
 from __future__ import annotations
 
-import math
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,19 +16,18 @@ import numpy as np
 import torch
 
 from picogpt.config import GPTConfig, Schedule, TrainConfig
-from picogpt.data import Batch, Source, Stop, WaitInterrupted
+from picogpt.data import Source, Stop, WaitInterrupted
+from picogpt.device import CPU
 from picogpt.errors import DataError, TrainingError
-from picogpt.model import GPT
-from picogpt.optim import build_optimizers, learning_rate, set_learning_rate
-from picogpt.run import Checkpoint, LossLog, RunFolder, Tensors
+from picogpt.optim import learning_rate
+from picogpt.ranks import ALONE, Kind, Ranks
+from picogpt.replica import Replica, bytes_of, under
+from picogpt.run import Checkpoint, LossLog, RunFolder, Tensors, pack, unpack
 
 __all__ = ["Observer", "StepReport", "Trainer", "seconds_of"]
 
 SAVE_INTERVAL = 300.0
 """Seconds of training after which a checkpoint is written in the middle of an epoch."""
-
-_STREAM_DROPOUT = 2
-"""Number of the random stream that dropout draws its seeds from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,30 +52,36 @@ class Observer(Protocol):
         """An epoch has ended; `trainer.log` has its entry."""
 
 
-class Trainer:
-    """A model, its optimizer and where they stand.
+class Trainer(Replica):
+    """The replica that leads: with its data, its log and its folder. The ranks beside it follow (`picogpt.follow`).
 
     Args:
         model_config: shape of the model.
         config: how it is trained.
         source: where its batches come from.
         dtype: type of the matrix products; bfloat16 is used through autocast, weights and sums stay float32.
+        device: where it computes.
+        ranks: those that train with it.
     """
 
-    def __init__(self, model_config: GPTConfig, config: TrainConfig, source: Source, dtype: torch.dtype) -> None:
-        self.config = config
+    def __init__(
+        self,
+        model_config: GPTConfig,
+        config: TrainConfig,
+        source: Source,
+        dtype: torch.dtype,
+        *,
+        device: torch.device = CPU,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        super().__init__(model_config, config, dtype, device=device, ranks=ranks)
         self.source = source
-        self.dtype = dtype
-        torch.manual_seed(config.seed)
-        self.model = GPT(model_config)
-        self.optimizers = build_optimizers(self.model, config, dtype)
         self.log = LossLog()
         self.seconds = 0.0
         """Seconds spent training, validation included, over all starts of the run."""
-        self.step = 0
-        """Optimizer steps taken so far; those of a run that was brought over are not among them, only in the log."""
         self._steps_before, self._chars_before = 0, 0
         self._epoch_loss, self._epoch_steps = 0.0, 0
+        self._others: list[Tensors] = []  # what ranks 1, 2, ... are to begin with, where that is not what this one has
 
     @property
     def chars_per_step(self) -> int:
@@ -87,11 +92,6 @@ class Trainer:
     def epoch_is_open(self) -> bool:
         """Whether steps have been taken that are in no epoch of the log yet."""
         return self._epoch_steps > 0
-
-    def compile_blocks(self) -> None:
-        """Have torch.compile translate the blocks when they are first called; weights and their names stay as they are."""
-        for block in self.model.transformer.h:
-            block.compile()
 
     def fit(self, run: RunFolder, schedule: Schedule, observer: Observer, stop: Stop) -> bool:
         """Train to the end of `schedule`, saving into `run` after every epoch, every few minutes and when stopped.
@@ -108,8 +108,10 @@ class Trainer:
         Raises:
             TrainingError: loss or gradient are not finite; the state before that step is saved.
             DataError: the data have ended for good; likewise.
+            RanksError: another rank is gone; the checkpoint before stands.
             OSError: something cannot be saved.
         """
+        stop = self.ranks.attending(stop)
         start, before = time.perf_counter(), self.seconds
         saved_at = start
         while self.step < schedule.total_steps or self.epoch_is_open:
@@ -158,38 +160,30 @@ class Trainer:
             TrainingError: loss or gradient are not finite; the weights are as they were.
             DataError: there are no more data; the weights are as they were.
             WaitInterrupted: `stop` said so while the data were waited for; likewise.
+            RanksError: another rank is gone; likewise.
         """
-        self.model.train()
-        if self.model.config.dropout:
-            self._seed_dropout()
-        loss = self.loss(self.source.train_batch(self.step, stop))
-        self.model.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
-        value = loss.item()
-        if not (math.isfinite(value) and math.isfinite(norm.item())):
-            raise TrainingError(
-                f"step {self.step + 1}: the loss is {value} and the gradient's norm {norm.item()}; the last finite state is "
-                "kept; start again with a smaller --lr and --fresh, or --dtype float32"
-            )
-        set_learning_rate(self.optimizers, rate / self.config.lr)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.step += 1
+        if not self.is_together:
+            self._bring_together()
+        batch = self.source.train_batch(self.step, stop)
+        self.ranks.lead(Kind.STEP, struct.pack("<d", rate) + bytes_of(batch))
+        loss = self.take_step(batch, rate)
         self.log.iter_num = self._steps_before + self.step
-        return value
-
-    def _seed_dropout(self) -> None:
-        bits = np.random.Philox(key=[self.config.seed, _STREAM_DROPOUT], counter=[0, 0, 0, self.step])
-        torch.manual_seed(int(bits.random_raw() >> 1))
-
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """Mean loss over `batch` in nats per character, in the type of the run's products."""
-        inputs, targets = (torch.from_numpy(np.ascontiguousarray(part)) for part in batch)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            _, loss = self.model(inputs, targets)
-        assert isinstance(loss, torch.Tensor)
         return loss
+
+    def take_outer_step(self) -> None:
+        """Have all ranks take an outer step, before its time."""
+        self.ranks.lead(Kind.SYNCHRONIZE)
+        self.synchronize()
+
+    def _bring_together(self) -> None:
+        """Have the other ranks make the same replica."""
+        own, common = self.own_tensors(), self.common_tensors()
+        others = self._others or [own] * (self.ranks.count - 1)
+        self.ranks.lead(Kind.BEGIN)
+        for rank, tensors in enumerate(others, start=1):
+            self.ranks.send(pack(self.plan({**common, **tensors})), rank)
+        self._others = []
+        self.come_together()
 
     @torch.no_grad()
     def validate(self, val_steps: int, stop: Stop = lambda: False) -> float | None:
@@ -205,6 +199,8 @@ class Trainer:
 
     def _finish_epoch(self, run: RunFolder, schedule: Schedule, stop: Stop) -> bool:
         """Validate, enter the epoch into the log and save; False if stopped before that."""
+        if self.local_steps:
+            self.take_outer_step()
         val_loss = self.validate(schedule.val_steps, stop)
         if val_loss is None:
             return False
@@ -233,15 +229,16 @@ class Trainer:
                 f"step {self.step}: a weight is no longer finite, nothing is saved; the checkpoint before it stands: "
                 "start again with a smaller --lr and --fresh, or --dtype float32"
             )
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.arrays().items()}
-        for optimizer in self.optimizers:
-            for name, parameter in self._parameters_of(optimizer):
-                for key, value in optimizer.state[parameter].items():
-                    tensors[f"optimizer.{key}.{name}"] = value.detach().numpy()
+        others = self._collect()
+        tensors = {**self.own_tensors(), **self.common_tensors()}
+        for rank, held in enumerate(others, start=1):
+            tensors |= {f"rank{rank}.{name}": array for name, array in held.items()}
         arrays, data = self.source.snapshot()
         tensors |= {f"data.{name}": array for name, array in arrays.items()}
         state: dict[str, Any] = {
             "step": self.step,
+            "local_steps": self.local_steps,
+            "ranks": 1 + len(others),
             "steps_before": self._steps_before,
             "chars_before": self._chars_before,
             "data": data,
@@ -252,10 +249,12 @@ class Trainer:
         }
         run.save_checkpoint(Checkpoint(tensors=tensors, state=state))
 
-    def _parameters_of(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:
-        """The parameters that `optimizer` holds, by name."""
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return [(name, parameter) for name, parameter in self.model.named_parameters() if id(parameter) in held]
+    def _collect(self) -> list[Tensors]:
+        """What ranks 1, 2, ... have that this one has not: they train by themselves between two outer steps."""
+        if self.outer is None or not self.is_together:
+            return self._others
+        self.ranks.lead(Kind.COLLECT)
+        return [unpack(self.ranks.receive(rank)).tensors for rank in range(1, self.ranks.count)]
 
     def _is_finite(self) -> bool:
         return all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
@@ -266,7 +265,7 @@ class Trainer:
         Raises:
             RunError: the weights are of another shape of model; nothing is changed.
         """
-        self.model.load_arrays(weights)
+        self.load_weights(weights)
         if log is not None:
             self.log = log
             self._steps_before, self._chars_before = log.iter_num, log.chars[-1] if log.chars else 0
@@ -278,23 +277,35 @@ class Trainer:
             RunError: the checkpoint was made by another shape of model; nothing is changed.
         """
         tensors, state = checkpoint.tensors, checkpoint.state
-        weights = {name.removeprefix("model."): array for name, array in tensors.items() if name.startswith("model.")}
-        self.model.load_arrays(weights)
-        for optimizer in self.optimizers:
-            for name, parameter in self._parameters_of(optimizer):
-                suffix = f".{name}"
-                optimizer.state[parameter] = {
-                    key.removeprefix("optimizer.").removesuffix(suffix): torch.from_numpy(array.copy())
-                    for key, array in tensors.items()
-                    if key.startswith("optimizer.") and key.endswith(suffix)
-                }
+        self.load_tensors(tensors)
+        self.step, self.local_steps = int(state["step"]), int(state.get("local_steps", 0))
+        if self.outer is not None:
+            self._others = self._spread([self.own_tensors(), *_of_ranks(tensors, int(state["ranks"]))])
         arrays = {name.removeprefix("data."): array for name, array in tensors.items() if name.startswith("data.")}
         self.source.restore(arrays, state["data"])
         self.log = LossLog.from_dict(state["log"])
-        self.step = int(state["step"])
         self._steps_before, self._chars_before = int(state["steps_before"]), int(state["chars_before"])
         self._epoch_loss, self._epoch_steps = float(state["epoch_loss"]), int(state["epoch_steps"])
         self.seconds = float(state["seconds"])
+
+    def _spread(self, saved: list[Tensors]) -> list[Tensors]:
+        """What ranks 1, 2, ... begin with, given what each rank had that was saved.
+
+        Where there were more or fewer of them, an outer step brings their weights together before its time, so that no step
+        of any rank is lost; the inner optimizers are taken in turn.
+        """
+        if len(saved) == self.ranks.count:
+            return saved[1:]
+        if self.local_steps:
+            names = [f"model.{name}" for name in self.model.arrays()]
+            self.step_outer([self.on_device(np.mean([held[name] for held in saved], axis=0)) for name in names])
+        weights = {f"model.{name}": array for name, array in self.model.arrays().items()}
+        return [{**saved[rank % len(saved)], **weights} for rank in range(1, self.ranks.count)]
+
+
+def _of_ranks(tensors: Tensors, count: int) -> list[Tensors]:
+    """What a checkpoint holds of ranks 1, 2, ... of `count`."""
+    return [under(f"rank{rank}.", tensors) for rank in range(1, count)]
 
 
 def seconds_of(call: Callable[[], object]) -> float:

@@ -3,6 +3,7 @@
 python scripts/benchmark.py generate [--model RUN]
 python scripts/benchmark.py load --folder DIR
 python scripts/benchmark.py train [--profile native|laptop|both] [--batch-size N]
+python scripts/benchmark.py ranks [--link RATE]
 python scripts/benchmark.py learn --text FILE... | --folder DIR --loss X [--chars N] [--only fast|seed]
 """
 
@@ -19,6 +20,8 @@ from benchmarks.generate import generation
 from benchmarks.learn import add_arguments as add_learn_arguments
 from benchmarks.learn import learning
 from benchmarks.load import loading
+from benchmarks.ranks import add_arguments as add_ranks_arguments
+from benchmarks.ranks import several_ranks
 from benchmarks.train import add_arguments as add_train_arguments
 from benchmarks.train import training
 
@@ -36,6 +39,9 @@ def main() -> None:
     train_parser = commands.add_parser("train", help="the training loop against a plain one")
     add_train_arguments(train_parser)
     train_parser.set_defaults(run=training)
+    ranks_parser = commands.add_parser("ranks", help="several ranks against one")
+    add_ranks_arguments(ranks_parser)
+    ranks_parser.set_defaults(run=several_ranks)
     learn_parser = commands.add_parser("learn", help="both recipes to the same loss")
     add_learn_arguments(learn_parser)
     learn_parser.set_defaults(run=learning)

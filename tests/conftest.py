@@ -92,9 +92,14 @@ def roll_vectors() -> dict[str, npt.NDArray[Any]]:
 def text_file(tmp_path: Path) -> Path:
     """A text of 6,000 characters with something to learn in it."""
     path = tmp_path / "numbers.txt"
+    write_numbers(path)
+    return path
+
+
+def write_numbers(path: Path) -> None:
+    """Write that text."""
     words = ["one", "two", "three", "four", "five", "six", "seven"]
     path.write_text("".join(f"{words[i % 7]} and {words[i * i % 7]}\n" for i in range(600))[:6000])
-    return path
 
 
 def tiny_source(config: TrainConfig, model: GPTConfig = TINY, n_chars: int = 3000) -> TextSource:

@@ -63,3 +63,18 @@ def test_dropout() -> None:
 
     assert not torch.allclose(dropped, by_definition(qkv, 2))
     torch.testing.assert_close(causal_attention(qkv, mask_of(9), 2, dropout=1e-9), by_definition(qkv, 2))
+
+
+def test_knows_no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The types inside are those of what comes in: a GPU's autocast would make the softmax float32."""
+    seen: list[bool] = []
+
+    def halves(n_slots: int) -> list[tuple[int, int]]:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return [(0, n_slots)]
+
+    monkeypatch.setattr("picogpt.attention._halves", halves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        causal_attention(torch.randn(1, 4, 12), mask_of(4), 2)
+
+    assert seen == [False]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from benchmarks import common
 from benchmarks.common import in_turns, machine
 from benchmarks.learn import follow
 from benchmarks.plain import PlainLoop
+from benchmarks.ranks import launch
 from benchmarks.train import flops_per_char
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.train import Trainer
@@ -30,6 +33,13 @@ def test_flops() -> None:
     shape = GPTConfig(n_layer=1, n_head=1, n_embd=2, context_len=1, vocab_size=3)
 
     assert flops_per_char(shape) == 2 * (288 + 48) + 36
+
+
+def test_launch() -> None:
+    """Ranks are told who they are, and what rank 0 prints comes back."""
+    code = "import os; print([float(os.environ[name]) for name in ('RANK', 'WORLD_SIZE')])"
+
+    assert launch([[sys.executable, "-c", code]] * 2, "127.0.0.1") == [0, 2]
 
 
 def test_turns() -> None:

@@ -37,6 +37,7 @@ from picogpt.errors import ConfigError
         (TrainConfig, {"decay": "steps"}, "decay must be one of linear, cosine"),
         (TrainConfig, {"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         (TrainConfig, {"windows": 0}, "windows must be a whole number of at least 1"),
+        (TrainConfig, {"sync_every": -1}, "sync_every must be a whole number of at least 0"),
         (TrainConfig, {"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0"),
         (TrainConfig, {"decay_steps": 0}, "decay_steps must be a whole number of at least 1"),
         (TrainConfig, {"lr": 0.0}, "lr must be a rate from 1e-9 to 1, got 0.0"),

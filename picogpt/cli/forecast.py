@@ -68,6 +68,8 @@ def rehearse(
     trainer = make(RepeatedSource(roll_len=config.windows * model.context_len, batch_size=config.batch_size))
     trainer.update(config.lr)
     step = statistics.median(seconds_of(lambda: trainer.update(config.lr)) for _ in range(TIMED_STEPS))
+    if config.sync_every:
+        step += seconds_of(trainer.take_outer_step) / config.sync_every
     return step, time_epoch_end(trainer, parent, sample)
 
 

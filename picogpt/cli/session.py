@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from picogpt.cli.common import StopRequest, notice
 from picogpt.cli.settings import Request
 from picogpt.config import Budget, DataConfig, GPTConfig, Pace, RunSettings, Schedule, TrainConfig
-from picogpt.errors import Interrupted, PicoGPTError, RunError
+from picogpt.errors import ConfigError, Interrupted, PicoGPTError, RunError, TrainingError
 
 if TYPE_CHECKING:
     from picogpt.cli.forecast import EpochEnd, Forecaster
     from picogpt.data import Source
+    from picogpt.ranks import Ranks
     from picogpt.run import LossLog, RunFolder
     from picogpt.train import Trainer
 
@@ -63,8 +64,18 @@ class Session:
     schedule: Schedule
 
     def __init__(
-        self, run: RunFolder, source: Source, request: Request, stored: RunSettings | None, origin: Origin | None
+        self,
+        run: RunFolder,
+        source: Source,
+        request: Request,
+        stored: RunSettings | None,
+        *,
+        origin: Origin | None,
+        ranks: Ranks | None,
     ) -> None:
+        from picogpt.ranks import Ranks
+
+        self._ranks = ranks or Ranks()
         self.run, self._source, self.request, self._stored, self._origin = run, source, request, stored, origin
         self._compile = stored.compile if stored and request.compile is None else bool(request.compile)
         self._rehearsed: tuple[float, EpochEnd] | None = None
@@ -76,11 +87,14 @@ class Session:
             Interrupted: a signal ended it.
             PicoGPTError, OSError: something else did.
         """
-        self._check_compiler()
+        self._check_machine(config)
         if self.request.fresh:
             self._set_aside()
         self.run.create()
+        self._ranks.note_start()
+        self._ranks.connect()
         stop = StopRequest()
+        self._ranks.listen_to(stop)
         with stop.listen(), self.run.lock():
             if self._stored is None and self.run.has_checkpoint():
                 raise RunError(f"{self.run.path}: another process has begun this run meanwhile; start again to go on with it")
@@ -97,7 +111,8 @@ class Session:
         Raises:
             PicoGPTError, OSError: it could not.
         """
-        self._check_compiler()
+        self._check_machine(config)
+        self._ranks.connect()
         threads, dtype_reason = self._make_trainer(model, config)
         if self.request.fresh and self.run.path.exists():
             notice(f"the run that is there would be kept as {self.run.free_name()}")
@@ -116,12 +131,27 @@ class Session:
         """What to type to go on."""
         logs = "" if self.request.logs_dir == Path("logs") else f" --logs-dir {shlex.quote(str(self.request.logs_dir))}"
         text = " --text -, with the same text," if "-" in data.text else ""
-        return f"picogpt-train --run {self.run.name}{logs}{text}"
+        command = "picogpt-train" if self._ranks.count == 1 else "torchrun ... -m -- picogpt.cli.train"
+        return f"{command} --run {self.run.name}{logs}{text}"
 
-    def _check_compiler(self) -> None:
-        """Refuse to compile without a compiler before anything is touched."""
-        from picogpt.device import check_compiler
+    def _check_machine(self, config: TrainConfig) -> None:
+        """Find the device, and refuse what cannot be before anything is touched.
 
+        Raises:
+            ConfigError: a step cannot be divided among the ranks.
+            TrainingError: there is no such device, or no compiler.
+        """
+        from picogpt.device import check_compiler, choose_device
+
+        count = self._ranks.count
+        if config.batch_size % count:
+            raise ConfigError(
+                f"batch_size must be a multiple of the {count} ranks that share a step, got {config.batch_size}", "batch_size"
+            )
+        wanted = self.request.device or (self._stored.device if self._stored else "auto")
+        self._device, self._device_reason = choose_device(wanted, self._ranks.local_rank)
+        if self._device.type == "mps" and count > 1:
+            raise TrainingError("--device mps: torch connects no ranks on such a GPU; take --device cpu, or one process")
         if self._compile:
             check_compiler()
 
@@ -152,14 +182,15 @@ class Session:
 
         flush_denormals()
         threads = set_threads(self.request.threads or (self._stored.threads if self._stored else None))
-        self._dtype, reason = choose_dtype(self.request.dtype or (self._stored.dtype if self._stored else "auto"))
+        wanted = self.request.dtype or (self._stored.dtype if self._stored else "auto")
+        self._dtype, reason = choose_dtype(wanted, self._device)
         self.trainer = self._new_trainer(model, config, self._source)
         return threads, reason
 
     def _new_trainer(self, model: GPTConfig, config: TrainConfig, source: Source) -> Trainer:
         from picogpt.train import Trainer
 
-        trainer = Trainer(model, config, source, self._dtype)
+        trainer = Trainer(model, config, source, self._dtype, device=self._device, ranks=self._ranks)
         if self._compile:
             trainer.compile_blocks()
         trainer.model.transformer.gradient_checkpointing = self.request.gradient_checkpointing
@@ -178,6 +209,8 @@ class Session:
             data=data,
             dtype=self._dtype_name,
             threads=threads,
+            ranks=self._ranks.count,
+            device=self._device.type,
             compile=self._compile,
             origin=self._origin_path(),
         )
@@ -192,6 +225,8 @@ class Session:
         self._tell_usage()
         now_and_before = (
             ("threads", self._stored.threads, threads),
+            ("ranks", self._stored.ranks, self._ranks.count),
+            ("device", self._stored.device, self._device.type),
             ("dtype", self._stored.dtype, self._dtype_name),
             ("compile", self._stored.compile, self._compile),
         )
@@ -274,12 +309,20 @@ class Session:
         compiled = ", blocks compiled (the first steps take longer)" if settings.compile else ""
         if self.request.gradient_checkpointing:
             compiled += "; blocks are computed again in the backward pass, for less memory"
+        notice(f"device {settings.device} ({self._device_reason})")
         notice(f"computing in {settings.dtype} ({dtype_reason}) with {settings.threads} threads{compiled}")
+        if settings.ranks > 1:
+            rolls = train.batch_size // settings.ranks
+            notice(f"{settings.ranks} ranks, each with {rolls} of a step's rolls{self._tell_sync(train)}")
         roll_len = train.windows * model.context_len
         notice(
             f"{self.run.path}: {schedule.total_steps:,} steps of {train.batch_size} x {roll_len:,} characters, "
             f"{schedule.steps_per_epoch:,} an epoch; recipe {train.recipe}, learning rate {train.lr:g}, seed {train.seed}"
         )
+
+    @staticmethod
+    def _tell_sync(train: TrainConfig) -> str:
+        return f", brought together every {train.sync_every} steps" if train.sync_every else "; gradients are averaged every step"
 
     def _fit(self, stop: StopRequest, data: DataConfig) -> bool:
         """Train; False if a signal ended it."""

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from picogpt.cli.common import notice
-from picogpt.config import Budget, DataConfig, GPTConfig, RunSettings, TrainConfig, check_dtype, check_run_name, check_threads
+from picogpt.config import (
+    Budget,
+    DataConfig,
+    GPTConfig,
+    RunSettings,
+    TrainConfig,
+    check_device,
+    check_dtype,
+    check_run_name,
+    check_threads,
+)
 from picogpt.errors import RunError
 
 __all__ = ["MODEL_FLAGS", "TRAIN_FLAGS", "Request"]
@@ -31,6 +41,7 @@ TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {
     "weight_decay": (float, "weight decay of matrices"),
     "grad_clip": (float, "largest norm of the gradient, 0 for no limit"),
     "warmup_steps": (int, "steps until the highest learning rate; at most a tenth of a run of recipe fast"),
+    "sync_every": (int, "steps that each rank takes by itself before an outer step (DiLoCo), for slow networks; 0 for none"),
     "seed": (int, "seed of weights, order of the text and dropout"),
 }
 """Fields of `TrainConfig` that are flags: type and meaning."""
@@ -58,6 +69,7 @@ class Request:
     text_column: str | None
     text: tuple[str, ...]
     threads: int | None
+    device: str | None
     dtype: str | None
     compile: bool | None
     gradient_checkpointing: bool
@@ -82,6 +94,7 @@ class Request:
             text_column=arguments.text_column,
             text=tuple(path if path == "-" else str(Path(path).absolute()) for path in arguments.text or ()),
             threads=check_threads(arguments.threads),
+            device=check_device(arguments.device),
             dtype=check_dtype(arguments.dtype),
             compile=arguments.compile,
             gradient_checkpointing=arguments.gradient_checkpointing,
@@ -90,6 +103,10 @@ class Request:
         )
         request.model(None), request.train(None), request.budget(None)
         return request
+
+    def going_on(self) -> Request:
+        """The same after a restart by torchrun: what was started over before is not started over again."""
+        return replace(self, fresh=False)
 
     def text_name(self, text: Collection[str]) -> str:
         """The name of a text from the user's own files: that of the first one, as far as it can be a run's name."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from picogpt.cli.common import Parser, end_process, notice, run_command
+from picogpt.cli.common import Parser, StopRequest, end_process, notice, run_command
 from picogpt.cli.session import Origin, Session
 from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, Request
 from picogpt.cli.texts import Text, find_text
 from picogpt.config import RECIPES, Budget, GPTConfig, RunSettings, TrainConfig
-from picogpt.errors import ConfigError, RunError
+from picogpt.errors import ConfigError, RanksError, RunError
 
 if TYPE_CHECKING:
+    from picogpt.ranks import Ranks
     from picogpt.run import RunFolder
 
 __all__ = ["build_parser", "command", "main"]
@@ -25,7 +27,8 @@ def build_parser() -> Parser:
     parser = Parser(
         "picogpt-train",
         "Train a character GPT. A run that exists goes on where it stopped; Ctrl-C saves and ends it.",
-        "Results go to stdout, progress to stderr; the run is kept in LOGS_DIR/RUN.",
+        "Results go to stdout, progress to stderr; the run is kept in LOGS_DIR/RUN.\n"
+        "Several processes or machines: torchrun --nproc-per-node N -m -- picogpt.cli.train ... (docs/distributed.md)",
     )
     text = parser.add_argument_group("text").add_mutually_exclusive_group()
     text.add_argument(
@@ -58,7 +61,14 @@ def build_parser() -> Parser:
     for name, (kind, meaning) in MODEL_FLAGS.items():
         _add(model, name, kind, f"{meaning} (default: {getattr(GPTConfig(), name)})")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--threads", metavar="N", type=int, help="threads to compute with (default: one a core)")
+    machine.add_argument(
+        "--threads", metavar="N", type=int, help="threads of each process (default: one a core, or as torchrun sets)"
+    )
+    machine.add_argument(
+        "--device",
+        metavar="NAME",
+        help="where to compute: cpu, cuda, mps (Apple), or auto: a CUDA GPU if there is one, else the CPU (default: auto)",
+    )
     machine.add_argument(
         "--dtype",
         metavar="TYPE",
@@ -111,6 +121,21 @@ def command() -> NoReturn:
 
 def _train(arguments: argparse.Namespace) -> int:
     request = Request.from_flags(arguments)
+    if "RANK" not in os.environ:
+        _lead(request, None)
+        return 0
+    from picogpt.ranks import Ranks
+
+    ranks = Ranks.join(os.environ)
+    if ranks.rank > 0:
+        return _follow(request, ranks)
+    with ranks.leading():
+        _lead(request if ranks.first_start() else request.going_on(), ranks)
+    return 0
+
+
+def _lead(request: Request, ranks: Ranks | None) -> None:
+    """What a run alone does, or the first of the ranks that share it."""
     run, stored, text = _locate(request)
     data = text.describe()
     request.refuse_changes(stored, data)
@@ -119,11 +144,26 @@ def _train(arguments: argparse.Namespace) -> int:
     config, budget = request.train(stored), request.budget(stored)
     source = text.source(model, config, run if stored and run.has_validation() else None)
     try:
-        session = Session(run, source, request, stored, origin)
+        session = Session(run, source, request, stored, origin=origin, ranks=ranks)
         (session.rehearse if request.dry_run else session.train)(model, config, budget, data)
     finally:
         source.close()
-    return 0
+
+
+def _follow(request: Request, ranks: Ranks) -> int:
+    """What the other ranks do; a signal that one of them gets, it tells rank 0."""
+    from picogpt.follow import follow
+
+    ranks.connect()
+    stop = StopRequest()
+    ranks.listen_to(stop)
+    with stop.listen():
+        try:
+            return follow(ranks, request.threads)
+        except RanksError as error:
+            if stop.signal_number is not None:
+                return 128 + stop.signal_number
+            raise RanksError(f"rank {ranks.rank}: {error}") from error
 
 
 def _origin(request: Request, run: RunFolder, stored: RunSettings | None) -> Origin | None:

@@ -1,0 +1,289 @@
+"""A model and its optimizers on one rank: how they take a step, and all that is needed to make the same ones elsewhere."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from picogpt import __version__
+from picogpt.config import GPTConfig, TrainConfig
+from picogpt.data import Batch
+from picogpt.device import CPU, choose_device, flush_denormals, set_threads
+from picogpt.errors import RanksError, TrainingError
+from picogpt.model import GPT
+from picogpt.optim import OuterOptimizer, build_optimizers, set_learning_rate
+from picogpt.ranks import ALONE, Ranks, reaching
+from picogpt.run import Checkpoint, Tensors
+
+__all__ = ["Replica", "batch_of", "bytes_of", "under"]
+
+_STREAM_DROPOUT = 2
+"""Number of the random stream that dropout draws its seeds from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What all ranks have to agree on, beside the tensors."""
+
+    version: str
+    model: dict[str, Any]
+    train: dict[str, Any]
+    dtype: str
+    device: str
+    threads: int
+    compiled: bool
+    gradient_checkpointing: bool
+    step: int
+    local_steps: int
+
+
+class Replica:
+    """A model, its optimizers, and the steps they have taken.
+
+    Args:
+        model_config: shape of the model.
+        config: how it is trained.
+        dtype: type of the matrix products; bfloat16 is used through autocast, weights and sums stay float32.
+        device: where it is.
+        ranks: those that train with it.
+    """
+
+    def __init__(
+        self,
+        model_config: GPTConfig,
+        config: TrainConfig,
+        dtype: torch.dtype,
+        *,
+        device: torch.device = CPU,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.config, self.dtype, self.device, self.ranks = config, dtype, device, ranks
+        torch.manual_seed(config.seed)
+        self.model = GPT(model_config).to(device)
+        self.optimizers = build_optimizers(self.model, config, dtype)
+        self.outer = OuterOptimizer(self.model.parameters()) if config.sync_every else None
+        self.step = 0
+        """Optimizer steps taken so far; those of a run that was brought over are not among them."""
+        self.local_steps = 0
+        """Steps since the last outer step, where there are outer steps."""
+        self._compiled = False
+        self._trained: nn.Module | None = None
+        """The model as training calls it, once the ranks have been brought together."""
+
+    def compile_blocks(self) -> None:
+        """Have torch.compile translate the blocks when they are first called; weights and their names stay as they are."""
+        self._compiled = True
+        for block in self.model.transformer.h:
+            block.compile()
+
+    def plan(self, tensors: Tensors) -> Checkpoint:
+        """All that another rank needs to make this replica, with `tensors` for those that it is to have."""
+        plan = _Plan(
+            version=__version__,
+            model=asdict(self.model.config),
+            train=asdict(self.config),
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=self.device.type,
+            threads=torch.get_num_threads(),
+            compiled=self._compiled,
+            gradient_checkpointing=self.model.transformer.gradient_checkpointing,
+            step=self.step,
+            local_steps=self.local_steps,
+        )
+        return Checkpoint(tensors=tensors, state=asdict(plan))
+
+    @classmethod
+    def from_plan(cls, checkpoint: Checkpoint, ranks: Ranks, threads: int | None) -> Replica:
+        """The replica that rank 0 has planned, computing with `threads` threads, or as many as rank 0 for None.
+
+        Raises:
+            RanksError: rank 0 has another version of picogpt.
+            TrainingError: its device is not there.
+        """
+        version = checkpoint.state.get("version")
+        if version != __version__:
+            raise RanksError(f"rank 0 has picogpt {version} and this machine {__version__}; install the same one everywhere")
+        plan = _Plan(**checkpoint.state)
+        flush_denormals()
+        set_threads(threads or plan.threads)
+        device = choose_device(plan.device, ranks.local_rank)[0]
+        replica = cls(GPTConfig(**plan.model), TrainConfig(**plan.train), getattr(torch, plan.dtype), device=device, ranks=ranks)
+        if plan.compiled:
+            replica.compile_blocks()
+        replica.model.transformer.gradient_checkpointing = plan.gradient_checkpointing
+        replica.load_tensors(checkpoint.tensors)
+        replica.step, replica.local_steps = plan.step, plan.local_steps
+        return replica
+
+    @property
+    def is_together(self) -> bool:
+        """Whether the ranks have been brought together."""
+        return self._trained is not None
+
+    def come_together(self) -> None:
+        """Be trained with the other ranks from now on; all of them have the same weights, or local ones of the same run.
+
+        DistributedDataParallel orders its buckets by the first backward pass, and more than two ranks add up in the order of
+        the buckets. That pass is taken here, so that a run that goes on adds up like one that was never stopped.
+        """
+        if self.outer is not None or self.ranks.count == 1:
+            self._trained = self.model
+            return
+        self._trained = self.ranks.parallel(self.model, self.device)
+        self.model.train()
+        ids = np.zeros((self._rolls_each, self.config.windows * self.model.config.context_len), np.int64)
+        with reaching():
+            self.loss(Batch(ids, ids)).backward()  # type: ignore[no-untyped-call]
+
+    @property
+    def _rolls_each(self) -> int:
+        """Rolls of a batch that are each rank's."""
+        return self.config.batch_size // self.ranks.count
+
+    def take_step(self, batch: Batch, rate: float) -> float:
+        """Take one optimizer step with learning rate `rate` on this rank's share of `batch`.
+
+        Returns:
+            The mean loss of the whole batch in nats per character, before the update.
+
+        Raises:
+            TrainingError: loss or gradient are not finite on one of the ranks; the weights are as they were on all of them.
+            RanksError: a rank is gone; likewise.
+        """
+        self.model.train()
+        if self.model.config.dropout:
+            self._seed_dropout()
+        rolls = slice(self.ranks.rank * self._rolls_each, (self.ranks.rank + 1) * self._rolls_each)
+        loss = self.loss(Batch(batch.inputs[rolls], batch.targets[rolls]))
+        self.model.zero_grad(set_to_none=True)
+        with reaching():
+            loss.backward()  # type: ignore[no-untyped-call]
+        return self.apply_gradient(rate, loss.item())
+
+    def apply_gradient(self, rate: float, loss: float) -> float:
+        """Update the weights by the gradient that they have, unless it is not finite; return the ranks' mean `loss`."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        found = self.ranks.share([loss, norm.item()])
+        mean, mean_norm = (math.fsum(values) / len(found) for values in zip(*found, strict=True))
+        if not (math.isfinite(mean) and math.isfinite(mean_norm)):
+            raise TrainingError(
+                f"step {self.step + 1}: the loss is {mean} and the gradient's norm {mean_norm}; the last finite state is "
+                "kept; start again with a smaller --lr and --fresh, or --dtype float32"
+            )
+        set_learning_rate(self.optimizers, rate / self.config.lr)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        if self.outer is not None:
+            self.local_steps += 1
+            if self.local_steps == self.config.sync_every:
+                self.synchronize()
+        return mean
+
+    def _seed_dropout(self) -> None:
+        bits = np.random.Philox(key=[self.config.seed, _STREAM_DROPOUT], counter=[0, 0, self.ranks.rank, self.step])
+        torch.manual_seed(int(bits.random_raw() >> 1))
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Mean loss over `batch` in nats per character, in the type of the run's products."""
+        inputs, targets = (torch.from_numpy(np.ascontiguousarray(part)).to(self.device) for part in batch)
+        model = self._trained if self._trained is not None and self.model.training else self.model
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            _, loss = model(inputs, targets)
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Take an outer step with the weights that all ranks have come to, and go on from its result."""
+        self.step_outer(self.ranks.mean([parameter.detach() for parameter in self.model.parameters()]))
+
+    @torch.no_grad()
+    def step_outer(self, means: list[torch.Tensor]) -> None:
+        """Take an outer step with these means of the weights over the ranks."""
+        assert self.outer is not None
+        self.outer.step(means)
+        for parameter, anchor in zip(self.model.parameters(), self.outer.anchors, strict=True):
+            parameter.copy_(anchor)
+        self.local_steps = 0
+
+    def load_weights(self, weights: Tensors) -> None:
+        """Begin with the weights of another model.
+
+        Raises:
+            RunError: they are of another shape; nothing is changed.
+        """
+        self.model.load_arrays(weights)
+        if self.outer is not None:
+            self.outer = OuterOptimizer(self.model.parameters())
+
+    def own_tensors(self) -> Tensors:
+        """The weights and the optimizers' tensors, by name."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.arrays().items()}
+        for optimizer in self.optimizers:
+            for name, parameter in self._parameters_of(optimizer):
+                for key, value in optimizer.state[parameter].items():
+                    tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().numpy()
+        return tensors
+
+    def common_tensors(self) -> Tensors:
+        """Those that all ranks have in common while they train by themselves: of the outer optimizer."""
+        tensors: Tensors = {}
+        if self.outer is not None:
+            for name, anchor in zip(self.model.arrays(), self.outer.anchors, strict=True):
+                tensors[f"anchor.{name}"] = anchor.cpu().numpy()
+                momentum = self.outer.sgd.state[anchor].get("momentum_buffer")
+                if momentum is not None:
+                    tensors[f"outer.{name}"] = momentum.cpu().numpy()
+        return tensors
+
+    def load_tensors(self, tensors: Tensors) -> None:
+        """Take up what `own_tensors` and `common_tensors` have given; other names are passed over.
+
+        Raises:
+            RunError: the weights are of another shape of model; nothing is changed.
+        """
+        self.model.load_arrays(under("model.", tensors))
+        held = under("optimizer.", tensors)
+        for optimizer in self.optimizers:
+            for name, parameter in self._parameters_of(optimizer):
+                suffix = f".{name}"
+                optimizer.state[parameter] = {
+                    key.removesuffix(suffix): self.on_device(array) for key, array in held.items() if key.endswith(suffix)
+                }
+        if self.outer is not None:
+            for name, anchor in zip(self.model.arrays(), self.outer.anchors, strict=True):
+                anchor.copy_(self.on_device(tensors[f"anchor.{name}"]))
+                if f"outer.{name}" in tensors:
+                    self.outer.sgd.state[anchor] = {"momentum_buffer": self.on_device(tensors[f"outer.{name}"])}
+
+    def on_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        """A copy of `array` as a tensor."""
+        return torch.from_numpy(array.copy()).to(self.device)
+
+    def _parameters_of(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:
+        """The parameters that `optimizer` holds, by name."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if id(parameter) in held]
+
+
+def under(prefix: str, tensors: Tensors) -> Tensors:
+    """Those of `tensors` whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+
+
+def bytes_of(batch: Batch) -> bytes:
+    """The ids of `batch`, a byte each, roll by roll, each with the one that follows its last."""
+    return np.concatenate((batch.inputs, batch.targets[:, -1:]), axis=1).astype(np.uint8).tobytes()
+
+
+def batch_of(content: bytes, n_rolls: int) -> Batch:
+    """The inverse of `bytes_of`."""
+    rows = np.frombuffer(content, np.uint8).reshape(n_rolls, -1).astype(np.int64)
+    return Batch(rows[:, :-1], rows[:, 1:])
