@@ -392,8 +392,11 @@ def test_terminal_that_goes_away(here: list[str]) -> None:
         while b"epoch 1 " not in shown:
             shown += os.read(primary, 4096)
         os.close(primary)
-        time.sleep(0.3)  # it trains on, into the void
-        assert process.poll() is None
+        deadline = time.monotonic() + 20
+        while not Path("logs/hung-up/checkpoint.previous.safetensors").exists():  # it trains on, into the void
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         process.send_signal(signal.SIGHUP)
         assert process.wait(timeout=20) == 128 + signal.SIGHUP
 
