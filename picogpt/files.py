@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-__all__ = ["TEMPORARY_SUFFIX", "atomic_write", "remove_leftovers", "replace", "sync_folder", "unnamed_file"]
+__all__ = ["TEMPORARY_SUFFIX", "atomic_write", "existing_folder", "remove_leftovers", "replace", "sync_folder", "unnamed_file"]
 
 TEMPORARY_SUFFIX = ".part"
 
@@ -67,6 +67,12 @@ def unnamed_file(folder: Path, chunks: Iterable[bytes]) -> IO[bytes]:
         stream.flush()
         stack.pop_all()
     return stream
+
+
+def existing_folder(path: Path) -> Path:
+    """`path`, or as much of it as is there, as an absolute path to a folder."""
+    absolute = path.absolute()
+    return next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())
 
 
 def replace(source: Path, target: Path) -> None:

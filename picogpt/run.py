@@ -39,13 +39,13 @@ from picogpt.errors import ConfigError, RunError
 from picogpt.files import atomic_write, remove_leftovers, replace
 
 __all__ = [
-    "FORMAT_VERSION",
     "LOG_FILE",
     "MODEL_FILE",
     "Checkpoint",
     "LossLog",
     "RunFolder",
     "load_model",
+    "model_metadata",
     "pack",
     "read_log",
     "unpack",
@@ -238,8 +238,7 @@ class RunFolder:
 
     def save_model(self, tensors: Mapping[str, npt.NDArray[Any]], config: GPTConfig) -> None:
         """Write `model.safetensors`: state dict and shape of the best model so far."""
-        metadata = {"format": str(FORMAT_VERSION), "config": json.dumps(asdict(config))}
-        atomic_write(self.path / MODEL_FILE, serialize(dict(tensors), metadata))
+        atomic_write(self.path / MODEL_FILE, serialize(dict(tensors), model_metadata(config)))
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write `checkpoint.safetensors`, keeping the one before it.
@@ -310,6 +309,11 @@ class RunFolder:
     def read_log(self) -> LossLog:
         """Read `log.pkl`; see `read_log`."""
         return read_log(self.path / LOG_FILE)
+
+
+def model_metadata(config: GPTConfig) -> dict[str, str]:
+    """What `model.safetensors` says beside the weights of a model of that shape."""
+    return {"format": str(FORMAT_VERSION), "config": json.dumps(asdict(config))}
 
 
 def load_model(path: Path) -> tuple[GPTConfig, Tensors]:

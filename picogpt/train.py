@@ -281,8 +281,7 @@ class Trainer(Replica):
         self.step, self.local_steps = int(state["step"]), int(state.get("local_steps", 0))
         if self.outer is not None:
             self._others = self._spread([self.own_tensors(), *_of_ranks(tensors, int(state["ranks"]))])
-        arrays = {name.removeprefix("data."): array for name, array in tensors.items() if name.startswith("data.")}
-        self.source.restore(arrays, state["data"])
+        self.source.restore(under("data.", tensors), state["data"])
         self.log = LossLog.from_dict(state["log"])
         self._steps_before, self._chars_before = int(state["steps_before"]), int(state["chars_before"])
         self._epoch_loss, self._epoch_steps = float(state["epoch_loss"]), int(state["epoch_steps"])

@@ -9,9 +9,7 @@ Takes the run's folder and makes FOLDER, which must not exist yet. No checkpoint
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,7 +20,7 @@ from safetensors.torch import save
 from picogpt.config import RunSettings
 from picogpt.files import atomic_write
 from picogpt.plot import draw_losses
-from picogpt.run import FORMAT_VERSION, MODEL_FILE, RunFolder, load_model
+from picogpt.run import MODEL_FILE, RunFolder, load_model, model_metadata
 
 
 def pack(source: RunFolder, target: RunFolder) -> None:
@@ -37,10 +35,9 @@ def pack(source: RunFolder, target: RunFolder) -> None:
     RunSettings.from_dict(content)
     config, weights = load_model(source.path / MODEL_FILE)
     rounded = {name: torch.from_numpy(array).bfloat16() for name, array in weights.items()}
-    metadata = {"format": str(FORMAT_VERSION), "config": json.dumps(asdict(config))}
     target.path.mkdir(parents=True)
-    atomic_write(target.path / MODEL_FILE, save(rounded, metadata))
-    target.write_config({key: value for key, value in content.items() if key != "format"})
+    atomic_write(target.path / MODEL_FILE, save(rounded, model_metadata(config)))
+    target.write_config(content)
     target.write_log(log)
     atomic_write(target.plot_path, draw_losses({target.name: log}))
 

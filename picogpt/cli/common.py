@@ -64,7 +64,8 @@ def add_model(flags: argparse._ActionsContainer) -> None:
         "-m",
         "--model",
         metavar="RUN",
-        help="a run's name, its folder, or a .safetensors file (default: the run under the logs folder that was saved last)",
+        help="a run's name, its folder, or a .safetensors file (default: the run under the logs folder that was saved last, "
+        "else a model that comes with picogpt)",
     )
     flags.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
 

@@ -278,11 +278,12 @@ class Session:
     def _measure(self) -> tuple[float, EpochEnd]:
         """Time a few steps and an end of an epoch with a model that is thrown away."""
         from picogpt.cli.forecast import rehearse
+        from picogpt.files import existing_folder
 
         notice("timing a few steps")
         model, config = self.trainer.model.config, self.trainer.config
         # The folder of a dry run does not exist; its disk is that of the folder it would be in.
-        parent = next(path for path in (self.run.path.absolute(), *self.run.path.absolute().parents) if path.is_dir())
+        parent = existing_folder(self.run.path)
         self._rehearsed = rehearse(model, config, lambda source: self._new_trainer(model, config, source), parent, self._sample)
         return self._rehearsed
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from picogpt.cli.common import notice
@@ -124,19 +123,14 @@ def find_text(request: Request, stored: RunSettings | None) -> Text:
     """
     from picogpt.cli.download import DownloadBar
     from picogpt.data import DATASETS, load_dataset, read_texts, resolve_stream
+    from picogpt.files import existing_folder
 
     text, dataset, column = request.text, request.dataset, request.text_column
     if not text and dataset is None and stored is not None:
         text, dataset = stored.data.text, stored.data.dataset
     if text:
-        return _Whole(read_texts(text, name=request.text_name(text), scratch=_existing(request.logs_dir)), text)
+        return _Whole(read_texts(text, name=request.text_name(text), scratch=existing_folder(request.logs_dir)), text)
     if dataset is None or dataset in DATASETS:
         return _Whole(load_dataset(dataset or "auto", notify=notice, progress=DownloadBar("Tiny Shakespeare")), ())
     column = column or (stored.data.text_column if stored else None)
     return _Streamed(resolve_stream(dataset, column), column, stored.data if stored else None)
-
-
-def _existing(folder: Path) -> Path:
-    """`folder`, or as much of its path as is there."""
-    absolute = folder.absolute()
-    return next(path for path in (absolute, *absolute.parents) if path.is_dir())
