@@ -14,52 +14,61 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from picogpt.dropout import keep_mask
 
 __all__ = ["causal_attention"]
 
 
 class _CausalAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D) + mask) v, for all heads."""
+    """softmax(q k^T / sqrt(D) + mask) v, for all heads; with dropout some weights of the softmax are left out."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, mask: Tensor, n_head: int) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, mask: Tensor, n_head: int, dropout: float) -> Tensor:
         B, S, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
         heads = qkv.view(B, S, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4).reshape(3, B * n_head, S, C // n_head)
         q, k, v = heads.unbind()
-        y, weights = torch.empty_like(q), []
+        y, weights, kept = torch.empty_like(q), [], []
         for start, end in _halves(S):
             seen = mask[start:end, :end]
             scores = torch.baddbmm(seen, q[:, start:end], k[:, :end].mT, alpha=1 / math.sqrt(C // n_head))
             weights.append(scores.softmax(dim=-1))
-            y[:, start:end] = torch.bmm(weights[-1], v[:, :end])
-        ctx.save_for_backward(heads, *weights)
+            if dropout:
+                kept.append(keep_mask(scores, dropout))
+            y[:, start:end] = torch.bmm(weights[-1] * kept[-1] if dropout else weights[-1], v[:, :end])
+        ctx.save_for_backward(heads, *weights, *kept)
         return y.view(B, n_head, S, C // n_head).transpose(1, 2).reshape(B, S, C)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        heads, *weights = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        heads, *saved = ctx.saved_tensors
         _, rows, S, D = heads.shape
+        halves = _halves(S)
         B, n_head = grad.size(0), rows // grad.size(0)
         q, k, v = heads.unbind()
         dy = grad.view(B, S, n_head, D).transpose(1, 2).reshape(rows, S, D)
         gradient = torch.empty_like(heads)
         dq, dk, dv = gradient.unbind()
         # The second half first: it reaches all keys and values, so it is written, and the first half's part is added.
-        for (start, end), weight in reversed(list(zip(_halves(S), weights, strict=True))):
+        for i, (start, end) in reversed(list(enumerate(halves))):
             q_rows, dy_rows = q[:, start:end], dy[:, start:end]
+            read = weight = saved[i]
             d_weight = torch.bmm(dy_rows, v[:, :end].mT)
+            if len(saved) > len(halves):
+                keep = saved[len(halves) + i]
+                read = weight * keep
+                d_weight *= keep
             d_scores = torch.ops.aten._softmax_backward_data(d_weight, weight, -1, weight.dtype)
             dq[:, start:end] = torch.bmm(d_scores, k[:, :end])
             if end == S:
-                torch.bmm(weight.mT, dy_rows, out=dv)
+                torch.bmm(read.mT, dy_rows, out=dv)
                 torch.bmm(d_scores.mT, q_rows, out=dk)
             else:
-                dv[:, :end] += torch.bmm(weight.mT, dy_rows)
+                dv[:, :end] += torch.bmm(read.mT, dy_rows)
                 dk[:, :end] += torch.bmm(d_scores.mT, q_rows)
         gradient[:2] *= 1 / math.sqrt(D)
-        return gradient.view(3, B, n_head, S, D).permute(1, 3, 0, 2, 4).reshape(B, S, -1), None, None
+        return gradient.view(3, B, n_head, S, D).permute(1, 3, 0, 2, 4).reshape(B, S, -1), None, None, None
 
 
 def _halves(n_slots: int) -> list[tuple[int, int]]:
@@ -75,16 +84,12 @@ def causal_attention(qkv: Tensor, mask: Tensor, n_head: int, dropout: float = 0.
         qkv: queries, keys and values of all heads beside each other (B, S, 3 * C).
         mask: (S, S), 0 where a row may look and -inf elsewhere.
         n_head: H.
-        dropout: chance that a weight is left out; above 0 torch's own attention does the work.
+        dropout: chance that a weight is left out, in [0, 1).
 
     Returns:
         What the heads read, beside each other (B, S, C), in the type of `qkv`.
     """
-    if dropout:
-        B, S, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-        q, k, v = qkv.view(B, S, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # each (B, H, S, D)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout).transpose(1, 2).flatten(2)
     # On a GPU autocast makes a softmax float32, and the backward pass, which knows no autocast, would have two types to multiply.
     with torch.autocast(qkv.device.type, enabled=False):
-        read: Tensor = _CausalAttention.apply(qkv, mask.to(qkv.dtype), n_head)  # type: ignore[no-untyped-call]
+        read: Tensor = _CausalAttention.apply(qkv, mask.to(qkv.dtype), n_head, dropout)  # type: ignore[no-untyped-call]
     return read

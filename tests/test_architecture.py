@@ -13,7 +13,8 @@ import picogpt
 PACKAGE = Path(picogpt.__file__).parent
 LAYERS = [
     {"errors"},
-    {"roll", "config", "files", "attention", "scores"},
+    {"roll", "config", "files", "dropout", "scores"},
+    {"attention"},
     {"model", "tokenizer"},
     {"run", "data", "optim", "device", "memory", "forecast", "baselines"},
     {"engine", "original", "find", "ranks"},
@@ -56,7 +57,7 @@ def test_imports_go_one_way(path: Path) -> None:
     ("library", "users"),
     [
         ("matplotlib", {"plot"}),
-        ("torch", {"attention", "model", "optim", "device", "ranks", "replica", "train", "evaluate", "reference"}),
+        ("torch", {"attention", "dropout", "model", "optim", "device", "ranks", "replica", "train", "evaluate", "reference"}),
         ("safetensors", {"run"}),
     ],
 )

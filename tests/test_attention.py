@@ -16,12 +16,12 @@ def mask_of(n_slots: int) -> Tensor:
     return torch.full((n_slots, n_slots), -torch.inf).triu(1)
 
 
-def by_definition(qkv: Tensor, n_head: int) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over what came before, head by head."""
+def by_definition(qkv: Tensor, n_head: int, keep: Tensor | float = 1.0) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over what came before, head by head; with dropout `keep` has the factors of the weights."""
     batch, n_slots, width = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     q, k, v = (part.reshape(batch, n_slots, n_head, -1).transpose(1, 2) for part in qkv.chunk(3, dim=2))
     weights = (q @ k.mT / math.sqrt(q.size(-1)) + mask_of(n_slots).to(qkv.dtype)).softmax(-1)
-    read: Tensor = (weights @ v).transpose(1, 2).reshape(batch, n_slots, width)
+    read: Tensor = ((weights * keep) @ v).transpose(1, 2).reshape(batch, n_slots, width)
     return read
 
 
@@ -55,14 +55,19 @@ def test_bfloat16() -> None:
     torch.testing.assert_close(found.float(), by_definition(qkv, 2), atol=0.05, rtol=0.05)
 
 
-def test_dropout() -> None:
-    """With dropout weights are left out at random; without chance of it the result is the same as ever."""
+def test_dropout_by_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that the masks leave out are left out after the softmax, forward and backward."""
     torch.manual_seed(0)
-    qkv = torch.randn(1, 9, 24)
-    dropped = causal_attention(qkv, mask_of(9), 2, dropout=0.5)
+    mask = torch.rand(6, 9, 9, dtype=torch.float64).gt(0.4) / 0.6
+    drawn = iter([mask[:, :5, :5], mask[:, 5:]])
+    monkeypatch.setattr("picogpt.attention.keep_mask", lambda _like, _p: next(drawn))
+    qkv = torch.randn(2, 9, 3 * 12, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 9, 12, dtype=torch.float64)
+    found = causal_attention(qkv, mask_of(9), 3, dropout=0.4)
+    expected = by_definition(qkv, 3, keep=mask.view(2, 3, 9, 9))
 
-    assert not torch.allclose(dropped, by_definition(qkv, 2))
-    torch.testing.assert_close(causal_attention(qkv, mask_of(9), 2, dropout=1e-9), by_definition(qkv, 2))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y, qkv, upstream)[0] for y in (found, expected)))
 
 
 def test_knows_no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
