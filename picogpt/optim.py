@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ _COEFFICIENTS = (
 """Of x, x**3 and x**5 in each iteration: the best ones for singular values from 1e-3 to 1 (Polar Express: Amsel et al., 2025)."""
 _MARGIN = 1.02
 """What singular values are kept below 1 by, lest rounding takes one beyond it, where the polynomials run away."""
+_AT_ONCE = 2**20
+"""Most entries that Muon updates together, so that they stay in the processor's cache from beginning to end."""
 _POLAR_EXPRESS = (*((a / _MARGIN, b / _MARGIN**3, c / _MARGIN**5) for a, b, c in _COEFFICIENTS[:-1]), _COEFFICIENTS[-1])
 
 
@@ -41,15 +43,15 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     multiplied with the result once, in half the time; but only in float32, as bfloat16's roundings let it run away.
 
     Returns:
-        Tensors of the same shape in float32; singular values below a thousandth of the largest stay below 1.
+        Tensors of the same shape in `dtype`; singular values below a thousandth of the largest stay below 1.
     """
-    norms: Tensor = matrices.flatten(1).norm(dim=1)[:, None, None] * _MARGIN + 1e-7
+    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True) * _MARGIN + 1e-7
     x: Tensor = (matrices / norms).to(dtype)
     if dtype != torch.float32 or x.size(2) < 2 * x.size(1):
         for a, b, c in _POLAR_EXPRESS:
             gram = torch.bmm(x, x.mT)
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return x.float()
+        return x
     gram = torch.bmm(x, x.mT)
     product: Tensor | None = None
     for a, b, c in _POLAR_EXPRESS:
@@ -58,7 +60,18 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         product = factor if product is None else torch.bmm(factor, product)
         gram = torch.bmm(torch.bmm(factor, gram), factor)
     assert product is not None
-    return torch.bmm(product, x).float()
+    return torch.bmm(product, x)
+
+
+class _Part(NamedTuple):
+    """A matrix that Muon takes for one, as views of a parameter and of what belongs to it."""
+
+    weights: Tensor
+    """(rows, columns)."""
+    gradient: Tensor
+    momentum: Tensor
+    mean_square: Tensor
+    """(rows, 1), or (1, columns) where there are more columns than rows."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -93,49 +106,55 @@ class Muon(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            updates = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
-            for parameter, update in zip(parameters, self._orthogonal(updates), strict=True):
-                self._even_out(parameter, update, group["beta2"])
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+            by_shape: dict[tuple[int, ...], list[_Part]] = defaultdict(list)
+            for parameter in group["params"]:
+                for part in self._parts(parameter):
+                    by_shape[tuple(part.weights.shape)].append(part)
+            for shape, parts in by_shape.items():
+                count = max(1, _AT_ONCE // math.prod(shape))
+                for start in range(0, len(parts), count):
+                    self._update(parts[start : start + count], group)
 
-    def _momentum(self, parameter: Tensor, decay: float) -> Tensor:
-        """The mean gradient, looking one step ahead (Nesterov)."""
+    def _parts(self, parameter: Tensor) -> list[_Part]:
+        """The matrices of queries, keys and values, or the one matrix; none without a gradient."""
+        if parameter.grad is None:
+            return []
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
             state["momentum"] = torch.zeros_like(parameter)
             state["mean_square"] = torch.zeros_like(parameter).mean(dim=_short_side(parameter), keepdim=True)
         state["step"] += 1
-        gradient = parameter.grad
-        assert gradient is not None
-        state["momentum"].lerp_(gradient, 1 - decay)
-        return gradient.lerp(state["momentum"], decay)
+        count = 3 if parameter.size(0) == 3 * parameter.size(1) else 1
+        tensors = (parameter, parameter.grad, state["momentum"], state["mean_square"])
+        return [_Part(*views) for views in zip(*(tensor.chunk(count) for tensor in tensors), strict=True)]
 
-    def _orthogonal(self, updates: Sequence[Tensor]) -> list[Tensor]:
-        """Each of `updates` made orthogonal; all parts of one shape in one go."""
-        results = [torch.empty_like(update) for update in updates]
-        parts: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for update, result in zip(updates, results, strict=True):
-            for source, target in zip(_parts(update), _parts(result), strict=True):
-                parts[tuple(source.shape)].append((source, target))
-        for (rows, columns), pairs in parts.items():
-            stack = torch.stack([source for source, _ in pairs])
-            done = orthogonalize(stack, self._dtype) if rows <= columns else orthogonalize(stack.mT, self._dtype).mT
-            for (_, target), matrix in zip(pairs, done, strict=True):
-                torch.mul(matrix, math.sqrt(max(1.0, rows / columns)), out=target)
-        return results
+    def _update(self, parts: Sequence[_Part], group: Mapping[str, Any]) -> None:
+        """Update matrices of one shape: with the mean gradient, looking one step ahead (Nesterov), made orthogonal."""
+        rows, columns = parts[0].weights.shape
+        stack = parts[0].weights.new_empty(len(parts), rows, columns)
+        for part, mean in zip(parts, stack, strict=True):
+            part.momentum.lerp_(part.gradient, 1 - group["momentum"])
+            torch.lerp(part.gradient, part.momentum, group["momentum"], out=mean)
+        wide = rows <= columns
+        directions = orthogonalize(stack if wide else stack.mT, self._dtype)
+        for part, direction in zip(parts, directions if wide else directions.mT, strict=True):
+            length = group["lr"] * math.sqrt(max(1.0, rows / columns))
+            part.weights.mul_(1 - group["lr"] * group["weight_decay"])
+            part.weights.addcmul_(direction, _evened_out(direction, part.mean_square, group["beta2"]), value=-length)
 
-    def _even_out(self, parameter: Tensor, update: Tensor, decay: float) -> None:
-        """Divide each row of `update` by the root of its mean square over time, or each column where there are more of them.
 
-        The norm of the whole stays as it was.
-        """
-        state = self.state[parameter]
-        state["mean_square"].lerp_(update.square().mean(dim=_short_side(update), keepdim=True), 1 - decay)
-        before = update.norm()
-        update.div_(state["mean_square"].sqrt().add_(1e-8))
-        update.mul_(before / (update.norm() + 1e-12))
+def _evened_out(direction: Tensor, mean_square: Tensor, decay: float) -> Tensor:
+    """Factors for the rows of `direction`, or its columns where there are more of them, that even them out over time.
+
+    Each is divided by the root of its mean square over time, `mean_square`, which is brought up to date. The norm of the whole
+    stays as it was.
+    """
+    side = _short_side(direction)
+    squares = direction.float().square().mean(dim=side, keepdim=True)
+    mean_square.lerp_(squares, 1 - decay)
+    factors = 1 / (mean_square.sqrt() + 1e-8)
+    return factors * (squares.sum() / ((squares * factors.square()).sum() + 1e-12)).sqrt()
 
 
 class OuterOptimizer:
@@ -166,11 +185,6 @@ class OuterOptimizer:
 def _short_side(matrix: Tensor) -> int:
     """The dimension of `matrix` that has fewer entries, the columns where both have as many."""
     return 1 if matrix.size(0) >= matrix.size(1) else 0
-
-
-def _parts(matrix: Tensor) -> Sequence[Tensor]:
-    """The matrices of queries, keys and values, or the one matrix."""
-    return matrix.chunk(3) if matrix.size(0) == 3 * matrix.size(1) else (matrix,)
 
 
 def build_optimizers(model: GPT, config: TrainConfig, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
