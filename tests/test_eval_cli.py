@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -151,11 +152,37 @@ def test_articles_of_a_stream(run: RunFolder, capsys: Capture, monkeypatch: pyte
 
     assert "org/name: 1 files at commit cccccccccccc; the articles that no run on it is trained on" in err
     assert "name, the first articles for validation of over 24 characters: 12 rolls of 24 characters from 4 of 4 articles" in err
+    assert "n-gram counted on the articles of name for training: 160 characters" in err  # a step of 2 x 10 windows of 8
     assert {(shards.columns, shards.commit) for shards in asked} == {(("body",), "c" * 40)}
     assert evaluate("--dataset", "org/name", "--chars", "9999") == 0
     found = re.search(r"from (\d+) of", capsys.readouterr().err)
     assert found
     assert int(found[1]) < 60  # one in twenty of all 250
+
+
+def test_ngram_of_a_stream(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is counted on the articles that the run reads, in its own order, and on none that is scored."""
+    of(run, dataset="org/name", characters=None, commit="c" * 40, files=("one", "two"), format="parquet")
+    counted: list[str] = []
+
+    class Counter:
+        """In place of the n-gram."""
+
+        def __init__(self, ids: npt.NDArray[np.uint8]) -> None:
+            counted.append(CharTokenizer().decode(ids))
+            self.n_chars = len(ids)
+
+        def losses(self, ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+            """Of the right shape."""
+            return np.zeros((len(ids), ids.shape[1] - 1), np.float32)
+
+    monkeypatch.setattr("picogpt.baselines.NGram", Counter)
+    monkeypatch.setattr(articles, "read_rows", lambda _shards, file, start: ((f"{file} {i}. " * 9,) for i in range(start, 99)))
+    assert evaluate("--dataset", "org/name", "--chars", "100") == 0
+    for_training = [i for i in range(99) if not articles._is_for_validation("two", i)]
+
+    assert len(for_training) < 99
+    assert counted == ["\n\n".join(f"two {i}. " * 9 for i in for_training)[:160]]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from picogpt.data import ArticleReader, Corpus
+    from picogpt.data import ArticleReader, Corpus, Shards
     from picogpt.run import RunFolder
 
     Ids = npt.NDArray[np.uint8]
@@ -30,6 +30,19 @@ class Trained:
     run: RunFolder
     settings: RunSettings | None
     """None where the model lies without a config.json beside it."""
+
+    @property
+    def chars(self) -> int | None:
+        """Characters that the whole run reads, or None where that is not known."""
+        if self.settings is None:
+            return None
+        train = self.settings.train
+        return self.settings.schedule.total_steps * train.batch_size * train.windows * self.settings.model.context_len
+
+    @property
+    def seed(self) -> int:
+        """The seed of the order that it read its text in; 0 where that is not known."""
+        return self.settings.train.seed if self.settings else 0
 
     @classmethod
     def of_model(cls, path: Path) -> Trained:
@@ -59,8 +72,10 @@ class EvalText:
     articles: Sequence[Ids]
     unit: str
     """What they are: articles, or the stretches that stand for them."""
-    corpus: Corpus | None
+    corpus: Corpus | None = None
     """The run's own text, as far as it had to be read for this."""
+    shards: Shards | None = None
+    """The stream that the articles are from."""
 
 
 def find_eval_text(
@@ -95,6 +110,8 @@ def find_eval_text(
 def find_ngram_text(trained: Trained, evaluated: EvalText, paths: Sequence[str]) -> tuple[str, Ids] | str:
     """Name and ids of the text to count n-grams on, or why there is none at hand.
 
+    Of a stream that is evaluated it is the articles for training, as many characters as the run reads.
+
     Raises:
         DataError: a text of `paths` cannot be had.
     """
@@ -103,6 +120,8 @@ def find_ngram_text(trained: Trained, evaluated: EvalText, paths: Sequence[str])
     if paths:
         corpus = read_texts(paths, name=_name(paths), scratch=trained.run.path)
         return corpus.name, corpus.ids
+    if evaluated.shards is not None:
+        return f"the articles of {evaluated.name} for training", _streamed_training(trained, evaluated.shards)
     if trained.settings is None:
         return "no run beside the model that would name its text"
     try:
@@ -131,7 +150,7 @@ def _own_text(trained: Trained, roll_len: int) -> EvalText:
             raise RunError(f"{run.path}: the validation text of its stream is not there; name a text with --text or --dataset")
         # Paragraphs are set off by empty lines too, so where one article ends cannot be told.
         articles = cut_stretches(run.load_validation(), roll_len)
-        return EvalText(settings.data.name, "the validation text of the run", articles, "stretches", None)
+        return EvalText(settings.data.name, "the validation text of the run", articles, "stretches")
     corpus = _read_own(settings, run.path, local=False)
     notice(f"{corpus.name}: {len(corpus.ids):,} characters; {corpus.describe_unknown()}")
     articles = cut_stretches(split_text(corpus.ids)[1], roll_len)
@@ -180,7 +199,28 @@ def _streamed_text(trained: Trained, dataset: str, text_column: str | None, roll
     notice(f"{spec.path}: {len(shards.files)} files {where}; the articles that no run on it is trained on, one in twenty")
     articles = list(validation_articles(ArticleReader(shards, 0, notice), roll_len, chars))
     part = f"the first articles for validation of over {roll_len:,} characters"
-    return EvalText(spec.short_name, part, articles, "articles", None)
+    return EvalText(spec.short_name, part, articles, "articles", shards=shards)
+
+
+def _streamed_training(trained: Trained, shards: Shards) -> Ids:
+    """The first articles for training of a stream, joined as training has them: as many characters as the run reads, if known."""
+    import numpy as np
+
+    from picogpt.baselines import NGRAM_CHARS
+    from picogpt.data import ArticleReader
+    from picogpt.data.articles import SEPARATOR, Place
+
+    chars = min(NGRAM_CHARS, trained.chars or NGRAM_CHARS)
+    notice(f"reading {chars:,} characters of the articles for training, to count the n-gram on")
+    parts: list[Ids] = []
+    total = 0
+    for article in ArticleReader(shards, trained.seed, notice).articles(Place(0, 0, 0)):
+        if article.place.epoch > 0 or total >= chars:
+            break
+        if not article.for_validation:
+            parts += [article.ids, SEPARATOR]
+            total += len(article.ids) + len(SEPARATOR)
+    return np.concatenate(parts)[:chars] if parts else np.zeros(0, np.uint8)
 
 
 def validation_articles(reader: ArticleReader, roll_len: int, chars: int) -> Iterator[Ids]:
