@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import struct
 
 from picogpt.errors import TrainingError
 from picogpt.ranks import Kind, Ranks
-from picogpt.replica import Replica, batch_of
+from picogpt.replica import Replica, unpack_step
 from picogpt.run import Checkpoint, pack, unpack
 
 __all__ = ["follow"]
-
-_RATE = struct.Struct("<d")
 
 
 def follow(ranks: Ranks, threads: int | None) -> int:
@@ -48,6 +45,5 @@ def _obey(kind: Kind, payload: bytes, replica: Replica) -> None:
         replica.ranks.send(pack(Checkpoint(tensors=replica.own_tensors(), state={})))
     else:
         assert kind is Kind.STEP
-        (rate,) = _RATE.unpack_from(payload)
         with contextlib.suppress(TrainingError):  # which all ranks meet alike: rank 0 says it, saves and ends
-            replica.take_step(batch_of(payload[_RATE.size :], replica.config.batch_size), rate)
+            replica.take_step(*unpack_step(payload, replica.config.batch_size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,10 +22,11 @@ from picogpt.optim import OuterOptimizer, build_optimizers, set_learning_rate
 from picogpt.ranks import ALONE, Ranks, reaching
 from picogpt.run import Checkpoint, Tensors
 
-__all__ = ["Replica", "batch_of", "bytes_of", "under"]
+__all__ = ["Replica", "pack_step", "under", "unpack_step"]
 
 _STREAM_DROPOUT = 2
 """Number of the random stream that dropout draws its seeds from."""
+_RATE = struct.Struct("<d")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,12 +280,16 @@ def under(prefix: str, tensors: Tensors) -> Tensors:
     return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
 
 
-def bytes_of(batch: Batch) -> bytes:
-    """The ids of `batch`, a byte each, roll by roll, each with the one that follows its last."""
-    return np.concatenate((batch.inputs, batch.targets[:, -1:]), axis=1).astype(np.uint8).tobytes()
+def pack_step(batch: Batch, rate: float) -> bytes:
+    """What another rank needs to take the same step: the learning rate, and the ids of `batch`, a byte each.
+
+    They stand roll by roll, each with the id that follows its last one.
+    """
+    return _RATE.pack(rate) + np.concatenate((batch.inputs, batch.targets[:, -1:]), axis=1).astype(np.uint8).tobytes()
 
 
-def batch_of(content: bytes, n_rolls: int) -> Batch:
-    """The inverse of `bytes_of`."""
-    rows = np.frombuffer(content, np.uint8).reshape(n_rolls, -1).astype(np.int64)
-    return Batch(rows[:, :-1], rows[:, 1:])
+def unpack_step(content: bytes, n_rolls: int) -> tuple[Batch, float]:
+    """The inverse of `pack_step`."""
+    (rate,) = _RATE.unpack_from(content)
+    rows = np.frombuffer(content, np.uint8, offset=_RATE.size).reshape(n_rolls, -1).astype(np.int64)
+    return Batch(rows[:, :-1], rows[:, 1:]), rate

@@ -6,7 +6,6 @@ depends on k alone, and dropout draws from a seed made of the run's, the step's 
 
 from __future__ import annotations
 
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from picogpt.device import CPU
 from picogpt.errors import DataError, TrainingError
 from picogpt.optim import learning_rate
 from picogpt.ranks import ALONE, Kind, Ranks
-from picogpt.replica import Replica, bytes_of, under
+from picogpt.replica import Replica, pack_step, under
 from picogpt.run import Checkpoint, LossLog, RunFolder, Tensors, pack, unpack
 
 __all__ = ["Observer", "StepReport", "Trainer", "seconds_of"]
@@ -165,7 +164,7 @@ class Trainer(Replica):
         if not self.is_together:
             self._bring_together()
         batch = self.source.train_batch(self.step, stop)
-        self.ranks.lead(Kind.STEP, struct.pack("<d", rate) + bytes_of(batch))
+        self.ranks.lead(Kind.STEP, pack_step(batch, rate))
         loss = self.take_step(batch, rate)
         self.log.iter_num = self._steps_before + self.step
         return loss

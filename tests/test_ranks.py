@@ -30,7 +30,7 @@ from picogpt.device import CPU, choose_device, choose_dtype
 from picogpt.errors import ConfigError, RanksError, TrainingError
 from picogpt.optim import OuterOptimizer, learning_rate
 from picogpt.ranks import ALONE, Ranks, reaching
-from picogpt.replica import Replica, batch_of, bytes_of
+from picogpt.replica import Replica, pack_step, unpack_step
 from picogpt.run import Checkpoint, RunFolder, pack, unpack
 from picogpt.train import Trainer
 from tests.conftest import TINY, TINY_FLAGS, tiny_source, write_numbers
@@ -372,7 +372,8 @@ def test_messages() -> None:
     """What is sent is what arrives: a batch, and a state with its tensors."""
     config = TrainConfig(batch_size=2, windows=3)
     batch = tiny_source(config).train_batch(5)
-    again = batch_of(bytes_of(batch), 2)
+    again, rate = unpack_step(pack_step(batch, 0.1), 2)
+    assert rate == 0.1
     state = unpack(pack(Checkpoint(tensors={"a": np.arange(3.0)}, state={"b": [1]})))
 
     assert np.array_equal(again.inputs, batch.inputs)

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -14,6 +13,7 @@ from picogpt.cli.common import Parser, add_model, end_process, notice, run_comma
 from picogpt.cli.evaltexts import EvalText, Trained, find_eval_text, find_ngram_text
 from picogpt.config import EvalConfig, check_threads
 from picogpt.errors import ConfigError
+from picogpt.forecast import format_seconds
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -200,7 +200,7 @@ class _Progress:
         elif time.perf_counter() - self._last_line >= LINE_INTERVAL:
             self._last_line = time.perf_counter()
             rate = self._done / (self._last_line - self._start)
-            left = timedelta(seconds=round((self._total - self._done) / rate))
+            left = format_seconds((self._total - self._done) / rate)
             notice(f"{self._done / self._total:.0%} read, {rate:,.0f} characters/s, {left} left")
 
 

@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from picogpt.cli.common import notice
 from picogpt.config import Schedule
 from picogpt.files import atomic_write
+from picogpt.forecast import format_seconds
 from picogpt.plot import draw_losses
 from picogpt.run import RunFolder
 from picogpt.train import StepReport, Trainer
@@ -78,7 +78,7 @@ class TrainingDisplay:
 
     def _progress_line(self, report: StepReport) -> None:
         seconds_per_step = (self._last_line - self._start) / max(1, report.step - self._first_step)
-        left = timedelta(seconds=round(seconds_per_step * (self._schedule.total_steps - report.step)))
+        left = format_seconds(seconds_per_step * (self._schedule.total_steps - report.step))
         notice(
             f"step {report.step:,} of {self._schedule.total_steps:,}: loss {self._loss:.3f}, "
             f"{report.chars / seconds_per_step:,.0f} characters/s, {left} left"
@@ -92,7 +92,7 @@ class TrainingDisplay:
         n_epochs = len(log.val) + -(-left // self._schedule.steps_per_epoch)
         self._say(
             f"epoch {len(log.val)} of {n_epochs}: train {log.train[-1]:.4f}, val {log.val[-1]:.4f} nats per character{best}; "
-            f"{log.chars[-1]:,} characters in {timedelta(seconds=round(log.seconds[-1]))}"
+            f"{log.chars[-1]:,} characters in {format_seconds(log.seconds[-1])}"
         )
         self._say("\n".join(f"    {line}" for line in self._sample().splitlines()))
         try:
