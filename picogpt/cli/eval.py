@@ -60,7 +60,7 @@ def build_parser() -> Parser:
         metavar="PATH",
         nargs="+",
         default=[],
-        help="text to count the n-gram on (default: the run's, where it is a text on this machine)",
+        help="text to count the n-gram on (default: what the run reads: its text, if it is here, or the stream of --dataset)",
     )
     group.add_argument(
         "--windows", metavar="N", type=int, default=defaults.windows, help="windows in a roll (default: %(default)s)"
