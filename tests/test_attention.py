@@ -45,14 +45,22 @@ def test_gradient_by_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: causal_attention(x, mask_of(5), 2), qkv)
 
 
-def test_bfloat16() -> None:
-    """Close to float32, in the type that came in."""
+@pytest.mark.parametrize("n_slots", [1, 2, 20, 129])
+def test_bfloat16(n_slots: int) -> None:
+    """Outputs and gradients are close to float32's, in the type that came in."""
     torch.manual_seed(0)
-    qkv = torch.randn(2, 20, 24)
-    found = causal_attention(qkv.bfloat16(), mask_of(20), 2)
+    qkv, upstream = torch.randn(2, n_slots, 24).bfloat16(), torch.randn(2, n_slots, 8).bfloat16()
+    precise, rough = qkv.float().requires_grad_(), qkv.clone().requires_grad_()
+    found, expected = causal_attention(rough, mask_of(n_slots), 2), by_definition(precise, 2)
 
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), by_definition(qkv, 2), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
+    of_found, of_expected = (
+        torch.autograd.grad(found, rough, upstream)[0],
+        torch.autograd.grad(expected, precise, upstream.float())[0],
+    )
+    assert of_found.dtype == torch.bfloat16
+    torch.testing.assert_close(of_found.float(), of_expected, atol=0.1, rtol=0.05)
 
 
 def test_dropout_by_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,11 +82,11 @@ def test_knows_no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """The types inside are those of what comes in: a GPU's autocast would make the softmax float32."""
     seen: list[bool] = []
 
-    def halves(n_slots: int) -> list[tuple[int, int]]:
+    def parts(n_slots: int, dtype: torch.dtype) -> list[tuple[int, int]]:
         seen.append(torch.is_autocast_enabled("cpu"))
         return [(0, n_slots)]
 
-    monkeypatch.setattr("picogpt.attention._halves", halves)
+    monkeypatch.setattr("picogpt.attention._parts", parts)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         causal_attention(torch.randn(1, 4, 12), mask_of(4), 2)
 
