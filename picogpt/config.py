@@ -30,6 +30,7 @@ __all__ = [
     "check_device",
     "check_dtype",
     "check_run_name",
+    "check_text_column",
     "check_threads",
     "parse_new_tokens",
 ]
@@ -94,6 +95,17 @@ def check_device(name: str | None) -> str | None:
         ConfigError: there is no such device.
     """
     _require(name is None or name in DEVICES, "device", f"one of {', '.join(DEVICES)}", name)
+    return name
+
+
+def check_text_column(name: str | None, *, streamed: bool) -> str | None:
+    """Return `name`, the column of a data set that holds its text, or None.
+
+    Raises:
+        ConfigError: there is a name and the text, not `streamed`, has no columns.
+    """
+    if name is not None and not streamed:
+        raise ConfigError("text_column is for a streamed data set; name one with --dataset, or leave it out", "text_column")
     return name
 
 

@@ -28,7 +28,7 @@ def keep_mask(like: Tensor, p: float) -> Tensor:
     """
     draws = torch.empty(-(-like.numel() // _PER_DRAW), dtype=torch.int64, device=like.device)
     bits = draws.random_(-(2**63), None).view(torch.int16)[: like.numel()].view(like.shape)
-    threshold = round(p * 2**_BITS) - 2 ** (_BITS - 1)
+    threshold = min(round(p * 2**_BITS), 2**_BITS - 1) - 2 ** (_BITS - 1)
     return torch.ge(bits, threshold, out=torch.empty_like(like, memory_format=torch.contiguous_format)).mul_(1 / (1 - p))
 
 

@@ -185,7 +185,7 @@ def filters_of(config: SampleConfig) -> list[Filter]:
 
 def make_generator(seed: int, stream: int = 0) -> np.random.Generator:
     """The generator of the draws of sample number `stream`: the same seed gives the same text."""
-    return np.random.Generator(np.random.Philox(key=[seed % 2**64, stream]))
+    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, stream], np.uint64)))
 
 
 def sample_ids(logits: Floats, filters: Sequence[Filter], generators: Sequence[np.random.Generator]) -> npt.NDArray[np.intp]:

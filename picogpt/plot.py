@@ -53,6 +53,11 @@ def draw_losses(logs: Mapping[str, LossLog]) -> bytes:
     return _jpg(figure)
 
 
+def _plain(name: str) -> str:
+    """`name` for a picture: what stands between two dollars would be drawn as a formula."""
+    return name.replace("$", r"\$")
+
+
 def _jpg(figure: Figure) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="jpg", pil_kwargs={"quality": 90})
@@ -62,14 +67,14 @@ def _jpg(figure: Figure) -> bytes:
 def _draw_run(axes: Axes, name: str, log: LossLog, *, colour: str, by_epoch: bool) -> None:
     x = list(range(1, len(log.val) + 1)) if by_epoch else [chars / 1e6 for chars in log.chars]
     marker = "o" if len(x) <= _MOST_MARKED else ""
-    prefix = "" if by_epoch else f"{name}: "
+    prefix = "" if by_epoch else f"{_plain(name)}: "
     best = "" if log.best_loss is None else f", best {log.best_loss:.3f}"
     axes.plot(x, log.train, color=colour, linestyle="--", linewidth=1.8, label=f"{prefix}train")
     axes.plot(x, log.val, color=colour, linewidth=2.2, marker=marker, markersize=4, label=f"{prefix}val{best}")
 
 
 def _label(axes: Axes, *, by_epoch: bool, title: str) -> None:
-    axes.set_title(title, fontsize=15)
+    axes.set_title(_plain(title), fontsize=15)
     axes.set_xlabel("epoch" if by_epoch else "characters trained on (millions)", fontsize=14)
     axes.set_ylabel("loss (nats per character)", fontsize=14)
     axes.tick_params(labelsize=12)
@@ -118,7 +123,7 @@ def draw_scores(scores: Scores, title: str) -> bytes:
             _draw_differences(differences[0], numbers + (i - 2) / 8, scores.by_window(name, minus="as_is"), i)
             _draw_differences(differences[1], middles * 2 ** ((i - 2) / 12), scores.by_position(name, bins, minus="as_is"), i)
     _label_scores(losses, differences, context_len)
-    figure.suptitle(title, fontsize=15)
+    figure.suptitle(_plain(title), fontsize=15)
     return _jpg(figure)
 
 

@@ -200,6 +200,8 @@ class Trainer(Replica):
         """Validate, enter the epoch into the log and save; False if stopped before that."""
         if self.local_steps:
             self.take_outer_step()
+        if not run.has_checkpoint():
+            self.save(run)  # before there is a model, which alone would be taken for a run that cannot be gone on with
         val_loss = self.validate(schedule.val_steps, stop)
         if val_loss is None:
             return False

@@ -245,6 +245,11 @@ class TestTrain:
             (["--dtype", "int8"], 2, "--dtype must be one of auto, float32, bfloat16, got 'int8'"),
             (["--run", "../x"], 2, "--run must be 1 to 64 letters"),
             (["--dataset", "shakespear"], 2, "--dataset must be auto, sample, tinyshakespeare, wikipedia, "),
+            (
+                ["--dataset", "sample", "--text-column", "x"],
+                2,
+                "--text-column is for a streamed data set; name one with --dataset",
+            ),
             (["--text", "nowhere"], 1, "nowhere: cannot be read (No such file or directory); check the path of --text"),
             (["--text", __file__, "--context-len", "99999"], 1, "too short"),
         ],
@@ -626,6 +631,16 @@ class TestGenerate:
         assert generate.main(flags) == code
         assert message in capsys.readouterr().err
 
+    @pytest.mark.parametrize("flags", [["--json"], ["--num-samples", "2"]], ids=" ".join)
+    def test_what_a_terminal_cannot_do(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
+    ) -> None:
+        """What is for one prompt is refused where each line is one."""
+        monkeypatch.setattr(sys, "stdin", Terminal())
+
+        assert generate.main(flags) == 2
+        assert f"{flags[0]} needs a prompt: give one with -p, -f or through a pipe" in capsys.readouterr().err
+
 
 class Terminal(io.StringIO):
     """A stream that says it is a terminal."""
@@ -677,6 +692,8 @@ class TestPlot:
 
     def test_other_formats(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """The picture is a JPG, and is not called anything else."""
+        assert plot.main(["numbers", "-o", "nowhere/x.jpg"]) == 2
+        assert "--output: there is no folder nowhere; make it first" in capsys.readouterr().err
         assert plot.main(["numbers", "-o", "x.png"]) == 2
         assert "--output must end in .jpg, got 'x.png'" in capsys.readouterr().err
 

@@ -44,6 +44,13 @@ def test_no_chance_drops_nothing() -> None:
     assert keep_mask(torch.empty(1_000_000), 1e-9).eq(1).all()
 
 
+def test_near_certainty_drops_nearly_everything() -> None:
+    """The largest probability that can be asked for does not begin anew at none."""
+    torch.manual_seed(0)
+
+    assert keep_mask(torch.empty(1_000_000), 1 - 1e-9).eq(0).double().mean() > 0.9999
+
+
 def test_layer() -> None:
     """It acts in training only, the same way for the same seed, on the gradient as on the value."""
     layer, x = Dropout(0.5), torch.ones(64, requires_grad=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -21,14 +22,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from picogpt import files
 from picogpt.cli import train
-from picogpt.config import GPTConfig
+from picogpt.config import GPTConfig, Schedule, TrainConfig
 from picogpt.errors import RunError
 from picogpt.run import Checkpoint, RunFolder
-from tests.conftest import TINY_FLAGS
+from picogpt.train import StepReport, Trainer
+from tests.conftest import TINY, TINY_FLAGS, tiny_source
 
 TIMES = int(os.environ.get("PICOGPT_TORTURE", "1"))
 RUN = [sys.executable, "-m", "picogpt.cli.train"]
@@ -107,6 +110,43 @@ def test_killed_at_any_call_of_a_save(run: RunFolder) -> None:
 
     assert n_calls >= 12
     assert set(survived) == {2, 3}
+
+
+class Killed(BaseException):
+    """In place of the end of the process."""
+
+
+class Nobody:
+    """Watches a run and does nothing."""
+
+    def on_step(self, report: StepReport) -> None:
+        """Nothing."""
+
+    def on_epoch(self, trainer: Trainer) -> None:
+        """Nothing."""
+
+
+def test_killed_at_any_call_of_a_first_epochs_end(tmp_path: Path) -> None:
+    """There is something to go on from as soon as there is a model, and until then nothing that would be taken for one."""
+
+    def kill(_: str) -> None:
+        raise Killed
+
+    left = set()
+    for at in range(1000):
+        run, config = RunFolder(tmp_path / str(at)), TrainConfig(batch_size=2, windows=3)
+        run.create()
+        trainer = Trainer(TINY, config, tiny_source(config), torch.float32)
+        with pytest.MonkeyPatch.context() as context:
+            calls = Calls(context, at, kill)
+            with contextlib.suppress(Killed):
+                trainer.fit(run, Schedule(total_steps=1, steps_per_epoch=1, val_steps=1), Nobody(), lambda: False)
+        left.add((run.has_checkpoint(), run.has_model()))
+        if len(calls.made) <= at:
+            break
+
+    assert at > 30
+    assert left == {(False, False), (True, False), (True, True)}
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS], ids=errno.errorcode.get)

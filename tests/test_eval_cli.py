@@ -16,6 +16,7 @@ import torch
 
 from picogpt import plot
 from picogpt.cli import eval as evaluation
+from picogpt.cli import evaltexts
 from picogpt.cli.report import Report
 from picogpt.config import Budget, DataConfig, RunSettings, Schedule, TrainConfig
 from picogpt.data import articles, hub, read_texts
@@ -185,6 +186,43 @@ def test_ngram_of_a_stream(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> N
     assert counted == ["\n\n".join(f"two {i}. " * 9 for i in for_training)[:160]]
 
 
+def test_articles_of_another_stream(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """That the run may have read them elsewhere is said, and its n-gram is not counted on what it has not read."""
+    of(run, dataset="org/other", characters=None, commit="d" * 40, files=("x",), format="parquet")
+    shards = hub.Shards(files=("one",), format="parquet", columns=("text",), commit="c" * 40)
+    monkeypatch.setattr("picogpt.data.find_shards", lambda _: shards)
+    monkeypatch.setattr(articles, "read_rows", lambda _shards, file, start: ((f"{file} {i}. " * 9,) for i in range(start, 99)))
+    assert evaluate("--dataset", "org/name", "--chars", "100") == 0
+    err = capsys.readouterr().err
+
+    assert "warning: the run was trained on another stream, org/other; it may have read some of these articles there" in err
+    assert "no n-gram: the run's text is a stream; name a text with --ngram-text" in err
+
+
+def test_a_stream_of_short_articles(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """It is not searched without end for articles of enough length."""
+    of(run, dataset="org/name", characters=None, commit="c" * 40, files=("one",), format="parquet")
+    monkeypatch.setattr(evaltexts, "MOST_READ", 1000)
+    asked = []
+    monkeypatch.setattr(
+        articles, "read_rows", lambda _shards, _file, start: ((asked.append(i) or "short",) for i in range(start, 9999))
+    )
+
+    assert evaluate("--dataset", "org/name") == 1
+    assert "too short to evaluate: it takes two articles of at least 25 characters" in capsys.readouterr().err
+    assert len(asked) == 201
+
+
+def test_ngram_without_a_text(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """A stream may have not one article for training."""
+    of(run, dataset="org/name", characters=None, commit="c" * 40, files=("one",), format="parquet")
+    monkeypatch.setattr(articles, "read_rows", lambda _shards, _file, start: ((f"{i} " * 30,) for i in range(start, 9)))
+    monkeypatch.setattr(articles, "_is_for_validation", lambda _file, _row: True)
+
+    assert evaluate("--dataset", "org/name", "--chars", "100") == 0
+    assert "no n-gram: not one article is for training" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -237,6 +275,8 @@ def test_model_without_a_run(run: RunFolder, text_file: Path, capsys: Capture) -
         (["--batch-size", "0"], 2, "--batch-size must be"),
         (["--threads", "0"], 2, "--threads must be from 1 to 1024, got 0"),
         (["-o", "x.png"], 2, "--output must end in .jpg, got 'x.png'"),
+        (["-o", "nowhere/x.jpg"], 2, "--output: there is no folder nowhere; make it first"),
+        (["--text-column", "x"], 2, "--text-column is for a streamed data set; name one with --dataset, or leave it out"),
         (["--model", "nowhere"], 1, "nowhere: no such file, and no run of that name"),
         (["--text", "a", "--dataset", "sample"], 2, "argument --dataset: not allowed with argument --text"),
         (["--dataset", "shakespear"], 2, "--dataset must be auto, sample, tinyshakespeare, wikipedia, "),

@@ -95,6 +95,13 @@ def test_what_is_no_text_is_never_drawn() -> None:
     assert len(drawn) > 70
 
 
+def test_large_seeds_are_told_apart() -> None:
+    """Seeds that a float cannot hold are seeds of their own."""
+    draws = {float(make_generator(seed, stream).random()) for seed in (2**63, 2**63 + 1, 2**64 - 1) for stream in (0, 1)}
+
+    assert len(draws) == 6
+
+
 def test_draws_follow_the_distribution() -> None:
     """Ten thousand draws come out in proportion."""
     generator = make_generator(0)

@@ -13,7 +13,7 @@ import struct
 import sys
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +118,19 @@ class Call:
 
 
 def storage(
-    numbers: np.ndarray[Any, Any], *, kind: str = "FloatStorage", count: int | None = None, magic: int | None = None
+    numbers: np.ndarray[Any, Any],
+    *,
+    kind: str = "FloatStorage",
+    count: int | None = None,
+    magic: int | None = None,
+    keys: Sequence[str] = ("0",),
 ) -> bytes:
     """A legacy torch file of one storage."""
     parts = [pickle.dumps(0x1950A86A20F9469CFC6C if magic is None else magic, 2), pickle.dumps(1001, 2), pickle.dumps({}, 2)]
     body = b"\x80\x02(X\x07\x00\x00\x00storagectorch\n" + kind.encode() + b"\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
     n = len(numbers) if count is None else count
     body += b"\x8a\x08" + struct.pack("<q", n) + b"NtQ."
-    return b"".join([*parts, body, pickle.dumps(["0"], 2), struct.pack("<q", n), numbers.tobytes()])
+    return b"".join([*parts, body, pickle.dumps(list(keys), 2), struct.pack("<q", n), numbers.tobytes()])
 
 
 def tensor(shape: tuple[Any, ...], strides: tuple[Any, ...], offset: Any = 0, data: Any = None) -> Call:
@@ -217,6 +222,8 @@ TRICKS: dict[str, tuple[bytes, str]] = {
         log_with({"a": tensor((8,), (1,), data=storage(np.zeros(8, np.float32), count=2**62))}),
         "another length",
     ),
+    "storages": (log_with({"a": tensor((8,), (1,), data=storage(np.zeros(8, np.float32), keys="01"))}), "a storage of several"),
+    "storage of a number": (log_with({"a": tensor((8,), (1,), data=5)}), "a storage that is no bytes"),
     "negative storage": (log_with({"a": tensor((8,), (1,), data=storage(np.zeros(8, np.float32), count=-1))}), "unknown kind"),
     "no embeddings": (log_with({"a": tensor((8,), (1,))}), "the embeddings are missing"),
     "weights of no GPT": (

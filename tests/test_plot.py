@@ -34,6 +34,13 @@ def test_is_a_picture(logs: dict[str, LossLog]) -> None:
         assert np.asarray(picture.convert("L")).std() > 10
 
 
+def test_names_are_no_formulas() -> None:
+    """A name with dollars in it is drawn as it is; as a formula this one is an error."""
+    assert draw_losses({"a$5_vs_$6": make_log(3, 1.0), "b": make_log(3, 1.0)})
+    losses = {name: np.ones((2, 2, 8), np.float32) for name in CONDITIONS}
+    assert draw_scores(Scores(losses, np.array([0, 1])), "a$5_vs_$6")
+
+
 def test_runs_look_different() -> None:
     """Another curve is another picture."""
     assert draw_losses({"a": make_log(5, 1.0)}) != draw_losses({"a": make_log(6, 1.0)})

@@ -371,6 +371,14 @@ def test_a_column_of_numbers(here: Path) -> None:
         next(ArticleReader(shards, 0, lambda _: None).articles(Place(0, 0, 0)))
 
 
+def test_folder_without_a_part_for_training(here: Path) -> None:
+    """The parts that there are, are named."""
+    (here / "test.jsonl").write_text('{"text": "one"}\n')
+
+    with pytest.raises(DataError, match="it has no files of a part named train; there are test"):
+        find_shards(StreamSpec(name="x", path=str(here)))
+
+
 ENDING = """
 import os
 from picogpt.cli.common import end_process

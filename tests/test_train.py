@@ -146,13 +146,13 @@ def test_refuses_a_loss_that_is_not_finite(run: RunFolder, value: float) -> None
 
 
 def test_saves_in_the_middle_of_an_epoch(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once the interval is over a checkpoint is written, epoch or not."""
+    """Once the interval is over a checkpoint is written, epoch or not; and where none is there, before the model."""
     monkeypatch.setattr("picogpt.train.SAVE_INTERVAL", 0.0)
     saved = []
     monkeypatch.setattr(run, "save_checkpoint", lambda checkpoint: saved.append(checkpoint.state["log"]["iter_num"]))
     make_trainer().fit(run, Schedule(total_steps=4, steps_per_epoch=4, val_steps=1), Watcher(), lambda: False)
 
-    assert saved == [1, 2, 3, 4, 4, 4]
+    assert saved == [1, 2, 3, 4, 4, 4, 4]
 
 
 def test_gradient_clipping_and_its_absence() -> None:

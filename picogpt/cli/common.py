@@ -16,7 +16,7 @@ from typing import NoReturn
 from picogpt import __version__
 from picogpt.errors import ConfigError, PicoGPTError
 
-__all__ = ["Parser", "StopRequest", "add_model", "end_process", "notice", "run_command"]
+__all__ = ["Parser", "StopRequest", "add_model", "check_picture", "end_process", "notice", "run_command"]
 
 _WRONG_USAGE = 2
 _INTERRUPTED = 130
@@ -92,6 +92,18 @@ def run_command(body: Callable[[argparse.Namespace], int], parser: Parser, argv:
         message, code = _explain(error, parser)
         notice(f"{parser.prog}: {message}")
         return code
+
+
+def check_picture(path: Path | None) -> None:
+    """Refuse to begin the work for a picture that could not be written to `path`; None is a place of our own choosing.
+
+    Raises:
+        ConfigError: it is no name of a JPG, or its folder is not there.
+    """
+    if path is not None and path.suffix.lower() not in {".jpg", ".jpeg"}:
+        raise ConfigError(f"output must end in .jpg, got {str(path)!r}", "output")
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"output: there is no folder {path.parent}; make it first", "output")
 
 
 def end_process(code: int) -> NoReturn:

@@ -9,10 +9,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from picogpt.cli.common import Parser, add_model, end_process, notice, run_command
+from picogpt.cli.common import Parser, add_model, check_picture, end_process, notice, run_command
 from picogpt.cli.evaltexts import EvalText, Trained, find_eval_text, find_ngram_text
 from picogpt.config import EvalConfig, check_threads
-from picogpt.errors import ConfigError
 from picogpt.forecast import format_seconds
 
 if TYPE_CHECKING:
@@ -91,8 +90,7 @@ def command() -> NoReturn:
 def _evaluate(arguments: argparse.Namespace) -> int:
     config = EvalConfig(chars=arguments.chars, windows=arguments.windows, batch_size=arguments.batch_size)
     threads = check_threads(arguments.threads)
-    if arguments.output is not None and arguments.output.suffix.lower() not in {".jpg", ".jpeg"}:
-        raise ConfigError(f"output must end in .jpg, got {str(arguments.output)!r}", "output")
+    check_picture(arguments.output)
     from picogpt.files import atomic_write
     from picogpt.find import find_model
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from picogpt.cli.common import notice
-from picogpt.config import RunSettings
+from picogpt.config import RunSettings, check_text_column
 from picogpt.errors import ConfigError, DataError, RunError
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     Ids = npt.NDArray[np.uint8]
 
 __all__ = ["EvalText", "Trained", "find_eval_text", "find_ngram_text", "validation_articles"]
+
+MOST_READ = 100_000_000
+"""Characters of a stream that are searched for articles of enough length."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class EvalText:
     corpus: Corpus | None = None
     """The run's own text, as far as it had to be read for this."""
     shards: Shards | None = None
-    """The stream that the articles are from."""
+    """The stream that the articles are from, where it is the one that the run reads."""
 
 
 def find_eval_text(
@@ -84,7 +87,7 @@ def find_eval_text(
     """The text that the flags name, or the one that the run was validated on.
 
     Raises:
-        ConfigError: there is no such data set.
+        ConfigError: there is no such data set, or a column is named without one.
         DataError: the text cannot be had.
         RunError: the run's own text is not there, or has changed.
     """
@@ -92,9 +95,11 @@ def find_eval_text(
     from picogpt.data import DATASETS, load_dataset, read_texts
     from picogpt.scores import cut_stretches
 
+    streamed = dataset is not None and dataset not in DATASETS
+    check_text_column(text_column, streamed=streamed)
     if not text and dataset is None:
         return _own_text(trained, roll_len)
-    if dataset is not None and dataset not in DATASETS:
+    if dataset is not None and streamed:
         return _streamed_text(trained, dataset, text_column, roll_len, chars)
     if text:
         corpus = read_texts(text, name=_name(text), scratch=trained.run.path)
@@ -121,7 +126,8 @@ def find_ngram_text(trained: Trained, evaluated: EvalText, paths: Sequence[str])
         corpus = read_texts(paths, name=_name(paths), scratch=trained.run.path)
         return corpus.name, corpus.ids
     if evaluated.shards is not None:
-        return f"the articles of {evaluated.name} for training", _streamed_training(trained, evaluated.shards)
+        ids = _streamed_training(trained, evaluated.shards)
+        return (f"the articles of {evaluated.name} for training", ids) if len(ids) else "not one article is for training"
     if trained.settings is None:
         return "no run beside the model that would name its text"
     try:
@@ -190,6 +196,9 @@ def _streamed_text(trained: Trained, dataset: str, text_column: str | None, roll
 
     spec = resolve_stream(dataset, text_column)
     stored = trained.settings.data if trained.settings else None
+    own = stored is not None and stored.dataset in {spec.name, spec.path}
+    if stored is not None and stored.characters is None and not own:
+        notice(f"warning: the run was trained on another stream, {stored.dataset}; it may have read some of these articles there")
     if stored is not None and stored.commit and stored.format and stored.dataset == spec.name and text_column is None:
         spec = replace(spec, columns=(stored.text_column,) if stored.text_column else spec.columns)
         shards = Shards(files=stored.files, format=stored.format, columns=spec.columns, commit=stored.commit)
@@ -199,38 +208,32 @@ def _streamed_text(trained: Trained, dataset: str, text_column: str | None, roll
     notice(f"{spec.path}: {len(shards.files)} files {where}; the articles that no run on it is trained on, one in twenty")
     articles = list(validation_articles(ArticleReader(shards, 0, notice), roll_len, chars))
     part = f"the first articles for validation of over {roll_len:,} characters"
-    return EvalText(spec.short_name, part, articles, "articles", shards=shards)
+    return EvalText(spec.short_name, part, articles, "articles", shards=shards if own else None)
 
 
 def _streamed_training(trained: Trained, shards: Shards) -> Ids:
     """The first articles for training of a stream, joined as training has them: as many characters as the run reads, if known."""
-    import numpy as np
-
     from picogpt.baselines import NGRAM_CHARS
     from picogpt.data import ArticleReader
-    from picogpt.data.articles import SEPARATOR, Place
+    from picogpt.data.articles import join_articles
 
     chars = min(NGRAM_CHARS, trained.chars or NGRAM_CHARS)
     notice(f"reading {chars:,} characters of the articles for training, to count the n-gram on")
-    parts: list[Ids] = []
-    total = 0
-    for article in ArticleReader(shards, trained.seed, notice).articles(Place(0, 0, 0)):
-        if article.place.epoch > 0 or total >= chars:
-            break
-        if not article.for_validation:
-            parts += [article.ids, SEPARATOR]
-            total += len(article.ids) + len(SEPARATOR)
-    return np.concatenate(parts)[:chars] if parts else np.zeros(0, np.uint8)
+    return join_articles(ArticleReader(shards, trained.seed, notice), chars, for_validation=False)
 
 
 def validation_articles(reader: ArticleReader, roll_len: int, chars: int) -> Iterator[Ids]:
-    """The articles for validation that are long enough for a roll, in order, until their rolls have so many characters."""
+    """The articles for validation that are long enough for a roll, in order, until their rolls have so many characters.
+
+    After `MOST_READ` characters it ends with what there is.
+    """
     from picogpt.data.articles import Place
 
-    total = count = 0
+    total = count = read = 0
     for article in reader.articles(Place(0, 0, 0)):
-        if article.place.epoch > 0 or (total >= chars and count >= 2):
+        if article.place.epoch > 0 or (total >= chars and count >= 2) or read >= MOST_READ:
             return
+        read += len(article.ids)
         rolls = (len(article.ids) - 1) // roll_len
         if article.for_validation and rolls:
             total += rolls * roll_len

@@ -101,6 +101,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     )
     if arguments.json and make.max_new_tokens is None:
         raise ConfigError("max_new_tokens must be a number with --json, got 'inf'", "max_new_tokens")
+    at_terminal = arguments.prompt is None and arguments.prompt_file is None and sys.stdin is not None and sys.stdin.isatty()
+    for name, given in (("json", arguments.json), ("num_samples", make.num_samples > 1)):
+        if at_terminal and given:
+            raise ConfigError(f"{name} needs a prompt: give one with -p, -f or through a pipe", name)
     from picogpt.engine import Engine
     from picogpt.find import find_model
     from picogpt.tokenizer import CharTokenizer
@@ -111,7 +115,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     engine = Engine.load(path, threads=check_threads(arguments.threads), texts=make.num_samples)
     notice(f"{chosen}, seed {draw.seed}, threads {engine.threads}")
     writer = _Writer(engine, CharTokenizer(), draw, make, make.hop_for(engine.config.context_len), chat=arguments.chat)
-    if arguments.prompt is None and arguments.prompt_file is None and sys.stdin is not None and sys.stdin.isatty():
+    if at_terminal:
         return _loop(writer)
     prompt = _read_prompt(arguments)
     if arguments.json:

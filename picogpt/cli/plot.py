@@ -6,8 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from picogpt.cli.common import Parser, run_command
-from picogpt.errors import ConfigError
+from picogpt.cli.common import Parser, check_picture, run_command
 
 __all__ = ["build_parser", "main"]
 
@@ -36,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
+    check_picture(arguments.output)
     from picogpt.files import atomic_write
     from picogpt.find import find_log
     from picogpt.run import read_log
@@ -46,8 +46,6 @@ def _plot(arguments: argparse.Namespace) -> int:
 
     default = next(iter(paths.values())).with_name("log.jpg") if len(logs) == 1 else arguments.logs_dir / "compare.jpg"
     output = arguments.output or default
-    if output.suffix.lower() not in {".jpg", ".jpeg"}:
-        raise ConfigError(f"output must end in .jpg, got {str(output)!r}", "output")
     atomic_write(output, draw_losses(logs))
     print(output)
     return 0

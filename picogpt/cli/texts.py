@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from picogpt.cli.common import notice
 from picogpt.cli.settings import Request
-from picogpt.config import DataConfig, GPTConfig, RunSettings, TrainConfig
+from picogpt.config import DataConfig, GPTConfig, RunSettings, TrainConfig, check_text_column
 
 if TYPE_CHECKING:
     from picogpt.data import Corpus, Shards, Source, StreamSpec
@@ -118,7 +118,7 @@ def find_text(request: Request, stored: RunSettings | None) -> Text:
     """Find the text that the flags name, or that the run learns from.
 
     Raises:
-        ConfigError: there is no such data set.
+        ConfigError: there is no such data set, or a column is named without one.
         DataError: the text cannot be had.
     """
     from picogpt.cli.download import DownloadBar
@@ -128,6 +128,7 @@ def find_text(request: Request, stored: RunSettings | None) -> Text:
     text, dataset, column = request.text, request.dataset, request.text_column
     if not text and dataset is None and stored is not None:
         text, dataset = stored.data.text, stored.data.dataset
+    check_text_column(column, streamed=not text and dataset is not None and dataset not in DATASETS)
     if text:
         return _Whole(read_texts(text, name=request.text_name(text), scratch=existing_folder(request.logs_dir)), text)
     if dataset is None or dataset in DATASETS:

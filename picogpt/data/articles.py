@@ -22,7 +22,7 @@ from picogpt.data.outage import Closed, Outage
 from picogpt.errors import DataError
 from picogpt.tokenizer import SPECIAL_IDS, CharTokenizer
 
-__all__ = ["SEPARATOR", "Article", "ArticleReader", "Ids", "Place", "draw_validation"]
+__all__ = ["SEPARATOR", "Article", "ArticleReader", "Ids", "Place", "draw_validation", "join_articles"]
 
 Ids = npt.NDArray[np.uint8]
 Notify = Callable[[str], None]
@@ -228,23 +228,29 @@ def _is_for_validation(file: str, row: int) -> bool:
     return int.from_bytes(digest[:8], "little") % ONE_IN == 0
 
 
-def draw_validation(reader: ArticleReader, characters: int = VALIDATION_CHARS) -> Ids:
-    """The first articles for validation, joined, until they have so many characters or the data set is at its end.
-
-    Raises:
-        DataError: there is none.
-    """
+def join_articles(reader: ArticleReader, characters: int, *, for_validation: bool) -> Ids:
+    """The first articles of one side, joined, until they have so many characters or the data set is at its end; may be empty."""
     parts: list[Ids] = []
     total = 0
     for article in reader.articles(Place(0, 0, 0)):
         if article.place.epoch > 0 or total >= characters:
             break
-        if article.for_validation:
+        if article.for_validation is for_validation:
             parts += [article.ids, SEPARATOR]
             total += len(article.ids) + len(SEPARATOR)
-    if total < 2:
+    return np.concatenate(parts)[:characters] if parts else np.zeros(0, np.uint8)
+
+
+def draw_validation(reader: ArticleReader, characters: int = VALIDATION_CHARS) -> Ids:
+    """The first articles for validation, joined (`join_articles`).
+
+    Raises:
+        DataError: there is none.
+    """
+    ids = join_articles(reader, characters, for_validation=True)
+    if len(ids) < 2:
         raise DataError("the data set is too small: not one article in it is for validation; use --text for small texts")
-    return np.concatenate(parts)[:characters]
+    return ids
 
 
 SEPARATOR = CharTokenizer().encode("\n\n")
