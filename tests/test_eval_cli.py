@@ -203,10 +203,14 @@ def test_a_stream_of_short_articles(run: RunFolder, monkeypatch: pytest.MonkeyPa
     """It is not searched without end for articles of enough length."""
     of(run, dataset="org/name", characters=None, commit="c" * 40, files=("one",), format="parquet")
     monkeypatch.setattr(evaltexts, "MOST_READ", 1000)
-    asked = []
-    monkeypatch.setattr(
-        articles, "read_rows", lambda _shards, _file, start: ((asked.append(i) or "short",) for i in range(start, 9999))
-    )
+    asked: list[int] = []
+
+    def rows(_shards: hub.Shards, _file: str, start: int) -> Iterator[tuple[str]]:
+        for i in range(start, 9999):
+            asked.append(i)
+            yield ("short",)
+
+    monkeypatch.setattr(articles, "read_rows", rows)
 
     assert evaluate("--dataset", "org/name") == 1
     assert "too short to evaluate: it takes two articles of at least 25 characters" in capsys.readouterr().err
