@@ -17,8 +17,11 @@ from picogpt.forecast import format_seconds
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from picogpt.cli.evaltexts import Ids
     from picogpt.cli.report import Report
-    from picogpt.scores import Rolls
+    from picogpt.config import GPTConfig
+    from picogpt.run import Tensors
+    from picogpt.scores import Losses, Rolls
 
 __all__ = ["build_parser", "command", "main"]
 
@@ -108,7 +111,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig, threads: int | None) -> Report:
     """Find the text, score it, and measure the baselines on the same characters."""
-    from picogpt.baselines import NGRAM_CHARS, NGram, compressed_bits
+    from picogpt.baselines import compressed_bits
     from picogpt.cli.report import Report
     from picogpt.run import load_model
     from picogpt.scores import Scores, cut_rolls
@@ -127,24 +130,11 @@ def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig, thread
     rolls = cut_rolls(text.articles, roll_len, config.chars)
     _announce(text, rolls)
     ngram_text = find_ngram_text(trained, text, arguments.ngram_text)
-    from picogpt.device import set_threads
-    from picogpt.evaluate import chars_to_read, evaluate
-    from picogpt.model import GPT
-
-    model = GPT(shape)
-    model.load_arrays(weights)
-    notice(f"computing in float32 with {set_threads(threads)} threads")
-    with _Progress(chars_to_read(rolls, shape.context_len)) as advance:
-        losses = evaluate(model, rolls, batch_size=config.batch_size, advance=advance)
-    if isinstance(ngram_text, str):
-        ngram = f"no n-gram: {ngram_text}"
-    else:
-        name, ids = ngram_text
-        counted = NGram(ids)
-        cap = f", the first {NGRAM_CHARS:,} of {len(ids):,}" if len(ids) > NGRAM_CHARS else ""
-        ngram = f"n-gram counted on {name}: {counted.n_chars:,} characters{cap}"
-        losses["ngram"] = counted.losses(rolls.ids).reshape(losses["as_is"].shape)
+    losses = _read(shape, weights, rolls, config.batch_size, threads)
+    ngram, of_ngram = _count_ngram(ngram_text, rolls)
     notice(ngram)
+    if of_ngram is not None:
+        losses["ngram"] = of_ngram.reshape(losses["as_is"].shape)
     return Report(
         model=str(path),
         text=text.name,
@@ -154,6 +144,31 @@ def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig, thread
         compressors=compressed_bits(rolls.ids[:, 1:].reshape(-1)),
         ngram=ngram,
     )
+
+
+def _read(shape: GPTConfig, weights: Tensors, rolls: Rolls, batch_size: int, threads: int | None) -> dict[str, Losses]:
+    """The loss of every character under each condition, with progress."""
+    from picogpt.device import set_threads
+    from picogpt.evaluate import chars_to_read, evaluate
+    from picogpt.model import GPT
+
+    model = GPT(shape)
+    model.load_arrays(weights)
+    notice(f"computing in float32 with {set_threads(threads)} threads")
+    with _Progress(chars_to_read(rolls, shape.context_len)) as advance:
+        return evaluate(model, rolls, batch_size=batch_size, advance=advance)
+
+
+def _count_ngram(text: tuple[str, Ids] | str, rolls: Rolls) -> tuple[str, Losses | None]:
+    """What the n-gram was counted on and its losses (R, T), or why there is none, of the name and ids of a text."""
+    from picogpt.baselines import NGRAM_CHARS, NGram
+
+    if isinstance(text, str):
+        return f"no n-gram: {text}", None
+    name, ids = text
+    counted = NGram(ids)
+    cap = f", the first {NGRAM_CHARS:,} of {len(ids):,}" if len(ids) > NGRAM_CHARS else ""
+    return f"n-gram counted on {name}: {counted.n_chars:,} characters{cap}", counted.losses(rolls.ids)
 
 
 def _announce(text: EvalText, rolls: Rolls) -> None:
