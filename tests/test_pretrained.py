@@ -19,8 +19,8 @@ RUNS = [RunFolder(path.parent) for path in sorted(PRETRAINED.glob("*/README.md")
 
 
 def test_which_there_are(tmp_path: Path) -> None:
-    """The Wikipedia model is there, and is what a newcomer writes with; all of them together are small."""
-    assert "wikipedia" in {run.name for run in RUNS}
+    """Two, of which the Wikipedia model is what a newcomer writes with; together they are small."""
+    assert {run.name for run in RUNS} == {"tinyshakespeare", "wikipedia"}
     assert find_model(None, tmp_path)[0] == PRETRAINED / "wikipedia" / "model.safetensors"
     assert sum(path.stat().st_size for run in RUNS for path in run.path.glob("model*")) < 40e6
 
