@@ -186,6 +186,8 @@ class TrainConfig:
     """Highest learning rate of AdamW, reached at the end of the warm-up."""
     muon_lr: float = 0.02
     """Highest learning rate of Muon; it rises and falls with `lr`."""
+    muon_interval: int = 2
+    """Steps from one of Muon's updates of a block to the next, which goes as many times as far; the blocks take turns."""
     momentum: float = 0.95
     """Decay of Muon's mean gradient, in [0, 1)."""
     min_lr: float = 0.0
@@ -223,6 +225,7 @@ class TrainConfig:
         _require_between("lr", self.lr, 1e-9, 1.0, "a rate from 1e-9 to 1")
         _require_between("min_lr", self.min_lr, 0.0, self.lr, f"from 0 to lr ({self.lr:g})")
         _require_between("muon_lr", self.muon_lr, 1e-9, 10.0, "a rate from 1e-9 to 10")
+        _require_whole("muon_interval", self.muon_interval, 1)
         for name in ("beta1", "beta2", "momentum"):
             _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         for name in ("weight_decay", "grad_clip"):
@@ -501,6 +504,10 @@ class DataConfig:
     """How a stream's files are read: parquet, json, ..."""
 
 
+_BEFORE: Mapping[str, Any] = MappingProxyType({"roll_warmup": 0.0, "muon_interval": 1})
+"""Settings of runs that were begun before there were these."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """All that made a run: the content of its `config.json`."""
@@ -534,7 +541,7 @@ class RunSettings:
             data: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["data"].items()}
             return cls(
                 model=GPTConfig(**content["model"]),
-                train=TrainConfig(**content["train"]),
+                train=TrainConfig(**{**_BEFORE, **content["train"]}),
                 budget=Budget(**content["budget"]),
                 schedule=Schedule(**content["schedule"]),
                 data=DataConfig(**data),

@@ -8,6 +8,7 @@ Ranks that train by themselves for many steps are brought together by an outer o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -78,45 +79,49 @@ class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal, and each neuron's share of it evened out over time (NorMuon: Li et al., 2025).
 
     Args:
-        parameters: matrices. One with three times as many rows as columns holds those of queries, keys and values and is
-            taken for three.
+        parameters: matrices, or groups of them. One with three times as many rows as columns holds those of queries, keys and
+            values and is taken for three.
         lr: length of a step; a matrix with more rows than columns has longer ones, by the root of their ratio.
         momentum: decay of the mean gradient, in [0, 1).
         beta2: decay of the mean square of each neuron's updates, in [0, 1).
         weight_decay: decoupled, times the learning rate.
+        interval: steps from one update of a matrix to the next, which goes as many times as far; the mean gradient takes up
+            every step's. A group's `phase`, 0, 1, ..., says at which of them its turn is, so that the work can be spread.
         dtype: type in which updates are made orthogonal; bfloat16 is precise enough.
     """
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
         *,
         lr: float,
         momentum: float = 0.95,
         beta2: float = 0.95,
         weight_decay: float = 0.0,
+        interval: int = 1,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay}
+        defaults |= {"interval": interval, "phase": 0}
         super().__init__(parameters, defaults)
         self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """Take up every gradient, and update the parameters whose turn it is."""
         assert closure is None
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[_Part]] = defaultdict(list)
             for parameter in group["params"]:
-                for part in self._parts(parameter):
+                for part in self._due_parts(parameter, group):
                     by_shape[tuple(part.weights.shape)].append(part)
             for shape, parts in by_shape.items():
                 count = max(1, _AT_ONCE // math.prod(shape))
                 for start in range(0, len(parts), count):
                     self._update(parts[start : start + count], group)
 
-    def _parts(self, parameter: Tensor) -> list[_Part]:
-        """The matrices of queries, keys and values, or the one matrix; none without a gradient."""
+    def _due_parts(self, parameter: Tensor, group: Mapping[str, Any]) -> list[_Part]:
+        """The matrices of queries, keys and values, or the one matrix; none without a gradient, or out of turn."""
         if parameter.grad is None:
             return []
         state = self.state[parameter]
@@ -125,6 +130,9 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
             state["mean_square"] = torch.zeros_like(parameter).mean(dim=_short_side(parameter), keepdim=True)
         state["step"] += 1
+        if (int(state["step"]) + group["phase"]) % group["interval"]:
+            state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+            return []
         count = 3 if parameter.size(0) == 3 * parameter.size(1) else 1
         tensors = (parameter, parameter.grad, state["momentum"], state["mean_square"])
         return [_Part(*views) for views in zip(*(tensor.chunk(count) for tensor in tensors), strict=True)]
@@ -138,9 +146,10 @@ class Muon(torch.optim.Optimizer):
             torch.lerp(part.gradient, part.momentum, group["momentum"], out=mean)
         wide = rows <= columns
         directions = orthogonalize(stack if wide else stack.mT, self._dtype)
+        rate = group["lr"] * group["interval"]
+        length = rate * math.sqrt(max(1.0, rows / columns))
         for part, direction in zip(parts, directions if wide else directions.mT, strict=True):
-            length = group["lr"] * math.sqrt(max(1.0, rows / columns))
-            part.weights.mul_(1 - group["lr"] * group["weight_decay"])
+            part.weights.mul_(1 - rate * group["weight_decay"])
             part.weights.addcmul_(direction, _evened_out(direction, part.mean_square, group["beta2"]), value=-length)
 
 
@@ -193,7 +202,8 @@ def build_optimizers(model: GPT, config: TrainConfig, dtype: torch.dtype) -> lis
     Weight decay is for matrices and embeddings; biases and norms have none. `dtype` is that of Muon's own products.
     """
     parameters = list(model.parameters())
-    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
+    blocks = [[p for p in block.parameters() if p.dim() == 2] for block in model.transformer.h]
+    matrices = list(itertools.chain(*blocks)) if config.optimizer == "muon" else []
     others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -202,8 +212,16 @@ def build_optimizers(model: GPT, config: TrainConfig, dtype: torch.dtype) -> lis
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if matrices:
+        turns = [list(itertools.chain(*blocks[phase :: config.muon_interval])) for phase in range(config.muon_interval)]
         optimizers.append(
-            Muon(matrices, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay, dtype=dtype)
+            Muon(
+                [{"params": matrices, "phase": phase} for phase, matrices in enumerate(turns)],
+                lr=config.muon_lr,
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+                interval=config.muon_interval,
+                dtype=dtype,
+            )
         )
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -187,6 +187,15 @@ def test_settings_round_trip() -> None:
     assert RunSettings.from_dict(content) == run_settings()
 
 
+def test_settings_of_an_older_run() -> None:
+    """What was not there when a run was begun stays out of it."""
+    content = asdict(run_settings())
+    del content["train"]["roll_warmup"], content["train"]["muon_interval"], content["schedule"]["short_steps"]
+    settings = RunSettings.from_dict(content)
+
+    assert (settings.train.roll_warmup, settings.train.muon_interval, settings.schedule.short_steps) == (0.0, 1, 0)
+
+
 @pytest.mark.parametrize("content", [{}, {"model": {"n_layers": 3}}, {"model": 5}], ids=["empty", "unknown field", "no dict"])
 def test_settings_refused(content: dict[str, Any]) -> None:
     """A config that is damaged is one clear error."""

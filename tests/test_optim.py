@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -44,9 +45,12 @@ def test_every_parameter_has_one_optimizer() -> None:
     model = GPT(TINY)
     adamw, muon = build_optimizers(model, TrainConfig(weight_decay=0.1), torch.float32)
     embeddings, others = (group["params"] for group in adamw.param_groups)
-    matrices = muon.param_groups[0]["params"]
+    turns = [group["params"] for group in muon.param_groups]
+    matrices = [*turns[0], *turns[1]]
 
-    assert [group["weight_decay"] for optimizer in (adamw, muon) for group in optimizer.param_groups] == [0.1, 0.0, 0.1]
+    assert [group["weight_decay"] for optimizer in (adamw, muon) for group in optimizer.param_groups] == [0.1, 0.0, 0.1, 0.1]
+    assert [len(turn) for turn in turns] == [4, 4]
+    assert turns[1][0] is dict(model.named_parameters())["transformer.h.1.attn.c_attn.weight"]
     assert len(matrices) == 4 * TINY.n_layer
     assert len(embeddings) == 2
     assert all(p.dim() == 1 for p in others)
@@ -65,12 +69,13 @@ def test_adamw_alone() -> None:
 
 def test_settings_reach_the_optimizers() -> None:
     """Betas, momentum, and a learning rate that is the same share of each peak."""
-    optimizers = build_optimizers(GPT(TINY), TrainConfig(beta1=0.8, beta2=0.9, momentum=0.7), torch.float32)
+    config = TrainConfig(beta1=0.8, beta2=0.9, momentum=0.7, muon_interval=1)
+    optimizers = build_optimizers(GPT(TINY), config, torch.float32)
     set_learning_rate(optimizers, 0.5)
     (embeddings, others), (matrices,) = (optimizer.param_groups for optimizer in optimizers)
 
     assert embeddings["betas"] == others["betas"] == (0.8, 0.9)
-    assert matrices["momentum"] == 0.7
+    assert (matrices["momentum"], matrices["interval"]) == (0.7, 1)
     assert [group["lr"] for group in (embeddings, others, matrices)] == [1.5e-3, 1.5e-3, 0.01]
 
 
@@ -109,7 +114,7 @@ def test_a_gradient_of_zero() -> None:
     assert torch.equal(muon_step(torch.ones(4, 8), [torch.zeros(4, 8)]), torch.ones(4, 8))
 
 
-def muon_step(weight: torch.Tensor, gradients: list[torch.Tensor], **settings: float) -> torch.Tensor:
+def muon_step(weight: torch.Tensor, gradients: list[torch.Tensor], **settings: Any) -> torch.Tensor:
     """What a weight becomes over some steps of Muon."""
     parameter = torch.nn.Parameter(weight.clone())
     muon = Muon([parameter], lr=0.1, dtype=torch.float32, **settings)
@@ -133,6 +138,31 @@ def test_muon_by_hand() -> None:
         expected = (1 - 0.1 * 0.5) * expected - 0.1 * even * update.norm() / even.norm()
 
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_muon_in_every_second_step() -> None:
+    """A matrix out of turn only takes up its gradient; in turn it goes twice as far, and decays twice."""
+    torch.manual_seed(4)
+    weight, gradients = torch.randn(6, 6), [torch.randn(6, 6) for _ in range(3)]
+    first, second = (torch.nn.Parameter(weight.clone()) for _ in range(2))
+    groups = [{"params": [first], "phase": 0}, {"params": [second], "phase": 1}]
+    muon = Muon(groups, lr=0.1, momentum=0.9, weight_decay=0.5, interval=2, dtype=torch.float32)
+    found = []
+    for gradient in gradients:
+        first.grad, second.grad = gradient.clone(), gradient.clone()
+        muon.step()
+        found.append((first.detach().clone(), second.detach().clone()))
+    mean = 0.9 * 0.1 * gradients[0] + 0.1 * gradients[1]
+    update = orthogonalize((0.1 * gradients[1] + 0.9 * mean)[None], torch.float32)[0]
+    even = update / update.square().mean(1, keepdim=True).sqrt()
+    expected = (1 - 0.2 * 0.5) * weight - 0.2 * even * update.norm() / even.norm()
+
+    assert torch.equal(found[0][0], weight)
+    torch.testing.assert_close(found[1][0], expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[2][0], found[1][0])
+    assert not torch.equal(found[0][1], weight)
+    assert torch.equal(found[1][1], found[0][1])
+    assert not torch.equal(found[2][1], found[1][1])
 
 
 def test_muon_takes_qkv_for_three() -> None:
