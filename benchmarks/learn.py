@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.plain import PlainLoop
-from picogpt.config import Budget, GPTConfig, TrainConfig
+from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import (
     ArticleReader,
     Batch,
@@ -102,12 +102,10 @@ def learn_fast(arguments: argparse.Namespace) -> Course:
     dtype, reason = choose_dtype("auto")
     print(f"fast: {reason}")
     trainer = Trainer(GPTConfig(), config, source, dtype)
-    budget = Budget(chars=arguments.chars)
-    schedule = budget.schedule(chars_per_step=trainer.chars_per_step, roll_warmup=config.roll_warmup)
+    total = -(-arguments.chars // trainer.chars_per_step)
 
     def step() -> int:
-        rate = learning_rate(trainer.step, schedule.total_steps, config)
-        trainer.update(rate, windows=config.windows_at(trainer.step, schedule))
+        trainer.update(learning_rate(trainer.step, total, config))
         return trainer.chars_per_step
 
     def validate() -> float:

@@ -6,7 +6,6 @@ import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 
@@ -25,8 +24,6 @@ PROFILES = {"native": {}, "laptop": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_
 PRODUCTS = ((2048, 2048, 2048), (1024, 4096, 1024), (516, 256, 1024), (5160, 256, 1024))
 """Shapes (m, k, n) whose fastest one counts as the machine's peak; the last two are the model's own."""
 STEPS_FOR_MEMORY = 3
-RATE = 1e-3
-"""Learning rate of the steps that are timed."""
 ENOUGH = 0.5
 """Seconds after which a product is not timed again."""
 
@@ -85,59 +82,44 @@ def training(arguments: argparse.Namespace) -> None:
             print(f"| {name} | {dtype} | {speed:,.0f} | {ratio:.2f} | {share:.0%} | {memory[name]:,.0f} |", flush=True)
 
 
-class Loop(NamedTuple):
-    """A training loop."""
-
-    step: Callable[[], object]
-    """Takes a step."""
-    dtype: str
-    """Type of its matrix products."""
-
-
-def loops(batch_size: int) -> dict[str, Callable[[], Loop]]:
+def loops(batch_size: int) -> dict[str, Callable[[], Trainer | PlainLoop]]:
     """What makes each of the loops, with the model and number type that are the default here."""
     model, config = GPTConfig(), TrainConfig(batch_size=batch_size)
     source = RepeatedSource(roll_len=config.windows * model.context_len, batch_size=config.batch_size)
     chosen = choose_dtype("auto")[0]
-
-    def ours(config: TrainConfig = config, dtype: torch.dtype = chosen, windows: int = config.windows) -> Loop:
-        trainer = Trainer(model, config, source, dtype)
-        return Loop(lambda: trainer.update(RATE, windows=windows), str(dtype).removeprefix("torch."))
-
-    def plain() -> Loop:
-        loop = PlainLoop(model, config, source)
-        return Loop(lambda: loop.update(RATE), "float32")
-
-    found: dict[str, Callable[[], Loop]] = {
-        "ours": ours,
-        "ours, rolls cut short": lambda: ours(windows=config.short_windows),
-        "ours, --optimizer adamw": lambda: ours(replace(config, optimizer="adamw")),
+    found: dict[str, Callable[[], Trainer | PlainLoop]] = {
+        "ours": lambda: Trainer(model, config, source, chosen),
+        "ours, --optimizer adamw": lambda: Trainer(model, replace(config, optimizer="adamw"), source, chosen),
     }
     if chosen is not torch.float32:
-        found["ours, --dtype float32"] = lambda: ours(dtype=torch.float32)
-    return {**found, "plain": plain}
+        found["ours, --dtype float32"] = lambda: Trainer(model, config, source, torch.float32)
+    return {**found, "plain": lambda: PlainLoop(model, config, source)}
 
 
 def measure(batch_size: int) -> Found:
     """Time the loops in turns."""
     set_threads(None)
     made = {name: make() for name, make in loops(batch_size).items()}
+    types = {
+        name: str(loop.dtype if isinstance(loop, Trainer) else torch.float32).removeprefix("torch.")
+        for name, loop in made.items()
+    }
     for loop in made.values():
-        loop.step()  # the first step makes buffers and kernels
+        loop.update(1e-3)  # the first step makes buffers and kernels
     results = in_turns(*(timed(loop, batch_size) for loop in made.values()))
     return Found(
         machine=machine(),
         dtype=choose_dtype("auto")[1],
         peaks={name: max(map(product_speed, PRODUCTS, [name] * len(PRODUCTS))) for name in ("float32", "bfloat16")},
-        types={name: loop.dtype for name, loop in made.items()},
+        types=types,
         speeds=dict(zip(made, results, strict=True)),
     )
 
 
-def timed(loop: Loop, batch_size: int) -> Callable[[], float]:
+def timed(loop: Trainer | PlainLoop, batch_size: int) -> Callable[[], float]:
     """Takes a step and returns characters a second."""
     chars = batch_size * TrainConfig().windows * GPTConfig().context_len
-    return lambda: chars / seconds_of(loop.step)
+    return lambda: chars / seconds_of(lambda: loop.update(1e-3))
 
 
 def product_speed(shape: tuple[int, int, int], dtype: str) -> float:
@@ -154,5 +136,5 @@ def memory_of(name: str, batch_size: int) -> float:
     """Peak memory in MB of this process after a few steps of a loop."""
     loop = loops(batch_size)[name]()
     for _ in range(STEPS_FOR_MEMORY):
-        loop.step()
+        loop.update(1e-3)
     return peak_memory() / 1e6

@@ -177,9 +177,6 @@ class TrainConfig:
     """Rolls in a step. Small steps, and so more of them, learn more from the same characters."""
     windows: int = 10
     """Windows in a roll: 10 windows of 128 are the 1280 characters that the context vector reaches over."""
-    roll_warmup: float = 0.5
-    """Share of a run's steps, its first ones, in which each roll is cut into rolls of `short_windows`: as many characters in
-    fewer and larger products, while the context vector has nothing to say yet (sequence length warm-up: Li et al., 2022)."""
     optimizer: OptimizerName = "muon"
     """Muon for the matrices of the blocks (Jordan et al., 2024) with AdamW for the rest, or AdamW for everything."""
     lr: float = 3e-3
@@ -217,7 +214,6 @@ class TrainConfig:
         _require(self.decay in get_args(Decay), "decay", f"one of {', '.join(get_args(Decay))}", self.decay)
         _require_whole("batch_size", self.batch_size, 1)
         _require_whole("windows", self.windows, 1)
-        _require_between("roll_warmup", self.roll_warmup, 0.0, 1.0, "a share from 0 to 1")
         _require_whole("warmup_steps", self.warmup_steps, 0)
         _require_whole("sync_every", self.sync_every, 0)
         if self.decay_steps is not None:
@@ -248,15 +244,6 @@ class TrainConfig:
             settings["min_lr"] = RECIPES[recipe]["min_lr"] / RECIPES[recipe]["lr"] * given["lr"]
         return cls(**settings)
 
-    @property
-    def short_windows(self) -> int:
-        """Windows in each of the rolls that one is cut into at first: two, or the next number that divides `windows`."""
-        return next((n for n in range(2, self.windows) if self.windows % n == 0), self.windows)
-
-    def windows_at(self, step: int, schedule: Schedule) -> int:
-        """Windows in a roll of step 0, 1, ... of `schedule`."""
-        return self.short_windows if step < schedule.short_steps else self.windows
-
 
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -266,7 +253,6 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             {
                 "optimizer": "adamw",
                 "batch_size": 8,
-                "roll_warmup": 0.0,
                 "weight_decay": 0.1,
                 "lr": 6e-4,
                 "min_lr": 6e-5,
@@ -294,12 +280,10 @@ class Schedule:
     """Steps between two entries of the loss log; the last epoch may be shorter."""
     val_steps: int
     """Batches of validation text an epoch; fewer where the validation text is shorter."""
-    short_steps: int = 0
-    """Steps, the first ones, whose rolls are cut short."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            _require_whole(field.name, getattr(self, field.name), 0 if field.name == "short_steps" else 1)
+            _require_whole(field.name, getattr(self, field.name), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,8 +292,6 @@ class Pace:
 
     seconds_per_step: float
     """One optimizer step."""
-    seconds_per_short_step: float
-    """One whose rolls are cut short."""
     seconds_per_val_batch: float
     """One batch of validation."""
     seconds_per_epoch_end: float
@@ -346,14 +328,11 @@ class Budget:
             _require(math.isfinite(self.minutes) and self.minutes > 0, "minutes", "a number above 0", self.minutes)
         _require(self.minutes is None or self.chars is None, "minutes", "given without chars", self.minutes)
 
-    def schedule(
-        self, *, chars_per_step: int, roll_warmup: float = 0.0, pace: Pace | None = None, steps_done: int = 0
-    ) -> Schedule:
+    def schedule(self, *, chars_per_step: int, pace: Pace | None = None, steps_done: int = 0) -> Schedule:
         """Turn the budget into steps.
 
         Args:
             chars_per_step: characters in one optimizer step.
-            roll_warmup: share of the steps whose rolls are cut short.
             pace: how fast this machine trains; needed for minutes.
             steps_done: steps that the run has taken already; they count, as do the seconds of `pace`.
         """
@@ -361,7 +340,7 @@ class Budget:
         if self.minutes is not None:
             assert pace is not None
             left = max(0.0, self.minutes * 60 - pace.seconds_spent)
-            step, end = self._with_share_of_validation(pace, roll_warmup)
+            step, end = self._with_share_of_validation(pace)
             # A short run has fewer epochs, so that their ends take at most a quarter of it.
             n_epochs = max(1, min(n_epochs, int(left / 4 / end)))
             if self.steps_per_epoch is not None:
@@ -373,22 +352,19 @@ class Budget:
             total = math.ceil(self.chars / chars_per_step)
         else:
             steps = self.steps_per_epoch or 500
-            return self._with_validation(self.epochs * steps, steps, roll_warmup)
+            return self._with_validation(self.epochs * steps, steps)
         share = max(MIN_STEPS_PER_EPOCH, math.ceil(total / n_epochs))
-        return self._with_validation(total, self.steps_per_epoch or share, roll_warmup)
+        return self._with_validation(total, self.steps_per_epoch or share)
 
-    def _with_share_of_validation(self, pace: Pace, roll_warmup: float) -> tuple[float, float]:
-        """Seconds of a mean step and of an epoch's end, the one of them that validation grows with including it."""
-        step = roll_warmup * pace.seconds_per_short_step + (1 - roll_warmup) * pace.seconds_per_step
+    def _with_share_of_validation(self, pace: Pace) -> tuple[float, float]:
+        """Seconds of a step and of an epoch's end, the one of them that validation grows with including it."""
         if self.val_steps is not None:
-            return step, pace.seconds_per_epoch_end + self.val_steps * pace.seconds_per_val_batch
-        return step + pace.seconds_per_val_batch * VAL_SHARE, pace.seconds_per_epoch_end
+            return pace.seconds_per_step, pace.seconds_per_epoch_end + self.val_steps * pace.seconds_per_val_batch
+        return pace.seconds_per_step + pace.seconds_per_val_batch * VAL_SHARE, pace.seconds_per_epoch_end
 
-    def _with_validation(self, total: int, steps_per_epoch: int, roll_warmup: float) -> Schedule:
+    def _with_validation(self, total: int, steps_per_epoch: int) -> Schedule:
         val_steps = self.val_steps or max(1, int(steps_per_epoch * VAL_SHARE))
-        return Schedule(
-            total_steps=total, steps_per_epoch=steps_per_epoch, val_steps=val_steps, short_steps=round(roll_warmup * total)
-        )
+        return Schedule(total_steps=total, steps_per_epoch=steps_per_epoch, val_steps=val_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -504,7 +480,7 @@ class DataConfig:
     """How a stream's files are read: parquet, json, ..."""
 
 
-_BEFORE: Mapping[str, Any] = MappingProxyType({"roll_warmup": 0.0, "muon_interval": 1})
+_BEFORE: Mapping[str, Any] = MappingProxyType({"muon_interval": 1})
 """Settings of runs that were begun before there were these."""
 
 

@@ -46,4 +46,4 @@ def _obey(kind: Kind, payload: bytes, replica: Replica) -> None:
     else:
         assert kind is Kind.STEP
         with contextlib.suppress(TrainingError):  # which all ranks meet alike: rank 0 says it, saves and ends
-            replica.take_step(*unpack_step(payload))
+            replica.take_step(*unpack_step(payload, replica.config.batch_size))

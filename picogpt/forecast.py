@@ -39,8 +39,7 @@ def seconds_to_finish(schedule: Schedule, pace: Pace, *, step: int, val_batches:
     # Epochs end where the number of steps is a multiple; the last one may be shorter.
     epochs = -(-schedule.total_steps // schedule.steps_per_epoch) - step // schedule.steps_per_epoch if steps else 0
     per_epoch = val_batches * pace.seconds_per_val_batch + pace.seconds_per_epoch_end
-    short = max(0, schedule.short_steps - step)
-    return short * pace.seconds_per_short_step + (steps - short) * pace.seconds_per_step + epochs * per_epoch
+    return steps * pace.seconds_per_step + epochs * per_epoch
 
 
 def format_bytes(number: int) -> str:

@@ -26,8 +26,7 @@ __all__ = ["Replica", "pack_step", "under", "unpack_step"]
 
 _STREAM_DROPOUT = 2
 """Number of the random stream that dropout draws its seeds from."""
-_STEP = struct.Struct("<dI")
-"""Learning rate and number of rolls, before the ids of a step's batch."""
+_RATE = struct.Struct("<d")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +161,7 @@ class Replica:
         self.model.train()
         if self.model.config.dropout:
             self._seed_dropout()
-        each = len(batch.inputs) // self.ranks.count
-        rolls = slice(self.ranks.rank * each, (self.ranks.rank + 1) * each)
+        rolls = slice(self.ranks.rank * self._rolls_each, (self.ranks.rank + 1) * self._rolls_each)
         loss = self.loss(Batch(batch.inputs[rolls], batch.targets[rolls]))
         self.model.zero_grad(set_to_none=True)
         with reaching():
@@ -196,19 +194,8 @@ class Replica:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Mean loss over `batch` in nats per character, in the type of the run's products."""
-        return self._loss(batch, self._trained if self._trained is not None and self.model.training else self.model)
-
-    def rehearse_gradient(self, windows: int) -> None:
-        """Compute the gradient of this rank's share of a step on noise, in rolls of `windows` windows; nothing is changed."""
-        shape = self._rolls_each, self.config.windows * self.model.config.context_len
-        ids = np.random.default_rng(0).integers(self.model.config.vocab_size, size=shape)
-        self.model.train()
-        batch = Batch(ids, ids).cut(windows * self.model.config.context_len)
-        self._loss(batch, self.model).backward()  # type: ignore[no-untyped-call]
-        self.model.zero_grad(set_to_none=True)
-
-    def _loss(self, batch: Batch, model: nn.Module) -> torch.Tensor:
         inputs, targets = (torch.from_numpy(np.ascontiguousarray(part)).to(self.device) for part in batch)
+        model = self._trained if self._trained is not None and self.model.training else self.model
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             _, loss = model(inputs, targets)
         assert isinstance(loss, torch.Tensor)
@@ -298,12 +285,11 @@ def pack_step(batch: Batch, rate: float) -> bytes:
 
     They stand roll by roll, each with the id that follows its last one.
     """
-    rows = np.concatenate((batch.inputs, batch.targets[:, -1:]), axis=1).astype(np.uint8)
-    return _STEP.pack(rate, len(rows)) + rows.tobytes()
+    return _RATE.pack(rate) + np.concatenate((batch.inputs, batch.targets[:, -1:]), axis=1).astype(np.uint8).tobytes()
 
 
-def unpack_step(content: bytes) -> tuple[Batch, float]:
+def unpack_step(content: bytes, n_rolls: int) -> tuple[Batch, float]:
     """The inverse of `pack_step`."""
-    rate, n_rolls = _STEP.unpack_from(content)
-    rows = np.frombuffer(content, np.uint8, offset=_STEP.size).reshape(n_rolls, -1).astype(np.int64)
+    (rate,) = _RATE.unpack_from(content)
+    rows = np.frombuffer(content, np.uint8, offset=_RATE.size).reshape(n_rolls, -1).astype(np.int64)
     return Batch(rows[:, :-1], rows[:, 1:]), rate

@@ -140,8 +140,7 @@ class Trainer(Replica):
     def _train_step(self, run: RunFolder, schedule: Schedule, stop: Stop) -> StepReport | None:
         """One step, or None if a stop came while it waited for its data; what ends the run is raised after saving."""
         try:
-            rate = learning_rate(self.step, schedule.total_steps, self.config)
-            loss = self.update(rate, stop, windows=self.config.windows_at(self.step, schedule))
+            loss = self.update(learning_rate(self.step, schedule.total_steps, self.config), stop)
         except WaitInterrupted:
             self.save(run)
             return None
@@ -153,10 +152,8 @@ class Trainer(Replica):
         self._epoch_steps += 1
         return StepReport(step=self.step, loss=loss, chars=self.chars_per_step)
 
-    def update(self, rate: float, stop: Stop = lambda: False, *, windows: int | None = None) -> float:
+    def update(self, rate: float, stop: Stop = lambda: False) -> float:
         """Take one optimizer step with learning rate `rate`; return the batch's mean loss in nats per character.
-
-        Its rolls are cut into ones of `windows` windows, if given.
 
         Raises:
             TrainingError: loss or gradient are not finite; the weights are as they were.
@@ -167,8 +164,6 @@ class Trainer(Replica):
         if not self.is_together:
             self._bring_together()
         batch = self.source.train_batch(self.step, stop)
-        if windows is not None:
-            batch = batch.cut(windows * self.model.config.context_len)
         self.ranks.lead(Kind.STEP, pack_step(batch, rate))
         loss = self.take_step(batch, rate)
         self.log.iter_num = self._steps_before + self.step

@@ -76,7 +76,7 @@ class TestTrain:
         }
         config = json.loads(Path("logs/numbers/config.json").read_text())
         assert config["model"]["n_embd"] == 16
-        assert config["schedule"] == {"total_steps": 6, "steps_per_epoch": 3, "val_steps": 2, "short_steps": 3}
+        assert config["schedule"] == {"total_steps": 6, "steps_per_epoch": 3, "val_steps": 2}
         assert set(config["versions"]) == {"python", "torch", "numpy", "safetensors"}
 
     def test_goes_on(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,7 +104,7 @@ def test_recipes() -> None:
         TrainConfig.from_recipe("x", {})
 
 
-PACE = Pace(seconds_per_step=0.4, seconds_per_short_step=0.3, seconds_per_val_batch=0.5, seconds_per_epoch_end=1.0)
+PACE = Pace(seconds_per_step=0.4, seconds_per_val_batch=0.5, seconds_per_epoch_end=1.0)
 
 
 @pytest.mark.parametrize(
@@ -133,33 +133,9 @@ def test_schedule(budget: Budget, pace: Pace | None, expected: tuple[int, int, i
     assert (schedule.total_steps, schedule.steps_per_epoch, schedule.val_steps) == expected
 
 
-def test_short_steps() -> None:
-    """The share of steps with short rolls is of the whole run, and a length in minutes counts on their time."""
-    assert Budget(chars=1_010_000).schedule(chars_per_step=10_000, roll_warmup=0.25).short_steps == 25
-    assert Budget().schedule(chars_per_step=10_000).short_steps == 0
-    # 280 s of steps that take 0.3 s in one half and 0.4 s in the other, and a tenth for validation.
-    schedule = Budget(minutes=5).schedule(chars_per_step=10_000, roll_warmup=0.5, pace=PACE)
-    assert (schedule.total_steps, schedule.short_steps) == (622, 311)
-
-
-@pytest.mark.parametrize(("windows", "short"), [(10, 2), (4, 2), (9, 3), (2, 2), (7, 7), (1, 1)])
-def test_short_rolls(windows: int, short: int) -> None:
-    """Rolls are cut into equal ones of two windows, or of as few as there can be."""
-    config = TrainConfig(windows=windows)
-    schedule = Schedule(total_steps=9, steps_per_epoch=9, val_steps=1, short_steps=3)
-
-    assert [config.windows_at(step, schedule) for step in (0, 2, 3, 8)] == [short, short, windows, windows]
-
-
 def test_schedule_of_a_run_that_goes_on() -> None:
     """Minutes and characters are those of the whole run: what is done and spent counts."""
-    spent = Pace(
-        seconds_per_step=0.4,
-        seconds_per_short_step=0.3,
-        seconds_per_val_batch=0.5,
-        seconds_per_epoch_end=1.0,
-        seconds_spent=240.0,
-    )
+    spent = Pace(seconds_per_step=0.4, seconds_per_val_batch=0.5, seconds_per_epoch_end=1.0, seconds_spent=240.0)
 
     # 60 s are left, 15 of them for epoch ends: 90 steps more.
     assert Budget(minutes=5).schedule(chars_per_step=1, pace=spent, steps_done=400).total_steps == 490
@@ -190,10 +166,9 @@ def test_settings_round_trip() -> None:
 def test_settings_of_an_older_run() -> None:
     """What was not there when a run was begun stays out of it."""
     content = asdict(run_settings())
-    del content["train"]["roll_warmup"], content["train"]["muon_interval"], content["schedule"]["short_steps"]
-    settings = RunSettings.from_dict(content)
+    del content["train"]["muon_interval"]
 
-    assert (settings.train.roll_warmup, settings.train.muon_interval, settings.schedule.short_steps) == (0.0, 1, 0)
+    assert RunSettings.from_dict(content).train.muon_interval == 1
 
 
 @pytest.mark.parametrize("content", [{}, {"model": {"n_layers": 3}}, {"model": 5}], ids=["empty", "unknown field", "no dict"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from picogpt.cli import train
-from picogpt.cli.forecast import SMALL_FILES, EpochEnd, Forecaster, ForecastingObserver, StepTimes, rehearse, time_other_step
+from picogpt.cli.forecast import SMALL_FILES, EpochEnd, Forecaster, ForecastingObserver, rehearse
 from picogpt.config import Pace, Schedule, TrainConfig
 from picogpt.data import download_bytes
 from picogpt.forecast import Forecast, seconds_to_finish
@@ -19,16 +18,16 @@ from picogpt.memory import peak_memory
 from picogpt.train import StepReport, Trainer
 from tests.conftest import TINY, TINY_FLAGS, tiny_source
 
-SCHEDULE = Schedule(total_steps=25, steps_per_epoch=10, val_steps=4, short_steps=8)
-PACE = Pace(seconds_per_step=2.0, seconds_per_short_step=1.0, seconds_per_val_batch=0.5, seconds_per_epoch_end=3.0)
+SCHEDULE = Schedule(total_steps=25, steps_per_epoch=10, val_steps=4)
+PACE = Pace(seconds_per_step=2.0, seconds_per_val_batch=0.5, seconds_per_epoch_end=3.0)
 LINE = r"forecast: [\d,]+ characters in all, 0:00:\d\d to finish; peak memory (\d+ MB|[\d.]+ GB), disk \d+ MB, network none"
 
 
 @pytest.mark.parametrize(
     ("step", "seconds"),
     [
-        (0, 8 * 1 + 17 * 2 + 3 * (4 * 0.5 + 3)),  # epochs of 10, 10 and 5 steps
-        (3, 5 * 1 + 17 * 2 + 3 * 5),
+        (0, 25 * 2 + 3 * (4 * 0.5 + 3)),  # epochs of 10, 10 and 5 steps
+        (3, 22 * 2 + 3 * 5),
         (10, 15 * 2 + 2 * 5),
         (24, 1 * 2 + 1 * 5),
         (25, 0),
@@ -81,8 +80,7 @@ def watch(n_steps: int) -> tuple[list[str], Shown]:
     forecaster = Forecaster(schedule=SCHEDULE, chars_per_step=48, first_step=0, val_batches=1, network=0)
     said: list[str] = []
     shown = Shown()
-    end = EpochEnd(0.0, 1000.0, 5_000_000)
-    observer = ForecastingObserver(shown, said.append, forecaster, lambda seconds: (StepTimes(seconds, seconds), end))
+    observer = ForecastingObserver(shown, said.append, forecaster, lambda: EpochEnd(0.0, 1000.0, 5_000_000))
     observer.say_outcome()
     for step in range(1, n_steps + 1):
         observer.on_step(StepReport(step=step, loss=1.0, chars=48))
@@ -101,25 +99,14 @@ def test_is_said_once(n_steps: int) -> None:
     assert (len(said), shown.steps, shown.epochs) == (2, n_steps, 1)
 
 
-def test_steps_that_have_not_come_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While rolls are short, whole ones take as much longer as their gradient does; after that there is nothing to measure."""
-    config = TrainConfig(batch_size=2, windows=4)
-    trainer = Trainer(TINY, config, tiny_source(config), torch.float32)
-    monkeypatch.setattr(trainer, "rehearse_gradient", lambda windows: time.sleep(0.02 * windows))
-
-    times = time_other_step(trainer, 5.0, SCHEDULE)
-    assert times.short == 5.0
-    assert times.whole == pytest.approx(5.04, abs=0.02)
-    trainer.step = SCHEDULE.short_steps
-    assert time_other_step(trainer, 5.0, SCHEDULE) == StepTimes(whole=5.0, short=5.0)
-
-
 def test_rehearsal_leaves_nothing(tmp_path: Path) -> None:
     """Steps, validation and saving take time, the files have a size, and the folder is empty again."""
     config = TrainConfig(batch_size=2, windows=3)
-    times, end = rehearse(TINY, config, lambda source: Trainer(TINY, config, source, torch.float32), tmp_path, lambda trainer: "")
+    seconds, end = rehearse(
+        TINY, config, lambda source: Trainer(TINY, config, source, torch.float32), tmp_path, lambda trainer: ""
+    )
 
-    assert min(times.whole, times.short) > 0
+    assert seconds > 0
     assert end.seconds > 0
     assert end.seconds_per_val_batch > 0
     assert end.disk > SMALL_FILES + 100_000

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from picogpt.config import GPTConfig, Schedule, TrainConfig
-from picogpt.data import Batch
 from picogpt.device import check_compiler, choose_dtype, flush_denormals, instruction_set, set_threads
 from picogpt.errors import TrainingError
 from picogpt.run import RunFolder, load_model
@@ -100,59 +99,6 @@ def test_goes_on_byte_for_byte(run: RunFolder, stop_after: int, dropout: float) 
     assert not finished
     assert weights_of(second) == weights_of(straight)
     assert (second.log.train, second.log.val, second.log.chars) == (straight.log.train, straight.log.val, straight.log.chars)
-
-
-WARMED_UP = TrainConfig(batch_size=2, windows=4, lr=1e-2, warmup_steps=2)
-SHORT_AT_FIRST = Schedule(total_steps=8, steps_per_epoch=4, val_steps=2, short_steps=6)
-
-
-def test_rolls_are_short_at_first(run: RunFolder) -> None:
-    """Two rolls of four windows are four rolls of two for the first steps; validation has whole ones throughout."""
-    trainer = make_trainer(WARMED_UP)
-    shapes: list[tuple[bool, tuple[int, ...]]] = []
-    transformer = trainer.model.transformer
-    transformer.register_forward_pre_hook(lambda _, inputs: shapes.append((transformer.training, tuple(inputs[0].shape))))
-    trainer.fit(run, SHORT_AT_FIRST, Watcher(), lambda: False)
-
-    assert [shape for training, shape in shapes if training] == 6 * 2 * [(4, 8)] + 2 * 4 * [(2, 8)]
-    assert {shape for training, shape in shapes if not training} == {(2, 8)}
-    assert trainer.log.chars == [4 * 64, 8 * 64]
-
-
-def test_short_rolls_are_the_same_text() -> None:
-    """The parts of a roll follow each other, and their loss is that of the parts by themselves."""
-    trainer = make_trainer(WARMED_UP)
-    batch = trainer.source.train_batch(0)
-    parts = batch.cut(16)
-
-    assert parts.inputs[:2].ravel().tolist() == batch.inputs[0].tolist()
-    assert parts.targets[2:].ravel().tolist() == batch.targets[1].tolist()
-    alone = [trainer.loss(Batch(parts.inputs[i : i + 1], parts.targets[i : i + 1])).item() for i in range(4)]
-    assert trainer.update(1e-2, windows=2) == pytest.approx(np.mean(alone), abs=1e-6)
-
-
-@pytest.mark.parametrize("stop_after", [3, 6, 7])
-def test_goes_on_in_the_midst_of_the_roll_warm_up(run: RunFolder, stop_after: int) -> None:
-    """Before, at and after the step at which rolls become whole."""
-    straight, first, second = (make_trainer(WARMED_UP) for _ in range(3))
-    straight.fit(run, SHORT_AT_FIRST, Watcher(), lambda: False)
-    watcher = Watcher(stop_after)
-    first.fit(run, SHORT_AT_FIRST, watcher, watcher.stop)
-    second.restore(run.load_checkpoint()[0])
-    second.fit(run, SHORT_AT_FIRST, Watcher(), lambda: False)
-
-    assert weights_of(second) == weights_of(straight)
-
-
-def test_rehearsed_gradient_changes_nothing() -> None:
-    """Neither weights nor gradients, and the next step is what it would have been, dropout's draws included."""
-    model = GPTConfig(n_layer=2, n_head=2, n_embd=16, context_len=8, dropout=0.2)
-    plain, rehearsed = make_trainer(WARMED_UP, model), make_trainer(WARMED_UP, model)
-    rehearsed.rehearse_gradient(2)
-
-    assert all(parameter.grad is None for parameter in rehearsed.model.parameters())
-    assert plain.update(1e-2) == rehearsed.update(1e-2)
-    assert weights_of(plain) == weights_of(rehearsed)
 
 
 def test_restored_optimizer_updates_the_model(run: RunFolder) -> None:

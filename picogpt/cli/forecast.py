@@ -18,7 +18,7 @@ from picogpt.plot import draw_losses
 from picogpt.run import LossLog, RunFolder
 from picogpt.train import Observer, StepReport, Trainer, seconds_of
 
-__all__ = ["EpochEnd", "Forecaster", "ForecastingObserver", "StepTimes", "rehearse", "time_epoch_end", "time_other_step"]
+__all__ = ["EpochEnd", "Forecaster", "ForecastingObserver", "rehearse", "time_epoch_end"]
 
 TIMED_STEPS = 5
 """Steps that are timed, after a first one that makes buffers and kernels."""
@@ -26,16 +26,6 @@ SMALL_FILES = 400_000
 """Bytes for config, loss log, its picture, and the validation text of a stream."""
 
 Sampler = Callable[[Trainer], str]
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Seconds of an optimizer step."""
-
-    whole: float
-    """With rolls as long as they are in the end."""
-    short: float
-    """With rolls cut short, as in a run's first steps."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +37,6 @@ class EpochEnd:
     """Saving model and checkpoint, the sample and the picture."""
     disk: int
     """Bytes of a run's folder."""
-
-
-def time_other_step(trainer: Trainer, seconds: float, schedule: Schedule) -> StepTimes:
-    """Given how long the present steps of `trainer` take, measure how much longer those take that it has not come to.
-
-    The gradient makes the difference; everything else in a step stays as it is.
-    """
-    config = trainer.config
-    if config.windows_at(trainer.step, schedule) == config.windows:
-        return StepTimes(whole=seconds, short=seconds)
-    short = _median(lambda: trainer.rehearse_gradient(config.short_windows))
-    whole = _median(lambda: trainer.rehearse_gradient(config.windows))
-    return StepTimes(whole=seconds + whole - short, short=seconds)
 
 
 def time_epoch_end(trainer: Trainer, parent: Path, sample: Sampler) -> EpochEnd:
@@ -86,19 +63,14 @@ def time_epoch_end(trainer: Trainer, parent: Path, sample: Sampler) -> EpochEnd:
 
 def rehearse(
     model: GPTConfig, config: TrainConfig, make: Callable[[RepeatedSource], Trainer], parent: Path, sample: Sampler
-) -> tuple[StepTimes, EpochEnd]:
-    """What a step and the end of an epoch take, measured on noise and a model that is thrown away."""
+) -> tuple[float, EpochEnd]:
+    """Seconds of a step, and what the end of an epoch takes, measured on noise and a model that is thrown away."""
     trainer = make(RepeatedSource(roll_len=config.windows * model.context_len, batch_size=config.batch_size))
-    whole = _median(lambda: trainer.update(config.lr))
-    short = _median(lambda: trainer.update(config.lr, windows=config.short_windows)) if config.roll_warmup else whole
-    outer = seconds_of(trainer.take_outer_step) / config.sync_every if config.sync_every else 0.0
-    return StepTimes(whole + outer, short + outer), time_epoch_end(trainer, parent, sample)
-
-
-def _median(step: Callable[[], object]) -> float:
-    """Seconds that `step` takes, after a first one that makes buffers and kernels."""
-    step()
-    return statistics.median(seconds_of(step) for _ in range(TIMED_STEPS))
+    trainer.update(config.lr)
+    step = statistics.median(seconds_of(lambda: trainer.update(config.lr)) for _ in range(TIMED_STEPS))
+    if config.sync_every:
+        step += seconds_of(trainer.take_outer_step) / config.sync_every
+    return step, time_epoch_end(trainer, parent, sample)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +91,10 @@ class Forecaster:
     val_batches: int
     network: int
 
-    def forecast(self, times: StepTimes, end: EpochEnd, *, step: int, seconds_before: float = 0.0) -> Forecast:
+    def forecast(self, seconds_per_step: float, end: EpochEnd, *, step: int, seconds_before: float = 0.0) -> Forecast:
         """The forecast at `step` steps, `seconds_before` after the start."""
         pace = Pace(
-            seconds_per_step=times.whole,
-            seconds_per_short_step=times.short,
+            seconds_per_step=seconds_per_step,
             seconds_per_val_batch=end.seconds_per_val_batch,
             seconds_per_epoch_end=end.seconds,
         )
@@ -144,17 +115,13 @@ class ForecastingObserver:
         shown: who else watches.
         tell: says a line.
         forecaster: the run.
-        measure: given the seconds of the present steps, times the others and an end of an epoch.
+        time_end: times an end of an epoch.
     """
 
     def __init__(
-        self,
-        shown: Observer,
-        tell: Callable[[str], None],
-        forecaster: Forecaster,
-        measure: Callable[[float], tuple[StepTimes, EpochEnd]],
+        self, shown: Observer, tell: Callable[[str], None], forecaster: Forecaster, time_end: Callable[[], EpochEnd]
     ) -> None:
-        self._shown, self._tell, self._forecaster, self._measure = shown, tell, forecaster, measure
+        self._shown, self._tell, self._forecaster, self._time_end = shown, tell, forecaster, time_end
         self._start = self._last = time.perf_counter()
         self._seconds: list[float] = []
         self._step = forecaster.first_step
@@ -178,9 +145,10 @@ class ForecastingObserver:
     def _say_forecast(self) -> None:
         if self._forecast is not None or not self._seconds:
             return
-        times, end = self._measure(statistics.median(self._seconds[1:] or self._seconds))
+        end = self._time_end()
+        step = statistics.median(self._seconds[1:] or self._seconds)
         before = time.perf_counter() - self._start
-        self._forecast = self._forecaster.forecast(times, end, step=self._step, seconds_before=before)
+        self._forecast = self._forecaster.forecast(step, end, step=self._step, seconds_before=before)
         self._tell(str(self._forecast))
 
     def say_outcome(self) -> None:

@@ -15,7 +15,7 @@ from picogpt.config import Budget, DataConfig, GPTConfig, Pace, RunSettings, Sch
 from picogpt.errors import ConfigError, Interrupted, PicoGPTError, RunError, TrainingError
 
 if TYPE_CHECKING:
-    from picogpt.cli.forecast import EpochEnd, Forecaster, StepTimes
+    from picogpt.cli.forecast import EpochEnd, Forecaster
     from picogpt.data import Source
     from picogpt.ranks import Ranks
     from picogpt.run import LossLog, RunFolder
@@ -78,7 +78,7 @@ class Session:
         self._ranks = ranks or Ranks()
         self.run, self._source, self.request, self._stored, self._origin = run, source, request, stored, origin
         self._compile = stored.compile if stored and request.compile is None else bool(request.compile)
-        self._rehearsed: tuple[StepTimes, EpochEnd] | None = None
+        self._rehearsed: tuple[float, EpochEnd] | None = None
 
     def train(self, model: GPTConfig, config: TrainConfig, budget: Budget, data: DataConfig) -> None:
         """Train to the end of the run, or until a signal; everything is saved either way.
@@ -123,8 +123,8 @@ class Session:
         self.schedule = self._fix_schedule(budget)
         self.request.refuse_finished(self.schedule.total_steps, self.trainer.step)
         self._announce(self._settings(model, config, budget, data, threads), dtype_reason)
-        times, end = self._rehearsed or self._measure()
-        notice(str(self._forecaster(data).forecast(times, end, step=self.trainer.step)))
+        step, end = self._rehearsed or self._measure()
+        notice(str(self._forecaster(data).forecast(step, end, step=self.trainer.step)))
         notice("dry run: nothing was trained and nothing is kept")
 
     def _command(self, data: DataConfig) -> str:
@@ -263,25 +263,19 @@ class Session:
         if self._stored is not None and budget == self._stored.budget:
             return self._stored.schedule
         pace = self._measure_pace() if budget.minutes is not None else None
-        return budget.schedule(
-            chars_per_step=trainer.chars_per_step,
-            roll_warmup=trainer.config.roll_warmup,
-            pace=pace,
-            steps_done=trainer.step,
-        )
+        return budget.schedule(chars_per_step=trainer.chars_per_step, pace=pace, steps_done=trainer.step)
 
     def _measure_pace(self) -> Pace:
         """Time a few steps and an end of an epoch, for a length in minutes."""
-        times, end = self._measure()
+        step, end = self._measure()
         return Pace(
-            seconds_per_step=times.whole,
-            seconds_per_short_step=times.short,
+            seconds_per_step=step,
             seconds_per_val_batch=end.seconds_per_val_batch,
             seconds_per_epoch_end=end.seconds,
             seconds_spent=self.trainer.seconds,
         )
 
-    def _measure(self) -> tuple[StepTimes, EpochEnd]:
+    def _measure(self) -> tuple[float, EpochEnd]:
         """Time a few steps and an end of an epoch with a model that is thrown away."""
         from picogpt.cli.forecast import rehearse
         from picogpt.files import existing_folder
@@ -326,8 +320,6 @@ class Session:
             f"{self.run.path}: {schedule.total_steps:,} steps of {train.batch_size} x {roll_len:,} characters, "
             f"{schedule.steps_per_epoch:,} an epoch; recipe {train.recipe}, learning rate {train.lr:g}, seed {train.seed}"
         )
-        if schedule.short_steps and train.short_windows < train.windows:
-            notice(f"the first {schedule.short_steps:,} steps cut each roll into ones of {train.short_windows} windows")
 
     @staticmethod
     def _tell_sync(train: TrainConfig) -> str:
@@ -335,7 +327,7 @@ class Session:
 
     def _fit(self, stop: StopRequest, data: DataConfig) -> bool:
         """Train; False if a signal ended it."""
-        from picogpt.cli.forecast import ForecastingObserver, time_epoch_end, time_other_step
+        from picogpt.cli.forecast import ForecastingObserver, time_epoch_end
         from picogpt.cli.progress import TrainingDisplay
 
         if self.trainer.step >= self.schedule.total_steps and not self.trainer.epoch_is_open:
@@ -347,11 +339,10 @@ class Session:
         trainer = self.trainer
         display = TrainingDisplay(self.run, self.schedule, trainer, lambda: self._sample(trainer))
 
-        def measure(seconds: float) -> tuple[StepTimes, EpochEnd]:
-            end = self._rehearsed[1] if self._rehearsed else time_epoch_end(trainer, self.run.path, self._sample)
-            return time_other_step(trainer, seconds, self.schedule), end
+        def time_end() -> EpochEnd:
+            return self._rehearsed[1] if self._rehearsed else time_epoch_end(trainer, self.run.path, self._sample)
 
-        observer = ForecastingObserver(display, display.tell, self._forecaster(data), measure)
+        observer = ForecastingObserver(display, display.tell, self._forecaster(data), time_end)
         try:
             finished = trainer.fit(self.run, self.schedule, observer, stop)
             if finished:

@@ -35,7 +35,6 @@ MODEL_FLAGS: Mapping[str, tuple[type, str]] = {
 TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {
     "batch_size": (int, "rolls in a step"),
     "windows": (int, "windows in a roll"),
-    "roll_warmup": (float, "share of the steps, the first ones, with rolls cut into ones of two windows"),
     "optimizer": (str, "muon, with AdamW for all but the blocks' matrices, or adamw"),
     "lr": (float, "highest learning rate of AdamW"),
     "muon_lr": (float, "highest learning rate of Muon"),

@@ -41,10 +41,6 @@ class Batch(NamedTuple):
     inputs: npt.NDArray[np.int64]
     targets: npt.NDArray[np.int64]
 
-    def cut(self, length: int) -> Batch:
-        """The same characters as rolls of `length`, which divides that of these; those of one roll stand together."""
-        return Batch(self.inputs.reshape(-1, length), self.targets.reshape(-1, length))
-
 
 class WaitInterrupted(Exception):
     """A batch was waited for, and a stop came first."""
