@@ -86,7 +86,8 @@ class Muon(torch.optim.Optimizer):
         beta2: decay of the mean square of each neuron's updates, in [0, 1).
         weight_decay: decoupled, times the learning rate.
         interval: steps from one update of a matrix to the next, which goes as many times as far; the mean gradient takes up
-            every step's. A group's `phase`, 0, 1, ..., says at which of them its turn is, so that the work can be spread.
+            every step's. A group's turn is in those steps 1, 2, ... that come to a multiple of `interval` with the group's
+            `phase` added, so that the work can be spread.
         dtype: type in which updates are made orthogonal; bfloat16 is precise enough.
     """
 
@@ -215,7 +216,7 @@ def build_optimizers(model: GPT, config: TrainConfig, dtype: torch.dtype) -> lis
         turns = [list(itertools.chain(*blocks[phase :: config.muon_interval])) for phase in range(config.muon_interval)]
         optimizers.append(
             Muon(
-                [{"params": matrices, "phase": phase} for phase, matrices in enumerate(turns)],
+                [{"params": turn, "phase": phase} for phase, turn in enumerate(turns)],
                 lr=config.muon_lr,
                 momentum=config.momentum,
                 weight_decay=config.weight_decay,

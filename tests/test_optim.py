@@ -50,6 +50,7 @@ def test_every_parameter_has_one_optimizer() -> None:
 
     assert [group["weight_decay"] for optimizer in (adamw, muon) for group in optimizer.param_groups] == [0.1, 0.0, 0.1, 0.1]
     assert [len(turn) for turn in turns] == [4, 4]
+    assert [(group["interval"], group["phase"]) for group in muon.param_groups] == [(2, 0), (2, 1)]
     assert turns[1][0] is dict(model.named_parameters())["transformer.h.1.attn.c_attn.weight"]
     assert len(matrices) == 4 * TINY.n_layer
     assert len(embeddings) == 2
@@ -69,13 +70,13 @@ def test_adamw_alone() -> None:
 
 def test_settings_reach_the_optimizers() -> None:
     """Betas, momentum, and a learning rate that is the same share of each peak."""
-    config = TrainConfig(beta1=0.8, beta2=0.9, momentum=0.7, muon_interval=1)
+    config = TrainConfig(beta1=0.8, beta2=0.9, momentum=0.7, muon_interval=3)
     optimizers = build_optimizers(GPT(TINY), config, torch.float32)
     set_learning_rate(optimizers, 0.5)
-    (embeddings, others), (matrices,) = (optimizer.param_groups for optimizer in optimizers)
+    (embeddings, others), (matrices, *_) = (optimizer.param_groups for optimizer in optimizers)
 
     assert embeddings["betas"] == others["betas"] == (0.8, 0.9)
-    assert (matrices["momentum"], matrices["interval"]) == (0.7, 1)
+    assert (matrices["momentum"], matrices["interval"]) == (0.7, 3)
     assert [group["lr"] for group in (embeddings, others, matrices)] == [1.5e-3, 1.5e-3, 0.01]
 
 

@@ -117,6 +117,20 @@ def test_restored_optimizer_updates_the_model(run: RunFolder) -> None:
     assert all(state["step"].item() == 5 for optimizer in second.optimizers for state in optimizer.state.values())
 
 
+def test_blocks_take_turns() -> None:
+    """A step changes the matrices of every second block, and everything else."""
+    trainer = make_trainer()
+    for turn in (1, 0, 1):
+        before = weights_of(trainer)
+        trainer.update(1e-2)
+        changed = {name for name, now in weights_of(trainer).items() if before[name] != now}
+        other = f"transformer.h.{1 - turn}."
+        resting = {name for name in before if name.startswith(other) and ".ln_" not in name and name.endswith("weight")}
+
+        assert len(resting) == 4
+        assert changed == before.keys() - resting
+
+
 def test_stops_during_validation(run: RunFolder) -> None:
     """A stop that comes while validating leaves the epoch open; it is validated when the run goes on."""
     trainer = make_trainer()

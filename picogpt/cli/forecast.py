@@ -20,8 +20,8 @@ from picogpt.train import Observer, StepReport, Trainer, seconds_of
 
 __all__ = ["EpochEnd", "Forecaster", "ForecastingObserver", "rehearse", "time_epoch_end"]
 
-TIMED_STEPS = 5
-"""Steps that are timed, after a first one that makes buffers and kernels."""
+TIMED_STEPS = 6
+"""Steps that are timed, after a first one that makes buffers and kernels; an even number, as every second one may take longer."""
 SMALL_FILES = 400_000
 """Bytes for config, loss log, its picture, and the validation text of a stream."""
 

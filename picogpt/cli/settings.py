@@ -38,7 +38,7 @@ TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {
     "optimizer": (str, "muon, with AdamW for all but the blocks' matrices, or adamw"),
     "lr": (float, "highest learning rate of AdamW"),
     "muon_lr": (float, "highest learning rate of Muon"),
-    "muon_interval": (int, "steps from one of Muon's updates of a block to the next, which goes as much farther"),
+    "muon_interval": (int, "steps from one of Muon's updates of a block to the next, each going as many times as far"),
     "weight_decay": (float, "weight decay of matrices"),
     "grad_clip": (float, "largest norm of the gradient, 0 for no limit"),
     "warmup_steps": (int, "steps until the highest learning rate; at most a tenth of a run of recipe fast"),
