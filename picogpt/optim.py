@@ -202,28 +202,20 @@ def build_optimizers(model: GPT, config: TrainConfig, dtype: torch.dtype) -> lis
 
     Weight decay is for matrices and embeddings; biases and norms have none. `dtype` is that of Muon's own products.
     """
-    parameters = list(model.parameters())
     blocks = [[p for p in block.parameters() if p.dim() == 2] for block in model.transformer.h]
-    matrices = list(itertools.chain(*blocks)) if config.optimizer == "muon" else []
-    others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
+    for_muon = {id(p) for block in blocks for p in block} if config.optimizer == "muon" else set()
+    others = [p for p in model.parameters() if id(p) not in for_muon]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw]
-    if matrices:
-        turns = [list(itertools.chain(*blocks[phase :: config.muon_interval])) for phase in range(config.muon_interval)]
-        optimizers.append(
-            Muon(
-                [{"params": turn, "phase": phase} for phase, turn in enumerate(turns)],
-                lr=config.muon_lr,
-                momentum=config.momentum,
-                weight_decay=config.weight_decay,
-                interval=config.muon_interval,
-                dtype=dtype,
-            )
-        )
+    if for_muon:
+        interval = config.muon_interval
+        turns = [{"params": list(itertools.chain(*blocks[i::interval])), "phase": i} for i in range(interval)]
+        settings = {"lr": config.muon_lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+        optimizers.append(Muon(turns, **settings, interval=interval, dtype=dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
