@@ -43,6 +43,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 """Where training computes; auto is a CUDA GPU if there is one, else the CPU."""
 MAX_THREADS = 1024
+MAX_MUON_INTERVAL = 100
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -222,6 +223,7 @@ class TrainConfig:
         _require_between("min_lr", self.min_lr, 0.0, self.lr, f"from 0 to lr ({self.lr:g})")
         _require_between("muon_lr", self.muon_lr, 1e-9, 10.0, "a rate from 1e-9 to 10")
         _require_whole("muon_interval", self.muon_interval, 1)
+        _require(self.muon_interval <= MAX_MUON_INTERVAL, "muon_interval", f"at most {MAX_MUON_INTERVAL}", self.muon_interval)
         for name in ("beta1", "beta2", "momentum"):
             _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         for name in ("weight_decay", "grad_clip"):

@@ -37,6 +37,8 @@ from picogpt.errors import ConfigError
         (TrainConfig, {"decay": "steps"}, "decay must be one of linear, cosine"),
         (TrainConfig, {"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         (TrainConfig, {"windows": 0}, "windows must be a whole number of at least 1"),
+        (TrainConfig, {"muon_interval": 0}, "muon_interval must be a whole number of at least 1, got 0"),
+        (TrainConfig, {"muon_interval": 101}, "muon_interval must be at most 100, got 101"),
         (TrainConfig, {"sync_every": -1}, "sync_every must be a whole number of at least 0"),
         (TrainConfig, {"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0"),
         (TrainConfig, {"decay_steps": 0}, "decay_steps must be a whole number of at least 1"),
