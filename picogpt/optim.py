@@ -122,7 +122,7 @@ class Muon(torch.optim.Optimizer):
                     self._update(parts[start : start + count], group)
 
     def _due_parts(self, parameter: Tensor, group: Mapping[str, Any]) -> list[_Part]:
-        """The matrices of queries, keys and values, or the one matrix; none without a gradient, or out of turn."""
+        """Take up the gradient; return the matrices of queries, keys and values, or the one, if their turn has come."""
         if parameter.grad is None:
             return []
         state = self.state[parameter]
@@ -131,8 +131,8 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
             state["mean_square"] = torch.zeros_like(parameter).mean(dim=_short_side(parameter), keepdim=True)
         state["step"] += 1
+        state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
         if (int(state["step"]) + group["phase"]) % group["interval"]:
-            state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
             return []
         count = 3 if parameter.size(0) == 3 * parameter.size(1) else 1
         tensors = (parameter, parameter.grad, state["momentum"], state["mean_square"])
@@ -143,7 +143,6 @@ class Muon(torch.optim.Optimizer):
         rows, columns = parts[0].weights.shape
         stack = parts[0].weights.new_empty(len(parts), rows, columns)
         for part, mean in zip(parts, stack, strict=True):
-            part.momentum.lerp_(part.gradient, 1 - group["momentum"])
             torch.lerp(part.gradient, part.momentum, group["momentum"], out=mean)
         wide = rows <= columns
         directions = orthogonalize(stack if wide else stack.mT, self._dtype)
