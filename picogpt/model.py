@@ -11,7 +11,7 @@ context slot and its characters), C = n_embd, H = n_head, D = C / H, V = vocab_s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from picogpt.attention import causal_attention
 from picogpt.config import GPTConfig
 from picogpt.dropout import Dropout
 from picogpt.errors import RunError
+from picogpt.kernels import FusedBlock, Kernels
 from picogpt.roll import window_spans
 
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention"]
@@ -93,18 +94,26 @@ class _Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         # Whether blocks are computed again in the backward pass instead of kept: the same numbers (Chen et al., 2016).
         self.gradient_checkpointing = False
+        # What computes the blocks instead of torch's functions, compiled for this shape.
+        self.kernels: Kernels | None = None
         self._draws = config.dropout > 0
         n_slots = config.context_len + 1
         self.mask: Tensor
         self.register_buffer("mask", torch.full((n_slots, n_slots), -torch.inf).triu(1), persistent=False)
 
-    def forward(self, idx: Tensor, context: Tensor) -> Tensor:
-        """Take idx (B, n) and context (B, C); return (B, S, C)."""
+    def blocks(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
+        """The blocks as they are called for the windows of one roll."""
+        if self.kernels is None:
+            return list(self.h)
+        return [FusedBlock(self.kernels, list(block.parameters())) for block in self.h]
+
+    def forward(self, idx: Tensor, context: Tensor, blocks: Sequence[Callable[[Tensor, Tensor], Tensor]]) -> Tensor:
+        """Take idx (B, n), context (B, C) and what `blocks` returned; return (B, S, C)."""
         x = torch.cat((context.unsqueeze(1), self.wte(idx)), dim=1)  # (B, S, C)
         S = x.size(1)
         x = self.drop(x + self.wpe.weight[:S])  # (B, S, C)
         mask = self.mask[:S, :S]
-        for block in self.h:
+        for block in blocks:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=self._draws)
             else:
@@ -171,8 +180,9 @@ class GPT(nn.Module):
         mean over all S slots, the context slot included. The next window starts from it, and gradients flow through it.
         """
         context = self.transformer.wte.weight.new_zeros(idx.size(0), self.config.n_embd)  # (B, C)
+        blocks = self.transformer.blocks()
         for start, end in window_spans(idx.size(1), self.config.context_len):
-            h = self.transformer(idx[:, start:end], context)  # (B, S, C)
+            h = self.transformer(idx[:, start:end], context, blocks)  # (B, S, C)
             context = h.mean(dim=1)  # (B, C)
             yield h, context
 

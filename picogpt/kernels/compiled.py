@@ -1,0 +1,194 @@
+"""The functions of block.c: compiled for one shape of model by the machine's own C compiler, and called with tensors.
+
+Torch has a fast product of matrices. What stands between two of them costs it a pass over memory for every step of a formula,
+and attention over short windows two copies more; in bfloat16, where products are fast, that is almost half of the time. Here
+it is one pass each, and attention stays in the processor's cache a head at a time, so that its weights are never stored
+(as in FlashAttention: Dao et al., 2022). What is cheap to compute again in the backward pass is not kept for it.
+
+Dimensions: R rows, one for each slot of each roll; B rolls, S slots of a window, C = n_embd, H = n_head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from picogpt.config import GPTConfig
+from picogpt.errors import TrainingError
+
+__all__ = ["Kernels", "compile_kernels"]
+
+_SOURCE = Path(__file__).with_name("block.c")
+_COMPILERS = ("cc", "gcc", "clang")
+_FLAGS = "-std=gnu11 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -freciprocal-math"
+"""Sums may be taken in another order, for vector instructions; what is not a number stays so, unlike with -ffast-math."""
+_INSTRUCTIONS = {"AVX512": "-march=native -mprefer-vector-width=512", "AVX2": "-mavx2 -mfma"}
+"""By the name that torch has for what it uses itself."""
+_TIMEOUT = 60.0
+"""Seconds that a compiler has."""
+_POINTERS = {
+    "add": 4,
+    "add_backward": 3,
+    "layer_norm": 6,
+    "layer_norm_backward": 11,
+    "gelu": 3,
+    "gelu_backward": 6,
+    "attention": 5,
+    "attention_backward": 8,
+}
+"""How many tensors each function takes, before its numbers."""
+
+
+class Kernels:
+    """The functions, for tensors on the CPU that are contiguous.
+
+    Biases and whatever else is not said to be in `dtype` are float32. A bias given with a tensor is still to be added to it.
+
+    Args:
+        library: block.c, compiled.
+        config: the shape it was compiled for.
+        dtype: the type of what enters and leaves a matrix product.
+    """
+
+    def __init__(self, library: ctypes.CDLL, config: GPTConfig, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._heads, self._width = config.n_head, config.n_embd
+        self._library = library
+        for name, count in _POINTERS.items():
+            numbers = 4 if name.startswith("attention") else 2
+            function = getattr(library, name)
+            function.argtypes, function.restype = [ctypes.c_void_p] * count + [ctypes.c_int] * numbers, None
+
+    def add(self, x: Tensor, branch: Tensor, bias: Tensor) -> Tensor:
+        """x (R, C) + branch (R, C), which is in `dtype`, + bias (C)."""
+        out = torch.empty_like(x)
+        self._library.add(*_addresses(x, branch, bias, out), x.size(0), torch.get_num_threads())
+        return out
+
+    def add_backward(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the gradient (R, C) of `add`, that of the branch, in `dtype`, and that of the bias (C)."""
+        threads = torch.get_num_threads()
+        branch, sums = torch.empty_like(gradient, dtype=self.dtype), gradient.new_empty(threads, self._width)
+        self._library.add_backward(*_addresses(gradient, branch, sums), gradient.size(0), threads)
+        return branch, sums.sum(0)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """LayerNorm of x (R, C), in `dtype`; and of each row the mean (R) and what its distance from it is multiplied by (R)."""
+        out, mean, scale = torch.empty_like(x, dtype=self.dtype), x.new_empty(x.size(0)), x.new_empty(x.size(0))
+        self._library.layer_norm(*_addresses(x, weight, bias, out, mean, scale), x.size(0), torch.get_num_threads())
+        return out, mean, scale
+
+    def layer_norm_backward(
+        self, gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Backward through a LayerNorm and the residual path beside it.
+
+        Args:
+            gradient: that of `layer_norm`'s output (R, C), in `dtype`.
+            x: what that was called with (R, C), as are `weight` and `bias`; `mean` and `scale` it returned.
+            residual: gradient of x by the other path (R, C).
+
+        Returns:
+            The output again, in `dtype`; the gradient of x, and the same in `dtype`; sums (3, C), which are the gradients of
+            weight and bias, and of a bias that was added to x.
+        """
+        threads = torch.get_num_threads()
+        out, branch, dx = torch.empty_like(gradient), torch.empty_like(gradient), torch.empty_like(x)
+        sums = x.new_empty(threads, 3, self._width)
+        tensors = (gradient, x, weight, bias, mean, scale, residual, out, dx, branch, sums)
+        self._library.layer_norm_backward(*_addresses(*tensors), x.size(0), threads)
+        return out, dx, branch, sums.sum(0)
+
+    def gelu(self, x: Tensor, bias: Tensor) -> Tensor:
+        """GELU of x (R, 4C) + bias (4C), with the normal distribution itself; in and out in `dtype`."""
+        out = torch.empty_like(x)
+        self._library.gelu(*_addresses(x, bias, out), x.size(0), torch.get_num_threads())
+        return out
+
+    def gelu_backward(self, gradient: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the gradient (R, 4C) of `gelu`, that of x; `gelu`'s output again; both in `dtype`; and that of the bias (4C)."""
+        threads = torch.get_num_threads()
+        dx, out, sums = torch.empty_like(x), torch.empty_like(x), bias.new_empty(threads, 4 * self._width)
+        self._library.gelu_backward(*_addresses(gradient, x, bias, dx, out, sums), x.size(0), threads)
+        return dx, out, sums.sum(0)
+
+    def attention(self, qkv: Tensor, bias: Tensor, rolls: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Causal attention over the windows of qkv (R, 3C) + bias (3C).
+
+        Returns:
+            What the heads read (R, C), in `dtype` as `qkv` is; of each slot's scores the largest (B, H, S), and 1 over the sum
+            of their exponentials, each first less that (B, H, S).
+        """
+        rows, slots = qkv.size(0), qkv.size(0) // rolls
+        out = qkv.new_empty(rows, self._width)
+        tops, shares = bias.new_empty(2, rolls, self._heads, slots).unbind()
+        tensors = (qkv, bias, out, tops, shares)
+        self._library.attention(*_addresses(*tensors), rolls, self._heads, slots, torch.get_num_threads())
+        return out, tops, shares
+
+    def attention_backward(
+        self, gradient: Tensor, qkv: Tensor, bias: Tensor, out: Tensor, tops: Tensor, shares: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of the gradient (R, C) of `out`, that of qkv (R, 3C), in `dtype`, and of its bias (3C).
+
+        The other arguments are those of `attention` and what it returned.
+        """
+        rolls, _, slots = tops.shape
+        d_qkv, sums = torch.empty_like(qkv), bias.new_empty(rolls, 3 * self._width)
+        tensors = (gradient, qkv, bias, out, tops, shares, d_qkv, sums)
+        self._library.attention_backward(*_addresses(*tensors), rolls, self._heads, slots, torch.get_num_threads())
+        return d_qkv, sums.sum(0)
+
+
+def _addresses(*tensors: Tensor) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def compile_kernels(config: GPTConfig, dtype: torch.dtype) -> Kernels:
+    """Have the C compiler make the functions for this shape of model, in a folder that is gone afterwards.
+
+    The compiler is the one that CC names, or the first of cc, gcc and clang.
+
+    Raises:
+        TrainingError: there is no compiler, or none that makes a library which loads beside torch.
+    """
+    command = _compiler()
+    shape = {"WIDTH": config.n_embd, "HEAD": config.n_embd // config.n_head, "SLOTS": config.context_len + 1}
+    macros = [f"-D{name}={value}" for name, value in shape.items()] + ["-DBFLOAT16"] * (dtype == torch.bfloat16)
+    instructions = _INSTRUCTIONS.get(str(torch.backends.cpu.get_cpu_capability()), "").split()
+    with tempfile.TemporaryDirectory(prefix="picogpt-") as folder:
+        compiled, library = f"{folder}/block.o", f"{folder}/block.so"
+        _run([*command, *_FLAGS.split(), *instructions, *macros, "-c", str(_SOURCE), "-o", compiled])
+        # Linked without -fopenmp, so that it finds the threads of torch and brings none of its own.
+        _run([*command, "-shared", compiled, "-o", library, "-lm"])
+        try:
+            return Kernels(ctypes.CDLL(library), config, dtype)
+        except OSError as error:
+            raise TrainingError(f"--kernels c: what {command[0]} made cannot be loaded ({error}); take --kernels torch") from error
+
+
+def _compiler() -> list[str]:
+    wanted = shlex.split(os.environ.get("CC", ""))
+    names = wanted[:1] or list(_COMPILERS)
+    found = next((name for name in names if shutil.which(name)), None)
+    if found is None:
+        raise TrainingError(f"--kernels c: no C compiler ({', '.join(names)}, by PATH or CC); install gcc, or take --kernels torch")
+    return [found, *wanted[1:]]
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise TrainingError(f"--kernels c: {command[0]} does not run ({error}); take --kernels torch") from error
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+        raise TrainingError(f"--kernels c: {command[0]} fails ({said.strip()}); take --kernels torch")
