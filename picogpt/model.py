@@ -11,7 +11,7 @@ context slot and its characters), C = n_embd, H = n_head, D = C / H, V = vocab_s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from picogpt.attention import causal_attention
 from picogpt.config import GPTConfig
 from picogpt.dropout import Dropout
 from picogpt.errors import RunError
-from picogpt.kernels import FusedBlock, Kernels
+from picogpt.kernels import FusedBlocks, Kernels
 from picogpt.roll import window_spans
 
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention"]
@@ -101,24 +101,27 @@ class _Transformer(nn.Module):
         self.mask: Tensor
         self.register_buffer("mask", torch.full((n_slots, n_slots), -torch.inf).triu(1), persistent=False)
 
-    def blocks(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
-        """The blocks as they are called for the windows of one roll."""
+    def blocks(self, rolls: int) -> Callable[[Tensor], Tensor]:
+        """What takes x (B, S, C) through all blocks, in the windows of one batch of `rolls`."""
         if self.kernels is None:
-            return list(self.h)
-        return [FusedBlock(self.kernels, list(block.parameters())) for block in self.h]
+            return self._through_modules
+        parameters = [list(block.parameters()) for block in self.h]
+        return FusedBlocks(self.kernels, parameters, rolls, recompute=self.gradient_checkpointing)
 
-    def forward(self, idx: Tensor, context: Tensor, blocks: Sequence[Callable[[Tensor, Tensor], Tensor]]) -> Tensor:
-        """Take idx (B, n), context (B, C) and what `blocks` returned; return (B, S, C)."""
-        x = torch.cat((context.unsqueeze(1), self.wte(idx)), dim=1)  # (B, S, C)
-        S = x.size(1)
-        x = self.drop(x + self.wpe.weight[:S])  # (B, S, C)
-        mask = self.mask[:S, :S]
-        for block in blocks:
+    def _through_modules(self, x: Tensor) -> Tensor:
+        mask = self.mask[: x.size(1), : x.size(1)]
+        for block in self.h:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=self._draws)
             else:
                 x = block(x, mask)
-        out: Tensor = self.ln_f(x)
+        return x
+
+    def forward(self, idx: Tensor, context: Tensor, blocks: Callable[[Tensor], Tensor]) -> Tensor:
+        """Take idx (B, n), context (B, C) and what `blocks` returned; return (B, S, C)."""
+        x = torch.cat((context.unsqueeze(1), self.wte(idx)), dim=1)  # (B, S, C)
+        x = self.drop(x + self.wpe.weight[: x.size(1)])  # (B, S, C)
+        out: Tensor = self.ln_f(blocks(x))
         return out
 
 
@@ -180,7 +183,7 @@ class GPT(nn.Module):
         mean over all S slots, the context slot included. The next window starts from it, and gradients flow through it.
         """
         context = self.transformer.wte.weight.new_zeros(idx.size(0), self.config.n_embd)  # (B, C)
-        blocks = self.transformer.blocks()
+        blocks = self.transformer.blocks(idx.size(0))
         for start, end in window_spans(idx.size(1), self.config.context_len):
             h = self.transformer(idx[:, start:end], context, blocks)  # (B, S, C)
             context = h.mean(dim=1)  # (B, C)

@@ -4,8 +4,8 @@
    WIDTH is n_embd, HEAD the entries of a head, SLOTS those of a window; BFLOAT16 is defined where the products are in bfloat16.
 
    What enters and leaves a product is a `number`; residual paths, weights, biases and all sums are float. A bias is added where
-   the product before it is read, as one pass more would cost as much as the reading. Where rows are added up, each of `threads`
-   shares has a row of its own in the result: the same shares give the same sums, whichever thread computes them. */
+   the product before it is read, as one pass more would cost as much as the reading. Gradients of weights and biases are added to
+   `sums`, where each of `threads` shares of the rows has a row of its own: the sums do not depend on who computes them. */
 
 #include <math.h>
 #include <stdint.h>
@@ -72,10 +72,16 @@ static inline vector load_float(const float *from) { return *(const floats *)fro
 
 static inline void store_float(float *to, vector x) { *(floats *)to = x; }
 
+static inline void accumulate(float *to, vector x) { store_float(to, load_float(to) + x); }
+
+/* Half of the lanes with the other half, again and again. */
 static inline float sum_of(vector x) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += x[i];
-    return sum;
+    float lanes[LANES];
+    store_float(lanes, x);
+    for (int width = LANES / 2; width; width /= 2) {
+        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+    }
+    return lanes[0];
 }
 
 /* e^x for x <= 0, to 2e-7 of itself; 1e-38 from -87 on. */
@@ -105,24 +111,37 @@ void add(const float *x, const number *branch, const float *bias, float *out, in
     }
 }
 
+static inline void normalize(const float *x, const float *weight, const float *bias, number *out, float *mean, float *scale) {
+    vector sum = {0}, squares = {0};
+    for (int c = 0; c < WIDTH; c += LANES) sum += load_float(x + c);
+    *mean = sum_of(sum) / WIDTH;
+    for (int c = 0; c < WIDTH; c += LANES) {
+        vector distance = load_float(x + c) - *mean;
+        squares += distance * distance;
+    }
+    *scale = 1 / sqrtf(sum_of(squares) / WIDTH + EPSILON);
+    for (int c = 0; c < WIDTH; c += LANES) {
+        store(out + c, (load_float(x + c) - *mean) * *scale * load_float(weight + c) + load_float(bias + c));
+    }
+}
+
 void layer_norm(const float *x, const float *weight, const float *bias, number *out, float *means, float *scales, int rows,
                 int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int i = 0; i < rows; i++) {
-        const float *row = x + (long)i * WIDTH;
-        vector sum = {0}, squares = {0};
-        for (int c = 0; c < WIDTH; c += LANES) sum += load_float(row + c);
-        float mean = sum_of(sum) / WIDTH;
+        normalize(x + (long)i * WIDTH, weight, bias, out + (long)i * WIDTH, means + i, scales + i);
+    }
+}
+
+void add_layer_norm(const float *x, const number *branch, const float *branch_bias, const float *weight, const float *bias,
+                    float *sum, number *out, float *means, float *scales, int rows, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int i = 0; i < rows; i++) {
+        long at = (long)i * WIDTH;
         for (int c = 0; c < WIDTH; c += LANES) {
-            vector distance = load_float(row + c) - mean;
-            squares += distance * distance;
+            store_float(sum + at + c, load_float(x + at + c) + load(branch + at + c) + load_float(branch_bias + c));
         }
-        float scale = 1 / sqrtf(sum_of(squares) / WIDTH + EPSILON);
-        means[i] = mean;
-        scales[i] = scale;
-        for (int c = 0; c < WIDTH; c += LANES) {
-            store(out + (long)i * WIDTH + c, (load_float(row + c) - mean) * scale * load_float(weight + c) + load_float(bias + c));
-        }
+        normalize(sum + at, weight, bias, out + at, means + i, scales + i);
     }
 }
 
@@ -154,9 +173,9 @@ void layer_norm_backward(const number *gradient, const float *x, const float *we
             }
         }
         for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-            store_float(sums + (3L * t + 0) * WIDTH + c, d_weight[v]);
-            store_float(sums + (3L * t + 1) * WIDTH + c, d_bias[v]);
-            store_float(sums + (3L * t + 2) * WIDTH + c, d_branch[v]);
+            accumulate(sums + (3L * t + 0) * WIDTH + c, d_weight[v]);
+            accumulate(sums + (3L * t + 1) * WIDTH + c, d_bias[v]);
+            accumulate(sums + (3L * t + 2) * WIDTH + c, d_branch[v]);
         }
     }
 }
@@ -172,7 +191,7 @@ void add_backward(const float *gradient, number *branch, float *sums, int rows, 
                 d_branch[v] += d;
             }
         }
-        for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) store_float(sums + (long)t * WIDTH + c, d_branch[v]);
+        for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) accumulate(sums + (long)t * WIDTH + c, d_branch[v]);
     }
 }
 
@@ -216,7 +235,7 @@ void gelu_backward(const number *gradient, const number *x, const float *bias, n
                 d_bias[v] += d;
             }
         }
-        for (int v = 0, c = 0; c < 4 * WIDTH; v++, c += LANES) store_float(sums + 4L * t * WIDTH + c, d_bias[v]);
+        for (int v = 0, c = 0; c < 4 * WIDTH; v++, c += LANES) accumulate(sums + 4L * t * WIDTH + c, d_bias[v]);
     }
 }
 
@@ -301,7 +320,7 @@ static inline void combine_seen(number *out, long stride, float *sums, const flo
     for (; i < slots; i++) {
         combine(1, out + i * stride, stride, total, shares ? shares + i : 0, factors[i], COLUMNS, 1, rows, 0, i + 1);
     }
-    for (int v = 0; sums && v < VECTORS; v++) store_float(sums + v * LANES, total[v]);
+    for (int v = 0; sums && v < VECTORS; v++) accumulate(sums + v * LANES, total[v]);
 }
 
 /* Each column j of `factors` times those `rows` that see it, from its own on; the sum of all that in `sums`. */
@@ -313,7 +332,7 @@ static void combine_seeing(number *out, long stride, float *sums, float factors[
         combine(ROWS, out + j * stride, stride, total, 0, &factors[0][j], 1, COLUMNS, rows, j, slots);
     }
     for (; j < slots; j++) combine(1, out + j * stride, stride, total, 0, &factors[0][j], 1, COLUMNS, rows, j, slots);
-    for (int v = 0; v < VECTORS; v++) store_float(sums + v * LANES, total[v]);
+    for (int v = 0; v < VECTORS; v++) accumulate(sums + v * LANES, total[v]);
 }
 
 /* Columns that a row has to have for the tiles of `combine`, beyond those that it sees. */
@@ -323,17 +342,19 @@ static inline int end_of(int row) {
 }
 
 static inline float largest(const float *x, int count) {
+    float lanes[LANES];
     vector found = {0};
     int j = 0;
-    found += NEVER;
-    for (; j + LANES <= count; j += LANES) {
+    for (found += NEVER; j + LANES <= count; j += LANES) {
         vector next = load_float(x + j);
         found = choose(next < found, found, next);
     }
-    float top = NEVER;
-    for (int i = 0; i < LANES; i++) top = found[i] < top ? top : found[i];
-    for (; j < count; j++) top = x[j] < top ? top : x[j];
-    return top;
+    store_float(lanes, found);
+    for (int i = 0; j + i < count; i++) lanes[i] = x[j + i] < lanes[i] ? lanes[i] : x[j + i];
+    for (int width = LANES / 2; width; width /= 2) {
+        for (int i = 0; i < width; i++) lanes[i] = lanes[i + width] < lanes[i] ? lanes[i] : lanes[i + width];
+    }
+    return lanes[0];
 }
 
 /* Scores of row i to share x e^(score - top), and to almost nothing beyond what it sees; returns their sum. */

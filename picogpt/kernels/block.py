@@ -1,66 +1,176 @@
-"""A block of the model through the compiled functions, its backward pass written by hand around torch's matrix products."""
+"""The blocks of the model through the compiled functions, their backward pass written by hand around torch's matrix products."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from picogpt.kernels.compiled import Kernels
+from picogpt.kernels.compiled import Kernels, Normed
 
-__all__ = ["FusedBlock"]
+__all__ = ["FusedBlocks"]
 
 
-class FusedBlock:
-    """A block with its weights as they are at one step, matrices in the type of the products; the same sums as the module's.
+class _Weights(NamedTuple):
+    """Parameters of a block, or their gradients, in the order in which they are used, which is also the module's."""
 
-    Args:
-        kernels: compiled for the block's shape.
-        weights: the block's parameters, matrix and bias of each layer in the order of their use.
+    norm_1: Tensor
+    norm_1_bias: Tensor
+    attn: Tensor
+    attn_bias: Tensor
+    proj: Tensor
+    proj_bias: Tensor
+    norm_2: Tensor
+    norm_2_bias: Tensor
+    fc: Tensor
+    fc_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs of a block, beside the rows that it was given."""
+
+    statistics_1: Tensor
+    qkv: Tensor
+    read: Tensor
+    scores: Tensor
+    middle: Tensor
+    statistics_2: Tensor
+    hidden: Tensor
+
+
+class _Sums:
+    """Gradients of a block's weights, as they add up over the windows of a roll: in bfloat16 for matrices of that type.
+
+    Those of matrices are added within the product itself, the others within the function that makes them, in shares.
     """
 
-    def __init__(self, kernels: Kernels, weights: list[Tensor]) -> None:
-        self._kernels = kernels
-        self._weights = [weight.to(kernels.dtype) if weight.dim() == 2 else weight for weight in weights]
+    def __init__(self, kernels: Kernels, weights: _Weights, rolls: int) -> None:
+        width, new = weights.norm_1.size(0), weights.norm_1.new_zeros
+        self.norm_1, self.norm_2 = new(kernels.threads, 3, width), new(kernels.threads, 3, width)
+        self.attn_bias, self.fc_bias = new(rolls, 3 * width), new(kernels.threads, 4 * width)
+        self.attn, self.proj, self.fc, self.out = map(torch.zeros_like, (weights.attn, weights.proj, weights.fc, weights.out))
 
-    def __call__(self, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG002 (a slot sees itself and those before it)
+    def totals(self, out_bias: Tensor) -> _Weights:
+        """The gradients of all weights; that of the last bias is known to what comes after the block."""
+        (norm_1, norm_1_bias, _), (norm_2, norm_2_bias, proj_bias) = self.norm_1.sum(0), self.norm_2.sum(0)
+        attn_bias, fc_bias = self.attn_bias.sum(0), self.fc_bias.sum(0)
+        attn, proj, fc, out = (matrix.float() for matrix in (self.attn, self.proj, self.fc, self.out))
+        return _Weights(
+            norm_1, norm_1_bias, attn, attn_bias, proj, proj_bias, norm_2, norm_2_bias, fc, fc_bias, out, out_bias
+        )  # fmt: skip
+
+
+class FusedBlocks:
+    """All blocks of a model, with the weights as they are during one roll; matrices in the type of the products.
+
+    Args:
+        kernels: compiled for the model's shape.
+        parameters: those of each block, in the order of the module.
+        rolls: B.
+        recompute: whether a block's inner values are computed again in the backward pass, instead of kept for it.
+    """
+
+    def __init__(self, kernels: Kernels, parameters: Sequence[Sequence[Tensor]], rolls: int, *, recompute: bool) -> None:
+        self.kernels, self.rolls, self.recompute = kernels, rolls, recompute
+        self.weights = [
+            _Weights(*(weight.detach().to(kernels.dtype) if weight.dim() == 2 else weight.detach() for weight in block))
+            for block in parameters
+        ]
+        self.sums = [_Sums(kernels, weights, rolls) for weights in self.weights]
+        self.last_bias = self.sums[-1].fc_bias.new_zeros(kernels.threads, self.weights[-1].norm_1.size(0))
+        """Gradient of the last block's last bias, in shares."""
+        self._token = _Parameters.apply(self.sums, self.last_bias, *(w for block in parameters for w in block))  # type: ignore[no-untyped-call]
+
+    def __call__(self, x: Tensor) -> Tensor:
         """(B, S, C) -> (B, S, C)."""
-        out: Tensor = _Block.apply(self._kernels, x, *self._weights)  # type: ignore[no-untyped-call]
+        out: Tensor = _Blocks.apply(self, x, self._token)  # type: ignore[no-untyped-call]
         return out
 
+    def first(self, rows: Tensor) -> Normed:
+        """Rows (R, C) as the first block begins with them."""
+        weights = self.weights[0]
+        return self.kernels.layer_norm(rows, weights.norm_1, weights.norm_1_bias)
 
-class _Block(torch.autograd.Function):
+    def forward(self, index: int, normed: Normed) -> tuple[_Saved, Tensor]:
+        """Block `index`, from its first LayerNorm on: what to save, and what is to be added to `middle`, with the last bias."""
+        kernels, weights = self.kernels, self.weights[index]
+        qkv = normed.out @ weights.attn.T
+        read, scores = kernels.attention(qkv, weights.attn_bias, self.rolls)
+        branch = read @ weights.proj.T
+        middle = kernels.add_layer_norm(normed.x, branch, weights.proj_bias, weights.norm_2, weights.norm_2_bias)
+        hidden = middle.out @ weights.fc.T
+        branch = kernels.gelu(hidden, weights.fc_bias) @ weights.out.T
+        return _Saved(normed.statistics, qkv, read, scores, middle.x, middle.statistics, hidden), branch
+
+    def backward(self, index: int, rows: Tensor, saved: _Saved, gradient: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of `rows`, which block `index` was given, from that of its result; both also in the products' type."""
+        kernels, weights, sums = self.kernels, self.weights[index], self.sums[index]
+        d_hidden, active = kernels.gelu_backward(d_out @ weights.out, saved.hidden, weights.fc_bias, sums.fc_bias)
+        sums.out.addmm_(d_out.T, active)
+        normed, d_middle, d_read = kernels.layer_norm_backward(
+            d_hidden @ weights.fc, saved.middle, weights.norm_2, weights.norm_2_bias, saved.statistics_2, gradient, sums.norm_2
+        )
+        sums.fc.addmm_(d_hidden.T, normed)
+        sums.proj.addmm_(d_read.T, saved.read)
+        d_qkv = kernels.attention_backward(
+            d_read @ weights.proj, saved.qkv, weights.attn_bias, saved.read, saved.scores, sums.attn_bias
+        )
+        normed, dx, dx_number = kernels.layer_norm_backward(
+            d_qkv @ weights.attn, rows, weights.norm_1, weights.norm_1_bias, saved.statistics_1, d_middle, sums.norm_1
+        )
+        sums.attn.addmm_(d_qkv.T, normed)
+        return dx, dx_number
+
+
+class _Parameters(torch.autograd.Function):
+    """Stands for all weights in the graph of a roll: its backward pass comes after those of all windows, and has the sums."""
+
     @staticmethod
-    def forward(ctx: Any, kernels: Kernels, x: Tensor, *weights: Tensor) -> Tensor:
-        norm_1, norm_1_bias, attn, attn_bias, proj, proj_bias, norm_2, norm_2_bias, fc, fc_bias, out, out_bias = weights
-        rows = x.reshape(-1, x.size(-1))
-        normed, mean_1, scale_1 = kernels.layer_norm(rows, norm_1, norm_1_bias)
-        qkv = normed @ attn.T
-        read, tops, shares = kernels.attention(qkv, attn_bias, x.size(0))
-        middle = kernels.add(rows, read @ proj.T, proj_bias)
-        normed, mean_2, scale_2 = kernels.layer_norm(middle, norm_2, norm_2_bias)
-        hidden = normed @ fc.T
-        result = kernels.add(middle, kernels.gelu(hidden, fc_bias) @ out.T, out_bias)
-        ctx.kernels = kernels
-        ctx.save_for_backward(rows, mean_1, scale_1, qkv, read, tops, shares, middle, mean_2, scale_2, hidden, *weights)
-        return result.view_as(x)
+    def forward(ctx: Any, sums: list[_Sums], last_bias: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.sums, ctx.last_bias = sums, last_bias
+        return parameters[0].new_empty(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        # What a block's result is added to ends in the first LayerNorm of the next block.
+        biases = [*(sums.norm_1.sum(0)[2] for sums in ctx.sums[1:]), ctx.last_bias.sum(0)]
+        gradients = [total for sums, bias in zip(ctx.sums, biases, strict=True) for total in sums.totals(bias)]
+        return None, None, *gradients
+
+
+class _Blocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, blocks: FusedBlocks, x: Tensor, token: Tensor) -> Tensor:  # noqa: ARG004 (it is there for the graph)
+        normed = blocks.first(x.reshape(-1, x.size(-1)))
+        kept: list[Tensor] = []
+        for index, weights in enumerate(blocks.weights):
+            saved, branch = blocks.forward(index, normed)
+            kept += (normed.x,) if blocks.recompute else (normed.x, *saved)
+            if index + 1 < len(blocks.weights):
+                after = blocks.weights[index + 1]
+                normed = blocks.kernels.add_layer_norm(saved.middle, branch, weights.out_bias, after.norm_1, after.norm_1_bias)
+        ctx.blocks = blocks
+        ctx.save_for_backward(*kept)
+        return blocks.kernels.add(saved.middle, branch, weights.out_bias).view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        kernels: Kernels = ctx.kernels
-        rows, mean_1, scale_1, qkv, read, tops, shares, middle, mean_2, scale_2, hidden, *weights = ctx.saved_tensors
-        norm_1, norm_1_bias, attn, attn_bias, proj, _, norm_2, norm_2_bias, fc, fc_bias, out, _ = weights
-        d_result = gradient.reshape(rows.shape)
-        d_out, d_out_bias = kernels.add_backward(d_result)
-        d_hidden, active, d_fc_bias = kernels.gelu_backward(d_out @ out, hidden, fc_bias)
-        normed, d_middle, d_read, sums_2 = kernels.layer_norm_backward(
-            d_hidden @ fc, middle, norm_2, norm_2_bias, mean_2, scale_2, d_result
-        )
-        d_fc = d_hidden.T @ normed
-        d_qkv, d_attn_bias = kernels.attention_backward(d_read @ proj, qkv, attn_bias, read, tops, shares)
-        normed, dx, _, sums_1 = kernels.layer_norm_backward(d_qkv @ attn, rows, norm_1, norm_1_bias, mean_1, scale_1, d_middle)
-        of_attention = (*sums_1[:2], d_qkv.T @ normed, d_attn_bias, d_read.T @ read, sums_2[2])
-        return None, dx.view_as(gradient), *of_attention, *sums_2[:2], d_fc, d_fc_bias, d_out.T @ active, d_out_bias
+        blocks: FusedBlocks = ctx.blocks
+        kept = list(ctx.saved_tensors)
+        each = len(kept) // len(blocks.weights)
+        dx = gradient.reshape(kept[0].shape).contiguous()
+        dx_number = blocks.kernels.add_backward(dx, blocks.last_bias)
+        for index in reversed(range(len(blocks.weights))):
+            rows, *saved = kept[index * each : (index + 1) * each]
+            if blocks.recompute:
+                weights = blocks.weights[index]
+                saved, _ = blocks.forward(index, blocks.kernels.layer_norm(rows, weights.norm_1, weights.norm_1_bias))
+            dx, dx_number = blocks.backward(index, rows, _Saved(*saved), dx, dx_number)
+        return None, dx.view_as(gradient), dx.new_zeros(())

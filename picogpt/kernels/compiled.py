@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch import Tensor
 from picogpt.config import GPTConfig
 from picogpt.errors import TrainingError
 
-__all__ = ["Kernels", "compile_kernels"]
+__all__ = ["Kernels", "Normed", "compile_kernels"]
 
 _SOURCE = Path(__file__).with_name("block.c")
 _COMPILERS = ("cc", "gcc", "clang")
@@ -38,6 +39,7 @@ _POINTERS = {
     "add": 4,
     "add_backward": 3,
     "layer_norm": 6,
+    "add_layer_norm": 9,
     "layer_norm_backward": 11,
     "gelu": 3,
     "gelu_backward": 6,
@@ -45,6 +47,17 @@ _POINTERS = {
     "attention_backward": 8,
 }
 """How many tensors each function takes, before its numbers."""
+
+
+class Normed(NamedTuple):
+    """What a LayerNorm makes."""
+
+    x: Tensor
+    """What it was given (R, C), float32."""
+    out: Tensor
+    """(R, C), in the type of the products."""
+    statistics: Tensor
+    """(2, R): each row's mean, and what its distance from it was multiplied by."""
 
 
 class Kernels:
@@ -60,6 +73,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL, config: GPTConfig, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.threads = torch.get_num_threads()
         self._heads, self._width = config.n_head, config.n_embd
         self._library = library
         for name, count in _POINTERS.items():
@@ -70,82 +84,87 @@ class Kernels:
     def add(self, x: Tensor, branch: Tensor, bias: Tensor) -> Tensor:
         """x (R, C) + branch (R, C), which is in `dtype`, + bias (C)."""
         out = torch.empty_like(x)
-        self._library.add(*_addresses(x, branch, bias, out), x.size(0), torch.get_num_threads())
+        self._library.add(*_addresses(x, branch, bias, out), x.size(0), self.threads)
         return out
 
-    def add_backward(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the gradient (R, C) of `add`, that of the branch, in `dtype`, and that of the bias (C)."""
-        threads = torch.get_num_threads()
-        branch, sums = torch.empty_like(gradient, dtype=self.dtype), gradient.new_empty(threads, self._width)
-        self._library.add_backward(*_addresses(gradient, branch, sums), gradient.size(0), threads)
-        return branch, sums.sum(0)
+    def add_backward(self, gradient: Tensor, sums: Tensor) -> Tensor:
+        """Of the gradient (R, C) of `add`, that of the branch, in `dtype`; that of the bias is added to sums (threads, C)."""
+        branch = torch.empty_like(gradient, dtype=self.dtype)
+        self._library.add_backward(*_addresses(gradient, branch, sums), gradient.size(0), self.threads)
+        return branch
 
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """LayerNorm of x (R, C), in `dtype`; and of each row the mean (R) and what its distance from it is multiplied by (R)."""
-        out, mean, scale = torch.empty_like(x, dtype=self.dtype), x.new_empty(x.size(0)), x.new_empty(x.size(0))
-        self._library.layer_norm(*_addresses(x, weight, bias, out, mean, scale), x.size(0), torch.get_num_threads())
-        return out, mean, scale
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Normed:
+        """LayerNorm of x (R, C)."""
+        out, statistics = torch.empty_like(x, dtype=self.dtype), x.new_empty(2, x.size(0))
+        self._library.layer_norm(*_addresses(x, weight, bias, out, *statistics), x.size(0), self.threads)
+        return Normed(x, out, statistics)
+
+    def add_layer_norm(self, x: Tensor, branch: Tensor, branch_bias: Tensor, weight: Tensor, bias: Tensor) -> Normed:
+        """LayerNorm of what `add` returns."""
+        added, out, statistics = torch.empty_like(x), torch.empty_like(branch), x.new_empty(2, x.size(0))
+        tensors = (x, branch, branch_bias, weight, bias, added, out, *statistics)
+        self._library.add_layer_norm(*_addresses(*tensors), x.size(0), self.threads)
+        return Normed(added, out, statistics)
 
     def layer_norm_backward(
-        self, gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor, residual: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, residual: Tensor, sums: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Backward through a LayerNorm and the residual path beside it.
 
         Args:
-            gradient: that of `layer_norm`'s output (R, C), in `dtype`.
-            x: what that was called with (R, C), as are `weight` and `bias`; `mean` and `scale` it returned.
+            gradient: that of the output (R, C), in `dtype`.
+            x: what was normalised (R, C), with `weight` and `bias`; `statistics` came of it.
             residual: gradient of x by the other path (R, C).
+            sums: (threads, 3, C), to which the gradients are added of weight, bias, and a bias that x was made with.
 
         Returns:
-            The output again, in `dtype`; the gradient of x, and the same in `dtype`; sums (3, C), which are the gradients of
-            weight and bias, and of a bias that was added to x.
+            The output again, in `dtype`; the gradient of x, and the same in `dtype`.
         """
-        threads = torch.get_num_threads()
         out, branch, dx = torch.empty_like(gradient), torch.empty_like(gradient), torch.empty_like(x)
-        sums = x.new_empty(threads, 3, self._width)
-        tensors = (gradient, x, weight, bias, mean, scale, residual, out, dx, branch, sums)
-        self._library.layer_norm_backward(*_addresses(*tensors), x.size(0), threads)
-        return out, dx, branch, sums.sum(0)
+        tensors = (gradient, x, weight, bias, *statistics, residual, out, dx, branch, sums)
+        self._library.layer_norm_backward(*_addresses(*tensors), x.size(0), self.threads)
+        return out, dx, branch
 
     def gelu(self, x: Tensor, bias: Tensor) -> Tensor:
         """GELU of x (R, 4C) + bias (4C), with the normal distribution itself; in and out in `dtype`."""
         out = torch.empty_like(x)
-        self._library.gelu(*_addresses(x, bias, out), x.size(0), torch.get_num_threads())
+        self._library.gelu(*_addresses(x, bias, out), x.size(0), self.threads)
         return out
 
-    def gelu_backward(self, gradient: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the gradient (R, 4C) of `gelu`, that of x; `gelu`'s output again; both in `dtype`; and that of the bias (4C)."""
-        threads = torch.get_num_threads()
-        dx, out, sums = torch.empty_like(x), torch.empty_like(x), bias.new_empty(threads, 4 * self._width)
-        self._library.gelu_backward(*_addresses(gradient, x, bias, dx, out, sums), x.size(0), threads)
-        return dx, out, sums.sum(0)
+    def gelu_backward(self, gradient: Tensor, x: Tensor, bias: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the gradient (R, 4C) of `gelu`, that of x, and `gelu`'s output again, both in `dtype`.
 
-    def attention(self, qkv: Tensor, bias: Tensor, rolls: int) -> tuple[Tensor, Tensor, Tensor]:
+        The gradient of the bias is added to sums (threads, 4C).
+        """
+        dx, out = torch.empty_like(x), torch.empty_like(x)
+        self._library.gelu_backward(*_addresses(gradient, x, bias, dx, out, sums), x.size(0), self.threads)
+        return dx, out
+
+    def attention(self, qkv: Tensor, bias: Tensor, rolls: int) -> tuple[Tensor, Tensor]:
         """Causal attention over the windows of qkv (R, 3C) + bias (3C).
 
         Returns:
-            What the heads read (R, C), in `dtype` as `qkv` is; of each slot's scores the largest (B, H, S), and 1 over the sum
-            of their exponentials, each first less that (B, H, S).
+            What the heads read (R, C), in `dtype` as `qkv` is; and statistics of the scores (2, B, H, S): the largest of each
+            slot, and 1 over the sum of their exponentials, each less that largest.
         """
         rows, slots = qkv.size(0), qkv.size(0) // rolls
-        out = qkv.new_empty(rows, self._width)
-        tops, shares = bias.new_empty(2, rolls, self._heads, slots).unbind()
-        tensors = (qkv, bias, out, tops, shares)
-        self._library.attention(*_addresses(*tensors), rolls, self._heads, slots, torch.get_num_threads())
-        return out, tops, shares
+        out, statistics = qkv.new_empty(rows, self._width), bias.new_empty(2, rolls, self._heads, slots)
+        tensors = (qkv, bias, out, *statistics)
+        self._library.attention(*_addresses(*tensors), rolls, self._heads, slots, self.threads)
+        return out, statistics
 
     def attention_backward(
-        self, gradient: Tensor, qkv: Tensor, bias: Tensor, out: Tensor, tops: Tensor, shares: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Of the gradient (R, C) of `out`, that of qkv (R, 3C), in `dtype`, and of its bias (3C).
+        self, gradient: Tensor, qkv: Tensor, bias: Tensor, out: Tensor, statistics: Tensor, sums: Tensor
+    ) -> Tensor:
+        """Of the gradient (R, C) of `attention`, that of qkv (R, 3C), in `dtype`; that of its bias is added to sums (B, 3C).
 
         The other arguments are those of `attention` and what it returned.
         """
-        rolls, _, slots = tops.shape
-        d_qkv, sums = torch.empty_like(qkv), bias.new_empty(rolls, 3 * self._width)
-        tensors = (gradient, qkv, bias, out, tops, shares, d_qkv, sums)
-        self._library.attention_backward(*_addresses(*tensors), rolls, self._heads, slots, torch.get_num_threads())
-        return d_qkv, sums.sum(0)
+        _, rolls, _, slots = statistics.shape
+        d_qkv = torch.empty_like(qkv)
+        tensors = (gradient, qkv, bias, out, *statistics, d_qkv, sums)
+        self._library.attention_backward(*_addresses(*tensors), rolls, self._heads, slots, self.threads)
+        return d_qkv
 
 
 def _addresses(*tensors: Tensor) -> list[int]:
