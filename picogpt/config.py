@@ -29,6 +29,7 @@ __all__ = [
     "TrainConfig",
     "check_device",
     "check_dtype",
+    "check_kernels",
     "check_run_name",
     "check_text_column",
     "check_threads",
@@ -42,6 +43,8 @@ DTYPES = ("auto", "float32", "bfloat16")
 """Types of the matrix products; auto is the faster one on this machine."""
 DEVICES = ("auto", "cpu", "cuda", "mps")
 """Where training computes; auto is a CUDA GPU if there is one, else the CPU."""
+KERNELS = ("auto", "c", "torch")
+"""What computes the blocks on a CPU: functions in C that are compiled for the model, or torch's; auto is C where that works."""
 MAX_THREADS = 1024
 MAX_MUON_INTERVAL = 100
 
@@ -96,6 +99,16 @@ def check_device(name: str | None) -> str | None:
         ConfigError: there is no such device.
     """
     _require(name is None or name in DEVICES, "device", f"one of {', '.join(DEVICES)}", name)
+    return name
+
+
+def check_kernels(name: str | None) -> str | None:
+    """Return `name` if it is one of `KERNELS` or None.
+
+    Raises:
+        ConfigError: there are no such functions.
+    """
+    _require(name is None or name in KERNELS, "kernels", f"one of {', '.join(KERNELS)}", name)
     return name
 
 
@@ -504,7 +517,9 @@ class RunSettings:
     device: str = "cpu"
     """Where they compute: cpu, cuda or mps."""
     compile: bool = False
-    """Whether the blocks are compiled, which rounds otherwise."""
+    """Whether the blocks are compiled by torch, which rounds otherwise."""
+    kernels: str = "torch"
+    """What computes the blocks, c or torch; they round otherwise."""
     origin: str | None = None
     """Absolute path of the model that the run began from, or of the original's log; None where it began from nothing."""
 
@@ -528,6 +543,7 @@ class RunSettings:
                 ranks=int(content.get("ranks", 1)),
                 device=str(content.get("device", "cpu")),
                 compile=bool(content.get("compile", False)),
+                kernels=str(content.get("kernels", "torch")),
                 origin=content.get("origin"),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -8,7 +8,21 @@ import torch
 
 from picogpt.errors import TrainingError
 
-__all__ = ["CPU", "check_compiler", "choose_device", "choose_dtype", "flush_denormals", "instruction_set", "set_threads"]
+__all__ = [
+    "CPU",
+    "DType",
+    "Device",
+    "check_compiler",
+    "choose_device",
+    "choose_dtype",
+    "flush_denormals",
+    "instruction_set",
+    "set_threads",
+]
+
+Device = torch.device
+DType = torch.dtype
+"""For those who pass them on and need nothing else of torch."""
 
 CPU = torch.device("cpu")
 

@@ -17,6 +17,7 @@ from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Batch
 from picogpt.device import CPU, choose_device, flush_denormals, set_threads
 from picogpt.errors import RanksError, TrainingError
+from picogpt.kernels import choose_kernels
 from picogpt.model import GPT
 from picogpt.optim import OuterOptimizer, build_optimizers, set_learning_rate
 from picogpt.ranks import ALONE, Ranks, reaching
@@ -40,6 +41,7 @@ class _Plan:
     device: str
     threads: int
     compiled: bool
+    kernels: str
     gradient_checkpointing: bool
     step: int
     local_steps: int
@@ -94,6 +96,7 @@ class Replica:
             device=self.device.type,
             threads=torch.get_num_threads(),
             compiled=self._compiled,
+            kernels="torch" if self.model.transformer.kernels is None else "c",
             gradient_checkpointing=self.model.transformer.gradient_checkpointing,
             step=self.step,
             local_steps=self.local_steps,
@@ -106,7 +109,7 @@ class Replica:
 
         Raises:
             RanksError: rank 0 has another version of picogpt.
-            TrainingError: its device is not there.
+            TrainingError: its device is not there, or no C compiler where it has one.
         """
         version = checkpoint.state.get("version")
         if version != __version__:
@@ -116,6 +119,7 @@ class Replica:
         set_threads(threads or plan.threads)
         device = choose_device(plan.device, ranks.local_rank)[0]
         replica = cls(GPTConfig(**plan.model), TrainConfig(**plan.train), getattr(torch, plan.dtype), device=device, ranks=ranks)
+        replica.model.transformer.kernels = choose_kernels(plan.kernels, replica.model.config, replica.dtype, device)[0]
         if plan.compiled:
             replica.compile_blocks()
         replica.model.transformer.gradient_checkpointing = plan.gradient_checkpointing

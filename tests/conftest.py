@@ -42,6 +42,8 @@ TINY_FLAGS = [
     "3",
     "--dtype",
     "float32",
+    "--kernels",
+    "torch",
     "--threads",
     "1",
 ]

@@ -14,7 +14,7 @@ PACKAGE = Path(picogpt.__file__).parent
 LAYERS = [
     {"errors"},
     {"roll", "config", "files", "dropout", "scores"},
-    {"attention"},
+    {"attention", "kernels"},
     {"model", "tokenizer"},
     {"run", "data", "optim", "device", "memory", "forecast", "baselines"},
     {"engine", "original", "find", "ranks"},
@@ -57,7 +57,10 @@ def test_imports_go_one_way(path: Path) -> None:
     ("library", "users"),
     [
         ("matplotlib", {"plot"}),
-        ("torch", {"attention", "dropout", "model", "optim", "device", "ranks", "replica", "train", "evaluate", "reference"}),
+        (
+            "torch",
+            {"attention", "dropout", "kernels", "model", "optim", "device", "ranks", "replica", "train", "evaluate", "reference"},
+        ),
         ("safetensors", {"run"}),
     ],
 )

@@ -292,7 +292,7 @@ class TestTrain:
         monkeypatch.setattr("picogpt.device.check_compiler", lambda: None)
         monkeypatch.setattr(Trainer, "compile_blocks", compile_blocks)
         train.main(training(text_file, "--compile"))
-        assert "1 threads, blocks compiled (the first steps take longer)" in capsys.readouterr().err
+        assert "1 threads, blocks compiled by torch (the first steps take longer)" in capsys.readouterr().err
         train.main(["--run", "numbers", "--epochs", "3"])
         assert len(asked) == 2
         train.main(["--run", "numbers", "--epochs", "4", "--no-compile"])

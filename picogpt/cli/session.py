@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from picogpt.cli.common import StopRequest, notice
+from picogpt.cli.machine import Machine
 from picogpt.cli.settings import Request
 from picogpt.config import Budget, DataConfig, GPTConfig, Pace, RunSettings, Schedule, TrainConfig
-from picogpt.errors import ConfigError, Interrupted, PicoGPTError, RunError, TrainingError
+from picogpt.errors import Interrupted, PicoGPTError, RunError
 
 if TYPE_CHECKING:
     from picogpt.cli.forecast import EpochEnd, Forecaster
@@ -77,7 +78,6 @@ class Session:
 
         self._ranks = ranks or Ranks()
         self.run, self._source, self.request, self._stored, self._origin = run, source, request, stored, origin
-        self._compile = stored.compile if stored and request.compile is None else bool(request.compile)
         self._rehearsed: tuple[float, EpochEnd] | None = None
 
     def train(self, model: GPTConfig, config: TrainConfig, budget: Budget, data: DataConfig) -> None:
@@ -87,7 +87,7 @@ class Session:
             Interrupted: a signal ended it.
             PicoGPTError, OSError: something else did.
         """
-        self._check_machine(config)
+        self._machine = Machine.settle(self.request, self._stored, model, config, self._ranks)
         if self.request.fresh:
             self._set_aside()
         self.run.create()
@@ -111,9 +111,9 @@ class Session:
         Raises:
             PicoGPTError, OSError: it could not.
         """
-        self._check_machine(config)
+        self._machine = Machine.settle(self.request, self._stored, model, config, self._ranks)
         self._ranks.connect()
-        threads, dtype_reason = self._make_trainer(model, config)
+        self.trainer = self._new_trainer(model, config, self._source)
         if self.request.fresh and self.run.path.exists():
             notice(f"the run that is there would be kept as {self.run.free_name()}")
         if self._stored is not None and self.run.has_checkpoint():
@@ -122,7 +122,7 @@ class Session:
             notice(f"{self.run.path}: would go on from step {self.trainer.step:,}")
         self.schedule = self._fix_schedule(budget)
         self.request.refuse_finished(self.schedule.total_steps, self.trainer.step)
-        self._announce(self._settings(model, config, budget, data, threads), dtype_reason)
+        self._announce(self._settings(model, config, budget, data))
         step, end = self._rehearsed or self._measure()
         notice(str(self._forecaster(data).forecast(step, end, step=self.trainer.step)))
         notice("dry run: nothing was trained and nothing is kept")
@@ -134,27 +134,6 @@ class Session:
         command = "picogpt-train" if self._ranks.count == 1 else "torchrun ... -m -- picogpt.cli.train"
         return f"{command} --run {self.run.name}{logs}{text}"
 
-    def _check_machine(self, config: TrainConfig) -> None:
-        """Find the device, and refuse what cannot be before anything is touched.
-
-        Raises:
-            ConfigError: a step cannot be divided among the ranks.
-            TrainingError: there is no such device, or no compiler.
-        """
-        from picogpt.device import check_compiler, choose_device
-
-        count = self._ranks.count
-        if config.batch_size % count:
-            raise ConfigError(
-                f"batch_size must be a multiple of the {count} ranks that share a step, got {config.batch_size}", "batch_size"
-            )
-        wanted = self.request.device or (self._stored.device if self._stored else "auto")
-        self._device, self._device_reason = choose_device(wanted, self._ranks.local_rank)
-        if self._device.type == "mps" and count > 1:
-            raise TrainingError("--device mps: torch connects no ranks on such a GPU; take --device cpu, or one process")
-        if self._compile:
-            check_compiler()
-
     def _set_aside(self) -> None:
         if self.run.path.exists():
             with self.run.lock():
@@ -162,60 +141,48 @@ class Session:
 
     def _prepare(self, model: GPTConfig, config: TrainConfig, budget: Budget, data: DataConfig) -> None:
         """Make the trainer, where it stood if the run goes on, and fix the number of steps."""
-        threads, dtype_reason = self._make_trainer(model, config)
+        self.trainer = self._new_trainer(model, config, self._source)
         if self.run.has_checkpoint():
-            self._restore(threads)
+            self._restore()
         else:
             self._begin()
         self.schedule = self._fix_schedule(budget)
         self.request.refuse_finished(self.schedule.total_steps, self.trainer.step)
-        settings = self._settings(model, config, budget, data, threads)
+        settings = self._settings(model, config, budget, data)
         versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "safetensors")}}
         self.run.write_config({**asdict(settings), "versions": versions})
         if self._origin is not None and self._origin.log is not None and not self.run.has_checkpoint():
             self._keep_imported(self._origin.log)
-        self._announce(settings, dtype_reason)
-
-    def _make_trainer(self, model: GPTConfig, config: TrainConfig) -> tuple[int, str]:
-        """Make the trainer; return the number of threads and why its type of number was chosen."""
-        from picogpt.device import choose_dtype, flush_denormals, set_threads
-
-        flush_denormals()
-        threads = set_threads(self.request.threads or (self._stored.threads if self._stored else None))
-        wanted = self.request.dtype or (self._stored.dtype if self._stored else "auto")
-        self._dtype, reason = choose_dtype(wanted, self._device)
-        self.trainer = self._new_trainer(model, config, self._source)
-        return threads, reason
+        self._announce(settings)
 
     def _new_trainer(self, model: GPTConfig, config: TrainConfig, source: Source) -> Trainer:
         from picogpt.train import Trainer
 
-        trainer = Trainer(model, config, source, self._dtype, device=self._device, ranks=self._ranks)
-        if self._compile:
+        machine = self._machine
+        trainer = Trainer(model, config, source, machine.dtype, device=machine.device, ranks=self._ranks)
+        trainer.model.transformer.kernels = machine.kernels
+        if machine.compile:
             trainer.compile_blocks()
         trainer.model.transformer.gradient_checkpointing = self.request.gradient_checkpointing
         return trainer
 
-    @property
-    def _dtype_name(self) -> str:
-        return str(self._dtype).removeprefix("torch.")
-
-    def _settings(self, model: GPTConfig, config: TrainConfig, budget: Budget, data: DataConfig, threads: int) -> RunSettings:
+    def _settings(self, model: GPTConfig, config: TrainConfig, budget: Budget, data: DataConfig) -> RunSettings:
         return RunSettings(
             model=model,
             train=config,
             budget=budget,
             schedule=self.schedule,
             data=data,
-            dtype=self._dtype_name,
-            threads=threads,
+            dtype=self._machine.dtype_name,
+            threads=self._machine.threads,
             ranks=self._ranks.count,
-            device=self._device.type,
-            compile=self._compile,
+            device=self._machine.device.type,
+            compile=self._machine.compile,
+            kernels=self._machine.kernels_name,
             origin=self._origin_path(),
         )
 
-    def _restore(self, threads: int) -> None:
+    def _restore(self) -> None:
         assert self._stored is not None
         checkpoint, fault = self.run.load_checkpoint()
         if fault:
@@ -223,16 +190,8 @@ class Session:
         self.trainer.restore(checkpoint)
         notice(f"{self.run.path}: goes on from step {self.trainer.step:,}")
         self._tell_usage()
-        now_and_before = (
-            ("threads", self._stored.threads, threads),
-            ("ranks", self._stored.ranks, self._ranks.count),
-            ("device", self._stored.device, self._device.type),
-            ("dtype", self._stored.dtype, self._dtype_name),
-            ("compile", self._stored.compile, self._compile),
-        )
-        for name, before, now in now_and_before:
-            if before != now:
-                notice(f"{name} is {now} and was {before}: the run goes on, but not byte for byte as it would have")
+        for name, before, now in self._machine.changes(self._stored, self._ranks.count):
+            notice(f"{name} is {now} and was {before}: the run goes on, but not byte for byte as it would have")
 
     def _origin_path(self) -> str | None:
         if self._stored is not None:
@@ -301,17 +260,16 @@ class Session:
             network=download_bytes(chars_left) if data.commit is not None else 0,
         )
 
-    def _announce(self, settings: RunSettings, dtype_reason: str) -> None:
+    def _announce(self, settings: RunSettings) -> None:
         model, train, schedule = settings.model, settings.train, settings.schedule
         notice(
             f"model: {self.trainer.model.num_params():,} parameters; {model.n_layer} layers, {model.n_head} heads, width "
             f"{model.n_embd}, windows of {model.context_len}"
         )
-        compiled = ", blocks compiled (the first steps take longer)" if settings.compile else ""
+        notice(f"device {settings.device} ({self._machine.device_reason})")
+        notice(self._machine.description())
         if self.request.gradient_checkpointing:
-            compiled += "; blocks are computed again in the backward pass, for less memory"
-        notice(f"device {settings.device} ({self._device_reason})")
-        notice(f"computing in {settings.dtype} ({dtype_reason}) with {settings.threads} threads{compiled}")
+            notice("blocks are computed again in the backward pass, for less memory")
         if settings.ranks > 1:
             rolls = train.batch_size // settings.ranks
             notice(f"{settings.ranks} ranks, each with {rolls} of a step's rolls{self._tell_sync(train)}")

@@ -17,6 +17,7 @@ from picogpt.config import (
     TrainConfig,
     check_device,
     check_dtype,
+    check_kernels,
     check_run_name,
     check_threads,
 )
@@ -72,6 +73,7 @@ class Request:
     threads: int | None
     device: str | None
     dtype: str | None
+    kernels: str | None
     compile: bool | None
     gradient_checkpointing: bool
     init_from: str | None
@@ -97,6 +99,7 @@ class Request:
             threads=check_threads(arguments.threads),
             device=check_device(arguments.device),
             dtype=check_dtype(arguments.dtype),
+            kernels=check_kernels(arguments.kernels),
             compile=arguments.compile,
             gradient_checkpointing=arguments.gradient_checkpointing,
             init_from=arguments.init_from,

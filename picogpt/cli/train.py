@@ -75,6 +75,12 @@ def build_parser() -> Parser:
         help="type of the matrix products: float32, bfloat16, or auto, whichever a short timing finds faster (default: auto)",
     )
     machine.add_argument(
+        "--kernels",
+        metavar="NAME",
+        help="what computes the blocks on a CPU: c, compiled for the model when training starts, torch, or auto: c where there "
+        "is a C compiler (default: auto)",
+    )
+    machine.add_argument(
         "--gradient-checkpointing",
         action="store_true",
         help="compute the blocks again in the backward pass instead of keeping them: less memory, slower, the same numbers",
@@ -82,7 +88,7 @@ def build_parser() -> Parser:
     machine.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="translate the blocks with torch.compile, which needs a C++ compiler (default: --no-compile)",
+        help="translate the blocks with torch.compile instead, which needs a C++ compiler (default: --no-compile)",
     )
     return parser
 

@@ -91,9 +91,9 @@ class FusedBlocks:
         out: Tensor = _Blocks.apply(self, x, self._token)  # type: ignore[no-untyped-call]
         return out
 
-    def first(self, rows: Tensor) -> Normed:
-        """Rows (R, C) as the first block begins with them."""
-        weights = self.weights[0]
+    def norm(self, index: int, rows: Tensor) -> Normed:
+        """Rows (R, C) as block `index` begins with them."""
+        weights = self.weights[index]
         return self.kernels.layer_norm(rows, weights.norm_1, weights.norm_1_bias)
 
     def forward(self, index: int, normed: Normed) -> tuple[_Saved, Tensor]:
@@ -113,15 +113,27 @@ class FusedBlocks:
         d_hidden, active = kernels.gelu_backward(d_out @ weights.out, saved.hidden, weights.fc_bias, sums.fc_bias)
         sums.out.addmm_(d_out.T, active)
         normed, d_middle, d_read = kernels.layer_norm_backward(
-            d_hidden @ weights.fc, saved.middle, weights.norm_2, weights.norm_2_bias, saved.statistics_2, gradient, sums.norm_2
+            d_hidden @ weights.fc,
+            saved.middle,
+            weights.norm_2,
+            weights.norm_2_bias,
+            statistics=saved.statistics_2,
+            residual=gradient,
+            sums=sums.norm_2,
         )
         sums.fc.addmm_(d_hidden.T, normed)
         sums.proj.addmm_(d_read.T, saved.read)
         d_qkv = kernels.attention_backward(
-            d_read @ weights.proj, saved.qkv, weights.attn_bias, saved.read, saved.scores, sums.attn_bias
+            d_read @ weights.proj, saved.qkv, weights.attn_bias, saved.read, statistics=saved.scores, sums=sums.attn_bias
         )
         normed, dx, dx_number = kernels.layer_norm_backward(
-            d_qkv @ weights.attn, rows, weights.norm_1, weights.norm_1_bias, saved.statistics_1, d_middle, sums.norm_1
+            d_qkv @ weights.attn,
+            rows,
+            weights.norm_1,
+            weights.norm_1_bias,
+            statistics=saved.statistics_1,
+            residual=d_middle,
+            sums=sums.norm_1,
         )
         sums.attn.addmm_(d_qkv.T, normed)
         return dx, dx_number
@@ -147,7 +159,7 @@ class _Parameters(torch.autograd.Function):
 class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, blocks: FusedBlocks, x: Tensor, token: Tensor) -> Tensor:  # noqa: ARG004 (it is there for the graph)
-        normed = blocks.first(x.reshape(-1, x.size(-1)))
+        normed = blocks.norm(0, x.reshape(-1, x.size(-1)))
         kept: list[Tensor] = []
         for index, weights in enumerate(blocks.weights):
             saved, branch = blocks.forward(index, normed)
@@ -168,9 +180,7 @@ class _Blocks(torch.autograd.Function):
         dx = gradient.reshape(kept[0].shape).contiguous()
         dx_number = blocks.kernels.add_backward(dx, blocks.last_bias)
         for index in reversed(range(len(blocks.weights))):
-            rows, *saved = kept[index * each : (index + 1) * each]
-            if blocks.recompute:
-                weights = blocks.weights[index]
-                saved, _ = blocks.forward(index, blocks.kernels.layer_norm(rows, weights.norm_1, weights.norm_1_bias))
-            dx, dx_number = blocks.backward(index, rows, _Saved(*saved), dx, dx_number)
+            rows, *values = kept[index * each : (index + 1) * each]
+            saved = blocks.forward(index, blocks.norm(index, rows))[0] if blocks.recompute else _Saved(*values)
+            dx, dx_number = blocks.backward(index, rows, saved, dx, dx_number)
         return None, dx.view_as(gradient), dx.new_zeros(())

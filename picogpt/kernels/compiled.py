@@ -25,14 +25,16 @@ from torch import Tensor
 from picogpt.config import GPTConfig
 from picogpt.errors import TrainingError
 
-__all__ = ["Kernels", "Normed", "compile_kernels"]
+__all__ = ["Kernels", "Normed", "choose_kernels", "compile_kernels"]
 
 _SOURCE = Path(__file__).with_name("block.c")
 _COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = "-std=gnu11 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -freciprocal-math"
 """Sums may be taken in another order, for vector instructions; what is not a number stays so, unlike with -ffast-math."""
-_INSTRUCTIONS = {"AVX512": "-march=native -mprefer-vector-width=512", "AVX2": "-mavx2 -mfma"}
-"""By the name that torch has for what it uses itself."""
+_FLAGS_FOR = {"AVX512": "-march=native -mprefer-vector-width=512", "AVX2": "-mavx2 -mfma"}
+"""More of them, by the name that torch has for the vector instructions that it uses."""
+_LANES = 4
+"""Entries of the shortest vectors, which a head is cut into."""
 _TIMEOUT = 60.0
 """Seconds that a compiler has."""
 _POINTERS = {
@@ -82,7 +84,7 @@ class Kernels:
             function.argtypes, function.restype = [ctypes.c_void_p] * count + [ctypes.c_int] * numbers, None
 
     def add(self, x: Tensor, branch: Tensor, bias: Tensor) -> Tensor:
-        """x (R, C) + branch (R, C), which is in `dtype`, + bias (C)."""
+        """The sum of x (R, C), branch (R, C), which is in `dtype`, and bias (C)."""
         out = torch.empty_like(x)
         self._library.add(*_addresses(x, branch, bias, out), x.size(0), self.threads)
         return out
@@ -107,13 +109,16 @@ class Kernels:
         return Normed(added, out, statistics)
 
     def layer_norm_backward(
-        self, gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, residual: Tensor, sums: Tensor
+        self, gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *, statistics: Tensor, residual: Tensor, sums: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Backward through a LayerNorm and the residual path beside it.
 
         Args:
             gradient: that of the output (R, C), in `dtype`.
-            x: what was normalised (R, C), with `weight` and `bias`; `statistics` came of it.
+            x: what was normalised (R, C).
+            weight: what it was multiplied by (C).
+            bias: what was added (C).
+            statistics: what `layer_norm` found (2, R).
             residual: gradient of x by the other path (R, C).
             sums: (threads, 3, C), to which the gradients are added of weight, bias, and a bias that x was made with.
 
@@ -154,7 +159,7 @@ class Kernels:
         return out, statistics
 
     def attention_backward(
-        self, gradient: Tensor, qkv: Tensor, bias: Tensor, out: Tensor, statistics: Tensor, sums: Tensor
+        self, gradient: Tensor, qkv: Tensor, bias: Tensor, out: Tensor, *, statistics: Tensor, sums: Tensor
     ) -> Tensor:
         """Of the gradient (R, C) of `attention`, that of qkv (R, 3C), in `dtype`; that of its bias is added to sums (B, 3C).
 
@@ -171,6 +176,45 @@ def _addresses(*tensors: Tensor) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
 
+def choose_kernels(name: str, config: GPTConfig, dtype: torch.dtype, device: torch.device) -> tuple[Kernels | None, str]:
+    """Turn a name of `picogpt.config.KERNELS` into the functions, or None for torch's own; and the reason in a few words.
+
+    `auto` takes the functions wherever they can be made and were found to be faster.
+
+    Raises:
+        TrainingError: `c` was asked for and cannot be had.
+    """
+    if name == "torch":
+        return None, "as the run or its flags say"
+    reason = _obstacle(config, device)
+    if reason is None:
+        try:
+            return compile_kernels(config, dtype), f"compiled by {_compiler()[0]}"
+        except TrainingError as error:
+            reason = str(error)
+    if name == "c":
+        raise TrainingError(f"--kernels c: {reason}; take --kernels torch")
+    return None, reason
+
+
+def _obstacle(config: GPTConfig, device: torch.device) -> str | None:
+    """Why a model cannot have the functions, or None."""
+    if device.type != "cpu":
+        return f"those in C are not for {device.type}"
+    if config.dropout or not config.bias:
+        return "those in C know no dropout, and no blocks without biases"
+    if config.n_embd // config.n_head % _LANES:
+        return f"those in C need heads of a multiple of {_LANES}, got {config.n_embd // config.n_head}"
+    if _instructions() not in _FLAGS_FOR:
+        return f"those in C are for AVX2 and AVX512, and this is {_instructions()}"
+    return None
+
+
+def _instructions() -> str:
+    """The vector instructions that torch itself uses, which may be fewer than the processor has."""
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
 def compile_kernels(config: GPTConfig, dtype: torch.dtype) -> Kernels:
     """Have the C compiler make the functions for this shape of model, in a folder that is gone afterwards.
 
@@ -182,16 +226,16 @@ def compile_kernels(config: GPTConfig, dtype: torch.dtype) -> Kernels:
     command = _compiler()
     shape = {"WIDTH": config.n_embd, "HEAD": config.n_embd // config.n_head, "SLOTS": config.context_len + 1}
     macros = [f"-D{name}={value}" for name, value in shape.items()] + ["-DBFLOAT16"] * (dtype == torch.bfloat16)
-    instructions = _INSTRUCTIONS.get(str(torch.backends.cpu.get_cpu_capability()), "").split()
     with tempfile.TemporaryDirectory(prefix="picogpt-") as folder:
         compiled, library = f"{folder}/block.o", f"{folder}/block.so"
-        _run([*command, *_FLAGS.split(), *instructions, *macros, "-c", str(_SOURCE), "-o", compiled])
+        flags = [*_FLAGS.split(), *_FLAGS_FOR.get(_instructions(), "").split()]
+        _run([*command, *flags, *macros, "-c", str(_SOURCE), "-o", compiled])
         # Linked without -fopenmp, so that it finds the threads of torch and brings none of its own.
         _run([*command, "-shared", compiled, "-o", library, "-lm"])
         try:
             return Kernels(ctypes.CDLL(library), config, dtype)
-        except OSError as error:
-            raise TrainingError(f"--kernels c: what {command[0]} made cannot be loaded ({error}); take --kernels torch") from error
+        except (OSError, AttributeError) as error:
+            raise TrainingError(f"what {command[0]} makes cannot be loaded ({error})") from error
 
 
 def _compiler() -> list[str]:
@@ -199,15 +243,17 @@ def _compiler() -> list[str]:
     names = wanted[:1] or list(_COMPILERS)
     found = next((name for name in names if shutil.which(name)), None)
     if found is None:
-        raise TrainingError(f"--kernels c: no C compiler ({', '.join(names)}, by PATH or CC); install gcc, or take --kernels torch")
+        raise TrainingError(f"no C compiler ({', '.join(names)}, by PATH or CC)")
     return [found, *wanted[1:]]
 
 
 def _run(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=False)
+        done = subprocess.run(  # noqa: S603 (the user's own compiler)
+            command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise TrainingError(f"--kernels c: {command[0]} does not run ({error}); take --kernels torch") from error
+        raise TrainingError(f"{command[0]} does not run ({error})") from error
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
-        raise TrainingError(f"--kernels c: {command[0]} fails ({said.strip()}); take --kernels torch")
+        raise TrainingError(f"{command[0]} fails ({said.strip()})")

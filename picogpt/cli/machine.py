@@ -1,0 +1,109 @@
+"""What a start of training computes with: settled before anything is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from picogpt.cli.settings import Request
+from picogpt.config import GPTConfig, RunSettings, TrainConfig
+from picogpt.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from picogpt.device import Device, DType
+    from picogpt.kernels import Kernels
+    from picogpt.ranks import Ranks
+
+__all__ = ["Machine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Device, threads, type of number and functions, and why each was chosen."""
+
+    device: Device
+    device_reason: str
+    threads: int
+    dtype: DType
+    dtype_reason: str
+    kernels: Kernels | None
+    """None where torch computes the blocks."""
+    kernels_reason: str
+    compile: bool
+    """Whether torch.compile translates the blocks."""
+
+    @classmethod
+    def settle(cls, request: Request, stored: RunSettings | None, model: GPTConfig, config: TrainConfig, ranks: Ranks) -> Machine:
+        """Choose by the flags, else as the run was begun, else what is fastest here; torch's threads are set.
+
+        Raises:
+            ConfigError: a step cannot be divided among the ranks, or flags exclude each other.
+            TrainingError: there is no such device, or no compiler.
+        """
+        from picogpt.device import choose_device, choose_dtype, flush_denormals, set_threads
+
+        if config.batch_size % ranks.count:
+            raise ConfigError(
+                f"batch_size must be a multiple of the {ranks.count} ranks that share a step, got {config.batch_size}",
+                "batch_size",
+            )
+        device, device_reason = choose_device(request.device or (stored.device if stored else "auto"), ranks.local_rank)
+        if device.type == "mps" and ranks.count > 1:
+            raise TrainingError("--device mps: torch connects no ranks on such a GPU; take --device cpu, or one process")
+        compiled = stored.compile if stored and request.compile is None else bool(request.compile)
+        flush_denormals()
+        threads = set_threads(request.threads or (stored.threads if stored else None))
+        dtype, dtype_reason = choose_dtype(request.dtype or (stored.dtype if stored else "auto"), device)
+        wanted = request.kernels or (stored.kernels if stored else "auto")
+        kernels, kernels_reason = _kernels(wanted, model, dtype, device, compiled=compiled)
+        return cls(
+            device=device,
+            device_reason=device_reason,
+            threads=threads,
+            dtype=dtype,
+            dtype_reason=dtype_reason,
+            kernels=kernels,
+            kernels_reason=kernels_reason,
+            compile=compiled,
+        )
+
+    @property
+    def dtype_name(self) -> str:
+        """Of the matrix products: float32 or bfloat16."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def kernels_name(self) -> str:
+        """Of what computes the blocks: c or torch."""
+        return "torch" if self.kernels is None else "c"
+
+    def changes(self, stored: RunSettings, ranks: int) -> list[tuple[str, object, object]]:
+        """What is not as it was when the run was last started: name, then and now."""
+        now_and_before = (
+            ("threads", stored.threads, self.threads),
+            ("ranks", stored.ranks, ranks),
+            ("device", stored.device, self.device.type),
+            ("dtype", stored.dtype, self.dtype_name),
+            ("compile", stored.compile, self.compile),
+            ("kernels", stored.kernels, self.kernels_name),
+        )
+        return [(name, before, now) for name, before, now in now_and_before if before != now]
+
+    def description(self) -> str:
+        """What computes, in a line."""
+        said = f"computing in {self.dtype_name} ({self.dtype_reason}) with {self.threads} threads"
+        if self.compile:
+            return f"{said}, blocks compiled by torch (the first steps take longer)"
+        return f"{said}, blocks by functions in {'torch' if self.kernels is None else 'C'} ({self.kernels_reason})"
+
+
+def _kernels(wanted: str, model: GPTConfig, dtype: DType, device: Device, *, compiled: bool) -> tuple[Kernels | None, str]:
+    from picogpt.device import check_compiler
+    from picogpt.kernels import choose_kernels
+
+    if not compiled:
+        return choose_kernels(wanted, model, dtype, device)
+    if wanted == "c":
+        raise ConfigError("either --kernels c or --compile: torch cannot compile what is compiled already", "kernels")
+    check_compiler()
+    return None, "torch compiles them"
