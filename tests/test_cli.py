@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -298,6 +299,31 @@ class TestTrain:
         train.main(["--run", "numbers", "--epochs", "4", "--no-compile"])
         assert len(asked) == 2
         assert "compile is False and was True: the run goes on, but not byte for byte" in capsys.readouterr().err
+
+    def test_kernels(self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """A run in C says so, keeps to it, cannot go on without a compiler, and says when it goes on otherwise."""
+        in_c = [flag if flag != "torch" else "c" for flag in training(text_file)]
+        obstacle = "--kernels c: no C compiler (/nowhere/cc, by PATH or CC); take --kernels torch"
+        if shutil.which("cc") is None:
+            pytest.skip("needs a C compiler")
+        assert train.main(in_c) == 0
+        assert "1 threads, blocks by functions in C (compiled by cc)\n" in capsys.readouterr().err
+        assert json.loads(Path("logs/numbers/config.json").read_text())["kernels"] == "c"
+        monkeypatch.setenv("CC", "/nowhere/cc")
+        assert train.main(["--run", "numbers", "--epochs", "3"]) == 1
+        assert capsys.readouterr().err.splitlines()[-1] == f"picogpt-train: {obstacle}"
+        assert train.main(["--run", "numbers", "--epochs", "3", "--kernels", "torch"]) == 0
+        err = capsys.readouterr().err
+        assert "blocks by functions in torch (as the run or its flags say)\n" in err
+        assert "kernels is torch and was c: the run goes on, but not byte for byte as it would have\n" in err
+
+    def test_kernels_and_compile(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """They exclude each other."""
+        in_c = [flag if flag != "torch" else "c" for flag in training(text_file)]
+        assert train.main([*in_c, "--compile"]) == 2
+        message = "picogpt-train: --kernels c and --compile exclude each other: torch cannot compile what is compiled already"
+        assert capsys.readouterr().err.splitlines()[-1] == message
+        assert not Path("logs").exists()
 
     def test_gradient_checkpointing(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """It is said, and the weights are those of a run without it."""

@@ -104,6 +104,6 @@ def _kernels(wanted: str, model: GPTConfig, dtype: DType, device: Device, *, com
     if not compiled:
         return choose_kernels(wanted, model, dtype, device)
     if wanted == "c":
-        raise ConfigError("either --kernels c or --compile: torch cannot compile what is compiled already", "kernels")
+        raise ConfigError("kernels c and --compile exclude each other: torch cannot compile what is compiled already", "kernels")
     check_compiler()
     return None, "torch compiles them"

@@ -1,0 +1,338 @@
+"""The blocks in C against the modules that they stand for."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from picogpt.config import GPTConfig, Schedule, TrainConfig
+from picogpt.errors import TrainingError
+from picogpt.kernels import Kernels, choose_kernels, compile_kernels, compiled
+from picogpt.model import GPT, Block
+from picogpt.ranks import ALONE
+from picogpt.replica import Replica
+from picogpt.run import RunFolder
+from picogpt.train import Trainer
+from tests.conftest import TINY, tiny_source
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("cc") is None or compiled._instructions() not in compiled._FLAGS_FOR,
+    reason="needs a C compiler, and a processor with AVX2",
+)
+SHAPES = {
+    "heads of 4": GPTConfig(n_layer=1, n_head=3, n_embd=12, context_len=5),
+    "heads of 8": TINY,
+    "heads of 16": GPTConfig(n_layer=2, n_head=2, n_embd=32, context_len=17),
+    "heads of 32": GPTConfig(n_layer=1, n_head=2, n_embd=64, context_len=128),
+    "heads of 64": GPTConfig(n_layer=1, n_head=1, n_embd=64, context_len=64),
+}
+CONFIG = TrainConfig(batch_size=2, windows=3, lr=1e-2, warmup_steps=2)
+CPU = torch.device("cpu")
+
+
+@cache
+def kernels_for(shape: str, dtype: torch.dtype = torch.float32) -> Kernels:
+    """Compiled once for all tests, with one thread."""
+    torch.set_num_threads(1)
+    return compile_kernels(SHAPES[shape], dtype)
+
+
+def model_of(shape: str, *, spread: float = 0.3) -> GPT:
+    """A model in which no bias is zero and no weight of a norm is one."""
+    torch.manual_seed(1)
+    model = GPT(SHAPES[shape])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=spread)
+            if ".ln_" in name and name.endswith("weight"):
+                parameter.add_(1)
+    return model
+
+
+def loss_and_gradients(
+    model: GPT, kernels: Kernels | None, length: int, dtype: torch.dtype = torch.float32
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """On some text of two rolls."""
+    torch.manual_seed(2)
+    ids = torch.randint(0, model.config.vocab_size, (2, length + 1))
+    model.transformer.kernels = kernels
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        _, loss = model(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return loss.item(), gradients
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference, as a share of what is expected."""
+    return float((found - expected).norm() / expected.norm())
+
+
+@needs_compiler
+@pytest.mark.parametrize("windows", [0.4, 1, 2.6])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equal_the_modules(shape: str, windows: float) -> None:
+    """Loss and every gradient in float32, for windows that are full and not."""
+    model, length = model_of(shape), math.ceil(windows * SHAPES[shape].context_len)
+    expected_loss, expected = loss_and_gradients(model, None, length)
+    loss, found = loss_and_gradients(model, kernels_for(shape), length)
+
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert found.keys() == expected.keys() == dict(model.named_parameters()).keys()
+    assert {name: distance(found[name], expected[name]) < 2e-5 for name in expected} == dict.fromkeys(expected, True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", SHAPES)
+def test_in_bfloat16(shape: str) -> None:
+    """The gradients are no farther from float32's than the modules' are in bfloat16."""
+    model, length = model_of(shape, spread=0.1), 2 * SHAPES[shape].context_len
+    _, exact = loss_and_gradients(model, None, length)
+    loss_of_modules, of_modules = loss_and_gradients(model, None, length, torch.bfloat16)
+    loss, found = loss_and_gradients(model, kernels_for(shape, torch.bfloat16), length, torch.bfloat16)
+
+    assert loss == pytest.approx(loss_of_modules, rel=1e-3)
+    worse = [distance(found[name], exact[name]) / distance(of_modules[name], exact[name]) for name in exact]
+    assert math.exp(sum(map(math.log, worse)) / len(worse)) < 1.2
+    assert max(worse) < 4
+
+
+@needs_compiler
+@pytest.mark.parametrize("instructions", ["AVX2", ""])
+def test_with_fewer_instructions(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled for AVX2, and for no vectors but the oldest, computes the same."""
+    monkeypatch.setattr(compiled, "_instructions", lambda: instructions)
+    model = model_of("heads of 32")
+    _, expected = loss_and_gradients(model, None, 200)
+    _, found = loss_and_gradients(model, compile_kernels(SHAPES["heads of 32"], torch.float32), 200)
+
+    assert max(distance(found[name], expected[name]) for name in expected) < 2e-5
+
+
+@needs_compiler
+def test_scores_of_any_size() -> None:
+    """Weights of attention that are all on one slot, and values far out on GELU's tails."""
+    model = model_of("heads of 16")
+    with torch.no_grad():
+        for block in model.transformer.h:
+            assert isinstance(block, Block)
+            block.attn.c_attn.weight.mul_(30)
+            block.mlp.c_fc.weight.mul_(30)
+    expected_loss, expected = loss_and_gradients(model, None, 40)
+    loss, found = loss_and_gradients(model, kernels_for("heads of 16"), 40)
+
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+    assert max(distance(found[name], expected[name]) for name in expected) < 1e-3
+
+
+@needs_compiler
+def test_the_same_again() -> None:
+    """The same bytes each time, and when blocks are computed again instead of kept; other threads round otherwise."""
+    model, length = model_of("heads of 16"), 51
+    _, first = loss_and_gradients(model, kernels_for("heads of 16"), length)
+    _, second = loss_and_gradients(model, kernels_for("heads of 16"), length)
+    model.transformer.gradient_checkpointing = True
+    _, recomputed = loss_and_gradients(model, kernels_for("heads of 16"), length)
+
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(first[name], recomputed[name]) for name in first)
+
+
+@needs_compiler
+def test_recomputing_keeps_less() -> None:
+    """With gradient checkpointing the graph holds each block's input, and nothing else of it."""
+    held: dict[bool, int] = {}
+    for recompute in (False, True):
+        model = model_of("heads of 16")
+        model.transformer.kernels = kernels_for("heads of 16")
+        model.transformer.gradient_checkpointing = recompute
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):  # type: ignore[misc]
+            model(torch.zeros(2, 34, dtype=torch.long), torch.zeros(2, 34, dtype=torch.long))
+        held[recompute] = sum(sizes)
+
+    assert held[True] < held[False] / 2
+
+
+@needs_compiler
+def test_more_threads() -> None:
+    """Shares of the rows that are added up apart give the same gradients."""
+    model = model_of("heads of 16")
+    _, one = loss_and_gradients(model, kernels_for("heads of 16"), 51)
+    try:
+        torch.set_num_threads(3)
+        _, three = loss_and_gradients(model, compile_kernels(SHAPES["heads of 16"], torch.float32), 51)
+    finally:
+        torch.set_num_threads(1)
+
+    assert max(distance(three[name], one[name]) for name in one) < 2e-5
+
+
+@needs_compiler
+def test_without_gradients() -> None:
+    """Validation has the same loss, and keeps nothing."""
+    model = model_of("heads of 8")
+    ids = torch.arange(21).view(1, -1)
+    losses = []
+    for kernels in (None, kernels_for("heads of 8")):
+        model.transformer.kernels = kernels
+        with torch.no_grad():
+            _, loss = model(ids[:, :-1], ids[:, 1:])
+        assert not loss.requires_grad
+        losses.append(loss.item())
+
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def make_trainer(kernels: Kernels | None) -> Trainer:
+    """A small trainer."""
+    trainer = Trainer(TINY, CONFIG, tiny_source(CONFIG, TINY), torch.float32)
+    trainer.model.transformer.kernels = kernels
+    return trainer
+
+
+class Silence:
+    """Watches nothing."""
+
+    def on_step(self, report: object) -> None:
+        pass
+
+    def on_epoch(self, trainer: Trainer) -> None:
+        pass
+
+
+@needs_compiler
+def test_training_goes_on_byte_for_byte(tmp_path: Path) -> None:
+    """Saved after four steps and restored, a run ends as if it had never stopped, near to where the modules end."""
+    schedule = Schedule(total_steps=8, steps_per_epoch=4, val_steps=1)
+    kernels = kernels_for("heads of 8")
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    straight, first, second, modules = (make_trainer(made) for made in (kernels, kernels, kernels, None))
+    straight.fit(run, schedule, Silence(), lambda: False)
+    assert not first.fit(run, schedule, Silence(), lambda: first.step == 4)
+    second.restore(run.load_checkpoint()[0])
+    second.fit(run, schedule, Silence(), lambda: False)
+    modules.fit(run, schedule, Silence(), lambda: False)
+
+    assert {n: a.tobytes() for n, a in second.model.arrays().items()} == {
+        n: a.tobytes() for n, a in straight.model.arrays().items()
+    }
+    assert second.log.val == straight.log.val
+    assert second.log.val == pytest.approx(modules.log.val, rel=1e-3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", [name for name, _ in GPT(TINY).transformer.h[1].named_parameters()])
+def test_what_is_not_finite_is_noticed(name: str, value: float) -> None:
+    """A single entry of any weight that is not a number, or infinite, makes loss or gradient so too."""
+    trainer = make_trainer(kernels_for("heads of 8"))
+    with torch.no_grad():
+        dict(trainer.model.transformer.h[1].named_parameters())[name].view(-1)[3] = value
+
+    with pytest.raises(TrainingError, match="the loss is (nan|inf)|the gradient's norm (nan|inf)"):
+        trainer.update(1e-2)
+
+
+@needs_compiler
+def test_other_ranks_have_them_too() -> None:
+    """The plan that rank 0 sends has the others compile their own."""
+    for kernels in (None, kernels_for("heads of 8")):
+        leader = make_trainer(kernels)
+        follower = Replica.from_plan(leader.plan({**leader.own_tensors(), **leader.common_tensors()}), ALONE, 1)
+
+        assert (follower.model.transformer.kernels is None) == (kernels is None)
+
+
+class TestChoice:
+    @needs_compiler
+    def test_auto(self) -> None:
+        """Where there is a compiler, C; unless torch is asked for."""
+        found, reason = choose_kernels("auto", TINY, torch.bfloat16, CPU)
+        assert isinstance(found, Kernels)
+        assert (found.dtype, reason) == (torch.bfloat16, "compiled by cc")
+        assert choose_kernels("torch", TINY, torch.bfloat16, CPU) == (None, "as the run or its flags say")
+
+    @pytest.mark.parametrize(
+        ("changes", "device", "reason"),
+        [
+            ({}, "cuda", "those in C are not for cuda"),
+            ({"dropout": 0.1}, "cpu", "those in C know no dropout, and no blocks without biases"),
+            ({"bias": False}, "cpu", "those in C know no dropout, and no blocks without biases"),
+            ({"n_embd": 12}, "cpu", "those in C need heads of a multiple of 4, got 6"),
+        ],
+    )
+    def test_obstacles(self, changes: dict[str, float], device: str, reason: str) -> None:
+        """What they cannot do is left to torch, and said; it is an error only for those who insist."""
+        config = GPTConfig(**{"n_head": 2, "n_embd": 16, **changes})  # type: ignore[arg-type]
+        assert choose_kernels("auto", config, torch.float32, torch.device(device)) == (None, reason)
+        with pytest.raises(TrainingError) as error:
+            choose_kernels("c", config, torch.float32, torch.device(device))
+        assert str(error.value) == f"--kernels c: {reason}; take --kernels torch"
+
+    def test_another_processor(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where torch has none of the instructions that they were measured with, it computes."""
+        monkeypatch.setattr(compiled, "_instructions", lambda: "DEFAULT")
+        reason = "those in C are for AVX2 and AVX512, and this is DEFAULT"
+        assert choose_kernels("auto", TINY, torch.float32, CPU) == (None, reason)
+
+    @pytest.mark.parametrize(
+        ("script", "reason"),
+        [
+            (
+                "#!/bin/sh\necho 'x.c:1: error: no such thing' >&2\nexit 3\n",
+                r"\S*/compiler fails \(x.c:1: error: no such thing\)",
+            ),
+            ("#!/bin/sh\nexit 3\n", r"\S*/compiler fails \(\)"),
+            ("#!/bin/sh\nexit 0\n", r"what \S*/compiler makes cannot be loaded \(.*block.so.*\)"),
+            ("nothing that runs", r"\S*/compiler does not run \(.*Exec format error.*\)"),
+            ("#!/bin/sh\nexec sleep 30\n", r"\S*/compiler does not run \(.*timed out.*\)"),
+        ],
+    )
+    def test_compiler_fails(self, script: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One line says what the compiler said; with auto, torch computes."""
+        monkeypatch.setattr(compiled, "_instructions", lambda: "AVX2")
+        monkeypatch.setattr(compiled, "_TIMEOUT", 1.0)
+        compiler = tmp_path / "compiler"
+        compiler.write_text(script)
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CC", str(compiler))
+
+        kernels, said = choose_kernels("auto", TINY, torch.float32, CPU)
+        assert kernels is None
+        assert re.fullmatch(reason, said)
+        with pytest.raises(TrainingError, match=f"^--kernels c: {reason}; take --kernels torch$"):
+            choose_kernels("c", TINY, torch.float32, CPU)
+
+    def test_no_compiler(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Neither by CC nor by PATH."""
+        monkeypatch.setattr(compiled, "_instructions", lambda: "AVX2")
+        monkeypatch.setenv("CC", "/nowhere/cc -O1")
+        assert choose_kernels("auto", TINY, torch.float32, CPU) == (None, "no C compiler (/nowhere/cc, by PATH or CC)")
+        monkeypatch.delenv("CC")
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(TrainingError, match=r"^--kernels c: no C compiler \(cc, gcc, clang, by PATH or CC\); take"):
+            choose_kernels("c", TINY, torch.float32, CPU)
+
+    @needs_compiler
+    def test_flags_of_the_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """CC may have flags of its own."""
+        monkeypatch.setenv("CC", "cc -DNOTHING=1")
+        assert choose_kernels("c", TINY, torch.float32, CPU)[1] == "compiled by cc"
+
+    @needs_compiler
+    def test_nothing_is_left(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The folder in which they are made is gone."""
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        monkeypatch.setattr("tempfile.tempdir", None)
+        compile_kernels(TINY, torch.float32)
+        assert os.listdir(tmp_path) == []  # noqa: PTH208
