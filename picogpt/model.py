@@ -117,11 +117,11 @@ class _Transformer(nn.Module):
                 x = block(x, mask)
         return x
 
-    def forward(self, idx: Tensor, context: Tensor, blocks: Callable[[Tensor], Tensor]) -> Tensor:
-        """Take idx (B, n), context (B, C) and what `blocks` returned; return (B, S, C)."""
+    def forward(self, idx: Tensor, context: Tensor, blocks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Take idx (B, n), context (B, C) and what `blocks` returned, if it is for more windows; return (B, S, C)."""
         x = torch.cat((context.unsqueeze(1), self.wte(idx)), dim=1)  # (B, S, C)
         x = self.drop(x + self.wpe.weight[: x.size(1)])  # (B, S, C)
-        out: Tensor = self.ln_f(blocks(x))
+        out: Tensor = self.ln_f((blocks or self.blocks(x.size(0)))(x))
         return out
 
 

@@ -341,28 +341,41 @@ static inline int end_of(int row) {
     return end < COLUMNS ? end : COLUMNS;
 }
 
-static inline float largest(const float *x, int count) {
+/* Which of the entries from j on row i sees. Entries are masked rather than overwritten one by one: a vector that is read
+   right after parts of it were written waits for them. */
+static inline integers seen(int i, int j) {
+    integers lane;
+    for (int k = 0; k < LANES; k++) lane[k] = k;
+    return lane <= i - j;
+}
+
+static inline vector only(integers where, vector x) { return (vector)((integers)x & where); }
+
+static inline float largest(const float *x, int i) {
     float lanes[LANES];
     vector found = {0};
     int j = 0;
-    for (found += NEVER; j + LANES <= count; j += LANES) {
+    for (found += NEVER; j + LANES <= i + 1; j += LANES) {
         vector next = load_float(x + j);
         found = choose(next < found, found, next);
     }
+    if (j <= i) {
+        vector next = load_float(x + j);
+        found = choose(seen(i, j) & ~(next < found), next, found);
+    }
     store_float(lanes, found);
-    for (int i = 0; j + i < count; i++) lanes[i] = x[j + i] < lanes[i] ? lanes[i] : x[j + i];
     for (int width = LANES / 2; width; width /= 2) {
-        for (int i = 0; i < width; i++) lanes[i] = lanes[i + width] < lanes[i] ? lanes[i] : lanes[i + width];
+        for (int k = 0; k < width; k++) lanes[k] = lanes[k + width] < lanes[k] ? lanes[k] : lanes[k + width];
     }
     return lanes[0];
 }
 
-/* Scores of row i to share x e^(score - top), and to almost nothing beyond what it sees; returns their sum. */
+/* Scores of row i to share x e^(score - top), and to zero beyond what it sees; returns their sum. */
 static inline float weigh(float *scores, int i, float top, float share) {
     vector sum = {0};
-    for (int j = i + 1; j < end_of(i); j++) scores[j] = NEVER;
     for (int j = 0; j < end_of(i); j += LANES) {
         vector weights = exponential(load_float(scores + j) - top) * share;
+        if (j + LANES > i + 1) weights = only(seen(i, j), weights);
         store_float(scores + j, weights);
         sum += weights;
     }
@@ -377,7 +390,7 @@ static void attend(struct head *head, const number *qkv, const float *bias, numb
     transpose(head->columns, head->k, slots);
     multiply_causal(head->scores, head->q, head->columns, slots);
     for (int i = 0; i < slots; i++) {
-        tops[i] = largest(head->scores[i], i + 1);
+        tops[i] = largest(head->scores[i], i);
         shares[i] = 1 / weigh(head->scores[i], i, tops[i], 1);
     }
     combine_seen(out, WIDTH, 0, shares, head->scores, head->v, slots);
@@ -410,9 +423,10 @@ static void attend_backward(struct head *head, const number *gradient, const num
         for (int v = 0; v < VECTORS; v++) products += load(out + (long)i * WIDTH + v * LANES) * head->gradient[i][v];
         float mean = sum_of(products);
         weigh(weights, i, tops[i], shares[i]);
-        for (int j = i + 1; j < end_of(i); j++) scores[j] = mean;
         for (int j = 0; j < end_of(i); j += LANES) {
-            store_float(scores + j, load_float(weights + j) * (load_float(scores + j) - mean));
+            vector difference = load_float(scores + j) - mean;
+            if (j + LANES > i + 1) difference = only(seen(i, j), difference);
+            store_float(scores + j, load_float(weights + j) * difference);
         }
     }
     for (int i = 0; i < slots; i++) {
