@@ -13,9 +13,13 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_info
 
-from picogpt.device import instruction_set
+from picogpt.config import GPTConfig, TrainConfig
+from picogpt.data import Source
+from picogpt.device import CPU, choose_dtype, instruction_set
+from picogpt.kernels import choose_kernels
+from picogpt.train import Trainer
 
-__all__ = ["ROOT", "ROUNDS", "in_new_process", "in_turns", "machine"]
+__all__ = ["ROOT", "ROUNDS", "full_trainer", "in_new_process", "in_turns", "machine"]
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
@@ -47,3 +51,9 @@ def machine() -> str:
     blas = {library["architecture"] for library in threadpool_info() if library["internal_api"] == "openblas"}
     kernels = ", ".join(sorted(blas)) or "no OpenBLAS"
     return f"{threads}; numpy {np.__version__} ({kernels}), torch {torch.__version__}"
+
+
+def full_trainer(config: TrainConfig, source: Source, *, dtype: str = "auto", kernels: str = "auto") -> Trainer:
+    """The full model, trained as `picogpt-train` does with these flags."""
+    products, model = choose_dtype(dtype)[0], GPTConfig()
+    return Trainer(model, config, source, products, kernels=choose_kernels(kernels, model, products, CPU)[0])

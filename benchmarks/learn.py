@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.common import full_trainer
 from benchmarks.plain import PlainLoop
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import (
@@ -35,7 +36,7 @@ from picogpt.data import (
     resolve_stream,
 )
 from picogpt.data.batches import even_rolls
-from picogpt.device import choose_dtype, set_threads
+from picogpt.device import set_threads
 from picogpt.optim import learning_rate
 from picogpt.train import Trainer
 
@@ -99,9 +100,8 @@ def learn_fast(arguments: argparse.Namespace) -> Course:
     """Recipe fast, in this machine's own number type."""
     config = TrainConfig()
     source, val_batches = open_source(arguments, config)
-    dtype, reason = choose_dtype("auto")
-    print(f"fast: {reason}")
-    trainer = Trainer(GPTConfig(), config, source, dtype)
+    trainer = full_trainer(config, source)
+    print(f"fast: {describe(trainer)}")
     total = -(-arguments.chars // trainer.chars_per_step)
 
     def step() -> int:
@@ -122,9 +122,8 @@ def learn_seed(arguments: argparse.Namespace) -> Course:
     source, val_batches = open_source(arguments, config)
     loop: PlainLoop | Trainer = PlainLoop(GPTConfig(), config, source)
     if arguments.loop == "ours":
-        dtype, reason = choose_dtype("auto")
-        loop = Trainer(GPTConfig(), config, source, dtype)
-        print(f"seed, with our loop: {reason}")
+        loop = full_trainer(config, source)
+        print(f"seed, with our loop: {describe(loop)}")
     chars_per_step = config.batch_size * roll_len(config)
 
     def step() -> int:
@@ -138,6 +137,11 @@ def learn_seed(arguments: argparse.Namespace) -> Course:
     course = follow(step, validate, target=arguments.loss, every=arguments.every, most=arguments.chars_seed, name="seed")
     source.close()
     return course
+
+
+def describe(trainer: Trainer) -> str:
+    """What computes."""
+    return f"{trainer.dtype}, blocks by functions in {'torch' if trainer.model.transformer.kernels is None else 'C'}"
 
 
 def follow(step: Callable[[], int], validate: Callable[[], float], *, target: float, every: int, most: int, name: str) -> Course:

@@ -25,7 +25,7 @@ from picogpt.data import (
     draw_validation,
     find_shards,
 )
-from picogpt.device import choose_dtype, set_threads
+from picogpt.device import set_threads
 from picogpt.memory import peak_memory
 from picogpt.run import RunFolder
 from picogpt.train import Trainer, seconds_of
@@ -99,7 +99,7 @@ class Replay(RepeatedSource):
 def default_trainer(source: Source) -> Trainer:
     """The default model and batch, in this machine's own number type."""
     set_threads(None)
-    return Trainer(GPTConfig(), TrainConfig(), source, choose_dtype("auto")[0])
+    return full_trainer(TrainConfig(), source)
 
 
 def roll_len() -> int:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.common import in_new_process, in_turns, machine
+from benchmarks.common import full_trainer, in_new_process, in_turns, machine
 from benchmarks.plain import PlainLoop
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import RepeatedSource
-from picogpt.device import choose_dtype, set_threads
+from picogpt.device import CPU, choose_dtype, set_threads
+from picogpt.kernels import choose_kernels
 from picogpt.memory import peak_memory
 from picogpt.train import Trainer, seconds_of
 
@@ -35,6 +36,8 @@ class Found:
     machine: str
     dtype: str
     """Why the type of number was chosen."""
+    kernels: str
+    """Why what computes the blocks was."""
     peaks: dict[str, float]
     """FLOP/s of the fastest matrix product in each type."""
     types: dict[str, str]
@@ -70,7 +73,7 @@ def training(arguments: argparse.Namespace) -> None:
         environment, size = PROFILES[profile], arguments.batch_size
         found = in_new_process(measure, size, environment=environment)
         memory = {name: in_new_process(memory_of, name, size, environment=environment) for name in found.speeds}
-        print(f"\nprofile {profile}: {found.machine}\n{found.dtype}")
+        print(f"\nprofile {profile}: {found.machine}\n{found.dtype}; blocks: {found.kernels}")
         print("; ".join(f"{name} products reach {peak / 1e9:,.0f} GFLOP/s" for name, peak in found.peaks.items()))
         print(
             "\n| loop | products | characters/s | times plain | share of the peak | peak memory, MB |\n|---|---|---|---|---|---|"
@@ -86,13 +89,14 @@ def loops(batch_size: int) -> dict[str, Callable[[], Trainer | PlainLoop]]:
     """What makes each of the loops, with the model and number type that are the default here."""
     model, config = GPTConfig(), TrainConfig(batch_size=batch_size)
     source = RepeatedSource(roll_len=config.windows * model.context_len, batch_size=config.batch_size)
-    chosen = choose_dtype("auto")[0]
+    adamw = replace(config, optimizer="adamw")
     found: dict[str, Callable[[], Trainer | PlainLoop]] = {
-        "ours": lambda: Trainer(model, config, source, chosen),
-        "ours, --optimizer adamw": lambda: Trainer(model, replace(config, optimizer="adamw"), source, chosen),
+        "ours": lambda: full_trainer(config, source),
+        "ours, --kernels torch": lambda: full_trainer(config, source, kernels="torch"),
+        "ours, --optimizer adamw": lambda: full_trainer(adamw, source),
     }
-    if chosen is not torch.float32:
-        found["ours, --dtype float32"] = lambda: Trainer(model, config, source, torch.float32)
+    if choose_dtype("auto")[0] is not torch.float32:
+        found["ours, --dtype float32"] = lambda: full_trainer(config, source, dtype="float32")
     return {**found, "plain": lambda: PlainLoop(model, config, source)}
 
 
@@ -110,6 +114,7 @@ def measure(batch_size: int) -> Found:
     return Found(
         machine=machine(),
         dtype=choose_dtype("auto")[1],
+        kernels=choose_kernels("auto", GPTConfig(), torch.float32, CPU)[1],
         peaks={name: max(map(product_speed, PRODUCTS, [name] * len(PRODUCTS))) for name in ("float32", "bfloat16")},
         types=types,
         speeds=dict(zip(made, results, strict=True)),

@@ -17,7 +17,7 @@ from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Batch
 from picogpt.device import CPU, choose_device, flush_denormals, set_threads
 from picogpt.errors import RanksError, TrainingError
-from picogpt.kernels import choose_kernels
+from picogpt.kernels import Kernels, choose_kernels
 from picogpt.model import GPT
 from picogpt.optim import OuterOptimizer, build_optimizers, set_learning_rate
 from picogpt.ranks import ALONE, Ranks, reaching
@@ -56,6 +56,7 @@ class Replica:
         dtype: type of the matrix products; bfloat16 is used through autocast, weights and sums stay float32.
         device: where it is.
         ranks: those that train with it.
+        kernels: what computes the blocks, instead of torch's functions.
     """
 
     def __init__(
@@ -66,10 +67,12 @@ class Replica:
         *,
         device: torch.device = CPU,
         ranks: Ranks = ALONE,
+        kernels: Kernels | None = None,
     ) -> None:
         self.config, self.dtype, self.device, self.ranks = config, dtype, device, ranks
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(device)
+        self.model.transformer.kernels = kernels
         self.optimizers = build_optimizers(self.model, config, dtype)
         self.outer = OuterOptimizer(self.model.parameters()) if config.sync_every else None
         self.step = 0
@@ -118,8 +121,9 @@ class Replica:
         flush_denormals()
         set_threads(threads or plan.threads)
         device = choose_device(plan.device, ranks.local_rank)[0]
-        replica = cls(GPTConfig(**plan.model), TrainConfig(**plan.train), getattr(torch, plan.dtype), device=device, ranks=ranks)
-        replica.model.transformer.kernels = choose_kernels(plan.kernels, replica.model.config, replica.dtype, device)[0]
+        model, dtype = GPTConfig(**plan.model), getattr(torch, plan.dtype)
+        kernels, _ = choose_kernels(plan.kernels, model, dtype, device)
+        replica = cls(model, TrainConfig(**plan.train), dtype, device=device, ranks=ranks, kernels=kernels)
         if plan.compiled:
             replica.compile_blocks()
         replica.model.transformer.gradient_checkpointing = plan.gradient_checkpointing

@@ -18,6 +18,7 @@ from picogpt.config import GPTConfig, Schedule, TrainConfig
 from picogpt.data import Source, Stop, WaitInterrupted
 from picogpt.device import CPU
 from picogpt.errors import DataError, TrainingError
+from picogpt.kernels import Kernels
 from picogpt.optim import learning_rate
 from picogpt.ranks import ALONE, Kind, Ranks
 from picogpt.replica import Replica, pack_step, under
@@ -61,6 +62,7 @@ class Trainer(Replica):
         dtype: type of the matrix products; bfloat16 is used through autocast, weights and sums stay float32.
         device: where it computes.
         ranks: those that train with it.
+        kernels: what computes the blocks, instead of torch's functions.
     """
 
     def __init__(
@@ -72,8 +74,9 @@ class Trainer(Replica):
         *,
         device: torch.device = CPU,
         ranks: Ranks = ALONE,
+        kernels: Kernels | None = None,
     ) -> None:
-        super().__init__(model_config, config, dtype, device=device, ranks=ranks)
+        super().__init__(model_config, config, dtype, device=device, ranks=ranks, kernels=kernels)
         self.source = source
         self.log = LossLog()
         self.seconds = 0.0

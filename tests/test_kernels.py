@@ -194,9 +194,7 @@ def test_without_gradients() -> None:
 
 def make_trainer(kernels: Kernels | None) -> Trainer:
     """A small trainer."""
-    trainer = Trainer(TINY, CONFIG, tiny_source(CONFIG, TINY), torch.float32)
-    trainer.model.transformer.kernels = kernels
-    return trainer
+    return Trainer(TINY, CONFIG, tiny_source(CONFIG, TINY), torch.float32, kernels=kernels)
 
 
 class Silence:

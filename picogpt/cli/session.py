@@ -159,8 +159,7 @@ class Session:
         from picogpt.train import Trainer
 
         machine = self._machine
-        trainer = Trainer(model, config, source, machine.dtype, device=machine.device, ranks=self._ranks)
-        trainer.model.transformer.kernels = machine.kernels
+        trainer = Trainer(model, config, source, machine.dtype, device=machine.device, ranks=self._ranks, kernels=machine.kernels)
         if machine.compile:
             trainer.compile_blocks()
         trainer.model.transformer.gradient_checkpointing = self.request.gradient_checkpointing
