@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from benchmarks.common import full_trainer
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import (
     ArticleReader,
