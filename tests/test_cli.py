@@ -307,7 +307,7 @@ class TestTrain:
         if shutil.which("cc") is None:
             pytest.skip("needs a C compiler")
         assert train.main(in_c) == 0
-        assert "1 threads, blocks by functions in C (compiled by cc)\n" in capsys.readouterr().err
+        assert "1 threads, blocks by functions in C (compiled by cc, their products by oneDNN)\n" in capsys.readouterr().err
         assert json.loads(Path("logs/numbers/config.json").read_text())["kernels"] == "c"
         monkeypatch.setenv("CC", "/nowhere/cc")
         assert train.main(["--run", "numbers", "--epochs", "3"]) == 1

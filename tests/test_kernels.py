@@ -163,6 +163,19 @@ def test_recomputing_keeps_less() -> None:
 
 
 @needs_compiler
+def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch without it multiplies by itself, to the same gradients."""
+    model = model_of("heads of 16")
+    _, expected = loss_and_gradients(model, kernels_for("heads of 16"), 51)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    kernels, reason = choose_kernels("auto", SHAPES["heads of 16"], torch.float32, CPU)
+    _, found = loss_and_gradients(model, kernels, 51)
+
+    assert reason == "compiled by cc"
+    assert max(distance(found[name], expected[name]) for name in expected) < 2e-5
+
+
+@needs_compiler
 def test_more_threads() -> None:
     """Shares of the rows that are added up apart give the same gradients."""
     model = model_of("heads of 16")
@@ -255,9 +268,10 @@ class TestChoice:
     @needs_compiler
     def test_auto(self) -> None:
         """Where there is a compiler, C; unless torch is asked for."""
-        found, reason = choose_kernels("auto", TINY, torch.bfloat16, CPU)
-        assert isinstance(found, Kernels)
-        assert (found.dtype, reason) == (torch.bfloat16, "compiled by cc")
+        for dtype, reason in ((torch.bfloat16, "compiled by cc"), (torch.float32, "compiled by cc, their products by oneDNN")):
+            found, said = choose_kernels("auto", TINY, dtype, CPU)
+            assert isinstance(found, Kernels)
+            assert (found.dtype, said) == (dtype, reason)
         assert choose_kernels("torch", TINY, torch.bfloat16, CPU) == (None, "as the run or its flags say")
 
     @pytest.mark.parametrize(
@@ -325,7 +339,7 @@ class TestChoice:
     def test_flags_of_the_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """CC may have flags of its own."""
         monkeypatch.setenv("CC", "cc -DNOTHING=1")
-        assert choose_kernels("c", TINY, torch.float32, CPU)[1] == "compiled by cc"
+        assert choose_kernels("c", TINY, torch.bfloat16, CPU)[1] == "compiled by cc"
 
     @needs_compiler
     def test_nothing_is_left(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,23 @@ class _Saved(NamedTuple):
     hidden: Tensor
 
 
+class _MatrixSum:
+    """The gradient of a matrix (out, in); as oneDNN is faster at those with fewer rows than columns, it is kept like that for it."""
+
+    def __init__(self, kernels: Kernels, weight: Tensor) -> None:
+        self._kernels, self._transposed = kernels, kernels.onednn and weight.size(0) > weight.size(1)
+        self._sum = torch.zeros_like(weight.T if self._transposed else weight, memory_format=torch.contiguous_format)
+
+    def add(self, of_rows: Tensor, rows: Tensor) -> None:
+        """Add what comes of `rows` (R, in), which the matrix was multiplied with, and the product's gradient (R, out)."""
+        left, right = (rows, of_rows) if self._transposed else (of_rows, rows)
+        self._kernels.add_product(self._sum, left, right)
+
+    def total(self) -> Tensor:
+        """The gradient (out, in), float32."""
+        return (self._sum.T if self._transposed else self._sum).float()
+
+
 class _Sums:
     """Gradients of a block's weights, as they add up over the windows of a roll: in bfloat16 for matrices of that type.
 
@@ -53,13 +70,14 @@ class _Sums:
         width, new = weights.norm_1.size(0), weights.norm_1.new_zeros
         self.norm_1, self.norm_2 = new(kernels.threads, 3, width), new(kernels.threads, 3, width)
         self.attn_bias, self.fc_bias = new(rolls, 3 * width), new(kernels.threads, 4 * width)
-        self.attn, self.proj, self.fc, self.out = map(torch.zeros_like, (weights.attn, weights.proj, weights.fc, weights.out))
+        matrices = (weights.attn, weights.proj, weights.fc, weights.out)
+        self.attn, self.proj, self.fc, self.out = (_MatrixSum(kernels, weight) for weight in matrices)
 
     def totals(self, out_bias: Tensor) -> _Weights:
         """The gradients of all weights; that of the last bias is known to what comes after the block."""
         (norm_1, norm_1_bias, _), (norm_2, norm_2_bias, proj_bias) = self.norm_1.sum(0), self.norm_2.sum(0)
         attn_bias, fc_bias = self.attn_bias.sum(0), self.fc_bias.sum(0)
-        attn, proj, fc, out = (matrix.float() for matrix in (self.attn, self.proj, self.fc, self.out))
+        attn, proj, fc, out = (matrix.total() for matrix in (self.attn, self.proj, self.fc, self.out))
         return _Weights(
             norm_1, norm_1_bias, attn, attn_bias, proj, proj_bias, norm_2, norm_2_bias, fc, fc_bias, out, out_bias
         )  # fmt: skip
@@ -99,21 +117,23 @@ class FusedBlocks:
     def forward(self, index: int, normed: Normed) -> tuple[_Saved, Tensor]:
         """Block `index`, from its first LayerNorm on: what to save, and what is to be added to `middle`, with the last bias."""
         kernels, weights = self.kernels, self.weights[index]
-        qkv = normed.out @ weights.attn.T
+        qkv = kernels.linear(normed.out, weights.attn)
         read, scores = kernels.attention(qkv, weights.attn_bias, self.rolls)
-        branch = read @ weights.proj.T
+        branch = kernels.linear(read, weights.proj)
         middle = kernels.add_layer_norm(normed.x, branch, weights.proj_bias, weights.norm_2, weights.norm_2_bias)
-        hidden = middle.out @ weights.fc.T
-        branch = kernels.gelu(hidden, weights.fc_bias) @ weights.out.T
+        hidden = kernels.linear(middle.out, weights.fc)
+        branch = kernels.linear(kernels.gelu(hidden, weights.fc_bias), weights.out)
         return _Saved(normed.statistics, qkv, read, scores, middle.x, middle.statistics, hidden), branch
 
     def backward(self, index: int, rows: Tensor, saved: _Saved, gradient: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient of `rows`, which block `index` was given, from that of its result; both also in the products' type."""
         kernels, weights, sums = self.kernels, self.weights[index], self.sums[index]
-        d_hidden, active = kernels.gelu_backward(d_out @ weights.out, saved.hidden, weights.fc_bias, sums.fc_bias)
-        sums.out.addmm_(d_out.T, active)
+        d_hidden, active = kernels.gelu_backward(
+            kernels.linear(d_out, weights.out.T), saved.hidden, weights.fc_bias, sums.fc_bias
+        )
+        sums.out.add(d_out, active)
         normed, d_middle, d_read = kernels.layer_norm_backward(
-            d_hidden @ weights.fc,
+            kernels.linear(d_hidden, weights.fc.T),
             saved.middle,
             weights.norm_2,
             weights.norm_2_bias,
@@ -121,13 +141,18 @@ class FusedBlocks:
             residual=gradient,
             sums=sums.norm_2,
         )
-        sums.fc.addmm_(d_hidden.T, normed)
-        sums.proj.addmm_(d_read.T, saved.read)
+        sums.fc.add(d_hidden, normed)
+        sums.proj.add(d_read, saved.read)
         d_qkv = kernels.attention_backward(
-            d_read @ weights.proj, saved.qkv, weights.attn_bias, saved.read, statistics=saved.scores, sums=sums.attn_bias
+            kernels.linear(d_read, weights.proj.T),
+            saved.qkv,
+            weights.attn_bias,
+            saved.read,
+            statistics=saved.scores,
+            sums=sums.attn_bias,
         )
         normed, dx, dx_number = kernels.layer_norm_backward(
-            d_qkv @ weights.attn,
+            kernels.linear(d_qkv, weights.attn.T),
             rows,
             weights.norm_1,
             weights.norm_1_bias,
@@ -135,7 +160,7 @@ class FusedBlocks:
             residual=d_middle,
             sums=sums.norm_1,
         )
-        sums.attn.addmm_(d_qkv.T, normed)
+        sums.attn.add(d_qkv, normed)
         return dx, dx_number
 
 

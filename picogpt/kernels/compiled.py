@@ -76,12 +76,31 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, config: GPTConfig, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.threads = torch.get_num_threads()
+        # What torch itself takes for bfloat16; in float32 it takes MKL, which has half the speed of oneDNN on some processors.
+        self.onednn: bool = dtype == torch.float32 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         self._heads, self._width = config.n_head, config.n_embd
         self._library = library
         for name, count in _POINTERS.items():
             numbers = 4 if name.startswith("attention") else 2
             function = getattr(library, name)
             function.argtypes, function.restype = [ctypes.c_void_p] * count + [ctypes.c_int] * numbers, None
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The product of x (R, in) and weight (out, in), transposed: (R, out)."""
+        if self.onednn:
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+            return product
+        return x @ weight.T
+
+    def add_product(self, sums: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add the product of left (R, n), transposed, and right (R, m) to sums (n, m).
+
+        With oneDNN n is better the smaller one: 11 to 15 % sooner in float32, with AVX2 and 516 rows.
+        """
+        if self.onednn:
+            sums.add_(self.linear(left.T, right.T))
+        else:
+            sums.addmm_(left.T, right)
 
     def add(self, x: Tensor, branch: Tensor, bias: Tensor) -> Tensor:
         """The sum of x (R, C), branch (R, C), which is in `dtype`, and bias (C)."""
@@ -189,7 +208,8 @@ def choose_kernels(name: str, config: GPTConfig, dtype: torch.dtype, device: tor
     reason = _obstacle(config, device)
     if reason is None:
         try:
-            return compile_kernels(config, dtype), f"compiled by {_compiler()[0]}"
+            made = compile_kernels(config, dtype)
+            return made, f"compiled by {_compiler()[0]}" + (", their products by oneDNN" if made.onednn else "")
         except TrainingError as error:
             reason = str(error)
     if name == "c":
