@@ -54,14 +54,19 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x
     gram = torch.bmm(x, x.mT)
-    product: Tensor | None = None
-    for a, b, c in _POLAR_EXPRESS:
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal(dim1=1, dim2=2).add_(a)
-        product = factor if product is None else torch.bmm(factor, product)
+    product = factor = _factor(gram, *_POLAR_EXPRESS[0])
+    for coefficients in _POLAR_EXPRESS[1:]:
         gram = torch.bmm(torch.bmm(factor, gram), factor)
-    assert product is not None
+        factor = _factor(gram, *coefficients)
+        product = torch.bmm(factor, product)
     return torch.bmm(product, x)
+
+
+def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """A + b gram + c gram^2: what an iteration multiplies by."""
+    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal(dim1=1, dim2=2).add_(a)
+    return factor
 
 
 class _Part(NamedTuple):

@@ -44,19 +44,20 @@ class _Saved(NamedTuple):
 
 
 class _MatrixSum:
-    """The gradient of a matrix (out, in); as oneDNN is faster at those with fewer rows than columns, it is kept like that for it."""
+    """The gradient of a matrix (out, in), kept the way round in which it is added to sooner."""
 
     def __init__(self, kernels: Kernels, weight: Tensor) -> None:
         self._kernels, self._transposed = kernels, kernels.onednn and weight.size(0) > weight.size(1)
-        self._sum = torch.zeros_like(weight.T if self._transposed else weight, memory_format=torch.contiguous_format)
+        self._sum: Tensor | None = None
 
     def add(self, of_rows: Tensor, rows: Tensor) -> None:
         """Add what comes of `rows` (R, in), which the matrix was multiplied with, and the product's gradient (R, out)."""
         left, right = (rows, of_rows) if self._transposed else (of_rows, rows)
-        self._kernels.add_product(self._sum, left, right)
+        self._sum = self._kernels.add_product(self._sum, left, right)
 
     def total(self) -> Tensor:
         """The gradient (out, in), float32."""
+        assert self._sum is not None
         return (self._sum.T if self._transposed else self._sum).float()
 
 

@@ -92,15 +92,15 @@ class Kernels:
             return product
         return x @ weight.T
 
-    def add_product(self, sums: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add the product of left (R, n), transposed, and right (R, m) to sums (n, m).
+    def add_product(self, sums: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+        """The product of left (R, n), transposed, and right (R, m), added to sums (n, m) if there are some.
 
-        With oneDNN n is better the smaller one: 11 to 15 % sooner in float32, with AVX2 and 516 rows.
+        With oneDNN n is better the smaller one: 11 to 15 % sooner than MKL in float32, with AVX2 and 516 rows.
         """
-        if self.onednn:
-            sums.add_(self.linear(left.T, right.T))
-        else:
-            sums.addmm_(left.T, right)
+        if sums is not None and not self.onednn:
+            return sums.addmm_(left.T, right)
+        product = self.linear(left.T, right.T)
+        return product if sums is None else sums.add_(product)
 
     def add(self, x: Tensor, branch: Tensor, bias: Tensor) -> Tensor:
         """The sum of x (R, C), branch (R, C), which is in `dtype`, and bias (C)."""
@@ -110,9 +110,13 @@ class Kernels:
 
     def add_backward(self, gradient: Tensor, sums: Tensor) -> Tensor:
         """Of the gradient (R, C) of `add`, that of the branch, in `dtype`; that of the bias is added to sums (threads, C)."""
-        branch = torch.empty_like(gradient, dtype=self.dtype)
+        branch = self._number_like(gradient)
         self._library.add_backward(*_addresses(gradient, branch, sums), gradient.size(0), self.threads)
         return branch
+
+    def _number_like(self, x: Tensor) -> Tensor:
+        """Where x is to be written in `dtype`: onto itself if that is its own."""
+        return x if self.dtype == x.dtype else torch.empty_like(x, dtype=self.dtype)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Normed:
         """LayerNorm of x (R, C)."""
@@ -144,7 +148,8 @@ class Kernels:
         Returns:
             The output again, in `dtype`; the gradient of x, and the same in `dtype`.
         """
-        out, branch, dx = torch.empty_like(gradient), torch.empty_like(gradient), torch.empty_like(x)
+        out, dx = torch.empty_like(gradient), torch.empty_like(x)
+        branch = self._number_like(dx)
         tensors = (gradient, x, weight, bias, *statistics, residual, out, dx, branch, sums)
         self._library.layer_norm_backward(*_addresses(*tensors), x.size(0), self.threads)
         return out, dx, branch
