@@ -3,6 +3,7 @@
 python scripts/benchmark.py generate [--model RUN]
 python scripts/benchmark.py load --folder DIR
 python scripts/benchmark.py train [--profile native|laptop|both] [--batch-size N]
+python scripts/benchmark.py kernels [--batch-size N]
 python scripts/benchmark.py ranks [--link RATE]
 python scripts/benchmark.py learn --text FILE... | --folder DIR --loss X [--chars N] [--only fast|seed]
 """
@@ -17,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import machine
 from benchmarks.generate import generation
+from benchmarks.kernels import add_arguments as add_kernels_arguments
+from benchmarks.kernels import comparing
 from benchmarks.learn import add_arguments as add_learn_arguments
 from benchmarks.learn import learning
 from benchmarks.load import loading
@@ -39,6 +42,9 @@ def main() -> None:
     train_parser = commands.add_parser("train", help="the training loop against a plain one")
     add_train_arguments(train_parser)
     train_parser.set_defaults(run=training)
+    kernels_parser = commands.add_parser("kernels", help="torch's functions against those in C")
+    add_kernels_arguments(kernels_parser)
+    kernels_parser.set_defaults(run=comparing)
     ranks_parser = commands.add_parser("ranks", help="several ranks against one")
     add_ranks_arguments(ranks_parser)
     ranks_parser.set_defaults(run=several_ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -18,6 +19,7 @@ import torch
 from picogpt.cli import forecast
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Corpus, TextSource
+from picogpt.device import instruction_set
 from tests.hub import Hub, free_port
 
 HUB_PORT = free_port()
@@ -47,6 +49,12 @@ TINY_FLAGS = [
     "--threads",
     "1",
 ]
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("cc") is None or instruction_set() not in {"AVX2", "AVX512"},
+    reason="needs a C compiler, and a processor with AVX2",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
 
 import pytest
@@ -9,13 +11,14 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import in_turns, machine
+from benchmarks.kernels import comparing
 from benchmarks.learn import follow
 from benchmarks.plain import PlainLoop
 from benchmarks.ranks import launch
 from benchmarks.train import flops_per_char
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.train import Trainer
-from tests.conftest import TINY, tiny_source
+from tests.conftest import TINY, needs_compiler, tiny_source
 
 CONFIG = TrainConfig(optimizer="adamw", batch_size=2, windows=3)
 
@@ -70,3 +73,13 @@ def test_learning_ends_at_the_target(capsys: pytest.CaptureFixture[str], target:
 
     assert (course.chars, course.reached) == (chars, reached)
     assert capsys.readouterr().out.count("characters in 0 s, validation loss") == chars // 20
+
+
+@needs_compiler
+def test_kernels_are_compared(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line for each of the three, with a time for torch and one for C."""
+    monkeypatch.setattr("benchmarks.kernels.REPEATS", 1)
+    comparing(argparse.Namespace(batch_size=1))
+
+    rows = re.findall(r"^\| (\D+) \| ([\d,]+) \| ([\d,]+) \|$", capsys.readouterr().out, re.M)
+    assert [row[0] for row in rows] == ["attention", "GELU", "residual path and LayerNorm"]

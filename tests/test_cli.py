@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from picogpt.errors import Interrupted, PicoGPTError
 from picogpt.run import RunFolder
 from picogpt.tokenizer import CharTokenizer
 from picogpt.train import Trainer
-from tests.conftest import TINY_FLAGS
+from tests.conftest import TINY_FLAGS, needs_compiler
 
 THREADS = processes_for(GPTConfig(n_layer=1, n_head=2, n_embd=16, context_len=8), None)
 """Processes that generate with a tiny model here."""
@@ -300,12 +299,11 @@ class TestTrain:
         assert len(asked) == 2
         assert "compile is False and was True: the run goes on, but not byte for byte" in capsys.readouterr().err
 
+    @needs_compiler
     def test_kernels(self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         """A run in C says so, keeps to it, cannot go on without a compiler, and says when it goes on otherwise."""
         in_c = [flag if flag != "torch" else "c" for flag in training(text_file)]
         obstacle = "--kernels c: no C compiler (/nowhere/cc, by PATH or CC); take --kernels torch"
-        if shutil.which("cc") is None:
-            pytest.skip("needs a C compiler")
         assert train.main(in_c) == 0
         assert "1 threads, blocks by functions in C (compiled by cc, their products by oneDNN)\n" in capsys.readouterr().err
         assert json.loads(Path("logs/numbers/config.json").read_text())["kernels"] == "c"

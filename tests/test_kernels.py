@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 from functools import cache
 from pathlib import Path
 
@@ -20,12 +19,8 @@ from picogpt.ranks import ALONE
 from picogpt.replica import Replica
 from picogpt.run import RunFolder
 from picogpt.train import Trainer
-from tests.conftest import TINY, tiny_source
+from tests.conftest import TINY, needs_compiler, tiny_source
 
-needs_compiler = pytest.mark.skipif(
-    shutil.which("cc") is None or compiled._instructions() not in compiled._FLAGS_FOR,
-    reason="needs a C compiler, and a processor with AVX2",
-)
 SHAPES = {
     "heads of 4": GPTConfig(n_layer=1, n_head=3, n_embd=12, context_len=5),
     "heads of 8": TINY,
