@@ -25,6 +25,7 @@ from picogpt.cli.settings import Request
 from picogpt.config import GPTConfig
 from picogpt.engine.window import processes_for
 from picogpt.errors import Interrupted, PicoGPTError
+from picogpt.kernels import Kernels
 from picogpt.run import RunFolder
 from picogpt.tokenizer import CharTokenizer
 from picogpt.train import Trainer
@@ -304,7 +305,11 @@ class TestTrain:
         """A run in C says so, keeps to it, cannot go on without a compiler, and says when it goes on otherwise."""
         in_c = [flag if flag != "torch" else "c" for flag in training(text_file)]
         obstacle = "--kernels c: no C compiler (/nowhere/cc, by PATH or CC); take --kernels torch"
+        computed: list[Kernels] = []
+        attention = Kernels.attention
+        monkeypatch.setattr(Kernels, "attention", lambda self, *given: computed.append(self) or attention(self, *given))  # type: ignore[func-returns-value]
         assert train.main(in_c) == 0
+        assert computed
         assert "1 threads, blocks by functions in C (compiled by cc, their products by oneDNN)\n" in capsys.readouterr().err
         assert json.loads(Path("logs/numbers/config.json").read_text())["kernels"] == "c"
         monkeypatch.setenv("CC", "/nowhere/cc")

@@ -250,6 +250,23 @@ def test_what_is_not_finite_is_noticed(name: str, value: float) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("instructions", [None, "AVX2"])
+def test_rounding_to_bfloat16(instructions: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch rounds: to nearest, ties to even, with what is infinite or not a number, of any bits, kept."""
+    if instructions is not None:
+        monkeypatch.setattr(compiled, "_instructions", lambda: instructions)
+    kernels = compile_kernels(SHAPES["heads of 16"], torch.bfloat16)
+    torch.manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (1000, 32)).int()
+    bits[0, :8] = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, 0x3F808000, 0x3F818000, 0x7F7FFFFF, 0])
+    x = bits.view(torch.float32)
+    x = torch.where(x.abs() < 1e-37, 0, x)  # smaller ones may become zero
+    found = kernels.add_backward(x, torch.zeros(kernels.threads, 32))
+
+    torch.testing.assert_close(found, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@needs_compiler
 def test_other_ranks_have_them_too() -> None:
     """The plan that rank 0 sends has the others compile their own."""
     for kernels in (None, kernels_for("heads of 8")):
