@@ -27,6 +27,8 @@ SHAPES = {
     "heads of 16": GPTConfig(n_layer=2, n_head=2, n_embd=32, context_len=17),
     "heads of 32": GPTConfig(n_layer=1, n_head=2, n_embd=64, context_len=128),
     "heads of 64": GPTConfig(n_layer=1, n_head=1, n_embd=64, context_len=64),
+    "long windows": GPTConfig(n_layer=1, n_head=1, n_embd=8, context_len=512),
+    "heads of 20": GPTConfig(n_layer=1, n_head=3, n_embd=60, context_len=1),
 }
 CONFIG = TrainConfig(batch_size=2, windows=3, lr=1e-2, warmup_steps=2)
 CPU = torch.device("cpu")
@@ -292,6 +294,7 @@ class TestChoice:
             ({}, "cuda", "those in C are not for cuda"),
             ({"dropout": 0.1}, "cpu", "those in C know no dropout, and no blocks without biases"),
             ({"bias": False}, "cpu", "those in C know no dropout, and no blocks without biases"),
+            ({"context_len": 513}, "cpu", "those in C are for windows of at most 512, got 513"),
             ({"n_embd": 12}, "cpu", "those in C need heads of a multiple of 4, got 6"),
         ],
     )

@@ -129,37 +129,20 @@ class FusedBlocks:
     def backward(self, index: int, rows: Tensor, saved: _Saved, gradient: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient of `rows`, which block `index` was given, from that of its result; both also in the products' type."""
         kernels, weights, sums = self.kernels, self.weights[index], self.sums[index]
-        d_hidden, active = kernels.gelu_backward(
-            kernels.linear(d_out, weights.out.T), saved.hidden, weights.fc_bias, sums.fc_bias
-        )
+        d_active = kernels.linear(d_out, weights.out.T)
+        d_hidden, active = kernels.gelu_backward(d_active, saved.hidden, weights.fc_bias, sums.fc_bias)
         sums.out.add(d_out, active)
-        normed, d_middle, d_read = kernels.layer_norm_backward(
-            kernels.linear(d_hidden, weights.fc.T),
-            saved.middle,
-            weights.norm_2,
-            weights.norm_2_bias,
-            statistics=saved.statistics_2,
-            residual=gradient,
-            sums=sums.norm_2,
+        norm = (kernels.linear(d_hidden, weights.fc.T), saved.middle, weights.norm_2, weights.norm_2_bias)
+        normed, d_middle, d_proj = kernels.layer_norm_backward(
+            *norm, statistics=saved.statistics_2, residual=gradient, sums=sums.norm_2
         )
         sums.fc.add(d_hidden, normed)
-        sums.proj.add(d_read, saved.read)
-        d_qkv = kernels.attention_backward(
-            kernels.linear(d_read, weights.proj.T),
-            saved.qkv,
-            weights.attn_bias,
-            saved.read,
-            statistics=saved.scores,
-            sums=sums.attn_bias,
-        )
+        sums.proj.add(d_proj, saved.read)
+        attention = (kernels.linear(d_proj, weights.proj.T), saved.qkv, weights.attn_bias, saved.read)
+        d_qkv = kernels.attention_backward(*attention, statistics=saved.scores, sums=sums.attn_bias)
+        norm = (kernels.linear(d_qkv, weights.attn.T), rows, weights.norm_1, weights.norm_1_bias)
         normed, dx, dx_number = kernels.layer_norm_backward(
-            kernels.linear(d_qkv, weights.attn.T),
-            rows,
-            weights.norm_1,
-            weights.norm_1_bias,
-            statistics=saved.statistics_1,
-            residual=d_middle,
-            sums=sums.norm_1,
+            *norm, statistics=saved.statistics_1, residual=d_middle, sums=sums.norm_1
         )
         sums.attn.add(d_qkv, normed)
         return dx, dx_number

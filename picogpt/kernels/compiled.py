@@ -35,6 +35,8 @@ _FLAGS_FOR = {"AVX512": "-march=native -mprefer-vector-width=512", "AVX2": "-mav
 """More of them, by the name that torch has for the vector instructions that it uses."""
 _LANES = 4
 """Entries of the shortest vectors, which a head is cut into."""
+_MAX_CONTEXT_LEN = 512
+"""Beyond it a head's scores no longer fit in a core's cache, which is what the functions live by."""
 _TIMEOUT = 60.0
 """Seconds that a compiler has."""
 _POINTERS = {
@@ -230,6 +232,8 @@ def _obstacle(config: GPTConfig, device: torch.device) -> str | None:
         return "those in C know no dropout, and no blocks without biases"
     if config.n_embd // config.n_head % _LANES:
         return f"those in C need heads of a multiple of {_LANES}, got {config.n_embd // config.n_head}"
+    if config.context_len > _MAX_CONTEXT_LEN:
+        return f"those in C are for windows of at most {_MAX_CONTEXT_LEN}, got {config.context_len}"
     if _instructions() not in _FLAGS_FOR:
         return f"those in C are for AVX2 and AVX512, and this is {_instructions()}"
     return None
