@@ -24,7 +24,7 @@
 #define REGISTERS 8
 #endif
 #define UP(n, unit) (((n) + (unit) - 1) / (unit) * (unit))
-#define VECTORS (HEAD / LANES) /* of an entry of a head */
+#define VECTORS (HEAD / LANES) /* that hold the entries of one slot in a head */
 #define ROWS (REGISTERS / VECTORS > 1 ? REGISTERS / VECTORS : 1)
 /* A tile of scores: so many rows, and vectors of columns. */
 #define TILE_COLUMNS (LANES == 16 ? 3 : 2)
