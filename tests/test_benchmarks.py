@@ -81,5 +81,5 @@ def test_kernels_are_compared(capsys: pytest.CaptureFixture[str], monkeypatch: p
     monkeypatch.setattr("benchmarks.kernels.REPEATS", 1)
     comparing(argparse.Namespace(batch_size=1))
 
-    rows = re.findall(r"^\| (\D+) \| ([\d,]+) \| ([\d,]+) \|$", capsys.readouterr().out, re.M)
+    rows = re.findall(r"^\| ([A-Za-z ]+) \| ([\d,]+) \| ([\d,]+) \|$", capsys.readouterr().out, re.M)
     assert [row[0] for row in rows] == ["attention", "GELU", "residual path and LayerNorm"]
