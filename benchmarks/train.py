@@ -114,7 +114,7 @@ def measure(batch_size: int) -> Found:
     return Found(
         machine=machine(),
         dtype=choose_dtype("auto")[1],
-        kernels=choose_kernels("auto", GPTConfig(), torch.float32, CPU)[1],
+        kernels=choose_kernels("auto", GPTConfig(), choose_dtype("auto")[0], CPU)[1],
         peaks={name: max(map(product_speed, PRODUCTS, [name] * len(PRODUCTS))) for name in ("float32", "bfloat16")},
         types=types,
         speeds=dict(zip(made, results, strict=True)),

@@ -543,7 +543,7 @@ class RunSettings:
                 ranks=int(content.get("ranks", 1)),
                 device=str(content.get("device", "cpu")),
                 compile=bool(content.get("compile", False)),
-                kernels=str(content.get("kernels", "torch")),
+                kernels=str(check_kernels(content.get("kernels", "torch"))),
                 origin=content.get("origin"),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:

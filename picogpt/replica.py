@@ -70,6 +70,8 @@ class Replica:
         kernels: Kernels | None = None,
     ) -> None:
         self.config, self.dtype, self.device, self.ranks = config, dtype, device, ranks
+        shape = (model_config.n_embd, model_config.n_head, model_config.context_len)
+        assert kernels is None or (kernels.shape, kernels.dtype) == (shape, dtype), "compiled for another model"
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(device)
         self.model.transformer.kernels = kernels

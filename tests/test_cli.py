@@ -305,6 +305,7 @@ class TestTrain:
         """A run in C says so, keeps to it, cannot go on without a compiler, and says when it goes on otherwise."""
         in_c = [flag if flag != "torch" else "c" for flag in training(text_file)]
         obstacle = "--kernels c: no C compiler (/nowhere/cc, by PATH or CC); take --kernels torch"
+        monkeypatch.delenv("CC", raising=False)
         computed: list[Kernels] = []
         attention = Kernels.attention
         monkeypatch.setattr(Kernels, "attention", lambda self, *given: computed.append(self) or attention(self, *given))  # type: ignore[func-returns-value]
@@ -312,6 +313,10 @@ class TestTrain:
         assert computed
         assert "1 threads, blocks by functions in C (compiled by cc, their products by oneDNN)\n" in capsys.readouterr().err
         assert json.loads(Path("logs/numbers/config.json").read_text())["kernels"] == "c"
+        monkeypatch.setattr("picogpt.device.check_compiler", lambda: None)
+        monkeypatch.setattr(Trainer, "compile_blocks", lambda self: None)
+        assert train.main(["--run", "numbers", "--epochs", "3", "--compile", "--dry-run"]) == 0
+        capsys.readouterr()
         monkeypatch.setenv("CC", "/nowhere/cc")
         assert train.main(["--run", "numbers", "--epochs", "3"]) == 1
         assert capsys.readouterr().err.splitlines()[-1] == f"picogpt-train: {obstacle}"
@@ -324,7 +329,7 @@ class TestTrain:
         """They exclude each other."""
         in_c = [flag if flag != "torch" else "c" for flag in training(text_file)]
         assert train.main([*in_c, "--compile"]) == 2
-        message = "picogpt-train: --kernels c and --compile exclude each other: torch cannot compile what is compiled already"
+        message = "picogpt-train: --kernels c and --compile exclude each other, take --no-compile: torch cannot compile what is compiled already"
         assert capsys.readouterr().err.splitlines()[-1] == message
         assert not Path("logs").exists()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
+import types
 from functools import cache
 from pathlib import Path
 
@@ -160,6 +162,38 @@ def test_recomputing_keeps_less() -> None:
 
 
 @needs_compiler
+def test_scores_beyond_all_numbers() -> None:
+    """Scores that are all minus infinity leave no finite output behind, as in torch."""
+    kernels = kernels_for("heads of 8")
+    qkv = torch.ones(3, 48)
+    qkv[:, :16], qkv[:, 16:32] = 1e30, -1e30
+    read, _ = kernels.attention(qkv, torch.zeros(48), 1)
+
+    assert read.isnan().all()
+
+
+def test_another_shape() -> None:
+    """Functions for another model are refused before they could write where nothing is theirs."""
+    library = types.SimpleNamespace(**{name: types.SimpleNamespace() for name in compiled._POINTERS})
+    kernels = Kernels(library, SHAPES["heads of 16"], torch.float32, "cc")  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="compiled for another model"):
+        make_trainer(kernels)
+
+
+@needs_compiler
+def test_one_backward_pass() -> None:
+    """A graph that is kept for a second one refuses it, as the sums of the first are given away."""
+    model = model_of("heads of 8")
+    model.transformer.kernels = kernels_for("heads of 8")
+    _, loss = model(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long))
+    assert loss is not None
+    loss.backward(retain_graph=True)
+
+    with pytest.raises(RuntimeError, match="a second one would add to them"):
+        loss.backward()
+
+
+@needs_compiler
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch without it multiplies by itself, to the same gradients."""
     model = model_of("heads of 16")
@@ -279,6 +313,10 @@ def test_other_ranks_have_them_too() -> None:
 
 
 class TestChoice:
+    @pytest.fixture(autouse=True)
+    def _own_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("CC", raising=False)
+
     @needs_compiler
     def test_auto(self) -> None:
         """Where there is a compiler, C; unless torch is asked for."""
@@ -320,7 +358,7 @@ class TestChoice:
                 r"\S*/compiler fails \(x.c:1: error: no such thing\)",
             ),
             ("#!/bin/sh\nexit 3\n", r"\S*/compiler fails \(\)"),
-            ("#!/bin/sh\nexit 0\n", r"what \S*/compiler makes cannot be loaded \(.*block.so.*\)"),
+            ("#!/bin/sh\nexit 0\n", r"what \S*/compiler makes cannot be loaded \(.*block.so.*; TMPDIR may name another folder\)"),
             ("nothing that runs", r"\S*/compiler does not run \(.*Exec format error.*\)"),
             ("#!/bin/sh\nexec sleep 30\n", r"\S*/compiler does not run \(.*timed out.*\)"),
         ],
@@ -347,8 +385,31 @@ class TestChoice:
         assert choose_kernels("auto", TINY, torch.float32, CPU) == (None, "no C compiler (/nowhere/cc, by PATH or CC)")
         monkeypatch.delenv("CC")
         monkeypatch.setenv("PATH", str(tmp_path))
-        with pytest.raises(TrainingError, match=r"^--kernels c: no C compiler \(cc, gcc, clang, by PATH or CC\); take"):
+        with pytest.raises(TrainingError, match=r"^--kernels c: no C compiler \(cc, gcc, by PATH or CC\); take"):
             choose_kernels("c", TINY, torch.float32, CPU)
+
+    def test_a_command_that_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """CC with a quotation that does not end."""
+        monkeypatch.setattr(compiled, "_instructions", lambda: "AVX2")
+        monkeypatch.setenv("CC", 'gcc "')
+        assert choose_kernels("auto", TINY, torch.float32, CPU) == (None, "CC is not a command (No closing quotation)")
+
+    @needs_compiler
+    def test_the_next_compiler(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where cc fails gcc is tried."""
+        (tmp_path / "cc").write_text("#!/bin/sh\nexit 3\n")
+        (tmp_path / "cc").chmod(0o755)
+        (tmp_path / "gcc").symlink_to(str(shutil.which("cc")))
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        assert choose_kernels("c", TINY, torch.bfloat16, CPU)[1] == "compiled by gcc"
+
+    @needs_compiler
+    def test_no_temporary_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is said, and torch computes."""
+        monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+        kernels, reason = choose_kernels("auto", TINY, torch.bfloat16, CPU)
+        assert kernels is None
+        assert "/nowhere/picogpt-" in reason
 
     @needs_compiler
     def test_flags_of_the_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,8 @@ class Machine:
         threads = set_threads(request.threads or (stored.threads if stored else None))
         dtype, dtype_reason = choose_dtype(request.dtype or (stored.dtype if stored else "auto"), device)
         wanted = request.kernels or (stored.kernels if stored else "auto")
+        if request.kernels is None and (compiled or device.type != "cpu"):
+            wanted = "torch"  # a run that was begun in C goes on elsewhere, which is said, as it was not asked for by name
         kernels, kernels_reason = _kernels(wanted, model, dtype, device, compiled=compiled)
         return cls(
             device=device,
@@ -104,6 +106,9 @@ def _kernels(wanted: str, model: GPTConfig, dtype: DType, device: Device, *, com
     if not compiled:
         return choose_kernels(wanted, model, dtype, device)
     if wanted == "c":
-        raise ConfigError("kernels c and --compile exclude each other: torch cannot compile what is compiled already", "kernels")
+        raise ConfigError(
+            "kernels c and --compile exclude each other, take --no-compile: torch cannot compile what is compiled already",
+            "kernels",
+        )
     check_compiler()
     return None, "torch compiles them"

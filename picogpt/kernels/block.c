@@ -32,7 +32,7 @@
 #define COLUMNS UP(SLOTS, TILE_COLUMNS * LANES)
 #define PADDED UP(SLOTS, TILE_ROWS)
 #define EPSILON 1e-5f
-#define NEVER -1e30f
+#define NEVER (-INFINITY)
 
 typedef float vector __attribute__((vector_size(4 * LANES), may_alias));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));

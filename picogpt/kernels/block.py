@@ -56,9 +56,10 @@ class _MatrixSum:
         self._sum = self._kernels.add_product(self._sum, left, right)
 
     def total(self) -> Tensor:
-        """The gradient (out, in), float32."""
-        assert self._sum is not None
-        return (self._sum.T if self._transposed else self._sum).float()
+        """The gradient (out, in), float32, which is given away."""
+        total, self._sum = self._sum, None
+        assert total is not None
+        return (total.T if self._transposed else total).float()
 
 
 class _Sums:
@@ -159,9 +160,12 @@ class _Parameters(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.sums is None:
+            raise RuntimeError("the sums are those of one backward pass; a second one would add to them")
+        all_sums, ctx.sums = ctx.sums, None
         # What a block's result is added to ends in the first LayerNorm of the next block.
-        biases = [*(sums.norm_1.sum(0)[2] for sums in ctx.sums[1:]), ctx.last_bias.sum(0)]
-        gradients = [total for sums, bias in zip(ctx.sums, biases, strict=True) for total in sums.totals(bias)]
+        biases = [*(sums.norm_1.sum(0)[2] for sums in all_sums[1:]), ctx.last_bias.sum(0)]
+        gradients = [total for sums, bias in zip(all_sums, biases, strict=True) for total in sums.totals(bias)]
         return None, None, *gradients
 
 

@@ -10,6 +10,7 @@ Dimensions: R rows, one for each slot of each roll; B rolls, S slots of a window
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shlex
@@ -28,7 +29,7 @@ from picogpt.errors import TrainingError
 __all__ = ["Kernels", "Normed", "choose_kernels", "compile_kernels"]
 
 _SOURCE = Path(__file__).with_name("block.c")
-_COMPILERS = ("cc", "gcc", "clang")
+_COMPILERS = ("cc", "gcc")
 _FLAGS = "-std=gnu11 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -freciprocal-math"
 """Sums may be taken in another order, for vector instructions; what is not a number stays so, unlike with -ffast-math."""
 _FLAGS_FOR = {"AVX512": "-march=native -mprefer-vector-width=512", "AVX2": "-mavx2 -mfma"}
@@ -73,10 +74,12 @@ class Kernels:
         library: block.c, compiled.
         config: the shape it was compiled for.
         dtype: the type of what enters and leaves a matrix product.
+        compiler: what compiled it.
     """
 
-    def __init__(self, library: ctypes.CDLL, config: GPTConfig, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, library: ctypes.CDLL, config: GPTConfig, dtype: torch.dtype, compiler: str) -> None:
+        self.dtype, self.compiler = dtype, compiler
+        self.shape = (config.n_embd, config.n_head, config.context_len)
         self.threads = torch.get_num_threads()
         # What torch itself takes for bfloat16; in float32 it takes MKL, which has half the speed of oneDNN on some processors.
         self.onednn: bool = dtype == torch.float32 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -205,7 +208,7 @@ def _addresses(*tensors: Tensor) -> list[int]:
 def choose_kernels(name: str, config: GPTConfig, dtype: torch.dtype, device: torch.device) -> tuple[Kernels | None, str]:
     """Turn a name of `picogpt.config.KERNELS` into the functions, or None for torch's own; and the reason in a few words.
 
-    `auto` takes the functions wherever they can be made and were found to be faster.
+    `auto` takes the functions wherever they can be made, on processors like those on which they were measured.
 
     Raises:
         TrainingError: `c` was asked for and cannot be had.
@@ -216,7 +219,7 @@ def choose_kernels(name: str, config: GPTConfig, dtype: torch.dtype, device: tor
     if reason is None:
         try:
             made = compile_kernels(config, dtype)
-            return made, f"compiled by {_compiler()[0]}" + (", their products by oneDNN" if made.onednn else "")
+            return made, f"compiled by {made.compiler}" + (", their products by oneDNN" if made.onednn else "")
         except TrainingError as error:
             reason = str(error)
     if name == "c":
@@ -245,35 +248,53 @@ def _instructions() -> str:
 
 
 def compile_kernels(config: GPTConfig, dtype: torch.dtype) -> Kernels:
-    """Have the C compiler make the functions for this shape of model, in a folder that is gone afterwards.
+    """Have a C compiler make the functions for this shape of model, in a folder that is gone afterwards.
 
-    The compiler is the one that CC names, or the first of cc, gcc and clang.
+    The compiler is the one that CC names, or the first of cc and gcc that can.
 
     Raises:
         TrainingError: there is no compiler, or none that makes a library which loads beside torch.
     """
-    command = _compiler()
+    *others, last = _compilers()
+    for command in others:
+        with contextlib.suppress(TrainingError):  # the last one's is said
+            return _compile_in_folder(command, config, dtype)
+    return _compile_in_folder(last, config, dtype)
+
+
+def _compile_in_folder(command: list[str], config: GPTConfig, dtype: torch.dtype) -> Kernels:
+    try:
+        # What of the folder cannot be removed, as the library in it is in use, is left to who clears temporary files.
+        with tempfile.TemporaryDirectory(prefix="picogpt-", ignore_cleanup_errors=True) as folder:
+            return _compile(command, folder, config, dtype)
+    except OSError as error:
+        raise TrainingError(f"there is no temporary folder ({error})") from error
+
+
+def _compile(command: list[str], folder: str, config: GPTConfig, dtype: torch.dtype) -> Kernels:
     shape = {"WIDTH": config.n_embd, "HEAD": config.n_embd // config.n_head, "SLOTS": config.context_len + 1}
     macros = [f"-D{name}={value}" for name, value in shape.items()] + ["-DBFLOAT16"] * (dtype == torch.bfloat16)
-    with tempfile.TemporaryDirectory(prefix="picogpt-") as folder:
-        compiled, library = f"{folder}/block.o", f"{folder}/block.so"
-        flags = [*_FLAGS.split(), *_FLAGS_FOR.get(_instructions(), "").split()]
-        _run([*command, *flags, *macros, "-c", str(_SOURCE), "-o", compiled])
-        # Linked without -fopenmp, so that it finds the threads of torch and brings none of its own.
-        _run([*command, "-shared", compiled, "-o", library, "-lm"])
-        try:
-            return Kernels(ctypes.CDLL(library), config, dtype)
-        except (OSError, AttributeError) as error:
-            raise TrainingError(f"what {command[0]} makes cannot be loaded ({error})") from error
+    compiled, library = f"{folder}/block.o", f"{folder}/block.so"
+    flags = [*_FLAGS.split(), *_FLAGS_FOR.get(_instructions(), "").split()]
+    _run([*command, *flags, *macros, "-c", str(_SOURCE), "-o", compiled])
+    # Linked without -fopenmp, so that it finds the threads of torch and brings none of its own.
+    _run([*command, "-shared", compiled, "-o", library, "-lm"])
+    try:
+        return Kernels(ctypes.CDLL(library), config, dtype, command[0])
+    except (OSError, AttributeError) as error:
+        raise TrainingError(f"what {command[0]} makes cannot be loaded ({error}; TMPDIR may name another folder)") from error
 
 
-def _compiler() -> list[str]:
-    wanted = shlex.split(os.environ.get("CC", ""))
+def _compilers() -> list[list[str]]:
+    try:
+        wanted = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise TrainingError(f"CC is not a command ({error})") from error
     names = wanted[:1] or list(_COMPILERS)
-    found = next((name for name in names if shutil.which(name)), None)
-    if found is None:
+    found = [[name, *wanted[1:]] for name in names if shutil.which(name)]
+    if not found:
         raise TrainingError(f"no C compiler ({', '.join(names)}, by PATH or CC)")
-    return [found, *wanted[1:]]
+    return found
 
 
 def _run(command: list[str]) -> None:
