@@ -6,6 +6,8 @@ import multiprocessing
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,10 +18,10 @@ from threadpoolctl import threadpool_info
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Source
 from picogpt.device import CPU, choose_dtype, instruction_set
-from picogpt.kernels import choose_kernels
+from picogpt.kernels import Kernels, choose_kernels
 from picogpt.train import Trainer
 
-__all__ = ["ROOT", "ROUNDS", "full_trainer", "in_new_process", "in_turns", "machine"]
+__all__ = ["ROOT", "ROUNDS", "computing", "full_trainer", "in_new_process", "in_turns", "machine"]
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
@@ -53,7 +55,24 @@ def machine() -> str:
     return f"{threads}; numpy {np.__version__} ({kernels}), torch {torch.__version__}"
 
 
+@dataclass(frozen=True)
+class Computing:
+    """What a trainer of the full model computes with, and why."""
+
+    dtype: torch.dtype
+    dtype_reason: str
+    kernels: Kernels | None
+    kernels_reason: str
+
+
+@cache
+def computing(dtype: str = "auto", kernels: str = "auto") -> Computing:
+    """Choose as `picogpt-train` does with these flags, once for all trainers of this process."""
+    products, dtype_reason = choose_dtype(dtype)
+    return Computing(products, dtype_reason, *choose_kernels(kernels, GPTConfig(), products, CPU))
+
+
 def full_trainer(config: TrainConfig, source: Source, *, dtype: str = "auto", kernels: str = "auto") -> Trainer:
     """The full model, trained as `picogpt-train` does with these flags."""
-    products, model = choose_dtype(dtype)[0], GPTConfig()
-    return Trainer(model, config, source, products, kernels=choose_kernels(kernels, model, products, CPU)[0])
+    chosen = computing(dtype, kernels)
+    return Trainer(GPTConfig(), config, source, chosen.dtype, kernels=chosen.kernels)

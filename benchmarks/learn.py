@@ -37,6 +37,7 @@ from picogpt.data import (
 )
 from picogpt.data.batches import even_rolls
 from picogpt.device import set_threads
+from picogpt.kernels import kernels_name
 from picogpt.optim import learning_rate
 from picogpt.train import Trainer
 
@@ -141,7 +142,7 @@ def learn_seed(arguments: argparse.Namespace) -> Course:
 
 def describe(trainer: Trainer) -> str:
     """What computes."""
-    return f"{trainer.dtype}, blocks by functions in {'torch' if trainer.model.transformer.kernels is None else 'C'}"
+    return f"{trainer.dtype}, blocks by --kernels {kernels_name(trainer.model.transformer.kernels)}"
 
 
 def follow(step: Callable[[], int], validate: Callable[[], float], *, target: float, every: int, most: int, name: str) -> Course:

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.common import full_trainer, in_new_process, in_turns, machine
+from benchmarks.common import computing, full_trainer, in_new_process, in_turns, machine
 from benchmarks.plain import PlainLoop
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import RepeatedSource
-from picogpt.device import CPU, choose_dtype, set_threads
-from picogpt.kernels import choose_kernels
+from picogpt.device import set_threads
 from picogpt.memory import peak_memory
 from picogpt.train import Trainer, seconds_of
 
@@ -95,7 +94,7 @@ def loops(batch_size: int) -> dict[str, Callable[[], Trainer | PlainLoop]]:
         "ours, --kernels torch": lambda: full_trainer(config, source, kernels="torch"),
         "ours, --optimizer adamw": lambda: full_trainer(adamw, source),
     }
-    if choose_dtype("auto")[0] is not torch.float32:
+    if computing().dtype is not torch.float32:
         found["ours, --dtype float32"] = lambda: full_trainer(config, source, dtype="float32")
     return {**found, "plain": lambda: PlainLoop(model, config, source)}
 
@@ -113,8 +112,8 @@ def measure(batch_size: int) -> Found:
     results = in_turns(*(timed(loop, batch_size) for loop in made.values()))
     return Found(
         machine=machine(),
-        dtype=choose_dtype("auto")[1],
-        kernels=choose_kernels("auto", GPTConfig(), choose_dtype("auto")[0], CPU)[1],
+        dtype=computing().dtype_reason,
+        kernels=computing().kernels_reason,
         peaks={name: max(map(product_speed, PRODUCTS, [name] * len(PRODUCTS))) for name in ("float32", "bfloat16")},
         types=types,
         speeds=dict(zip(made, results, strict=True)),

@@ -40,7 +40,7 @@ def set_threads(count: int | None) -> int:
 
 
 def instruction_set() -> str:
-    """The vector instructions that torch uses here, such as AVX2 or AVX512."""
+    """The vector instructions that torch uses here, such as AVX2 or AVX512; the processor may have more."""
     return str(torch.backends.cpu.get_cpu_capability())
 
 

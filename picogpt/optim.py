@@ -63,7 +63,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
-    """A + b gram + c gram^2: what an iteration multiplies by."""
+    """The sum a + b gram + c gram^2, which an iteration multiplies by."""
     factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     factor.diagonal(dim1=1, dim2=2).add_(a)
     return factor

@@ -17,7 +17,7 @@ from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Batch
 from picogpt.device import CPU, choose_device, flush_denormals, set_threads
 from picogpt.errors import RanksError, TrainingError
-from picogpt.kernels import Kernels, choose_kernels
+from picogpt.kernels import Kernels, choose_kernels, kernels_name
 from picogpt.model import GPT
 from picogpt.optim import OuterOptimizer, build_optimizers, set_learning_rate
 from picogpt.ranks import ALONE, Ranks, reaching
@@ -101,7 +101,7 @@ class Replica:
             device=self.device.type,
             threads=torch.get_num_threads(),
             compiled=self._compiled,
-            kernels="torch" if self.model.transformer.kernels is None else "c",
+            kernels=kernels_name(self.model.transformer.kernels),
             gradient_checkpointing=self.model.transformer.gradient_checkpointing,
             step=self.step,
             local_steps=self.local_steps,

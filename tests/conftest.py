@@ -20,6 +20,8 @@ from picogpt.cli import forecast
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Corpus, TextSource
 from picogpt.device import instruction_set
+from picogpt.kernels.compiled import INSTRUCTIONS
+from picogpt.train import StepReport, Trainer
 from tests.hub import Hub, free_port
 
 HUB_PORT = free_port()
@@ -52,9 +54,27 @@ TINY_FLAGS = [
 
 
 needs_compiler = pytest.mark.skipif(
-    shutil.which("cc") is None or instruction_set() not in {"AVX2", "AVX512"},
+    shutil.which("cc") is None or instruction_set() not in INSTRUCTIONS,
     reason="needs a C compiler, and a processor with AVX2",
 )
+
+
+class Watcher:
+    """Counts what it is told, and asks for a stop after some steps."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.reports: list[StepReport] = []
+        self.epochs = 0
+        self.stop_after = stop_after
+
+    def on_step(self, report: StepReport) -> None:
+        self.reports.append(report)
+
+    def on_epoch(self, trainer: Trainer) -> None:
+        self.epochs += 1
+
+    def stop(self) -> bool:
+        return self.stop_after is not None and len(self.reports) >= self.stop_after
 
 
 @pytest.fixture(autouse=True)

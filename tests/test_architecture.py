@@ -13,10 +13,10 @@ import picogpt
 PACKAGE = Path(picogpt.__file__).parent
 LAYERS = [
     {"errors"},
-    {"roll", "config", "files", "dropout", "scores"},
+    {"roll", "config", "files", "dropout", "scores", "device"},
     {"attention", "kernels"},
     {"model", "tokenizer"},
-    {"run", "data", "optim", "device", "memory", "forecast", "baselines"},
+    {"run", "data", "optim", "memory", "forecast", "baselines"},
     {"engine", "original", "find", "ranks"},
     {"replica"},
     {"train", "follow", "generate", "evaluate", "reference", "plot"},

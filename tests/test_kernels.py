@@ -21,7 +21,7 @@ from picogpt.ranks import ALONE
 from picogpt.replica import Replica
 from picogpt.run import RunFolder
 from picogpt.train import Trainer
-from tests.conftest import TINY, needs_compiler, tiny_source
+from tests.conftest import TINY, Watcher, needs_compiler, tiny_source
 
 SHAPES = {
     "heads of 4": GPTConfig(n_layer=1, n_head=3, n_embd=12, context_len=5),
@@ -108,7 +108,7 @@ def test_in_bfloat16(shape: str) -> None:
 @pytest.mark.parametrize("instructions", ["AVX2", ""])
 def test_with_fewer_instructions(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled for AVX2, and for no vectors but the oldest, computes the same."""
-    monkeypatch.setattr(compiled, "_instructions", lambda: instructions)
+    monkeypatch.setattr(compiled, "instruction_set", lambda: instructions)
     model = model_of("heads of 32")
     _, expected = loss_and_gradients(model, None, 200)
     _, found = loss_and_gradients(model, compile_kernels(SHAPES["heads of 32"], torch.float32), 200)
@@ -241,16 +241,6 @@ def make_trainer(kernels: Kernels | None) -> Trainer:
     return Trainer(TINY, CONFIG, tiny_source(CONFIG, TINY), torch.float32, kernels=kernels)
 
 
-class Silence:
-    """Watches nothing."""
-
-    def on_step(self, report: object) -> None:
-        pass
-
-    def on_epoch(self, trainer: Trainer) -> None:
-        pass
-
-
 @needs_compiler
 def test_training_goes_on_byte_for_byte(tmp_path: Path) -> None:
     """Saved after four steps and restored, a run ends as if it had never stopped, near to where the modules end."""
@@ -259,11 +249,11 @@ def test_training_goes_on_byte_for_byte(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.create()
     straight, first, second, modules = (make_trainer(made) for made in (kernels, kernels, kernels, None))
-    straight.fit(run, schedule, Silence(), lambda: False)
-    assert not first.fit(run, schedule, Silence(), lambda: first.step == 4)
+    straight.fit(run, schedule, Watcher(), lambda: False)
+    assert not first.fit(run, schedule, Watcher(), lambda: first.step == 4)
     second.restore(run.load_checkpoint()[0])
-    second.fit(run, schedule, Silence(), lambda: False)
-    modules.fit(run, schedule, Silence(), lambda: False)
+    second.fit(run, schedule, Watcher(), lambda: False)
+    modules.fit(run, schedule, Watcher(), lambda: False)
 
     assert {n: a.tobytes() for n, a in second.model.arrays().items()} == {
         n: a.tobytes() for n, a in straight.model.arrays().items()
@@ -290,7 +280,7 @@ def test_what_is_not_finite_is_noticed(name: str, value: float) -> None:
 def test_rounding_to_bfloat16(instructions: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch rounds: to nearest, ties to even, with what is infinite or not a number, of any bits, kept."""
     if instructions is not None:
-        monkeypatch.setattr(compiled, "_instructions", lambda: instructions)
+        monkeypatch.setattr(compiled, "instruction_set", lambda: instructions)
     kernels = compile_kernels(SHAPES["heads of 16"], torch.bfloat16)
     torch.manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (1000, 32)).int()
@@ -346,7 +336,7 @@ class TestChoice:
 
     def test_another_processor(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where torch has none of the instructions that they were measured with, it computes."""
-        monkeypatch.setattr(compiled, "_instructions", lambda: "DEFAULT")
+        monkeypatch.setattr(compiled, "instruction_set", lambda: "DEFAULT")
         reason = "those in C are for AVX2 and AVX512, and this is DEFAULT"
         assert choose_kernels("auto", TINY, torch.float32, CPU) == (None, reason)
 
@@ -365,7 +355,7 @@ class TestChoice:
     )
     def test_compiler_fails(self, script: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """One line says what the compiler said; with auto, torch computes."""
-        monkeypatch.setattr(compiled, "_instructions", lambda: "AVX2")
+        monkeypatch.setattr(compiled, "instruction_set", lambda: "AVX2")
         monkeypatch.setattr(compiled, "_TIMEOUT", 1.0)
         compiler = tmp_path / "compiler"
         compiler.write_text(script)
@@ -380,7 +370,7 @@ class TestChoice:
 
     def test_no_compiler(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Neither by CC nor by PATH."""
-        monkeypatch.setattr(compiled, "_instructions", lambda: "AVX2")
+        monkeypatch.setattr(compiled, "instruction_set", lambda: "AVX2")
         monkeypatch.setenv("CC", "/nowhere/cc -O1")
         assert choose_kernels("auto", TINY, torch.float32, CPU) == (None, "no C compiler (/nowhere/cc, by PATH or CC)")
         monkeypatch.delenv("CC")
@@ -390,7 +380,7 @@ class TestChoice:
 
     def test_a_command_that_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """CC with a quotation that does not end."""
-        monkeypatch.setattr(compiled, "_instructions", lambda: "AVX2")
+        monkeypatch.setattr(compiled, "instruction_set", lambda: "AVX2")
         monkeypatch.setenv("CC", 'gcc "')
         assert choose_kernels("auto", TINY, torch.float32, CPU) == (None, "CC is not a command (No closing quotation)")
 

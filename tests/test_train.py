@@ -12,29 +12,11 @@ from picogpt.config import GPTConfig, Schedule, TrainConfig
 from picogpt.device import check_compiler, choose_dtype, flush_denormals, instruction_set, set_threads
 from picogpt.errors import TrainingError
 from picogpt.run import RunFolder, load_model
-from picogpt.train import StepReport, Trainer
-from tests.conftest import TINY, tiny_source
+from picogpt.train import Trainer
+from tests.conftest import TINY, Watcher, tiny_source
 
 CONFIG = TrainConfig(batch_size=2, windows=3, lr=1e-2, warmup_steps=2)
 SCHEDULE = Schedule(total_steps=12, steps_per_epoch=5, val_steps=2)
-
-
-class Watcher:
-    """Counts what it is told, and asks for a stop after some steps."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.reports: list[StepReport] = []
-        self.epochs = 0
-        self.stop_after = stop_after
-
-    def on_step(self, report: StepReport) -> None:
-        self.reports.append(report)
-
-    def on_epoch(self, trainer: Trainer) -> None:
-        self.epochs += 1
-
-    def stop(self) -> bool:
-        return self.stop_after is not None and len(self.reports) >= self.stop_after
 
 
 @pytest.fixture

@@ -77,7 +77,9 @@ class Machine:
     @property
     def kernels_name(self) -> str:
         """Of what computes the blocks: c or torch."""
-        return "torch" if self.kernels is None else "c"
+        from picogpt.kernels import kernels_name
+
+        return kernels_name(self.kernels)
 
     def changes(self, stored: RunSettings, ranks: int) -> list[tuple[str, object, object]]:
         """What is not as it was when the run was last started: name, then and now."""

@@ -74,15 +74,22 @@ static inline void store_float(float *to, vector x) { *(floats *)to = x; }
 
 static inline void accumulate(float *to, vector x) { store_float(to, load_float(to) + x); }
 
+static inline float plus(float a, float b) { return a + b; }
+
+/* The larger one; what is not a number comes through. */
+static inline float larger(float a, float b) { return b < a ? a : b; }
+
 /* Half of the lanes with the other half, again and again. */
-static inline float sum_of(vector x) {
+static inline __attribute__((always_inline)) float folded(vector x, float (*combined)(float, float)) {
     float lanes[LANES];
     store_float(lanes, x);
     for (int width = LANES / 2; width; width /= 2) {
-        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+        for (int i = 0; i < width; i++) lanes[i] = combined(lanes[i], lanes[i + width]);
     }
     return lanes[0];
 }
+
+static inline float sum_of(vector x) { return folded(x, plus); }
 
 /* e^x for x <= 0, to 2e-7 of itself; 1e-38 from -87 on. */
 static inline vector exponential(vector x) {
@@ -101,13 +108,15 @@ static inline vector exponential(vector x) {
 
 /* ---- LayerNorm and the residual paths ---- */
 
+static inline void add_row(const float *x, const number *branch, const float *bias, float *out) {
+    for (int c = 0; c < WIDTH; c += LANES) store_float(out + c, load_float(x + c) + load(branch + c) + load_float(bias + c));
+}
+
 void add(const float *x, const number *branch, const float *bias, float *out, int rows, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int i = 0; i < rows; i++) {
-        for (int c = 0; c < WIDTH; c += LANES) {
-            long at = (long)i * WIDTH + c;
-            store_float(out + at, load_float(x + at) + load(branch + at) + load_float(bias + c));
-        }
+        long at = (long)i * WIDTH;
+        add_row(x + at, branch + at, bias, out + at);
     }
 }
 
@@ -138,9 +147,7 @@ void add_layer_norm(const float *x, const number *branch, const float *branch_bi
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int i = 0; i < rows; i++) {
         long at = (long)i * WIDTH;
-        for (int c = 0; c < WIDTH; c += LANES) {
-            store_float(sum + at + c, load_float(x + at + c) + load(branch + at + c) + load_float(branch_bias + c));
-        }
+        add_row(x + at, branch + at, branch_bias, sum + at);
         normalize(sum + at, weight, bias, out + at, means + i, scales + i);
     }
 }
@@ -352,7 +359,6 @@ static inline integers seen(int i, int j) {
 static inline vector only(integers where, vector x) { return (vector)((integers)x & where); }
 
 static inline float largest(const float *x, int i) {
-    float lanes[LANES];
     vector found = {0};
     int j = 0;
     for (found += NEVER; j + LANES <= i + 1; j += LANES) {
@@ -363,11 +369,7 @@ static inline float largest(const float *x, int i) {
         vector next = load_float(x + j);
         found = choose(seen(i, j) & ~(next < found), next, found);
     }
-    store_float(lanes, found);
-    for (int width = LANES / 2; width; width /= 2) {
-        for (int k = 0; k < width; k++) lanes[k] = lanes[k + width] < lanes[k] ? lanes[k] : lanes[k + width];
-    }
-    return lanes[0];
+    return folded(found, larger);
 }
 
 /* Scores of row i to share x e^(score - top), and to zero beyond what it sees; returns their sum. */

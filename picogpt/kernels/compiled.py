@@ -24,16 +24,17 @@ import torch
 from torch import Tensor
 
 from picogpt.config import GPTConfig
+from picogpt.device import instruction_set
 from picogpt.errors import TrainingError
 
-__all__ = ["Kernels", "Normed", "choose_kernels", "compile_kernels"]
+__all__ = ["INSTRUCTIONS", "Kernels", "Normed", "choose_kernels", "compile_kernels", "kernels_name"]
 
 _SOURCE = Path(__file__).with_name("block.c")
 _COMPILERS = ("cc", "gcc")
 _FLAGS = "-std=gnu11 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -freciprocal-math"
 """Sums may be taken in another order, for vector instructions; what is not a number stays so, unlike with -ffast-math."""
-_FLAGS_FOR = {"AVX512": "-march=native -mprefer-vector-width=512", "AVX2": "-mavx2 -mfma"}
-"""More of them, by the name that torch has for the vector instructions that it uses."""
+INSTRUCTIONS = {"AVX512": "-march=native -mprefer-vector-width=512", "AVX2": "-mavx2 -mfma"}
+"""The vector instructions that the functions were measured with, and more flags for each."""
 _LANES = 4
 """Entries of the shortest vectors, which a head is cut into."""
 _MAX_CONTEXT_LEN = 512
@@ -205,6 +206,11 @@ def _addresses(*tensors: Tensor) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
 
+def kernels_name(kernels: Kernels | None) -> str:
+    """What computes the blocks, as `picogpt.config.KERNELS` calls it: c, or torch for None."""
+    return "torch" if kernels is None else "c"
+
+
 def choose_kernels(name: str, config: GPTConfig, dtype: torch.dtype, device: torch.device) -> tuple[Kernels | None, str]:
     """Turn a name of `picogpt.config.KERNELS` into the functions, or None for torch's own; and the reason in a few words.
 
@@ -237,14 +243,9 @@ def _obstacle(config: GPTConfig, device: torch.device) -> str | None:
         return f"those in C need heads of a multiple of {_LANES}, got {config.n_embd // config.n_head}"
     if config.context_len > _MAX_CONTEXT_LEN:
         return f"those in C are for windows of at most {_MAX_CONTEXT_LEN}, got {config.context_len}"
-    if _instructions() not in _FLAGS_FOR:
-        return f"those in C are for AVX2 and AVX512, and this is {_instructions()}"
+    if instruction_set() not in INSTRUCTIONS:
+        return f"those in C are for AVX2 and AVX512, and this is {instruction_set()}"
     return None
-
-
-def _instructions() -> str:
-    """The vector instructions that torch itself uses, which may be fewer than the processor has."""
-    return str(torch.backends.cpu.get_cpu_capability())
 
 
 def compile_kernels(config: GPTConfig, dtype: torch.dtype) -> Kernels:
@@ -275,7 +276,7 @@ def _compile(command: list[str], folder: str, config: GPTConfig, dtype: torch.dt
     shape = {"WIDTH": config.n_embd, "HEAD": config.n_embd // config.n_head, "SLOTS": config.context_len + 1}
     macros = [f"-D{name}={value}" for name, value in shape.items()] + ["-DBFLOAT16"] * (dtype == torch.bfloat16)
     compiled, library = f"{folder}/block.o", f"{folder}/block.so"
-    flags = [*_FLAGS.split(), *_FLAGS_FOR.get(_instructions(), "").split()]
+    flags = [*_FLAGS.split(), *INSTRUCTIONS.get(instruction_set(), "").split()]
     _run([*command, *flags, *macros, "-c", str(_SOURCE), "-o", compiled])
     # Linked without -fopenmp, so that it finds the threads of torch and brings none of its own.
     _run([*command, "-shared", compiled, "-o", library, "-lm"])
