@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +18,14 @@ from threadpoolctl import threadpool_info
 
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Source
-from picogpt.device import CPU, choose_dtype, instruction_set
+from picogpt.device import CPU, choose_dtype, flush_denormals, instruction_set, keep_freed_memory
 from picogpt.kernels import Kernels, choose_kernels
 from picogpt.train import Trainer
 
-__all__ = ["ROOT", "ROUNDS", "computing", "full_trainer", "in_new_process", "in_turns", "machine"]
+__all__ = ["ROOT", "ROUNDS", "computing", "full_trainer", "in_turns", "machine", "process"]
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
-
-T = TypeVar("T")
 
 
 def in_turns(*calls: Callable[[], float]) -> list[list[float]]:
@@ -35,16 +34,18 @@ def in_turns(*calls: Callable[[], float]) -> list[list[float]]:
     return [list(results) for results in zip(*rounds, strict=True)]
 
 
-def in_new_process(measure: Callable[..., T], *arguments: object, environment: Mapping[str, str] | None = None) -> T:
-    """What `measure` returns in a process of its own, whose memory and environment nothing else has touched."""
+@contextmanager
+def process(environment: Mapping[str, str]) -> Iterator[Callable[..., Any]]:
+    """A process whose memory and environment nothing else has touched: calls there the function that it is given, and returns."""
     before = dict(os.environ)
-    os.environ.update(environment or {})
-    try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(measure, *arguments).result()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        os.environ.update(environment)
+        try:
+            pool.submit(os.getpid).result()  # starts it
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
 def machine() -> str:
@@ -74,5 +75,7 @@ def computing(dtype: str = "auto", kernels: str = "auto") -> Computing:
 
 def full_trainer(config: TrainConfig, source: Source, *, dtype: str = "auto", kernels: str = "auto") -> Trainer:
     """The full model, trained as `picogpt-train` does with these flags."""
+    flush_denormals()
+    keep_freed_memory()
     chosen = computing(dtype, kernels)
     return Trainer(GPTConfig(), config, source, chosen.dtype, kernels=chosen.kernels)

@@ -52,18 +52,20 @@ def attention(kernels: Kernels, rolls: int) -> Pair:
     config = GPTConfig()
     slots, width = config.context_len + 1, config.n_embd
     qkv = torch.randn(rolls * slots, 3 * width, dtype=kernels.dtype)
-    gradient, bias = torch.randn(rolls * slots, width, dtype=kernels.dtype), torch.randn(3 * width)
+    before, gradient, bias = qkv.clone(), torch.randn(rolls * slots, width, dtype=kernels.dtype), torch.randn(3 * width)
     mask = torch.full((slots, slots), -torch.inf).triu(1)
     leaf, sums = qkv.view(rolls, slots, -1).clone().requires_grad_(), torch.zeros(rolls, 3 * width)
+    read, scores = torch.empty_like(gradient), torch.empty(rolls * slots, 2 * config.n_head)
 
     def by_torch() -> object:
-        read = causal_attention(leaf, mask, config.n_head)
-        (d_qkv,) = torch.autograd.grad(read, leaf, gradient.view_as(read))
+        found = causal_attention(leaf, mask, config.n_head)
+        (d_qkv,) = torch.autograd.grad(found, leaf, gradient.view_as(found))
         return d_qkv.flatten(0, 1).sum(0)
 
     def by_c() -> object:
-        read, statistics_ = kernels.attention(qkv, bias, rolls)
-        return kernels.attention_backward(gradient, qkv, bias, read, statistics=statistics_, sums=sums)
+        kernels.attention(qkv, bias, rolls, out=read, scores=scores)
+        kernels.attention_backward(gradient, qkv, bias, rolls, out=read, scores=scores, sums=sums)
+        return qkv.copy_(before)  # where the gradient has been written
 
     return by_torch, by_c
 
@@ -74,14 +76,16 @@ def gelu(kernels: Kernels, rolls: int) -> Pair:
     rows, width = rolls * (config.context_len + 1), 4 * config.n_embd
     x, gradient = torch.randn(2, rows, width, dtype=kernels.dtype).unbind()
     leaf, bias, sums = x.clone().requires_grad_(), torch.randn(width), torch.zeros(kernels.threads, width)
+    before, out = x.clone(), torch.empty_like(x)
 
     def by_torch() -> object:
         (dx,) = torch.autograd.grad(F.gelu(leaf), leaf, gradient)
         return dx.sum(0)
 
     def by_c() -> object:
-        kernels.gelu(x, bias)
-        return kernels.gelu_backward(gradient, x, bias, sums)
+        kernels.gelu(x, bias, out)
+        kernels.gelu_backward(gradient, x, bias, None, sums)
+        return x.copy_(before)  # where the gradient has been written
 
     return by_torch, by_c
 
@@ -94,7 +98,8 @@ def norm(kernels: Kernels, rolls: int) -> Pair:
     branch, gradient = torch.randn(2, rows, width, dtype=kernels.dtype).unbind()
     weight, bias, branch_bias = torch.randn(3, width).unbind()
     leaves: list[Tensor] = [tensor.clone().requires_grad_() for tensor in (x, branch, weight, bias)]
-    sums = torch.zeros(kernels.threads, 3, width)
+    sums, dx = torch.zeros(kernels.threads, 3, width), residual.clone()
+    written = {"added": torch.empty_like(x), "out": torch.empty_like(branch), "statistics": torch.empty(rows, 2)}
 
     def by_torch() -> object:
         total = leaves[0] + leaves[1]
@@ -103,9 +108,9 @@ def norm(kernels: Kernels, rolls: int) -> Pair:
         return found[1].sum(0)
 
     def by_c() -> object:
-        made = kernels.add_layer_norm(x, branch, branch_bias, weight, bias)
-        return kernels.layer_norm_backward(
-            gradient, made.x, weight, bias, statistics=made.statistics, residual=residual, sums=sums
-        )
+        kernels.add_layer_norm(x, branch, branch_bias, weight, bias, **written)
+        norm = (written["added"], weight, bias, written["statistics"])
+        kernels.layer_norm_backward(gradient, *norm, out=None, dx=dx, branch=written["out"], sums=sums)
+        return dx.copy_(residual)  # to which the gradient has been added
 
     return by_torch, by_c

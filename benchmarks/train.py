@@ -1,18 +1,23 @@
-"""The training loop against a plain one: speed, share of what the machine's matrix products reach, and memory."""
+"""The training loop against a plain one: speed, share of what the machine's matrix products reach, and memory.
+
+Each loop has a process of its own, with the settings it would have if it ran alone.
+"""
 
 from __future__ import annotations
 
 import argparse
 import statistics
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
-from benchmarks.common import computing, full_trainer, in_new_process, in_turns, machine
+from benchmarks.common import computing, full_trainer, in_turns, machine, process
 from benchmarks.plain import PlainLoop
 from picogpt.config import GPTConfig, TrainConfig
-from picogpt.data import RepeatedSource
+from picogpt.data import RepeatedSource, Source
 from picogpt.device import set_threads
 from picogpt.memory import peak_memory
 from picogpt.train import Trainer, seconds_of
@@ -23,14 +28,14 @@ PROFILES = {"native": {}, "laptop": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_
 """Environment of each profile: the machine as it is, and without the instructions that a laptop of some years does not have."""
 PRODUCTS = ((2048, 2048, 2048), (1024, 4096, 1024), (516, 256, 1024), (5160, 256, 1024))
 """Shapes (m, k, n) whose fastest one counts as the machine's peak; the last two are the model's own."""
-STEPS_FOR_MEMORY = 3
+STEPS_IN_A_TURN = 3
 ENOUGH = 0.5
 """Seconds after which a product is not timed again."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What the loops of one profile came to."""
+class Basis:
+    """What the loops of a profile are measured on."""
 
     machine: str
     dtype: str
@@ -39,10 +44,8 @@ class Found:
     """Why what computes the blocks was."""
     peaks: dict[str, float]
     """FLOP/s of the fastest matrix product in each type."""
-    types: dict[str, str]
-    """Type of the matrix products of each loop."""
-    speeds: dict[str, list[float]]
-    """Characters a second of each loop, round by round."""
+    loops: list[str]
+    """Names of the loops that differ here."""
 
 
 def flops_per_char(config: GPTConfig) -> float:
@@ -69,61 +72,70 @@ def training(arguments: argparse.Namespace) -> None:
     """Print the comparison for each profile."""
     print(f"{flops_per_char(GPTConfig()) / 1e6:.1f} MFLOP a character: (6 x 12 C^2 + 12 S C) x layers x S / (S - 1) + 6 V C")
     for profile in PROFILES if arguments.profile == "both" else (arguments.profile,):
-        environment, size = PROFILES[profile], arguments.batch_size
-        found = in_new_process(measure, size, environment=environment)
-        memory = {name: in_new_process(memory_of, name, size, environment=environment) for name in found.speeds}
-        print(f"\nprofile {profile}: {found.machine}\n{found.dtype}; blocks: {found.kernels}")
-        print("; ".join(f"{name} products reach {peak / 1e9:,.0f} GFLOP/s" for name, peak in found.peaks.items()))
-        print(
-            "\n| loop | products | characters/s | times plain | share of the peak | peak memory, MB |\n|---|---|---|---|---|---|"
-        )
-        for name, speeds in found.speeds.items():
-            speed, dtype = statistics.median(speeds), found.types[name]
-            ratio = statistics.median(a / b for a, b in zip(speeds, found.speeds["plain"], strict=True))
-            share = speed * flops_per_char(GPTConfig()) / found.peaks[dtype]
-            print(f"| {name} | {dtype} | {speed:,.0f} | {ratio:.2f} | {share:.0%} | {memory[name]:,.0f} |", flush=True)
+        compare(profile, arguments.batch_size)
 
 
-def loops(batch_size: int) -> dict[str, Callable[[], Trainer | PlainLoop]]:
-    """What makes each of the loops, with the model and number type that are the default here."""
-    model, config = GPTConfig(), TrainConfig(batch_size=batch_size)
-    source = RepeatedSource(roll_len=config.windows * model.context_len, batch_size=config.batch_size)
-    adamw = replace(config, optimizer="adamw")
-    found: dict[str, Callable[[], Trainer | PlainLoop]] = {
-        "ours": lambda: full_trainer(config, source),
-        "ours, --kernels torch": lambda: full_trainer(config, source, kernels="torch"),
-        "ours, --optimizer adamw": lambda: full_trainer(adamw, source),
-    }
-    if computing().dtype is not torch.float32:
-        found["ours, --dtype float32"] = lambda: full_trainer(config, source, dtype="float32")
-    return {**found, "plain": lambda: PlainLoop(model, config, source)}
+def compare(profile: str, batch_size: int) -> None:
+    """Print the comparison for one profile: the loops take turns, each in a process of its own."""
+    with process(PROFILES[profile]) as call:
+        basis: Basis = call(find_basis)
+    print(f"\nprofile {profile}: {basis.machine}\n{basis.dtype}; blocks: {basis.kernels}")
+    print("; ".join(f"{name} products reach {peak / 1e9:,.0f} GFLOP/s" for name, peak in basis.peaks.items()))
+    with ExitStack() as stack:
+        calls = {name: stack.enter_context(process(PROFILES[profile])) for name in basis.loops}
+        types = {name: call(begin, name, batch_size) for name, call in calls.items()}
+        results = in_turns(*(partial(call, take_turn) for call in calls.values()))
+        memory = {name: call(peak_memory) / 1e6 for name, call in calls.items()}
+    speeds = dict(zip(calls, results, strict=True))
+    print("\n| loop | products | characters/s | times plain | share of the peak | peak memory, MB |\n|---|---|---|---|---|---|")
+    for name, found in speeds.items():
+        speed = statistics.median(found)
+        ratio = statistics.median(a / b for a, b in zip(found, speeds["plain"], strict=True))
+        share = speed * flops_per_char(GPTConfig()) / basis.peaks[types[name]]
+        print(f"| {name} | {types[name]} | {speed:,.0f} | {ratio:.2f} | {share:.0%} | {memory[name]:,.0f} |", flush=True)
 
 
-def measure(batch_size: int) -> Found:
-    """Time the loops in turns."""
+def find_basis() -> Basis:
+    """What this process computes with."""
     set_threads(None)
-    made = {name: make() for name, make in loops(batch_size).items()}
-    types = {
-        name: str(loop.dtype if isinstance(loop, Trainer) else torch.float32).removeprefix("torch.")
-        for name, loop in made.items()
-    }
-    for loop in made.values():
-        loop.update(1e-3)  # the first step makes buffers and kernels
-    results = in_turns(*(timed(loop, batch_size) for loop in made.values()))
-    return Found(
+    chosen = computing()
+    loops = [name for name in LOOPS if name != "ours, --dtype float32" or chosen.dtype is not torch.float32]
+    return Basis(
         machine=machine(),
-        dtype=computing().dtype_reason,
-        kernels=computing().kernels_reason,
+        dtype=chosen.dtype_reason,
+        kernels=chosen.kernels_reason,
         peaks={name: max(map(product_speed, PRODUCTS, [name] * len(PRODUCTS))) for name in ("float32", "bfloat16")},
-        types=types,
-        speeds=dict(zip(made, results, strict=True)),
+        loops=loops,
     )
 
 
-def timed(loop: Trainer | PlainLoop, batch_size: int) -> Callable[[], float]:
-    """Takes a step and returns characters a second."""
-    chars = batch_size * TrainConfig().windows * GPTConfig().context_len
-    return lambda: chars / seconds_of(lambda: loop.update(1e-3))
+LOOPS: dict[str, Callable[[TrainConfig, Source], Trainer | PlainLoop]] = {
+    "ours": full_trainer,
+    "ours, --kernels torch": partial(full_trainer, kernels="torch"),
+    "ours, --optimizer adamw": lambda config, source: full_trainer(replace(config, optimizer="adamw"), source),
+    "ours, --dtype float32": partial(full_trainer, dtype="float32"),
+    "plain": lambda config, source: PlainLoop(GPTConfig(), config, source),
+}
+"""What makes each of them, with the model and number type that are the default here unless it says otherwise."""
+_own: list[tuple[Trainer | PlainLoop, int]] = []
+"""The loop of this process, and the characters of one of its steps."""
+
+
+def begin(name: str, batch_size: int) -> str:
+    """Make the loop of this process; return the type of its matrix products."""
+    set_threads(None)
+    config = TrainConfig(batch_size=batch_size)
+    roll_len = config.windows * GPTConfig().context_len
+    loop = LOOPS[name](config, RepeatedSource(roll_len=roll_len, batch_size=batch_size))
+    _own.append((loop, batch_size * roll_len))
+    loop.update(1e-3)  # the first step makes buffers and kernels
+    return str(loop.dtype if isinstance(loop, Trainer) else torch.float32).removeprefix("torch.")
+
+
+def take_turn() -> float:
+    """Take a few steps; return characters a second."""
+    ((loop, chars),) = _own
+    return STEPS_IN_A_TURN * chars / seconds_of(lambda: [loop.update(1e-3) for _ in range(STEPS_IN_A_TURN)])
 
 
 def product_speed(shape: tuple[int, int, int], dtype: str) -> float:
@@ -134,11 +146,3 @@ def product_speed(shape: tuple[int, int, int], dtype: str) -> float:
     while sum(seconds) < ENOUGH and len(seconds) < 5:
         seconds.append(seconds_of(lambda: torch.nn.functional.linear(a, b)))
     return 2 * m * k * n / min(seconds)
-
-
-def memory_of(name: str, batch_size: int) -> float:
-    """Peak memory in MB of this process after a few steps of a loop."""
-    loop = loops(batch_size)[name]()
-    for _ in range(STEPS_FOR_MEMORY):
-        loop.update(1e-3)
-    return peak_memory() / 1e6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "choose_dtype",
     "flush_denormals",
     "instruction_set",
+    "keep_freed_memory",
     "set_threads",
 ]
 
@@ -28,6 +30,10 @@ CPU = torch.device("cpu")
 
 _ROWS, _IN, _OUT = 1032, 256, 1024
 """Shape of the model's largest matrix product, for eight rolls."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""As glibc's malloc.h has them: what is free at the heap's end, and the size of a piece, beyond which it goes to the system."""
+_MOST_OF_A_HEAP, _ALL = 2**25, 2**31 - 1
+"""In bytes; the first is the largest that glibc takes."""
 _WORTHWHILE = 1.3
 """How many times faster bfloat16 has to be before its coarser numbers are worth having."""
 
@@ -67,6 +73,18 @@ def check_compiler() -> None:
 def flush_denormals() -> bool:
     """Have numbers too small for full precision become zero, which are slow to compute with; False where that is not possible."""
     return torch.set_flush_denormal(True)
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what is freed for what comes next; False where it has no such setting.
+
+    A step needs the same memory as the one before, and the system hands out pages one by one, each filled with zeros.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (TypeError, OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, _MOST_OF_A_HEAP) and mallopt(_M_TRIM_THRESHOLD, _ALL))
 
 
 def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:

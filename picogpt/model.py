@@ -11,7 +11,7 @@ context slot and its characters), C = n_embd, H = n_head, D = C / H, V = vocab_s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from picogpt.attention import causal_attention
 from picogpt.config import GPTConfig
 from picogpt.dropout import Dropout
 from picogpt.errors import RunError
-from picogpt.kernels import FusedBlocks, Kernels
+from picogpt.kernels import FusedBlocks, Kernels, Use
 from picogpt.roll import window_spans
 
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention"]
@@ -96,17 +96,20 @@ class _Transformer(nn.Module):
         self.gradient_checkpointing = False
         # What computes the blocks instead of torch's functions, compiled for this shape.
         self.kernels: Kernels | None = None
+        self._fused: FusedBlocks | None = None
         self._draws = config.dropout > 0
         n_slots = config.context_len + 1
         self.mask: Tensor
         self.register_buffer("mask", torch.full((n_slots, n_slots), -torch.inf).triu(1), persistent=False)
 
-    def blocks(self, rolls: int) -> Callable[[Tensor], Tensor]:
-        """What takes x (B, S, C) through all blocks, in the windows of one batch of `rolls`."""
+    def blocks(self, rolls: int, slots: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        """What takes x (B, S, C) through all blocks, in one window after the other of a text, with so many `slots` each."""
         if self.kernels is None:
             return self._through_modules
-        parameters = [list(block.parameters()) for block in self.h]
-        return FusedBlocks(self.kernels, parameters, rolls, recompute=self.gradient_checkpointing)
+        use = Use(len(self.h), rolls, tuple(slots), torch.is_grad_enabled(), self.gradient_checkpointing)
+        if self._fused is None or not self._fused.is_free or (self._fused.kernels, self._fused.use) != (self.kernels, use):
+            self._fused = FusedBlocks(self.kernels, use)
+        return self._fused.begin([list(block.parameters()) for block in self.h])
 
     def _through_modules(self, x: Tensor) -> Tensor:
         mask = self.mask[: x.size(1), : x.size(1)]
@@ -121,7 +124,7 @@ class _Transformer(nn.Module):
         """Take idx (B, n), context (B, C) and what `blocks` returned, if it is for more windows; return (B, S, C)."""
         x = torch.cat((context.unsqueeze(1), self.wte(idx)), dim=1)  # (B, S, C)
         x = self.drop(x + self.wpe.weight[: x.size(1)])  # (B, S, C)
-        out: Tensor = self.ln_f((blocks or self.blocks(x.size(0)))(x))
+        out: Tensor = self.ln_f((blocks or self.blocks(x.size(0), [x.size(1)]))(x))
         return out
 
 
@@ -183,8 +186,9 @@ class GPT(nn.Module):
         mean over all S slots, the context slot included. The next window starts from it, and gradients flow through it.
         """
         context = self.transformer.wte.weight.new_zeros(idx.size(0), self.config.n_embd)  # (B, C)
-        blocks = self.transformer.blocks(idx.size(0))
-        for start, end in window_spans(idx.size(1), self.config.context_len):
+        spans = window_spans(idx.size(1), self.config.context_len)
+        blocks = self.transformer.blocks(idx.size(0), [end - start + 1 for start, end in spans])
+        for start, end in spans:
             h = self.transformer(idx[:, start:end], context, blocks)  # (B, S, C)
             context = h.mean(dim=1)  # (B, C)
             yield h, context

@@ -15,7 +15,7 @@ from torch import nn
 from picogpt import __version__
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Batch
-from picogpt.device import CPU, choose_device, flush_denormals, set_threads
+from picogpt.device import CPU, choose_device, flush_denormals, keep_freed_memory, set_threads
 from picogpt.errors import RanksError, TrainingError
 from picogpt.kernels import Kernels, choose_kernels, kernels_name
 from picogpt.model import GPT
@@ -121,6 +121,7 @@ class Replica:
             raise RanksError(f"rank 0 has picogpt {version} and this machine {__version__}; install the same one everywhere")
         plan = _Plan(**checkpoint.state)
         flush_denormals()
+        keep_freed_memory()
         set_threads(threads or plan.threads)
         device = choose_device(plan.device, ranks.local_rank)[0]
         model, dtype = GPTConfig(**plan.model), getattr(torch, plan.dtype)

@@ -308,7 +308,12 @@ class TestTrain:
         monkeypatch.delenv("CC", raising=False)
         computed: list[Kernels] = []
         attention = Kernels.attention
-        monkeypatch.setattr(Kernels, "attention", lambda self, *given: computed.append(self) or attention(self, *given))  # type: ignore[func-returns-value]
+
+        def watched(self: Kernels, *given: Any, **written: Any) -> None:
+            computed.append(self)
+            attention(self, *given, **written)
+
+        monkeypatch.setattr(Kernels, "attention", watched)
         assert train.main(in_c) == 0
         assert computed
         assert "1 threads, blocks by functions in C (compiled by cc, their products by oneDNN)\n" in capsys.readouterr().err

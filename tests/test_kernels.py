@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -147,18 +148,29 @@ def test_the_same_again() -> None:
 
 @needs_compiler
 def test_recomputing_keeps_less() -> None:
-    """With gradient checkpointing the graph holds each block's input, and nothing else of it."""
-    held: dict[bool, int] = {}
-    for recompute in (False, True):
-        model = model_of("heads of 16")
-        model.transformer.kernels = kernels_for("heads of 16")
-        model.transformer.gradient_checkpointing = recompute
-        sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):  # type: ignore[misc]
-            model(torch.zeros(2, 34, dtype=torch.long), torch.zeros(2, 34, dtype=torch.long))
-        held[recompute] = sum(sizes)
+    """With gradient checkpointing each block's input stays, and nothing else of it; without gradients only the first one's."""
+    for dtype in (torch.float32, torch.bfloat16):
+        held = []
+        for recompute, trained in ((False, True), (True, True), (False, False)):
+            model, ids = model_of("heads of 16"), torch.zeros(2, 17 * 16, dtype=torch.long)
+            model.transformer.kernels = kernels_for("heads of 16", dtype)
+            model.transformer.gradient_checkpointing = recompute
+            with torch.set_grad_enabled(trained), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                model(ids, ids)
+            held.append(bytes_of_room(model))
+        everything, inputs, nothing = held
 
-    assert held[True] < held[False] / 2
+        assert inputs < everything / 4
+        assert nothing < 0.75 * inputs
+
+
+def bytes_of_room(model: GPT) -> int:
+    """Of all memory that is held for the blocks."""
+    fused = model.transformer._fused
+    assert fused is not None
+    values = [getattr(values, name) for block in fused._room.values for values in block for name in values.__slots__]
+    storages = {tensor.untyped_storage() for tensor in [*values, *itertools.chain(*fused._room.x)]}
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @needs_compiler
@@ -167,7 +179,8 @@ def test_scores_beyond_all_numbers() -> None:
     kernels = kernels_for("heads of 8")
     qkv = torch.ones(3, 48)
     qkv[:, :16], qkv[:, 16:32] = 1e30, -1e30
-    read, _ = kernels.attention(qkv, torch.zeros(48), 1)
+    read = torch.empty(3, 16)
+    kernels.attention(qkv, torch.zeros(48), 1, out=read, scores=torch.empty(3, 4))
 
     assert read.isnan().all()
 
@@ -182,15 +195,70 @@ def test_another_shape() -> None:
 
 @needs_compiler
 def test_one_backward_pass() -> None:
-    """A graph that is kept for a second one refuses it, as the sums of the first are given away."""
+    """A graph that is kept for a second one refuses it, as the first one has written over what it was made of."""
     model = model_of("heads of 8")
     model.transformer.kernels = kernels_for("heads of 8")
     _, loss = model(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long))
     assert loss is not None
     loss.backward(retain_graph=True)
 
-    with pytest.raises(RuntimeError, match="a second one would add to them"):
+    with pytest.raises(
+        RuntimeError, match="^what a window has made is used up by one backward pass; go forward again for a second one$"
+    ):
         loss.backward()
+
+
+@needs_compiler
+def test_weights_that_change_in_between() -> None:
+    """Weights written to after the forward pass are noticed in the backward pass, which would mix old and new ones."""
+    model = model_of("heads of 8")
+    model.transformer.kernels = kernels_for("heads of 8")
+    _, loss = model(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long))
+    assert loss is not None
+    with torch.no_grad():
+        next(model.transformer.h.parameters()).add_(1)
+
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        loss.backward()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_texts_side_by_side(dtype: torch.dtype) -> None:
+    """A text that begins before another one is through has memory of its own."""
+    model, ids = model_of("heads of 8"), torch.randint(88, (2, 2, 21))
+    model.transformer.kernels = kernels_for("heads of 8", dtype)
+    losses = [model(x, x)[1] for x in ids]
+    together = torch.autograd.grad(losses[0] + losses[1], list(model.parameters()))
+    apart = [torch.autograd.grad(model(x, x)[1], list(model.parameters())) for x in ids]
+
+    for both, one, other in zip(together, *apart, strict=True):
+        torch.testing.assert_close(both, one + other, rtol=1e-2, atol=1e-6)
+
+
+@needs_compiler
+def test_memory_is_used_again() -> None:
+    """The next text of the same shape has the memory of the one before; one of another shape does not."""
+    model, ids = model_of("heads of 8"), torch.zeros(2, 21, dtype=torch.long)
+    model.transformer.kernels = kernels_for("heads of 8")
+    rooms = []
+    for n in (21, 21, 13):
+        torch.autograd.grad(model(ids[:, :n], ids[:, :n])[1], list(model.parameters()))
+        rooms.append(model.transformer._fused)
+
+    assert rooms[0] is rooms[1]
+    assert rooms[1] is not rooms[2]
+
+
+@needs_compiler
+def test_windows_left_out() -> None:
+    """A loss of some windows only is refused: the others' part of the gradient would be what the text before has left there."""
+    model = model_of("heads of 8")
+    model.transformer.kernels = kernels_for("heads of 8")
+    first, *_ = model.roll(torch.zeros(1, 24, dtype=torch.long))
+
+    with pytest.raises(AssertionError, match=r"windows \[1, 2\] have not gone backward"):
+        torch.autograd.grad(first[0].sum(), list(model.parameters()), allow_unused=True)
 
 
 @needs_compiler
@@ -287,7 +355,8 @@ def test_rounding_to_bfloat16(instructions: str | None, monkeypatch: pytest.Monk
     bits[0, :8] = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, 0x3F808000, 0x3F818000, 0x7F7FFFFF, 0])
     x = bits.view(torch.float32)
     x = torch.where(x.abs() < 1e-37, 0, x)  # smaller ones may become zero
-    found = kernels.add_backward(x, torch.zeros(kernels.threads, 32))
+    found = torch.empty_like(x, dtype=torch.bfloat16)
+    kernels.add_backward(x, found, torch.zeros(kernels.threads, 32))
 
     torch.testing.assert_close(found, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 

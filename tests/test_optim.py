@@ -97,6 +97,14 @@ def test_orthogonalize(shape: tuple[int, ...], dtype: torch.dtype, tolerance: fl
     assert (found - torch.diag_embed(diagonal)).abs().max() < 1e-3 + tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_one_direction_above_all(dtype: torch.dtype) -> None:
+    """Entries of one sign: a singular value fifty times the others, whose product with itself rounds theirs away in bfloat16."""
+    torch.manual_seed(0)
+
+    assert torch.linalg.svdvals(orthogonalize(torch.rand(2, 256, 1024), dtype).float()).max() < 1.2
+
+
 @pytest.mark.parametrize("smallest", [-3, -2, -1, 0])
 @pytest.mark.parametrize("shape", [(8, 24, 24), (8, 24, 96)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -40,7 +40,7 @@ class Machine:
             ConfigError: a step cannot be divided among the ranks, or flags exclude each other.
             TrainingError: there is no such device, or no compiler.
         """
-        from picogpt.device import choose_device, choose_dtype, flush_denormals, set_threads
+        from picogpt.device import choose_device, choose_dtype, flush_denormals, keep_freed_memory, set_threads
 
         if config.batch_size % ranks.count:
             raise ConfigError(
@@ -52,6 +52,7 @@ class Machine:
             raise TrainingError("--device mps: torch connects no ranks on such a GPU; take --device cpu, or one process")
         compiled = stored.compile if stored and request.compile is None else bool(request.compile)
         flush_denormals()
+        keep_freed_memory()
         threads = set_threads(request.threads or (stored.threads if stored else None))
         dtype, dtype_reason = choose_dtype(request.dtype or (stored.dtype if stored else "auto"), device)
         wanted = request.kernels or (stored.kernels if stored else "auto")

@@ -2,5 +2,6 @@
 
 from picogpt.kernels.block import FusedBlocks
 from picogpt.kernels.compiled import Kernels, choose_kernels, compile_kernels, kernels_name
+from picogpt.kernels.room import Use
 
-__all__ = ["FusedBlocks", "Kernels", "choose_kernels", "compile_kernels", "kernels_name"]
+__all__ = ["FusedBlocks", "Kernels", "Use", "choose_kernels", "compile_kernels", "kernels_name"]

@@ -134,27 +134,26 @@ static inline void normalize(const float *x, const float *weight, const float *b
     }
 }
 
-void layer_norm(const float *x, const float *weight, const float *bias, number *out, float *means, float *scales, int rows,
-                int threads) {
+void layer_norm(const float *x, const float *weight, const float *bias, number *out, float *statistics, int rows, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int i = 0; i < rows; i++) {
-        normalize(x + (long)i * WIDTH, weight, bias, out + (long)i * WIDTH, means + i, scales + i);
+        normalize(x + (long)i * WIDTH, weight, bias, out + (long)i * WIDTH, statistics + i, statistics + rows + i);
     }
 }
 
 void add_layer_norm(const float *x, const number *branch, const float *branch_bias, const float *weight, const float *bias,
-                    float *sum, number *out, float *means, float *scales, int rows, int threads) {
+                    float *sum, number *out, float *statistics, int rows, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int i = 0; i < rows; i++) {
         long at = (long)i * WIDTH;
         add_row(x + at, branch + at, branch_bias, sum + at);
-        normalize(sum + at, weight, bias, out + at, means + i, scales + i);
+        normalize(sum + at, weight, bias, out + at, statistics + i, statistics + rows + i);
     }
 }
 
-void layer_norm_backward(const number *gradient, const float *x, const float *weight, const float *bias, const float *means,
-                         const float *scales, const float *residual, number *out, float *dx, number *branch, float *sums, int rows,
-                         int threads) {
+void layer_norm_backward(const number *gradient, const float *x, const float *weight, const float *bias, const float *statistics,
+                         number *out, float *dx, number *branch, float *sums, int rows, int threads) {
+    const float *means = statistics, *scales = statistics + rows;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < threads; t++) {
         vector d_weight[WIDTH / LANES] = {0}, d_bias[WIDTH / LANES] = {0}, d_branch[WIDTH / LANES] = {0};
@@ -169,13 +168,13 @@ void layer_norm_backward(const number *gradient, const float *x, const float *we
                 products += d_normal[v] * normal[v];
                 d_weight[v] += d * normal[v];
                 d_bias[v] += d;
-                store(out + at + c, normal[v] * w + load_float(bias + c));
+                if (out) store(out + at + c, normal[v] * w + load_float(bias + c));
             }
             float mean = sum_of(sum) / WIDTH, mean_product = sum_of(products) / WIDTH;
             for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-                vector d = load_float(residual + at + c) + (d_normal[v] - mean - normal[v] * mean_product) * scales[i];
+                vector d = load_float(dx + at + c) + (d_normal[v] - mean - normal[v] * mean_product) * scales[i];
                 store_float(dx + at + c, d);
-                store(branch + at + c, d);
+                if (branch) store(branch + at + c, d);
                 d_branch[v] += d;
             }
         }
@@ -227,8 +226,7 @@ void gelu(const number *x, const float *bias, number *out, int rows, int threads
     }
 }
 
-void gelu_backward(const number *gradient, const number *x, const float *bias, number *dx, number *out, float *sums, int rows,
-                   int threads) {
+void gelu_backward(const number *gradient, number *x, const float *bias, number *out, float *sums, int rows, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < threads; t++) {
         vector d_bias[4 * WIDTH / LANES] = {0};
@@ -237,8 +235,8 @@ void gelu_backward(const number *gradient, const number *x, const float *bias, n
                 long at = (long)i * 4 * WIDTH + c;
                 vector density, y = load(x + at) + load_float(bias + c), chance = chance_below(y, &density);
                 vector d = load(gradient + at) * (chance + y * density);
-                store(out + at, y * chance);
-                store(dx + at, d);
+                if (out) store(out + at, y * chance);
+                store(x + at, d);
                 d_bias[v] += d;
             }
         }
@@ -398,8 +396,8 @@ static void attend(struct head *head, const number *qkv, const float *bias, numb
     combine_seen(out, WIDTH, 0, shares, head->scores, head->v, slots);
 }
 
-void attention(const number *qkv, const float *bias, number *out, float *tops, float *shares, int rolls, int heads, int slots,
-               int threads) {
+void attention(const number *qkv, const float *bias, number *out, float *statistics, int rolls, int heads, int slots, int threads) {
+    float *tops = statistics, *shares = statistics + (long)rolls * heads * slots;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int n = 0; n < rolls * heads; n++) {
         long first = (long)(n / heads) * slots * WIDTH, column = n % heads * HEAD;
@@ -407,8 +405,8 @@ void attention(const number *qkv, const float *bias, number *out, float *tops, f
     }
 }
 
-static void attend_backward(struct head *head, const number *gradient, const number *qkv, const float *bias, const number *out,
-                            const float *tops, const float *shares, number *d_qkv, float *sums, int slots) {
+static void attend_backward(struct head *head, const number *gradient, number *qkv, const float *bias, const number *out,
+                            const float *tops, const float *shares, float *sums, int slots) {
     const long row = 3 * WIDTH;
     const float scale = 1 / sqrtf(HEAD);
     read_rows(head->q, qkv, row, bias, scale, slots);
@@ -434,18 +432,18 @@ static void attend_backward(struct head *head, const number *gradient, const num
     for (int i = 0; i < slots; i++) {
         for (int v = 0; v < VECTORS; v++) head->k[i][v] *= scale;
     }
-    combine_seen(d_qkv, row, sums, 0, head->scores, head->k, slots);
-    combine_seeing(d_qkv + WIDTH, row, sums + WIDTH, head->scores, head->q, slots);
-    combine_seeing(d_qkv + 2 * WIDTH, row, sums + 2 * WIDTH, head->weights, head->gradient, slots);
+    combine_seen(qkv, row, sums, 0, head->scores, head->k, slots);
+    combine_seeing(qkv + WIDTH, row, sums + WIDTH, head->scores, head->q, slots);
+    combine_seeing(qkv + 2 * WIDTH, row, sums + 2 * WIDTH, head->weights, head->gradient, slots);
 }
 
-void attention_backward(const number *gradient, const number *qkv, const float *bias, const number *out, const float *tops,
-                        const float *shares, number *d_qkv, float *sums, int rolls, int heads, int slots, int threads) {
+void attention_backward(const number *gradient, number *qkv, const float *bias, const number *out, const float *statistics,
+                        float *sums, int rolls, int heads, int slots, int threads) {
+    const float *tops = statistics, *shares = statistics + (long)rolls * heads * slots;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int n = 0; n < rolls * heads; n++) {
         long first = (long)(n / heads) * slots * WIDTH, column = n % heads * HEAD;
         attend_backward(&own, gradient + first + column, qkv + 3 * first + column, bias + column, out + first + column,
-                        tops + n * slots, shares + n * slots, d_qkv + 3 * first + column,
-                        sums + (long)(n / heads) * 3 * WIDTH + column, slots);
+                        tops + n * slots, shares + n * slots, sums + (long)(n / heads) * 3 * WIDTH + column, slots);
     }
 }

@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from picogpt.config import GPTConfig
 from picogpt.device import instruction_set
 from picogpt.errors import TrainingError
 
-__all__ = ["INSTRUCTIONS", "Kernels", "Normed", "choose_kernels", "compile_kernels", "kernels_name"]
+__all__ = ["INSTRUCTIONS", "Kernels", "choose_kernels", "compile_kernels", "kernels_name"]
 
 _SOURCE = Path(__file__).with_name("block.c")
 _COMPILERS = ("cc", "gcc")
@@ -44,32 +43,22 @@ _TIMEOUT = 60.0
 _POINTERS = {
     "add": 4,
     "add_backward": 3,
-    "layer_norm": 6,
-    "add_layer_norm": 9,
-    "layer_norm_backward": 11,
+    "layer_norm": 5,
+    "add_layer_norm": 8,
+    "layer_norm_backward": 9,
     "gelu": 3,
-    "gelu_backward": 6,
-    "attention": 5,
-    "attention_backward": 8,
+    "gelu_backward": 5,
+    "attention": 4,
+    "attention_backward": 6,
 }
 """How many tensors each function takes, before its numbers."""
-
-
-class Normed(NamedTuple):
-    """What a LayerNorm makes."""
-
-    x: Tensor
-    """What it was given (R, C), float32."""
-    out: Tensor
-    """(R, C), in the type of the products."""
-    statistics: Tensor
-    """(2, R): each row's mean, and what its distance from it was multiplied by."""
 
 
 class Kernels:
     """The functions, for tensors on the CPU that are contiguous.
 
     Biases and whatever else is not said to be in `dtype` are float32. A bias given with a tensor is still to be added to it.
+    Memory for what they write is given to them.
 
     Args:
         library: block.c, compiled.
@@ -84,62 +73,74 @@ class Kernels:
         self.threads = torch.get_num_threads()
         # What torch itself takes for bfloat16; in float32 it takes MKL, which has half the speed of oneDNN on some processors.
         self.onednn: bool = dtype == torch.float32 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        self._heads, self._width = config.n_head, config.n_embd
+        self._heads = config.n_head
         self._library = library
         for name, count in _POINTERS.items():
             numbers = 4 if name.startswith("attention") else 2
             function = getattr(library, name)
             function.argtypes, function.restype = [ctypes.c_void_p] * count + [ctypes.c_int] * numbers, None
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The product of x (R, in) and weight (out, in), transposed: (R, out)."""
+    def linear(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        """The product of x (R, in) and weight (out, in), transposed: (R, out), in `out` unless oneDNN brings memory along."""
         if self.onednn:
             product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
             return product
-        return x @ weight.T
+        return torch.mm(x, weight.T, out=out)
 
     def add_product(self, sums: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
         """The product of left (R, n), transposed, and right (R, m), added to sums (n, m) if there are some.
 
         With oneDNN n is better the smaller one: 11 to 15 % sooner than MKL in float32, with AVX2 and 516 rows.
         """
-        if sums is not None and not self.onednn:
-            return sums.addmm_(left.T, right)
-        product = self.linear(left.T, right.T)
-        return product if sums is None else sums.add_(product)
+        if self.onednn:
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(left.T, right.T, None, "none", [], "")
+            return product if sums is None else sums.add_(product)
+        return left.T @ right if sums is None else sums.addmm_(left.T, right)
 
-    def add(self, x: Tensor, branch: Tensor, bias: Tensor) -> Tensor:
-        """The sum of x (R, C), branch (R, C), which is in `dtype`, and bias (C)."""
-        out = torch.empty_like(x)
+    def add(self, x: Tensor, branch: Tensor, bias: Tensor, out: Tensor) -> None:
+        """Write the sum of x (R, C), branch (R, C), which is in `dtype`, and bias (C)."""
         self._library.add(*_addresses(x, branch, bias, out), x.size(0), self.threads)
-        return out
 
-    def add_backward(self, gradient: Tensor, sums: Tensor) -> Tensor:
-        """Of the gradient (R, C) of `add`, that of the branch, in `dtype`; that of the bias is added to sums (threads, C)."""
-        branch = self._number_like(gradient)
+    def add_backward(self, gradient: Tensor, branch: Tensor, sums: Tensor) -> None:
+        """Of the gradient (R, C) of `add`, write that of the branch, in `dtype`; the bias's is added to sums (threads, C)."""
         self._library.add_backward(*_addresses(gradient, branch, sums), gradient.size(0), self.threads)
-        return branch
 
-    def _number_like(self, x: Tensor) -> Tensor:
-        """Where x is to be written in `dtype`: onto itself if that is its own."""
-        return x if self.dtype == x.dtype else torch.empty_like(x, dtype=self.dtype)
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, statistics: Tensor) -> None:
+        """Write the LayerNorm of x (R, C), in `dtype`.
 
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Normed:
-        """LayerNorm of x (R, C)."""
-        out, statistics = torch.empty_like(x, dtype=self.dtype), x.new_empty(2, x.size(0))
-        self._library.layer_norm(*_addresses(x, weight, bias, out, *statistics), x.size(0), self.threads)
-        return Normed(x, out, statistics)
+        And `statistics`, of 2 R entries: each row's mean, and then what the distance from it was multiplied by.
+        """
+        self._library.layer_norm(*_addresses(x, weight, bias, out, statistics), x.size(0), self.threads)
 
-    def add_layer_norm(self, x: Tensor, branch: Tensor, branch_bias: Tensor, weight: Tensor, bias: Tensor) -> Normed:
-        """LayerNorm of what `add` returns."""
-        added, out, statistics = torch.empty_like(x), torch.empty_like(branch), x.new_empty(2, x.size(0))
-        tensors = (x, branch, branch_bias, weight, bias, added, out, *statistics)
+    def add_layer_norm(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        branch_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        added: Tensor,
+        out: Tensor,
+        statistics: Tensor,
+    ) -> None:
+        """Write what `add` does, and what `layer_norm` does with that."""
+        tensors = (x, branch, branch_bias, weight, bias, added, out, statistics)
         self._library.add_layer_norm(*_addresses(*tensors), x.size(0), self.threads)
-        return Normed(added, out, statistics)
 
     def layer_norm_backward(
-        self, gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *, statistics: Tensor, residual: Tensor, sums: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        gradient: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        statistics: Tensor,
+        *,
+        out: Tensor | None,
+        dx: Tensor,
+        branch: Tensor | None,
+        sums: Tensor,
+    ) -> None:
         """Backward through a LayerNorm and the residual path beside it.
 
         Args:
@@ -147,63 +148,48 @@ class Kernels:
             x: what was normalised (R, C).
             weight: what it was multiplied by (C).
             bias: what was added (C).
-            statistics: what `layer_norm` found (2, R).
-            residual: gradient of x by the other path (R, C).
+            statistics: what `layer_norm` found.
+            out: where the output is written again, in `dtype`, or None.
+            dx: gradient of x by the other path (R, C), to which this one's is added.
+            branch: where that sum is written, in `dtype`, or None.
             sums: (threads, 3, C), to which the gradients are added of weight, bias, and a bias that x was made with.
-
-        Returns:
-            The output again, in `dtype`; the gradient of x, and the same in `dtype`.
         """
-        out, dx = torch.empty_like(gradient), torch.empty_like(x)
-        branch = self._number_like(dx)
-        tensors = (gradient, x, weight, bias, *statistics, residual, out, dx, branch, sums)
+        tensors = (gradient, x, weight, bias, statistics, out, dx, branch, sums)
         self._library.layer_norm_backward(*_addresses(*tensors), x.size(0), self.threads)
-        return out, dx, branch
 
-    def gelu(self, x: Tensor, bias: Tensor) -> Tensor:
-        """GELU of x (R, 4C) + bias (4C), with the normal distribution itself; in and out in `dtype`."""
-        out = torch.empty_like(x)
+    def gelu(self, x: Tensor, bias: Tensor, out: Tensor) -> None:
+        """Write the GELU of x (R, 4C) + bias (4C), with the normal distribution itself; in and out in `dtype`."""
         self._library.gelu(*_addresses(x, bias, out), x.size(0), self.threads)
-        return out
 
-    def gelu_backward(self, gradient: Tensor, x: Tensor, bias: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the gradient (R, 4C) of `gelu`, that of x, and `gelu`'s output again, both in `dtype`.
+    def gelu_backward(self, gradient: Tensor, x: Tensor, bias: Tensor, out: Tensor | None, sums: Tensor) -> None:
+        """Of the gradient (R, 4C) of `gelu`, write that of x over x, and `gelu`'s output again, unless it is None, in `dtype`.
 
         The gradient of the bias is added to sums (threads, 4C).
         """
-        dx, out = torch.empty_like(x), torch.empty_like(x)
-        self._library.gelu_backward(*_addresses(gradient, x, bias, dx, out, sums), x.size(0), self.threads)
-        return dx, out
+        self._library.gelu_backward(*_addresses(gradient, x, bias, out, sums), x.size(0), self.threads)
 
-    def attention(self, qkv: Tensor, bias: Tensor, rolls: int) -> tuple[Tensor, Tensor]:
+    def attention(self, qkv: Tensor, bias: Tensor, rolls: int, *, out: Tensor, scores: Tensor) -> None:
         """Causal attention over the windows of qkv (R, 3C) + bias (3C).
 
-        Returns:
-            What the heads read (R, C), in `dtype` as `qkv` is; and statistics of the scores (2, B, H, S): the largest of each
-            slot, and 1 over the sum of their exponentials, each less that largest.
+        Written are what the heads read (R, C), in `dtype` as `qkv` is; and of the scores 2 R H entries: the largest of each
+        slot, and then 1 over the sum of their exponentials, each less that largest; both by roll, head and slot.
         """
-        rows, slots = qkv.size(0), qkv.size(0) // rolls
-        out, statistics = qkv.new_empty(rows, self._width), bias.new_empty(2, rolls, self._heads, slots)
-        tensors = (qkv, bias, out, *statistics)
-        self._library.attention(*_addresses(*tensors), rolls, self._heads, slots, self.threads)
-        return out, statistics
+        tensors = (qkv, bias, out, scores)
+        self._library.attention(*_addresses(*tensors), rolls, self._heads, qkv.size(0) // rolls, self.threads)
 
     def attention_backward(
-        self, gradient: Tensor, qkv: Tensor, bias: Tensor, out: Tensor, *, statistics: Tensor, sums: Tensor
-    ) -> Tensor:
-        """Of the gradient (R, C) of `attention`, that of qkv (R, 3C), in `dtype`; that of its bias is added to sums (B, 3C).
+        self, gradient: Tensor, qkv: Tensor, bias: Tensor, rolls: int, *, out: Tensor, scores: Tensor, sums: Tensor
+    ) -> None:
+        """Of the gradient (R, C) of `attention`, write that of qkv over qkv, in `dtype`; its bias's is added to sums (B, 3C).
 
-        The other arguments are those of `attention` and what it returned.
+        The other arguments are those of `attention` and what it wrote.
         """
-        _, rolls, _, slots = statistics.shape
-        d_qkv = torch.empty_like(qkv)
-        tensors = (gradient, qkv, bias, out, *statistics, d_qkv, sums)
-        self._library.attention_backward(*_addresses(*tensors), rolls, self._heads, slots, self.threads)
-        return d_qkv
+        tensors = (gradient, qkv, bias, out, scores, sums)
+        self._library.attention_backward(*_addresses(*tensors), rolls, self._heads, qkv.size(0) // rolls, self.threads)
 
 
-def _addresses(*tensors: Tensor) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def kernels_name(kernels: Kernels | None) -> str:

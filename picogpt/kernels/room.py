@@ -1,0 +1,129 @@
+"""Memory for what the blocks make of a text, and of the next one: it takes longer to have it from the system than to fill it.
+
+R rows are those of one window, N those of a whole text: one for each slot of each roll.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from picogpt.kernels.compiled import Kernels
+
+__all__ = ["Room", "Use", "Values"]
+
+
+class Use(NamedTuple):
+    """What blocks are used for, which says what they need room for."""
+
+    n_layer: int
+    rolls: int
+    slots: tuple[int, ...]
+    """Of each window of the text."""
+    trained: bool
+    """Whether there will be a backward pass."""
+    recompute: bool
+    """Whether a block's inner values are computed again in the backward pass, instead of kept for it."""
+
+
+@dataclass(slots=True)
+class Values:
+    """What a block makes of one window. Gradients are written onto values that have been read for the last time."""
+
+    statistics_1: Tensor
+    normed_1: Tensor
+    qkv: Tensor
+    """(R, 3C), and at last its gradient."""
+    read: Tensor
+    scores: Tensor
+    middle: Tensor
+    statistics_2: Tensor
+    normed_2: Tensor
+    hidden: Tensor
+    """(R, 4C), and at last its gradient."""
+    active: Tensor
+    branch: Tensor
+    d_branch: Tensor
+    """Gradient of what the feed-forward layer adds."""
+    d_active: Tensor
+    d_normed: Tensor
+    d_middle: Tensor
+    """Gradient of what attention adds, in the type of the products."""
+    d_read: Tensor
+
+
+class _Rows(NamedTuple):
+    """Rows of one of the values."""
+
+    width: int
+    dtype: torch.dtype
+    kept: bool = False
+    """Whether those of each block and window stay until the text is through; else the next ones are written over them."""
+
+
+class Room:
+    """Memory for all blocks and windows.
+
+    Args:
+        kernels: what computes.
+        use: what for.
+    """
+
+    def __init__(self, kernels: Kernels, use: Use) -> None:
+        self._n_layer, self._sizes = use.n_layer, [use.rolls * slots for slots in use.slots]
+        kept = use.trained and not use.recompute
+        self.at_once = kept and not kernels.onednn
+        """Whether all that the gradients of matrices are made of stays until all windows are through."""
+        self.x, _ = self._cut(_Rows(kernels.shape[0], torch.float32, use.trained))
+        """What a block begins with (R, C), by block and window; that of the first block is given to it."""
+        self.wholes: list[dict[str, Tensor]] = [{} for _ in range(use.n_layer)]
+        """Values that stay, of all windows (N, width), by block and name."""
+        parts = {}
+        for name, rows in _rows_of_values(kernels, kept=kept, at_once=self.at_once).items():
+            parts[name], wholes = self._cut(rows)
+            for block, whole in zip(self.wholes, wholes, strict=False):
+                block[name] = whole
+        made = [
+            [Values(**{name: part[index][window] for name, part in parts.items()}) for window in range(len(self._sizes))]
+            for index in range(use.n_layer)
+        ]
+        # Where nothing stays, let nothing hold on to what oneDNN has brought along.
+        shared = dict(zip(self._sizes, made[0], strict=True))
+        self.values = made if kept else [[shared[size] for size in self._sizes]] * use.n_layer
+        """By block and window."""
+
+    def _cut(self, rows: _Rows) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """Rows by block and window; and by block those of all windows, where they stay."""
+        if not rows.kept:
+            shared = torch.empty(max(self._sizes), rows.width, dtype=rows.dtype)
+            return [[shared[:size] for size in self._sizes] for _ in range(self._n_layer)], []
+        wholes = [torch.empty(sum(self._sizes), rows.width, dtype=rows.dtype) for _ in range(self._n_layer)]
+        return [list(torch.split(whole, self._sizes)) for whole in wholes], wholes
+
+
+def _rows_of_values(kernels: Kernels, *, kept: bool, at_once: bool) -> dict[str, _Rows]:
+    """What `Values` are; `kept` for the backward pass, or also `at_once` for what comes after it."""
+    width, n_head, _ = kernels.shape
+    product = 0 if kernels.onednn else width  # oneDNN brings the memory of its products along
+    number, exact = kernels.dtype, torch.float32
+    return {
+        "statistics_1": _Rows(2, exact, kept),
+        "normed_1": _Rows(width, number, at_once),
+        "qkv": _Rows(3 * product, number, kept),
+        "read": _Rows(width, number, kept),
+        "scores": _Rows(2 * n_head, exact, kept),
+        "middle": _Rows(width, exact, kept),
+        "statistics_2": _Rows(2, exact, kept),
+        "normed_2": _Rows(width, number, at_once),
+        "hidden": _Rows(4 * product, number, kept),
+        "active": _Rows(4 * width, number, at_once),
+        "branch": _Rows(product, number),
+        "d_branch": _Rows(width, number, at_once),
+        "d_active": _Rows(4 * product, number),
+        "d_normed": _Rows(product, number),
+        "d_middle": _Rows(width, number, at_once),
+        "d_read": _Rows(product, number),
+    }
