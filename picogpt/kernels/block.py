@@ -163,10 +163,8 @@ class FusedBlocks:
         values.qkv = kernels.linear(values.normed_1, weights.attn, values.qkv)
         kernels.attention(values.qkv, weights.attn_bias, self.use.rolls, out=values.read, scores=values.scores)
         branch = kernels.linear(values.read, weights.proj, values.branch)
-        x, written = (
-            self._room.x[index][window],
-            {"added": values.middle, "out": values.normed_2, "statistics": values.statistics_2},
-        )
+        x = self._room.x[index][window]
+        written = {"added": values.middle, "out": values.normed_2, "statistics": values.statistics_2}
         kernels.add_layer_norm(x, branch, weights.proj_bias, weights.norm_2, weights.norm_2_bias, **written)
         values.hidden = kernels.linear(values.normed_2, weights.fc, values.hidden)
         kernels.gelu(values.hidden, weights.fc_bias, values.active)
@@ -204,7 +202,7 @@ class FusedBlocks:
         kernels.layer_norm_backward(d_normed, *norm, out=again, dx=dx, branch=d_branch, sums=sums.norm_1)
         sums.attn.add(values.qkv, values.normed_1)
         if kernels.onednn:
-            values.qkv = values.hidden = values.qkv[:0]  # so that their memory is there for the next products
+            values.qkv = values.hidden = torch.empty(0)  # so that their memory is there for the next products
 
     def _again(self, rows: Tensor) -> Tensor | None:
         """Where what was made of rows in the forward pass is made again, unless it is still there."""
