@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import types
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -248,6 +249,21 @@ def test_memory_is_used_again() -> None:
 
     assert rooms[0] is rooms[1]
     assert rooms[1] is not rooms[2]
+
+
+@needs_compiler
+@pytest.mark.parametrize("backward", [True, False])
+def test_memory_goes_with_the_model(backward: bool) -> None:
+    """Nothing that is kept holds on to the graph of a text, which would hold on to it for ever."""
+    model, ids = model_of("heads of 8"), torch.zeros(2, 21, dtype=torch.long)
+    model.transformer.kernels = kernels_for("heads of 8")
+    _, loss = model(ids, ids)
+    if backward:
+        torch.autograd.grad(loss, list(model.parameters()))
+    fused = weakref.ref(model.transformer._fused)
+    del model, loss, _
+
+    assert fused() is None
 
 
 @needs_compiler

@@ -238,7 +238,8 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, blocks: FusedBlocks, window: int, x: Tensor, token: Tensor) -> Tensor:  # noqa: ARG004 (it is there for the graph)
         ctx.blocks, ctx.window = blocks, window
-        return blocks.forward(window, x.reshape(-1, x.size(-1)).contiguous()).view_as(x)
+        # Detached, as the memory for x is there longer than the graph that x is part of.
+        return blocks.forward(window, x.detach().reshape(-1, x.size(-1)).contiguous()).view_as(x)
 
     @staticmethod
     @once_differentiable
