@@ -96,6 +96,7 @@ class _Transformer(nn.Module):
         self.gradient_checkpointing = False
         # What computes the blocks instead of torch's functions, compiled for this shape.
         self.kernels: Kernels | None = None
+        # The blocks that have memory for a step; what comes in between, as validation does, leaves it to them.
         self._fused: FusedBlocks | None = None
         self._draws = config.dropout > 0
         n_slots = config.context_len + 1
@@ -107,9 +108,12 @@ class _Transformer(nn.Module):
         if self.kernels is None:
             return self._through_modules
         use = Use(len(self.h), rolls, tuple(slots), torch.is_grad_enabled(), self.gradient_checkpointing)
-        if self._fused is None or not self._fused.is_free or (self._fused.kernels, self._fused.use) != (self.kernels, use):
-            self._fused = FusedBlocks(self.kernels, use)
-        return self._fused.begin([list(block.parameters()) for block in self.h])
+        fused = self._fused
+        if fused is None or not fused.is_free or (fused.kernels, fused.use) != (self.kernels, use):
+            fused = FusedBlocks(self.kernels, use)
+        if use.trained:
+            self._fused = fused
+        return fused.begin([list(block.parameters()) for block in self.h])
 
     def _through_modules(self, x: Tensor) -> Tensor:
         mask = self.mask[: x.size(1), : x.size(1)]
