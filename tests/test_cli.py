@@ -6,10 +6,13 @@ import io
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -694,23 +697,25 @@ def test_loop_on_a_terminal(trained: Path) -> None:
     command = [sys.executable, "-m", "picogpt.cli.generate", "-n", "inf", "-t", "0"]
     shown = b""
 
-    def wait_for(text: bytes, count: int) -> None:
+    def wait_for_prompt(count: int, after: Callable[[], None] = lambda: None) -> None:
+        """Wait until so many have been shown; a signal can come just before readline waits for one, and is sent again."""
         nonlocal shown
-        while shown.count(text) < count:
-            shown += os.read(primary, 4096)
+        while shown.count(b"> ") < count:
+            after()
+            while select.select([primary], [], [], 2.0)[0] and shown.count(b"> ") < count:
+                shown += os.read(primary, 4096)
 
     with subprocess.Popen(command, stdin=secondary, stdout=secondary, stderr=secondary, start_new_session=True) as process:
         os.close(secondary)
-        wait_for(b"> ", 1)
+        interrupt = partial(process.send_signal, signal.SIGINT)
+        wait_for_prompt(1)
         for turn in (2, 3):
             os.write(primary, b"one\n")
             before = len(shown)
             while len(shown) < before + 40:
                 shown += os.read(primary, 4096)
-            process.send_signal(signal.SIGINT)
-            wait_for(b"> ", turn)
-        process.send_signal(signal.SIGINT)
-        wait_for(b"> ", 4)
+            wait_for_prompt(turn, interrupt)
+        wait_for_prompt(4, interrupt)
         os.write(primary, b"\x04")
         assert process.wait(timeout=20) == 0
     os.close(primary)
