@@ -17,6 +17,7 @@ __all__ = [
     "choose_device",
     "choose_dtype",
     "flush_denormals",
+    "has_matrix_tiles",
     "instruction_set",
     "keep_freed_memory",
     "set_threads",
@@ -48,6 +49,11 @@ def set_threads(count: int | None) -> int:
 def instruction_set() -> str:
     """The vector instructions that torch uses here, such as AVX2 or AVX512; the processor may have more."""
     return str(torch.backends.cpu.get_cpu_capability())
+
+
+def has_matrix_tiles() -> bool:
+    """Whether the processor multiplies tiles of matrices in registers for them (Intel's AMX), and the system lets it."""
+    return bool(torch.cpu._init_amx())
 
 
 def check_compiler() -> None:

@@ -1,123 +1,28 @@
-/* What a block of the model does between its matrix products, forward and backward, in as few passes over memory as it takes.
+/* The blocks of the model, forward and backward, for one window of all rolls.
 
-   `picogpt.kernels.compiled` has this compiled for one shape of model, and describes every function. The shape is in macros:
-   WIDTH is n_embd, HEAD the entries of a head, SLOTS those of a window; BFLOAT16 is defined where the products are in bfloat16.
+   `picogpt.kernels.compiled` has this compiled for one shape of model; vectors.h says how. Every thread has a share of the rows, and
+   another of the heads. They wait for each other only where they need each other's: not at all where each has rolls of its own.
 
-   What enters and leaves a product is a `number`; residual paths, weights, biases and all sums are float. A bias is added where
-   the product before it is read, as one pass more would cost as much as the reading. Gradients of weights and biases are added to
-   `sums`, where each of `threads` shares of the rows has a row of its own: the sums do not depend on who computes them. */
+   A bias is added where the product before it is read, as one pass more would cost as much as the reading. What is made of gradients
+   on the way is written over what has been read for the last time. Gradients of norms and biases are added to sums in which each
+   thread, or each roll, has a row of its own, so that they do not depend on who is first. */
 
-#include <math.h>
-#include <stdint.h>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include <omp.h>
 
-#if defined(__AVX512F__) && HEAD % 16 == 0
-#define LANES 16
-#define REGISTERS 16 /* that a tile's sums may take, of 32 */
-#elif defined(__AVX2__) && HEAD % 8 == 0
-#define LANES 8
-#define REGISTERS 12 /* of 16 */
-#else
-#define LANES 4
-#define REGISTERS 8
-#endif
-#define UP(n, unit) (((n) + (unit) - 1) / (unit) * (unit))
-#define VECTORS (HEAD / LANES) /* that hold the entries of one slot in a head */
-#define ROWS (REGISTERS / VECTORS > 1 ? REGISTERS / VECTORS : 1)
-/* A tile of scores: so many rows, and vectors of columns. */
-#define TILE_COLUMNS (LANES == 16 ? 3 : 2)
-#define TILE_ROWS (REGISTERS / TILE_COLUMNS)
-#define COLUMNS UP(SLOTS, TILE_COLUMNS * LANES)
-#define PADDED UP(SLOTS, TILE_ROWS)
+#include "vectors.h"
+#include "product.h"
+#include "attention.h"
+
 #define EPSILON 1e-5f
-#define NEVER (-INFINITY)
 
-typedef float vector __attribute__((vector_size(4 * LANES), may_alias));
-typedef int32_t integers __attribute__((vector_size(4 * LANES)));
-
-static inline vector choose(integers where, vector yes, vector no) {
-    return (vector)(((integers)yes & where) | ((integers)no & ~where));
-}
-
-#ifdef BFLOAT16
-typedef uint16_t number;
-typedef uint16_t numbers __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-
-static inline vector load(const number *from) {
-    return (vector)(__builtin_convertvector(*(const numbers *)from, integers) << 16);
-}
-
-/* Rounds to nearest, ties to even; what is not a number stays so. */
-static inline void store(number *to, vector x) {
-#if LANES == 16 && defined(__AVX512BF16__)
-    __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
-    *(numbers *)to = (numbers)rounded;
-#else
-    integers bits = (integers)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    rounded = ((x == x) & rounded) | (~(x == x) & 0x7fc0);
-    *(numbers *)to = __builtin_convertvector(rounded, numbers);
-#endif
-}
-#else
-typedef float number;
-#define load load_float
-#define store store_float
-#endif
-
-typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-static inline vector load_float(const float *from) { return *(const floats *)from; }
-
-static inline void store_float(float *to, vector x) { *(floats *)to = x; }
-
-static inline void accumulate(float *to, vector x) { store_float(to, load_float(to) + x); }
-
-static inline float plus(float a, float b) { return a + b; }
-
-/* The larger one; what is not a number comes through. */
-static inline float larger(float a, float b) { return b < a ? a : b; }
-
-/* Half of the lanes with the other half, again and again. */
-static inline __attribute__((always_inline)) float folded(vector x, float (*combined)(float, float)) {
-    float lanes[LANES];
-    store_float(lanes, x);
-    for (int width = LANES / 2; width; width /= 2) {
-        for (int i = 0; i < width; i++) lanes[i] = combined(lanes[i], lanes[i + width]);
-    }
-    return lanes[0];
-}
-
-static inline float sum_of(vector x) { return folded(x, plus); }
-
-/* e^x for x <= 0, to 2e-7 of itself; 1e-38 from -87 on. */
-static inline vector exponential(vector x) {
-    vector t = x * 1.44269504f;
-    t = choose(t < -126.0f, (vector){0} - 126.0f, t);
-    integers whole = __builtin_convertvector(t - 0.5f, integers);
-    vector f = t - __builtin_convertvector(whole, vector);
-    vector p = f * 1.5403530e-4f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
-    return p * (vector)((whole + 127) << 23);
-}
-
-/* ---- LayerNorm and the residual paths ---- */
+/* ---- LayerNorm and the residual paths, for a share of the rows ---- */
 
 static inline void add_row(const float *x, const number *branch, const float *bias, float *out) {
     for (int c = 0; c < WIDTH; c += LANES) store_float(out + c, load_float(x + c) + load(branch + c) + load_float(bias + c));
 }
 
-void add(const float *x, const number *branch, const float *bias, float *out, int rows, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int i = 0; i < rows; i++) {
-        long at = (long)i * WIDTH;
-        add_row(x + at, branch + at, bias, out + at);
-    }
+static void add(const float *x, const number *branch, const float *bias, float *out, struct share share) {
+    for (long at = share.first * WIDTH; at < share.end * WIDTH; at += WIDTH) add_row(x + at, branch + at, bias, out + at);
 }
 
 static inline void normalize(const float *x, const float *weight, const float *bias, number *out, float *mean, float *scale) {
@@ -134,71 +39,68 @@ static inline void normalize(const float *x, const float *weight, const float *b
     }
 }
 
-void layer_norm(const float *x, const float *weight, const float *bias, number *out, float *statistics, int rows, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int i = 0; i < rows; i++) {
-        normalize(x + (long)i * WIDTH, weight, bias, out + (long)i * WIDTH, statistics + i, statistics + rows + i);
+/* Of 2 R statistics the first half are the rows' means, the second what the distance from them was multiplied by. */
+static void layer_norm(const float *x, const float *weight, const float *bias, number *out, float *statistics, struct share share) {
+    for (long i = share.first; i < share.end; i++) {
+        normalize(x + i * WIDTH, weight, bias, out + i * WIDTH, statistics + i, statistics + share.rows + i);
     }
 }
 
-void add_layer_norm(const float *x, const number *branch, const float *branch_bias, const float *weight, const float *bias,
-                    float *sum, number *out, float *statistics, int rows, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int i = 0; i < rows; i++) {
-        long at = (long)i * WIDTH;
-        add_row(x + at, branch + at, branch_bias, sum + at);
-        normalize(sum + at, weight, bias, out + at, statistics + i, statistics + rows + i);
+/* The LayerNorm of what `add` gives, while that is at hand. */
+static void add_layer_norm(const float *x, const number *branch, const float *branch_bias, const float *weight, const float *bias,
+                           float *sum, number *out, float *statistics, struct share share) {
+    for (long i = share.first; i < share.end; i++) {
+        add_row(x + i * WIDTH, branch + i * WIDTH, branch_bias, sum + i * WIDTH);
+        normalize(sum + i * WIDTH, weight, bias, out + i * WIDTH, statistics + i, statistics + share.rows + i);
     }
 }
 
-void layer_norm_backward(const number *gradient, const float *x, const float *weight, const float *bias, const float *statistics,
-                         number *out, float *dx, number *branch, float *sums, int rows, int threads) {
-    const float *means = statistics, *scales = statistics + rows;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int t = 0; t < threads; t++) {
-        vector d_weight[WIDTH / LANES] = {0}, d_bias[WIDTH / LANES] = {0}, d_branch[WIDTH / LANES] = {0};
-        for (int i = (long)rows * t / threads; i < (long)rows * (t + 1) / threads; i++) {
-            long at = (long)i * WIDTH;
-            vector normal[WIDTH / LANES], d_normal[WIDTH / LANES], sum = {0}, products = {0};
-            for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-                vector d = load(gradient + at + c), w = load_float(weight + c);
-                normal[v] = (load_float(x + at + c) - means[i]) * scales[i];
-                d_normal[v] = d * w;
-                sum += d_normal[v];
-                products += d_normal[v] * normal[v];
-                d_weight[v] += d * normal[v];
-                d_bias[v] += d;
-                if (out) store(out + at + c, normal[v] * w + load_float(bias + c));
-            }
-            float mean = sum_of(sum) / WIDTH, mean_product = sum_of(products) / WIDTH;
-            for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-                vector d = load_float(dx + at + c) + (d_normal[v] - mean - normal[v] * mean_product) * scales[i];
-                store_float(dx + at + c, d);
-                if (branch) store(branch + at + c, d);
-                d_branch[v] += d;
-            }
-        }
+/* The gradient through a LayerNorm of x is added to dx, and that sum written to `branch`, unless it is null, for the product that x
+   was made by; the LayerNorm itself is written again to `out`, likewise. `sums` are of weight, bias and that product's bias. */
+static void layer_norm_backward(const number *gradient, const float *x, const float *weight, const float *bias, const float *statistics,
+                                number *out, float *dx, number *branch, float *sums, struct share share) {
+    const float *means = statistics, *scales = statistics + share.rows;
+    vector d_weight[WIDTH / LANES] = {0}, d_bias[WIDTH / LANES] = {0}, d_branch[WIDTH / LANES] = {0};
+    for (long i = share.first; i < share.end; i++) {
+        long at = i * WIDTH;
+        vector normal[WIDTH / LANES], d_normal[WIDTH / LANES], sum = {0}, products = {0};
         for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-            accumulate(sums + (3L * t + 0) * WIDTH + c, d_weight[v]);
-            accumulate(sums + (3L * t + 1) * WIDTH + c, d_bias[v]);
-            accumulate(sums + (3L * t + 2) * WIDTH + c, d_branch[v]);
+            vector d = load(gradient + at + c), w = load_float(weight + c);
+            normal[v] = (load_float(x + at + c) - means[i]) * scales[i];
+            d_normal[v] = d * w;
+            sum += d_normal[v];
+            products += d_normal[v] * normal[v];
+            d_weight[v] += d * normal[v];
+            d_bias[v] += d;
+            if (out) store(out + at + c, normal[v] * w + load_float(bias + c));
         }
+        float mean = sum_of(sum) / WIDTH, mean_product = sum_of(products) / WIDTH;
+        for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
+            vector d = load_float(dx + at + c) + (d_normal[v] - mean - normal[v] * mean_product) * scales[i];
+            store_float(dx + at + c, d);
+            if (branch) store(branch + at + c, d);
+            d_branch[v] += d;
+        }
+    }
+    sums += 3L * share.thread * WIDTH;
+    for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
+        accumulate(sums + c, d_weight[v]);
+        accumulate(sums + WIDTH + c, d_bias[v]);
+        accumulate(sums + 2 * WIDTH + c, d_branch[v]);
     }
 }
 
-void add_backward(const float *gradient, number *branch, float *sums, int rows, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int t = 0; t < threads; t++) {
-        vector d_branch[WIDTH / LANES] = {0};
-        for (int i = (long)rows * t / threads; i < (long)rows * (t + 1) / threads; i++) {
-            for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-                vector d = load_float(gradient + (long)i * WIDTH + c);
-                store(branch + (long)i * WIDTH + c, d);
-                d_branch[v] += d;
-            }
+/* The gradient of `add`, for the last block's product and its bias. */
+static void add_backward(const float *gradient, number *branch, float *sums, struct share share) {
+    vector d_branch[WIDTH / LANES] = {0};
+    for (long i = share.first; i < share.end; i++) {
+        for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
+            vector d = load_float(gradient + i * WIDTH + c);
+            store(branch + i * WIDTH + c, d);
+            d_branch[v] += d;
         }
-        for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) accumulate(sums + (long)t * WIDTH + c, d_branch[v]);
     }
+    for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) accumulate(sums + (long)share.thread * WIDTH + c, d_branch[v]);
 }
 
 /* ---- GELU: x times the chance that a normal variable is less than x ---- */
@@ -215,235 +117,225 @@ static inline vector chance_below(vector x, vector *density) {
     return choose(x < 0.0f, p, 1.0f - p);
 }
 
-void gelu(const number *x, const float *bias, number *out, int rows, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int i = 0; i < rows; i++) {
+static void gelu(const number *x, const float *bias, number *out, struct share share) {
+    for (long i = share.first; i < share.end; i++) {
         for (int c = 0; c < 4 * WIDTH; c += LANES) {
-            long at = (long)i * 4 * WIDTH + c;
+            long at = i * 4 * WIDTH + c;
             vector density, y = load(x + at) + load_float(bias + c);
             store(out + at, y * chance_below(y, &density));
         }
     }
 }
 
-void gelu_backward(const number *gradient, number *x, const float *bias, number *out, float *sums, int rows, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int t = 0; t < threads; t++) {
-        vector d_bias[4 * WIDTH / LANES] = {0};
-        for (int i = (long)rows * t / threads; i < (long)rows * (t + 1) / threads; i++) {
-            for (int v = 0, c = 0; c < 4 * WIDTH; v++, c += LANES) {
-                long at = (long)i * 4 * WIDTH + c;
-                vector density, y = load(x + at) + load_float(bias + c), chance = chance_below(y, &density);
-                vector d = load(gradient + at) * (chance + y * density);
-                if (out) store(out + at, y * chance);
-                store(x + at, d);
-                d_bias[v] += d;
-            }
+/* The gradient of x is written over it, and the GELU again to `out`, unless it is null. */
+static void gelu_backward(const number *gradient, number *x, const float *bias, number *out, float *sums, struct share share) {
+    vector d_bias[4 * WIDTH / LANES] = {0};
+    for (long i = share.first; i < share.end; i++) {
+        for (int v = 0, c = 0; c < 4 * WIDTH; v++, c += LANES) {
+            long at = i * 4 * WIDTH + c;
+            vector density, y = load(x + at) + load_float(bias + c), chance = chance_below(y, &density);
+            vector d = load(gradient + at) * (chance + y * density);
+            if (out) store(out + at, y * chance);
+            store(x + at, d);
+            d_bias[v] += d;
         }
-        for (int v = 0, c = 0; c < 4 * WIDTH; v++, c += LANES) accumulate(sums + 4L * t * WIDTH + c, d_bias[v]);
     }
+    for (int v = 0, c = 0; c < 4 * WIDTH; v++, c += LANES) accumulate(sums + 4L * share.thread * WIDTH + c, d_bias[v]);
 }
 
-/* ---- Causal attention, a head at a time, all of it in the processor's cache ---- */
+/* ---- Blocks ---- */
 
-struct head {
-    vector q[PADDED][VECTORS], k[PADDED][VECTORS], v[PADDED][VECTORS], gradient[PADDED][VECTORS];
-    vector columns[HEAD][COLUMNS / LANES];   /* keys or values, transposed */
-    float weights[PADDED][COLUMNS] __attribute__((aligned(64))), scores[PADDED][COLUMNS] __attribute__((aligned(64)));
+/* Of one block; a matrix is packed twice, as it is multiplied with in the forward pass and in the backward pass. */
+struct weights {
+    const float *norm_1, *norm_1_bias;
+    const unit *attn, *attn_back;
+    const float *attn_bias;
+    const unit *proj, *proj_back;
+    const float *proj_bias, *norm_2, *norm_2_bias;
+    const unit *fc, *fc_back;
+    const float *fc_bias;
+    const unit *out, *out_back;
+    const float *out_bias;
 };
 
-static _Thread_local struct head own;
+/* What a block makes of a window: `picogpt.kernels.room.Values`. */
+struct values {
+    float *x, *statistics_1;
+    number *normed_1, *qkv, *read;
+    float *scores, *middle, *statistics_2;
+    number *normed_2, *hidden, *active, *branch, *d_branch, *d_active, *d_normed, *d_middle, *d_read;
+};
 
-/* Rows beyond the last slot are zero, as tiles reach beyond it. */
-static void read_rows(vector to[PADDED][VECTORS], const number *from, long stride, const float *bias, float scale, int slots) {
-    for (int v = 0; v < VECTORS; v++) {
-        vector added = bias ? load_float(bias + v * LANES) : (vector){0};
-        for (int i = 0; i < slots; i++) to[i][v] = (load(from + i * stride + v * LANES) + added) * scale;
-        for (int i = slots; i < PADDED; i++) to[i][v] = (vector){0};
+/* Gradients of a block's weights: those of norms come with that of the bias of the product before them. */
+struct sums {
+    float *norm_1, *attn, *attn_bias, *proj, *norm_2, *fc, *fc_bias, *out;
+};
+
+static struct share share_of(long rolls, long slots) {
+    long thread = omp_get_thread_num(), threads = omp_get_num_threads(), rows = rolls * slots, heads = rolls * HEADS;
+    return (struct share){
+        .thread = thread, .threads = threads, .rows = rows, .slots = slots,
+        .first = rows * thread / threads, .end = rows * (thread + 1) / threads,
+        .first_head = heads * thread / threads, .end_head = heads * (thread + 1) / threads,
+    };
+}
+
+/* For the rows of other threads; where all of them have whole rolls, the heads of a thread are in its own rows. */
+static inline void wait_for_rows(struct share share) {
+    if (share.rows / share.slots % share.threads) {
+#pragma omp barrier
     }
 }
 
-static void transpose(vector to[HEAD][COLUMNS / LANES], vector from[PADDED][VECTORS], int slots) {
-    float *out = (float *)to;
-    const float *in = (const float *)from;
-    for (int d = 0; d < HEAD; d++) {
-#pragma GCC unroll 8
-        for (int i = 0; i < slots; i++) out[d * COLUMNS + i] = in[i * HEAD + d];
-        for (int i = slots; i < COLUMNS; i++) out[d * COLUMNS + i] = 0;
+/* What of a block comes after its first LayerNorm: `branch` is to be added to `middle`, with the last bias. */
+static void forward_block(const struct weights *w, const struct values *v, struct share share) {
+    multiply(v->qkv, v->normed_1, w->attn, WIDTH, 3 * WIDTH, share.first, share.end);
+    wait_for_rows(share);
+    attention(v->qkv, w->attn_bias, v->read, v->scores, share);
+    wait_for_rows(share);
+    multiply(v->branch, v->read, w->proj, WIDTH, WIDTH, share.first, share.end);
+    add_layer_norm(v->x, v->branch, w->proj_bias, w->norm_2, w->norm_2_bias, v->middle, v->normed_2, v->statistics_2, share);
+    multiply(v->hidden, v->normed_2, w->fc, WIDTH, 4 * WIDTH, share.first, share.end);
+    gelu(v->hidden, w->fc_bias, v->active, share);
+    multiply(v->branch, v->active, w->out, 4 * WIDTH, WIDTH, share.first, share.end);
+}
+
+/* x of the first block through all of them, to `out`. */
+void forward(const struct weights *weights, const struct values *values, float *out, int layers, int rolls, int slots, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        struct share share = share_of(rolls, slots);
+        begin_tiles();
+        layer_norm(values->x, weights->norm_1, weights->norm_1_bias, values->normed_1, values->statistics_1, share);
+        for (int i = 0; i < layers; i++) {
+            const struct weights *w = weights + i, *next = w + 1;
+            const struct values *v = values + i, *after = v + 1;
+            forward_block(w, v, share);
+            if (i + 1 == layers) add(v->middle, v->branch, w->out_bias, out, share);
+            else {
+                add_layer_norm(v->middle, v->branch, w->out_bias, next->norm_1, next->norm_1_bias, after->x, after->normed_1,
+                               after->statistics_1, share);
+            }
+        }
+        end_tiles();
     }
 }
 
-/* scores = rows x columns, tile by tile, as far as some row of the tile may look. */
-static void multiply_causal(float scores[PADDED][COLUMNS], vector rows[PADDED][VECTORS], vector columns[HEAD][COLUMNS / LANES],
-                            int slots) {
-    const float *entries = (const float *)rows;
-    for (int i = 0; i < slots; i += TILE_ROWS) {
-        for (int j = 0; j < i + TILE_ROWS && j < slots; j += TILE_COLUMNS * LANES) {
-            vector sums[TILE_ROWS][TILE_COLUMNS] = {0};
-            for (int d = 0; d < HEAD; d++) {
-                for (int r = 0; r < TILE_ROWS; r++) {
-                    for (int c = 0; c < TILE_COLUMNS; c++) {
-                        sums[r][c] += entries[(i + r) * HEAD + d] * columns[d][j / LANES + c];
-                    }
+/* `sums` (n, m) = left (rows, n), transposed, x right (rows, m), or that added to them. `room` is for what is packed. */
+static void multiply_by_rows(float *sums, const number *left, int n, const number *right, int m, long rows, int add, unit *room,
+                             int thread, int threads) {
+    const int blocks = UP(n, BLOCK) / BLOCK, panels = UP(m, PANEL) / PANEL;
+    unit *packed = room + RIGHT_UNITS + (long)thread * LEFT_UNITS;
+    for (long start = 0; start < rows; start += ROWS_AT_ONCE) {
+        int count = rows - start < ROWS_AT_ONCE ? rows - start : ROWS_AT_ONCE, depth = DEPTH_OF(count);
+        for (int j = panels * thread / threads; j < panels * (thread + 1) / threads; j++) {
+            for (int k = 0; k < depth; k++) {
+                for (int c = j * PANEL; c < (j + 1) * PANEL; c += LANES) {
+                    units x = c < m ? of_rows(right + start * m + c, m, count, k) : (units){0};
+                    *(units *)(room + (long)j * PANEL * depth + (long)k * PANEL + c % PANEL) = x;
                 }
             }
-            for (int r = 0; r < TILE_ROWS; r++) {
-                for (int c = 0; c < TILE_COLUMNS; c++) *(vector *)&scores[i + r][j + c * LANES] = sums[r][c];
+        }
+#pragma omp barrier
+        for (int i = blocks * thread / threads * BLOCK; i < blocks * (thread + 1) / threads * BLOCK; i += BLOCK) {
+            int columns = n - i < BLOCK ? n - i : BLOCK;
+            pack_left(left + start * n + i, packed, n, columns, count, depth);
+            sum_block(sums + (long)i * m, packed, room, m, columns, depth, add || start);
+        }
+#pragma omp barrier
+    }
+}
+
+/* The same for whoever has all rows. */
+void gradient_of_matrix(float *sums, const number *left, const number *right, unit *room, int n, int m, int rows, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        begin_tiles();
+        multiply_by_rows(sums, left, n, right, m, rows, 0, room, omp_get_thread_num(), omp_get_num_threads());
+        end_tiles();
+    }
+}
+
+/* Backward through a block: `dx` is the gradient of its result and becomes that of its x. Gradients of matrices are added up in
+   `room`'s sight if there is one, and what they are made of is made again; else it is all there, and stays. */
+static void backward_block(const struct weights *w, const struct values *v, const struct sums *s, float *dx, number *d_branch,
+                           unit *room, struct share share) {
+    const long first = share.first, end = share.end, rows = share.rows;
+    const int thread = share.thread, threads = share.threads;
+    multiply(v->d_active, v->d_branch, w->out_back, WIDTH, 4 * WIDTH, first, end);
+    gelu_backward(v->d_active, v->hidden, w->fc_bias, room ? v->active : 0, s->fc_bias, share);
+    multiply(v->d_normed, v->hidden, w->fc_back, 4 * WIDTH, WIDTH, first, end);
+    layer_norm_backward(v->d_normed, v->middle, w->norm_2, w->norm_2_bias, v->statistics_2, room ? v->normed_2 : 0, dx, v->d_middle,
+                        s->norm_2, share);
+    multiply(v->d_read, v->d_middle, w->proj_back, WIDTH, WIDTH, first, end);
+    wait_for_rows(share);
+    if (room) {
+#pragma omp barrier
+        multiply_by_rows(s->out, v->d_branch, WIDTH, v->active, 4 * WIDTH, rows, 1, room, thread, threads);
+        multiply_by_rows(s->fc, v->hidden, 4 * WIDTH, v->normed_2, WIDTH, rows, 1, room, thread, threads);
+        multiply_by_rows(s->proj, v->d_middle, WIDTH, v->read, WIDTH, rows, 1, room, thread, threads);
+    }
+    attention_backward(v->d_read, v->qkv, w->attn_bias, v->read, v->scores, s->attn_bias, share);
+    wait_for_rows(share);
+    multiply(v->d_normed, v->qkv, w->attn_back, 3 * WIDTH, WIDTH, first, end);
+    layer_norm_backward(v->d_normed, v->x, w->norm_1, w->norm_1_bias, v->statistics_1, room ? v->normed_1 : 0, dx, d_branch,
+                        s->norm_1, share);
+    if (room) {
+#pragma omp barrier
+        multiply_by_rows(s->attn, v->qkv, 3 * WIDTH, v->normed_1, WIDTH, rows, 1, room, thread, threads);
+    }
+}
+
+/* `dx`, the gradient of what `forward` gave, becomes that of the first block's x. `last_bias` are sums of the last block's last bias.
+   With `recompute` what a block makes is made again of its x. */
+void backward(const struct weights *weights, const struct values *values, const struct sums *sums, float *dx, float *last_bias,
+              unit *room, int recompute, int layers, int rolls, int slots, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        struct share share = share_of(rolls, slots);
+        begin_tiles();
+        add_backward(dx, values[layers - 1].d_branch, last_bias, share);
+        for (int i = layers - 1; i >= 0; i--) {
+            const struct weights *w = weights + i;
+            const struct values *v = values + i;
+            if (recompute) {
+                layer_norm(v->x, w->norm_1, w->norm_1_bias, v->normed_1, v->statistics_1, share);
+                forward_block(w, v, share);
             }
+            backward_block(w, v, sums + i, dx, i ? v[-1].d_branch : 0, room, share);
         }
+        end_tiles();
     }
 }
 
-/* out[r] = shares[r] x sum over k of factors[r * row_step + k * step] x rows[k], for `count` rows r, and added to `total`; it
-   is called with a constant there, so that the sums stay in registers. */
-static inline __attribute__((always_inline)) void combine(int count, number *out, long stride, vector total[VECTORS],
-                                                          const float *shares, const float *factors, int row_step, int step,
-                                                          vector rows[PADDED][VECTORS], int first, int end) {
-    vector sums[ROWS][VECTORS] = {0};
-    for (int k = first; k < end; k++) {
-        for (int r = 0; r < count; r++) {
-            for (int v = 0; v < VECTORS; v++) sums[r][v] += factors[r * row_step + k * step] * rows[k][v];
-        }
+/* Pack matrix (out, in) as it is multiplied with in the forward pass and in the backward pass. */
+static void pack_matrix(const float *matrix, unit *packed, unit *back, int out, int in, int thread, int threads) {
+    const int panels = UP(out, PANEL) / PANEL, panels_back = UP(in, PANEL) / PANEL;
+    for (int j = panels * thread / threads; j < panels * (thread + 1) / threads; j++) {
+        pack_transposed(matrix, packed + (long)j * PANEL * (in / PAIR), out, in, j * PANEL);
     }
-    for (int r = 0; r < count; r++) {
-        for (int v = 0; v < VECTORS; v++) {
-            if (shares) sums[r][v] *= shares[r];
-            store(out + r * stride + v * LANES, sums[r][v]);
-            total[v] += sums[r][v];
-        }
+    for (int j = panels_back * thread / threads; j < panels_back * (thread + 1) / threads; j++) {
+        pack_as_it_is(matrix, back + (long)j * PANEL * (out / PAIR), out, in, j * PANEL);
     }
 }
 
-/* Each row i of `factors` times those `rows` that it sees, up to its own; the sum of all that in `sums`, if there is one. */
-static inline void combine_seen(number *out, long stride, float *sums, const float *shares, float factors[PADDED][COLUMNS],
-                                vector rows[PADDED][VECTORS], int slots) {
-    vector total[VECTORS] = {0};
-    int i = 0;
-    for (; i + ROWS <= slots; i += ROWS) {
-        combine(ROWS, out + i * stride, stride, total, shares ? shares + i : 0, factors[i], COLUMNS, 1, rows, 0, i + ROWS);
-    }
-    for (; i < slots; i++) {
-        combine(1, out + i * stride, stride, total, shares ? shares + i : 0, factors[i], COLUMNS, 1, rows, 0, i + 1);
-    }
-    for (int v = 0; sums && v < VECTORS; v++) accumulate(sums + v * LANES, total[v]);
-}
-
-/* Each column j of `factors` times those `rows` that see it, from its own on; the sum of all that in `sums`. */
-static void combine_seeing(number *out, long stride, float *sums, float factors[PADDED][COLUMNS], vector rows[PADDED][VECTORS],
-                           int slots) {
-    vector total[VECTORS] = {0};
-    int j = 0;
-    for (; j + ROWS <= slots; j += ROWS) {
-        combine(ROWS, out + j * stride, stride, total, 0, &factors[0][j], 1, COLUMNS, rows, j, slots);
-    }
-    for (; j < slots; j++) combine(1, out + j * stride, stride, total, 0, &factors[0][j], 1, COLUMNS, rows, j, slots);
-    for (int v = 0; v < VECTORS; v++) accumulate(sums + v * LANES, total[v]);
-}
-
-/* Columns that a row has to have for the tiles of `combine`, beyond those that it sees. */
-static inline int end_of(int row) {
-    int end = UP(row + ROWS, LANES);
-    return end < COLUMNS ? end : COLUMNS;
-}
-
-/* Which of the entries from j on row i sees. Entries are masked rather than overwritten one by one: a vector that is read
-   right after parts of it were written waits for them. */
-static inline integers seen(int i, int j) {
-    integers lane;
-    for (int k = 0; k < LANES; k++) lane[k] = k;
-    return lane <= i - j;
-}
-
-static inline vector only(integers where, vector x) { return (vector)((integers)x & where); }
-
-static inline float largest(const float *x, int i) {
-    vector found = {0};
-    int j = 0;
-    for (found += NEVER; j + LANES <= i + 1; j += LANES) {
-        vector next = load_float(x + j);
-        found = choose(next < found, found, next);
-    }
-    if (j <= i) {
-        vector next = load_float(x + j);
-        found = choose(seen(i, j) & ~(next < found), next, found);
-    }
-    return folded(found, larger);
-}
-
-/* Scores of row i to share x e^(score - top), and to zero beyond what it sees; returns their sum. */
-static inline float weigh(float *scores, int i, float top, float share) {
-    vector sum = {0};
-    for (int j = 0; j < end_of(i); j += LANES) {
-        vector weights = exponential(load_float(scores + j) - top) * share;
-        if (j + LANES > i + 1) weights = only(seen(i, j), weights);
-        store_float(scores + j, weights);
-        sum += weights;
-    }
-    return sum_of(sum);
-}
-
-static void attend(struct head *head, const number *qkv, const float *bias, number *out, float *tops, float *shares, int slots) {
-    const long row = 3 * WIDTH;
-    read_rows(head->q, qkv, row, bias, 1 / sqrtf(HEAD), slots);
-    read_rows(head->k, qkv + WIDTH, row, bias + WIDTH, 1, slots);
-    read_rows(head->v, qkv + 2 * WIDTH, row, bias + 2 * WIDTH, 1, slots);
-    transpose(head->columns, head->k, slots);
-    multiply_causal(head->scores, head->q, head->columns, slots);
-    for (int i = 0; i < slots; i++) {
-        tops[i] = largest(head->scores[i], i);
-        shares[i] = 1 / weigh(head->scores[i], i, tops[i], 1);
-    }
-    combine_seen(out, WIDTH, 0, shares, head->scores, head->v, slots);
-}
-
-void attention(const number *qkv, const float *bias, number *out, float *statistics, int rolls, int heads, int slots, int threads) {
-    float *tops = statistics, *shares = statistics + (long)rolls * heads * slots;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int n = 0; n < rolls * heads; n++) {
-        long first = (long)(n / heads) * slots * WIDTH, column = n % heads * HEAD;
-        attend(&own, qkv + 3 * first + column, bias + column, out + first + column, tops + n * slots, shares + n * slots, slots);
+/* `matrices` are four for each block, and `packed` the room for each of them twice, UP(out, PANEL) x in and UP(in, PANEL) x out. */
+void pack(const float *const *matrices, unit *const *packed, int layers, int threads) {
+    static const int shapes[4][2] = {{3 * WIDTH, WIDTH}, {WIDTH, WIDTH}, {4 * WIDTH, WIDTH}, {WIDTH, 4 * WIDTH}};
+#pragma omp parallel num_threads(threads)
+    for (int i = 0; i < 4 * layers; i++) {
+        pack_matrix(matrices[i], packed[2 * i], packed[2 * i + 1], shapes[i % 4][0], shapes[i % 4][1], omp_get_thread_num(),
+                    omp_get_num_threads());
     }
 }
 
-static void attend_backward(struct head *head, const number *gradient, number *qkv, const float *bias, const number *out,
-                            const float *tops, const float *shares, float *sums, int slots) {
-    const long row = 3 * WIDTH;
-    const float scale = 1 / sqrtf(HEAD);
-    read_rows(head->q, qkv, row, bias, scale, slots);
-    read_rows(head->k, qkv + WIDTH, row, bias + WIDTH, 1, slots);
-    read_rows(head->v, qkv + 2 * WIDTH, row, bias + 2 * WIDTH, 1, slots);
-    read_rows(head->gradient, gradient, WIDTH, 0, 1, slots);
-    transpose(head->columns, head->k, slots);
-    multiply_causal(head->weights, head->q, head->columns, slots);
-    transpose(head->columns, head->v, slots);
-    multiply_causal(head->scores, head->gradient, head->columns, slots);
-    for (int i = 0; i < slots; i++) {
-        float *weights = head->weights[i], *scores = head->scores[i];
-        vector products = {0};
-        for (int v = 0; v < VECTORS; v++) products += load(out + (long)i * WIDTH + v * LANES) * head->gradient[i][v];
-        float mean = sum_of(products);
-        weigh(weights, i, tops[i], shares[i]);
-        for (int j = 0; j < end_of(i); j += LANES) {
-            vector difference = load_float(scores + j) - mean;
-            if (j + LANES > i + 1) difference = only(seen(i, j), difference);
-            store_float(scores + j, load_float(weights + j) * difference);
-        }
-    }
-    for (int i = 0; i < slots; i++) {
-        for (int v = 0; v < VECTORS; v++) head->k[i][v] *= scale;
-    }
-    combine_seen(qkv, row, sums, 0, head->scores, head->k, slots);
-    combine_seeing(qkv + WIDTH, row, sums + WIDTH, head->scores, head->q, slots);
-    combine_seeing(qkv + 2 * WIDTH, row, sums + 2 * WIDTH, head->weights, head->gradient, slots);
-}
-
-void attention_backward(const number *gradient, number *qkv, const float *bias, const number *out, const float *statistics,
-                        float *sums, int rolls, int heads, int slots, int threads) {
-    const float *tops = statistics, *shares = statistics + (long)rolls * heads * slots;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int n = 0; n < rolls * heads; n++) {
-        long first = (long)(n / heads) * slots * WIDTH, column = n % heads * HEAD;
-        attend_backward(&own, gradient + first + column, qkv + 3 * first + column, bias + column, out + first + column,
-                        tops + n * slots, shares + n * slots, sums + (long)(n / heads) * 3 * WIDTH + column, slots);
-    }
+/* Numbers of a panel's row that are columns, and units for what is packed of two matrices that are multiplied row by row. */
+int panel_columns(void) { return PANEL; }
+long room_units(int threads) { return RIGHT_UNITS + (long)threads * LEFT_UNITS; }
+int uses_matrix_tiles(void) {
+#ifdef MATRIX_TILES
+    return 1;
+#else
+    return 0;
+#endif
 }

@@ -1,19 +1,20 @@
-"""The blocks of the model through the compiled functions, their backward pass written by hand around torch's matrix products.
+"""The blocks of the model through the compiled functions: what they need, and what autograd sees of them.
 
-In bfloat16 the gradients of matrices wait until all windows are through: one product with all rows of a text takes a fifth less
-time than one for each window, added up. In float32 it takes no less, and they are added up.
+In bfloat16 the gradients of matrices wait until all windows are through, and are one product with all rows of a text. In float32
+they are added up window by window, as what they are made of would take twice the memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from picogpt.kernels.compiled import Kernels
+from picogpt.kernels.compiled import Kernels, addresses
 from picogpt.kernels.room import Room, Use
 
 __all__ = ["FusedBlocks"]
@@ -36,62 +37,45 @@ class _Weights(NamedTuple):
     out_bias: Tensor
 
 
-class _MatrixSum:
-    """The gradient of a matrix (out, in).
-
-    Args:
-        kernels: what multiplies.
-        kept: gradients (N, out) of the products with it in all windows, and what it was multiplied with (N, in), if they stay
-            until all windows are through.
-    """
-
-    def __init__(self, kernels: Kernels, kept: tuple[Tensor, Tensor] | None) -> None:
-        self._kernels, self._kept = kernels, kept
-        self._sum: Tensor | None = None
-        self._transposed = False
-
-    def add(self, of_rows: Tensor, rows: Tensor) -> None:
-        """Add what comes of `rows` (R, in) of one window and the product's gradient (R, out), if they do not stay."""
-        if self._kept is None:
-            # Kept the way round in which it is added to sooner.
-            self._transposed = self._kernels.onednn and of_rows.size(1) > rows.size(1)
-            left, right = (rows, of_rows) if self._transposed else (of_rows, rows)
-            self._sum = self._kernels.add_product(self._sum, left, right)
-
-    def total(self) -> Tensor:
-        """The gradient, float32, which is given away."""
-        if self._kept is not None:
-            of_rows, rows = self._kept
-            return (of_rows.T @ rows).float()
-        total, self._sum = self._sum, None
-        assert total is not None
-        return (total.T if self._transposed else total).float()
+_OF_MATRICES = {"attn": ("qkv", "normed_1"), "proj": ("d_middle", "read"), "fc": ("hidden", "normed_2"), "out": ("d_branch", "active")}
+"""Values that the gradient of each matrix is made of: the gradients of its products, and what it was multiplied with."""
 
 
-class _Sums:
-    """Gradients of a block's weights, over the windows of a text; those of vectors add up where they are made, in shares."""
+class _Sums(NamedTuple):
+    """Gradients of a block's weights over the windows of a text, in block.c's order; those of vectors in shares."""
 
-    def __init__(self, kernels: Kernels, rolls: int, kept: Mapping[str, Tensor]) -> None:
-        (width, _, _), threads = kernels.shape, kernels.threads
-        self.norm_1, self.norm_2 = torch.zeros(threads, 3, width), torch.zeros(threads, 3, width)
-        self.attn_bias, self.fc_bias = torch.zeros(rolls, 3 * width), torch.zeros(threads, 4 * width)
-        pairs = (("qkv", "normed_1"), ("d_middle", "read"), ("hidden", "normed_2"), ("d_branch", "active"))
-        self.attn, self.proj, self.fc, self.out = (
-            _MatrixSum(kernels, (kept[left], kept[right]) if {left, right} <= kept.keys() else None) for left, right in pairs
-        )
+    norm_1: Tensor
+    """(threads, 3, C): of weight, bias, and the bias of the product that was normalised."""
+    attn: Tensor
+    attn_bias: Tensor
+    """(rolls, 3C)."""
+    proj: Tensor
+    norm_2: Tensor
+    fc: Tensor
+    fc_bias: Tensor
+    """(threads, 4C)."""
+    out: Tensor
 
-    def clear(self) -> None:
-        """Begin again; the sums of matrices have been given away."""
-        for tensor in (self.norm_1, self.norm_2, self.attn_bias, self.fc_bias):
+    @classmethod
+    def make(cls, kernels: Kernels, rolls: int) -> _Sums:
+        """Room for them; the gradients of matrices are made anew for each text, as they are given away."""
+        (width, _, _), threads, none = kernels.shape, kernels.threads, torch.empty(0)
+        norm_1, norm_2 = torch.zeros(2, threads, 3, width).unbind()
+        return cls(norm_1, none, torch.zeros(rolls, 3 * width), none, norm_2, none, torch.zeros(threads, 4 * width), none)
+
+    def begin(self, weights: _Weights) -> _Sums:
+        """Begin again, with new gradients of matrices."""
+        for tensor in (self.norm_1, self.attn_bias, self.norm_2, self.fc_bias):
             tensor.zero_()
+        return self._replace(**{name: torch.zeros_like(getattr(weights, name)) for name in _OF_MATRICES})
 
     def totals(self, out_bias: Tensor) -> _Weights:
         """The gradients of all weights; that of the last bias is known to what comes after the block."""
         (norm_1, norm_1_bias, _), (norm_2, norm_2_bias, proj_bias) = self.norm_1.sum(0), self.norm_2.sum(0)
         attn_bias, fc_bias = self.attn_bias.sum(0), self.fc_bias.sum(0)
-        attn, proj, fc, out = (matrix.total() for matrix in (self.attn, self.proj, self.fc, self.out))
         return _Weights(
-            norm_1, norm_1_bias, attn, attn_bias, proj, proj_bias, norm_2, norm_2_bias, fc, fc_bias, out, out_bias
+            norm_1, norm_1_bias, self.attn, attn_bias, self.proj, proj_bias,
+            norm_2, norm_2_bias, self.fc, fc_bias, self.out, out_bias,
         )  # fmt: skip
 
 
@@ -107,10 +91,14 @@ class FusedBlocks:
         self.kernels, self.use = kernels, use
         self.is_free = True
         """Whether the text before is through."""
-        self.weights: list[_Weights] = []
-        """Of each block, as they are during a text; matrices in the type of the products."""
         self._room = Room(kernels, use)
-        self._sums = [_Sums(kernels, use.rolls, wholes) for wholes in self._room.wholes]
+        self._values = [addresses(itertools.chain(*blocks)) for blocks in self._room.values]
+        self._packed: list[Tensor] = []
+        self._weights = self._matrices = addresses([])
+        self._own = [_Sums.make(kernels, use.rolls) for _ in range(use.n_layer)] if use.trained else []
+        self._sums: list[_Sums] = []
+        self._sums_at = addresses([])
+        self._work = kernels.room() if use.trained else torch.empty(0)
         self._last_bias = torch.zeros(kernels.threads, kernels.shape[0])
         """Gradient of the last block's last bias, in shares."""
         self._remaining: set[int] = set()
@@ -124,11 +112,10 @@ class FusedBlocks:
         """
         assert self.is_free, "a text that is not through needs the memory"
         self.is_free = not self.use.trained
-        self.weights = [
-            _Weights(*(p.detach().to(self.kernels.dtype) if p.dim() == 2 else p.detach() for p in block)) for block in parameters
-        ]
-        for sums in self._sums:
-            sums.clear()
+        weights = [_Weights(*(p.detach() for p in block)) for block in parameters]
+        self._pack(weights)
+        self._sums = [own.begin(of) for own, of in zip(self._own, weights, strict=False)]
+        self._sums_at = addresses(itertools.chain(*self._sums))
         self._last_bias.zero_()
         windows = range(len(self.use.slots))
         self._remaining = set(windows)
@@ -136,84 +123,41 @@ class FusedBlocks:
         turns = iter(windows)
         return lambda x: _Blocks.apply(self, next(turns), x, token)  # type: ignore[no-untyped-call]
 
+    def _pack(self, weights: Sequence[_Weights]) -> None:
+        """Pack all matrices as they are now."""
+        matrices = [getattr(block, name) for block in weights for name in _OF_MATRICES]
+        if not self._packed:
+            self._packed = [packed for matrix in matrices for packed in self.kernels.packed(*matrix.shape)]
+        packed = iter(self._packed)
+        of_all = [p for block in weights for p in block]
+        self._weights = addresses(q for p in of_all for q in ((next(packed), next(packed)) if p.dim() == 2 else (p,)))
+        self.kernels.pack(addresses(matrices), addresses(self._packed), len(weights))
+
     def forward(self, window: int, x: Tensor) -> Tensor:
         """Rows (R, C) through all blocks."""
-        kernels = self.kernels
-        self._room.x[0][window] = x
-        self._normalize(0, window)
-        for index, weights in enumerate(self.weights):
-            branch, middle = self._forward(index, window), self._room.values[index][window].middle
-            if index + 1 == len(self.weights):
-                break
-            after, values = self.weights[index + 1], self._room.values[index + 1][window]
-            written = {"added": self._room.x[index + 1][window], "out": values.normed_1, "statistics": values.statistics_1}
-            kernels.add_layer_norm(middle, branch, weights.out_bias, after.norm_1, after.norm_1_bias, **written)
+        self._room.values[window][0].x.copy_(x)
         out = torch.empty_like(x)
-        kernels.add(middle, branch, weights.out_bias, out)
+        self.kernels.forward(self._weights, self._values[window], out, self.use.n_layer, self.use.rolls)
         return out
-
-    def _normalize(self, index: int, window: int) -> None:
-        """The first LayerNorm of a block."""
-        x, weights, values = self._room.x[index][window], self.weights[index], self._room.values[index][window]
-        self.kernels.layer_norm(x, weights.norm_1, weights.norm_1_bias, values.normed_1, values.statistics_1)
-
-    def _forward(self, index: int, window: int) -> Tensor:
-        """A block from there on: returns what is to be added to `middle`, with the last bias."""
-        kernels, weights, values = self.kernels, self.weights[index], self._room.values[index][window]
-        values.qkv = kernels.linear(values.normed_1, weights.attn, values.qkv)
-        kernels.attention(values.qkv, weights.attn_bias, self.use.rolls, out=values.read, scores=values.scores)
-        branch = kernels.linear(values.read, weights.proj, values.branch)
-        x = self._room.x[index][window]
-        written = {"added": values.middle, "out": values.normed_2, "statistics": values.statistics_2}
-        kernels.add_layer_norm(x, branch, weights.proj_bias, weights.norm_2, weights.norm_2_bias, **written)
-        values.hidden = kernels.linear(values.normed_2, weights.fc, values.hidden)
-        kernels.gelu(values.hidden, weights.fc_bias, values.active)
-        return kernels.linear(values.active, weights.out, values.branch)
 
     def backward(self, window: int, dx: Tensor) -> None:
         """Turn the gradient of what `forward` returned, in place, into that of what it was given."""
         self._remaining.remove(window)
-        last = len(self.weights) - 1
-        self.kernels.add_backward(dx, self._room.values[last][window].d_branch, self._last_bias)
-        for index in range(last, -1, -1):
-            if self.use.recompute:
-                self._normalize(index, window)
-                self._forward(index, window)
-            self._backward(index, window, dx, self._room.values[index - 1][window].d_branch if index else None)
-
-    def _backward(self, index: int, window: int, dx: Tensor, d_branch: Tensor | None) -> None:
-        kernels, weights, sums = self.kernels, self.weights[index], self._sums[index]
-        values, x = self._room.values[index][window], self._room.x[index][window]
-        d_active = kernels.linear(values.d_branch, weights.out.T, values.d_active)
-        kernels.gelu_backward(d_active, values.hidden, weights.fc_bias, self._again(values.active), sums.fc_bias)
-        sums.out.add(values.d_branch, values.active)
-        d_normed = kernels.linear(values.hidden, weights.fc.T, values.d_normed)
-        norm = (values.middle, weights.norm_2, weights.norm_2_bias, values.statistics_2)
-        again, branch = self._again(values.normed_2), values.d_middle
-        kernels.layer_norm_backward(d_normed, *norm, out=again, dx=dx, branch=branch, sums=sums.norm_2)
-        sums.fc.add(values.hidden, values.normed_2)
-        sums.proj.add(values.d_middle, values.read)
-        d_read = kernels.linear(values.d_middle, weights.proj.T, values.d_read)
-        attention = {"out": values.read, "scores": values.scores, "sums": sums.attn_bias}
-        kernels.attention_backward(d_read, values.qkv, weights.attn_bias, self.use.rolls, **attention)
-        d_normed = kernels.linear(values.qkv, weights.attn.T, values.d_normed)
-        norm = (x, weights.norm_1, weights.norm_1_bias, values.statistics_1)
-        again = self._again(values.normed_1)
-        kernels.layer_norm_backward(d_normed, *norm, out=again, dx=dx, branch=d_branch, sums=sums.norm_1)
-        sums.attn.add(values.qkv, values.normed_1)
-        if kernels.onednn:
-            values.qkv = values.hidden = torch.empty(0)  # so that their memory is there for the next products
-
-    def _again(self, rows: Tensor) -> Tensor | None:
-        """Where what was made of rows in the forward pass is made again, unless it is still there."""
-        return None if self._room.at_once else rows
+        room = None if self._room.at_once else self._work
+        shape = {"recompute": self.use.recompute, "layers": self.use.n_layer, "rolls": self.use.rolls}
+        self.kernels.backward(self._weights, self._values[window], self._sums_at, dx, self._last_bias, room, **shape)
 
     def gradients(self) -> list[Tensor]:
         """Those of all parameters, once all windows have gone backward; the memory is free for the next text."""
         assert not self._remaining, f"windows {sorted(self._remaining)} have not gone backward"
+        if self._room.at_once:
+            for sums, values in zip(self._sums, self._room.wholes, strict=True):
+                for name, (of_rows, rows) in _OF_MATRICES.items():
+                    self.kernels.gradient_of_matrix(values[of_rows], values[rows], self._work, getattr(sums, name))
         # What a block's result is added to ends in the first LayerNorm of the next block.
         biases = [*(sums.norm_1.sum(0)[2] for sums in self._sums[1:]), self._last_bias.sum(0)]
         found = [total for sums, bias in zip(self._sums, biases, strict=True) for total in sums.totals(bias)]
+        self._sums = []
         self.is_free = True
         return found
 
@@ -239,7 +183,7 @@ class _Blocks(torch.autograd.Function):
     def forward(ctx: Any, blocks: FusedBlocks, window: int, x: Tensor, token: Tensor) -> Tensor:  # noqa: ARG004 (it is there for the graph)
         ctx.blocks, ctx.window = blocks, window
         # Detached, as the memory for x is there longer than the graph that x is part of.
-        return blocks.forward(window, x.detach().reshape(-1, x.size(-1)).contiguous()).view_as(x)
+        return blocks.forward(window, x.detach().reshape(-1, x.size(-1))).view_as(x)
 
     @staticmethod
     @once_differentiable

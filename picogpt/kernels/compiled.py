@@ -17,16 +17,19 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from picogpt.config import GPTConfig
-from picogpt.device import instruction_set
+from picogpt.device import has_matrix_tiles, instruction_set
 from picogpt.errors import TrainingError
 
-__all__ = ["INSTRUCTIONS", "Kernels", "choose_kernels", "compile_kernels", "kernels_name"]
+__all__ = ["INSTRUCTIONS", "Addresses", "Kernels", "addresses", "choose_kernels", "compile_kernels", "kernels_name"]
+
+Addresses = ctypes.Array[ctypes.c_void_p]
 
 _SOURCE = Path(__file__).with_name("block.c")
 _COMPILERS = ("cc", "gcc")
@@ -40,25 +43,15 @@ _MAX_CONTEXT_LEN = 512
 """Beyond it a head's scores no longer fit in a core's cache, which is what the functions live by."""
 _TIMEOUT = 60.0
 """Seconds that a compiler has."""
-_POINTERS = {
-    "add": 4,
-    "add_backward": 3,
-    "layer_norm": 5,
-    "add_layer_norm": 8,
-    "layer_norm_backward": 9,
-    "gelu": 3,
-    "gelu_backward": 5,
-    "attention": 4,
-    "attention_backward": 6,
-}
-"""How many tensors each function takes, before its numbers."""
+_ARGUMENTS = {"pack": (2, 2), "forward": (3, 4), "backward": (6, 5), "gradient_of_matrix": (4, 4)}
+"""How many pointers each function takes, and then how many numbers."""
 
 
 class Kernels:
     """The functions, for tensors on the CPU that are contiguous.
 
-    Biases and whatever else is not said to be in `dtype` are float32. A bias given with a tensor is still to be added to it.
-    Memory for what they write is given to them.
+    What enters and leaves a product of matrices is in `dtype`, all else is float32. Memory for what they write is given to them.
+    Tensors are given by their addresses, in structures of them in the order that block.c says.
 
     Args:
         library: block.c, compiled.
@@ -71,127 +64,76 @@ class Kernels:
         self.dtype, self.compiler = dtype, compiler
         self.shape = (config.n_embd, config.n_head, config.context_len)
         self.threads = torch.get_num_threads()
-        # What torch itself takes for bfloat16; in float32 it takes MKL, which has half the speed of oneDNN on some processors.
-        self.onednn: bool = dtype == torch.float32 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        self._heads = config.n_head
         self._library = library
-        for name, count in _POINTERS.items():
-            numbers = 4 if name.startswith("attention") else 2
+        for name, (pointers, numbers) in _ARGUMENTS.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = [ctypes.c_void_p] * count + [ctypes.c_int] * numbers, None
+            function.argtypes, function.restype = [ctypes.c_void_p] * pointers + [ctypes.c_int] * numbers, None
+        self.matrix_tiles = bool(library.uses_matrix_tiles())
+        """Whether products are made by the processor's registers for tiles (AMX)."""
+        self._panel = int(library.panel_columns())
+        library.room_units.restype = ctypes.c_long
 
-    def linear(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-        """The product of x (R, in) and weight (out, in), transposed: (R, out), in `out` unless oneDNN brings memory along."""
-        return _onednn_linear(x, weight) if self.onednn else torch.mm(x, weight.T, out=out)
+    def packed(self, out: int, n_in: int) -> tuple[Tensor, Tensor]:
+        """Memory for a matrix (out, in), packed as `pack` does it for the forward pass and for the backward pass."""
+        return tuple(  # type: ignore[return-value]
+            torch.empty(-(-columns // self._panel) * self._panel * rows, dtype=self.dtype) for rows, columns in ((n_in, out), (out, n_in))
+        )
 
-    def add_product(self, sums: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-        """The product of left (R, n), transposed, and right (R, m), added to sums (n, m) if there are some.
+    def room(self) -> Tensor:
+        """Memory that `backward` and `gradient_of_matrix` work in."""
+        return torch.empty(self._library.room_units(self.threads), dtype=torch.float32)
 
-        With oneDNN n is better the smaller one: 11 to 15 % sooner than MKL in float32, with AVX2 and 516 rows.
-        """
-        if self.onednn:
-            product = _onednn_linear(left.T, right.T)
-            return product if sums is None else sums.add_(product)
-        return left.T @ right if sums is None else sums.addmm_(left.T, right)
+    def pack(self, matrices: Addresses, packed: Addresses, layers: int) -> None:
+        """Pack four matrices of each block, those of attention, its projection, and the feed-forward layer."""
+        self._library.pack(matrices, packed, layers, self.threads)
 
-    def add(self, x: Tensor, branch: Tensor, bias: Tensor, out: Tensor) -> None:
-        """Write the sum of x (R, C), branch (R, C), which is in `dtype`, and bias (C)."""
-        self._library.add(*_addresses(x, branch, bias, out), x.size(0), self.threads)
+    def forward(self, weights: Addresses, values: Addresses, out: Tensor, layers: int, rolls: int) -> None:
+        """One window of all rolls through all blocks, from the first block's x to `out` (R, C)."""
+        slots = out.size(0) // rolls
+        self._library.forward(weights, values, out.data_ptr(), layers, rolls, slots, self.threads)
 
-    def add_backward(self, gradient: Tensor, branch: Tensor, sums: Tensor) -> None:
-        """Of the gradient (R, C) of `add`, write that of the branch, in `dtype`; the bias's is added to sums (threads, C)."""
-        self._library.add_backward(*_addresses(gradient, branch, sums), gradient.size(0), self.threads)
-
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, statistics: Tensor) -> None:
-        """Write the LayerNorm of x (R, C), in `dtype`.
-
-        And `statistics`, of 2 R entries: each row's mean, and then what the distance from it was multiplied by.
-        """
-        self._library.layer_norm(*_addresses(x, weight, bias, out, statistics), x.size(0), self.threads)
-
-    def add_layer_norm(
+    def backward(
         self,
-        x: Tensor,
-        branch: Tensor,
-        branch_bias: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        *,
-        added: Tensor,
-        out: Tensor,
-        statistics: Tensor,
-    ) -> None:
-        """Write what `add` does, and what `layer_norm` does with that."""
-        tensors = (x, branch, branch_bias, weight, bias, added, out, statistics)
-        self._library.add_layer_norm(*_addresses(*tensors), x.size(0), self.threads)
-
-    def layer_norm_backward(
-        self,
-        gradient: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        statistics: Tensor,
-        *,
-        out: Tensor | None,
+        weights: Addresses,
+        values: Addresses,
+        sums: Addresses,
         dx: Tensor,
-        branch: Tensor | None,
-        sums: Tensor,
+        last_bias: Tensor,
+        room: Tensor | None,
+        *,
+        recompute: bool,
+        layers: int,
+        rolls: int,
     ) -> None:
-        """Backward through a LayerNorm and the residual path beside it.
+        """Turn the gradient dx (R, C) of what `forward` gave into that of the first block's x.
 
         Args:
-            gradient: that of the output (R, C), in `dtype`.
-            x: what was normalised (R, C).
-            weight: what it was multiplied by (C).
-            bias: what was added (C).
-            statistics: what `layer_norm` found.
-            out: where the output is written again, in `dtype`, or None.
-            dx: gradient of x by the other path (R, C), to which this one's is added.
-            branch: where that sum is written, in `dtype`, or None.
-            sums: (threads, 3, C), to which the gradients are added of weight, bias, and a bias that x was made with.
+            weights: of the blocks.
+            values: what `forward` has left of that window.
+            sums: to which gradients of weights are added.
+            dx: the gradient.
+            last_bias: (threads, C), to which that of the last block's last bias is added.
+            room: where gradients of matrices are computed; None where that is left for later, with `gradient_of_matrix`.
+            recompute: whether of the values only x is there, and the others are to be made again.
+            layers: how many blocks.
+            rolls: how many rolls.
         """
-        tensors = (gradient, x, weight, bias, statistics, out, dx, branch, sums)
-        self._library.layer_norm_backward(*_addresses(*tensors), x.size(0), self.threads)
+        slots = dx.size(0) // rolls
+        address = None if room is None else room.data_ptr()
+        self._library.backward(
+            weights, values, sums, dx.data_ptr(), last_bias.data_ptr(), address, recompute, layers, rolls, slots, self.threads
+        )
 
-    def gelu(self, x: Tensor, bias: Tensor, out: Tensor) -> None:
-        """Write the GELU of x (R, 4C) + bias (4C), with the normal distribution itself; in and out in `dtype`."""
-        self._library.gelu(*_addresses(x, bias, out), x.size(0), self.threads)
-
-    def gelu_backward(self, gradient: Tensor, x: Tensor, bias: Tensor, out: Tensor | None, sums: Tensor) -> None:
-        """Of the gradient (R, 4C) of `gelu`, write that of x over x, and `gelu`'s output again, unless it is None, in `dtype`.
-
-        The gradient of the bias is added to sums (threads, 4C).
-        """
-        self._library.gelu_backward(*_addresses(gradient, x, bias, out, sums), x.size(0), self.threads)
-
-    def attention(self, qkv: Tensor, bias: Tensor, rolls: int, *, out: Tensor, scores: Tensor) -> None:
-        """Causal attention over the windows of qkv (R, 3C) + bias (3C).
-
-        Written are what the heads read (R, C), in `dtype` as `qkv` is; and of the scores 2 R H entries: the largest of each
-        slot, and then 1 over the sum of their exponentials, each less that largest; both by roll, head and slot.
-        """
-        tensors = (qkv, bias, out, scores)
-        self._library.attention(*_addresses(*tensors), rolls, self._heads, qkv.size(0) // rolls, self.threads)
-
-    def attention_backward(
-        self, gradient: Tensor, qkv: Tensor, bias: Tensor, rolls: int, *, out: Tensor, scores: Tensor, sums: Tensor
-    ) -> None:
-        """Of the gradient (R, C) of `attention`, write that of qkv over qkv, in `dtype`; its bias's is added to sums (B, 3C).
-
-        The other arguments are those of `attention` and what it wrote.
-        """
-        tensors = (gradient, qkv, bias, out, scores, sums)
-        self._library.attention_backward(*_addresses(*tensors), rolls, self._heads, qkv.size(0) // rolls, self.threads)
+    def gradient_of_matrix(self, of_rows: Tensor, rows: Tensor, room: Tensor, out: Tensor) -> None:
+        """Write (out, in), float32: of the products of a matrix with rows (N, in), whose gradients are of_rows (N, out)."""
+        sizes = of_rows.size(1), rows.size(1), rows.size(0)
+        self._library.gradient_of_matrix(*(x.data_ptr() for x in (out, of_rows, rows, room)), *sizes, self.threads)
 
 
-def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return product
-
-
-def _addresses(*tensors: Tensor | None) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+def addresses(tensors: Iterable[Tensor]) -> Addresses:
+    """Those of tensors that have to outlive them."""
+    found = [tensor.data_ptr() for tensor in tensors]
+    return (ctypes.c_void_p * len(found))(*found)
 
 
 def kernels_name(kernels: Kernels | None) -> str:
@@ -213,7 +155,7 @@ def choose_kernels(name: str, config: GPTConfig, dtype: torch.dtype, device: tor
     if reason is None:
         try:
             made = compile_kernels(config, dtype)
-            return made, f"compiled by {made.compiler}" + (", their products by oneDNN" if made.onednn else "")
+            return made, f"compiled by {made.compiler}" + (", with AMX" if made.matrix_tiles else "")
         except TrainingError as error:
             reason = str(error)
     if name == "c":
@@ -265,6 +207,8 @@ def _compile(command: list[str], folder: str, config: GPTConfig, dtype: torch.dt
     macros = [f"-D{name}={value}" for name, value in shape.items()] + ["-DBFLOAT16"] * (dtype == torch.bfloat16)
     compiled, library = f"{folder}/block.o", f"{folder}/block.so"
     flags = [*_FLAGS.split(), *INSTRUCTIONS.get(instruction_set(), "").split()]
+    if dtype == torch.bfloat16 and has_matrix_tiles():
+        flags.append("-DAMX")
     _run([*command, *flags, *macros, "-c", str(_SOURCE), "-o", compiled])
     # Linked without -fopenmp, so that it finds the threads of torch and brings none of its own.
     _run([*command, "-shared", compiled, "-o", library, "-lm"])

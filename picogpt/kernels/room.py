@@ -5,7 +5,6 @@ R rows are those of one window, N those of a whole text: one for each slot of ea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,16 +28,20 @@ class Use(NamedTuple):
     """Whether a block's inner values are computed again in the backward pass, instead of kept for it."""
 
 
-@dataclass(slots=True)
-class Values:
-    """What a block makes of one window. Gradients are written onto values that have been read for the last time."""
+class Values(NamedTuple):
+    """What a block makes of one window, in block.c's order. Gradients are written onto values that have been read for the last time."""
 
+    x: Tensor
+    """What the block begins with (R, C)."""
     statistics_1: Tensor
+    """Of 2 R numbers, each row's mean, and then what the distance from it was multiplied by."""
     normed_1: Tensor
     qkv: Tensor
     """(R, 3C), and at last its gradient."""
     read: Tensor
+    """What the heads read (R, C)."""
     scores: Tensor
+    """Of 2 R H numbers, the largest score of each slot, and then 1 over the sum of their exponentials; by roll, head and slot."""
     middle: Tensor
     statistics_2: Tensor
     normed_2: Tensor
@@ -75,25 +78,20 @@ class Room:
     def __init__(self, kernels: Kernels, use: Use) -> None:
         self._n_layer, self._sizes = use.n_layer, [use.rolls * slots for slots in use.slots]
         kept = use.trained and not use.recompute
-        self.at_once = kept and not kernels.onednn
+        self.at_once = kept and kernels.dtype == torch.bfloat16
         """Whether all that the gradients of matrices are made of stays until all windows are through."""
-        self.x, _ = self._cut(_Rows(kernels.shape[0], torch.float32, use.trained))
-        """What a block begins with (R, C), by block and window; that of the first block is given to it."""
         self.wholes: list[dict[str, Tensor]] = [{} for _ in range(use.n_layer)]
         """Values that stay, of all windows (N, width), by block and name."""
         parts = {}
-        for name, rows in _rows_of_values(kernels, kept=kept, at_once=self.at_once).items():
+        for name, rows in _rows_of_values(kernels, trained=use.trained, kept=kept, at_once=self.at_once).items():
             parts[name], wholes = self._cut(rows)
             for block, whole in zip(self.wholes, wholes, strict=False):
                 block[name] = whole
-        made = [
-            [Values(**{name: part[index][window] for name, part in parts.items()}) for window in range(len(self._sizes))]
-            for index in range(use.n_layer)
+        self.values = [
+            [Values(**{name: part[index][window] for name, part in parts.items()}) for index in range(use.n_layer)]
+            for window in range(len(self._sizes))
         ]
-        # Where nothing stays, let nothing hold on to what oneDNN has brought along.
-        shared = dict(zip(self._sizes, made[0], strict=True))
-        self.values = made if kept else [[shared[size] for size in self._sizes]] * use.n_layer
-        """By block and window."""
+        """By window and block."""
 
     def _cut(self, rows: _Rows) -> tuple[list[list[Tensor]], list[Tensor]]:
         """Rows by block and window; and by block those of all windows, where they stay."""
@@ -104,26 +102,26 @@ class Room:
         return [list(torch.split(whole, self._sizes)) for whole in wholes], wholes
 
 
-def _rows_of_values(kernels: Kernels, *, kept: bool, at_once: bool) -> dict[str, _Rows]:
+def _rows_of_values(kernels: Kernels, *, trained: bool, kept: bool, at_once: bool) -> dict[str, _Rows]:
     """What `Values` are; `kept` for the backward pass, or also `at_once` for what comes after it."""
     width, n_head, _ = kernels.shape
-    product = 0 if kernels.onednn else width  # oneDNN brings the memory of its products along
     number, exact = kernels.dtype, torch.float32
     return {
+        "x": _Rows(width, exact, trained),
         "statistics_1": _Rows(2, exact, kept),
         "normed_1": _Rows(width, number, at_once),
-        "qkv": _Rows(3 * product, number, kept),
+        "qkv": _Rows(3 * width, number, kept),
         "read": _Rows(width, number, kept),
         "scores": _Rows(2 * n_head, exact, kept),
         "middle": _Rows(width, exact, kept),
         "statistics_2": _Rows(2, exact, kept),
         "normed_2": _Rows(width, number, at_once),
-        "hidden": _Rows(4 * product, number, kept),
+        "hidden": _Rows(4 * width, number, kept),
         "active": _Rows(4 * width, number, at_once),
-        "branch": _Rows(product, number),
+        "branch": _Rows(width, number),
         "d_branch": _Rows(width, number, at_once),
-        "d_active": _Rows(4 * product, number),
-        "d_normed": _Rows(product, number),
+        "d_active": _Rows(4 * width, number),
+        "d_normed": _Rows(width, number),
         "d_middle": _Rows(width, number, at_once),
-        "d_read": _Rows(product, number),
+        "d_read": _Rows(width, number),
     }

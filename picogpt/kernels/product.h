@@ -1,0 +1,292 @@
+/* Products of matrices, for rows that are as long as those of the model and matrices that have been packed for it.
+
+   A packed matrix stands in panels of PANEL columns, and in a panel row after row, as it is read (Goto and van de Geijn, 2008).
+   In bfloat16 two numbers that follow each other in a sum are one `unit`, as the processor multiplies them together. */
+
+#ifdef BFLOAT16
+typedef uint32_t unit __attribute__((may_alias));
+typedef uint32_t units __attribute__((vector_size(4 * LANES), may_alias));
+#define PAIR 2 /* numbers of a unit */
+#else
+typedef float unit __attribute__((may_alias));
+typedef vector units;
+#define PAIR 1
+#endif
+#define PANEL (2 * LANES)
+#define TILE (REGISTERS / 2) /* rows that are multiplied with a panel at once */
+#define ROWS_AT_ONCE 512     /* of two matrices that are multiplied row by row: what is packed of them stays in the cache */
+
+#if defined(AMX) && defined(BFLOAT16) && defined(__AMX_BF16__) && LANES == 16 && WIDTH % 32 == 0
+#define MATRIX_TILES /* registers for tiles of 16 rows, and products of them */
+#define BLOCK 32     /* columns of the left one of two matrices that are multiplied row by row, packed together */
+#else
+#define BLOCK TILE
+#endif
+
+/* Depth of a sum over `rows` in units; with zeros up to there where tiles are 16 units deep. */
+#define DEPTH_OF(rows) UP(UP(rows, PAIR) / PAIR, PAIR == 2 ? 16 : 1)
+
+/* sums + a x b, lane by lane; in bfloat16 both numbers of a unit. */
+static inline vector plus_product(vector sums, unit a, units b) {
+#ifndef BFLOAT16
+    return sums + a * b;
+#elif LANES == 16 && defined(__AVX512BF16__)
+    return (vector)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+#else
+    vector low = (vector)((units){0} + (a << 16)), high = (vector)((units){0} + (a & 0xffff0000u));
+    return sums + low * (vector)(b << 16) + high * (vector)(b & 0xffff0000u);
+#endif
+}
+
+/* sums[r] = row r of a x panel, over `depth` units, for `count` rows; called with a constant there, so that the sums stay in
+   registers. Unit k of row r is a[r * row + k * step]. */
+static inline __attribute__((always_inline)) void multiply_tile(int count, vector sums[TILE][2], const unit *a, long row, long step,
+                                                                const unit *panel, int depth) {
+    for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = (vector){0};
+    for (int k = 0; k < depth; k++) {
+        units first = *(const units *)(panel + (long)k * PANEL), second = *(const units *)(panel + (long)k * PANEL + LANES);
+        for (int r = 0; r < count; r++) {
+            sums[r][0] = plus_product(sums[r][0], a[r * row + k * step], first);
+            sums[r][1] = plus_product(sums[r][1], a[r * row + k * step], second);
+        }
+    }
+}
+
+#ifdef MATRIX_TILES
+struct tile_shape {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} __attribute__((aligned(64)));
+
+static _Thread_local struct tile_shape others;
+static _Thread_local float tile_sums[2][2][16][16] __attribute__((aligned(64)));
+
+/* Eight tiles of 16 rows of 64 bytes. What other code of this thread has set is put back by `end_tiles`. */
+static void begin_tiles(void) {
+    static const struct tile_shape shape = {
+        .palette = 1, .bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_storeconfig(&others);
+    _tile_loadconfig(&shape);
+}
+
+static void end_tiles(void) {
+    if (others.palette) _tile_loadconfig(&others);
+    else _tile_release();
+}
+
+/* tile_sums = 16 rows of a, or 32 for `both`, x panel, over `depth` units, a multiple of 16. Rows are `stride` bytes apart, and what
+   follows in them `step` bytes. */
+static inline __attribute__((always_inline)) void multiply_matrix_tiles(int both, const char *a, long stride, long step,
+                                                                        const unit *panel, int depth) {
+    __asm__ volatile("" ::: "memory"); /* the loads below do not tell the compiler what they read */
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int k = 0; k < depth; k += 16, a += step) {
+        _tile_loadd(4, a, stride);
+        _tile_loadd(6, panel + (long)k * PANEL, 4 * PANEL);
+        _tile_loadd(7, panel + (long)k * PANEL + LANES, 4 * PANEL);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (!both) continue;
+        _tile_loadd(5, a + 16 * stride, stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, tile_sums[0][0], 64);
+    _tile_stored(1, tile_sums[0][1], 64);
+    if (!both) return;
+    _tile_stored(2, tile_sums[1][0], 64);
+    _tile_stored(3, tile_sums[1][1], 64);
+}
+
+static inline __attribute__((always_inline)) void multiply_by_tiles(number *out, const number *x, const unit *packed, int depth,
+                                                                    int columns, int first, int end) {
+    for (int j = 0; j < columns; j += PANEL) {
+        for (int i = first; i < end;) {
+            int both = i + 32 <= end, at = both || i + 16 <= end ? i : end - 16; /* the last rows may be among those before */
+            const char *rows = (const char *)(x + (long)at * depth * PAIR);
+            if (both) multiply_matrix_tiles(1, rows, 4L * depth, 64, packed + (long)j * depth, depth);
+            else multiply_matrix_tiles(0, rows, 4L * depth, 64, packed + (long)j * depth, depth);
+            for (int r = 0; r < (both ? 32 : 16); r++) {
+                for (int c = 0; c < 2; c++) {
+                    store(out + (long)(at + r) * columns + j + c * LANES, *(vector *)tile_sums[r / 16][c][r % 16]);
+                }
+            }
+            i = at + (both ? 32 : 16);
+        }
+    }
+}
+#else
+static void begin_tiles(void) {}
+static void end_tiles(void) {}
+#endif
+
+static inline __attribute__((always_inline)) void multiply_rows(int count, number *out, const number *x, const unit *panel, int depth,
+                                                                int columns, int column) {
+    vector sums[TILE][2];
+    multiply_tile(count, sums, (const unit *)x, depth, 1, panel, depth);
+    for (int r = 0; r < count; r++) {
+        store(out + (long)r * columns + column, sums[r][0]);
+        if (column + LANES < columns) store(out + (long)r * columns + column + LANES, sums[r][1]);
+    }
+}
+
+/* Units of LANES entries of one row and the next. */
+static inline units units_of(const number *first, const number *second) {
+#ifdef BFLOAT16
+    units low = __builtin_convertvector(*(const numbers *)first, units), high = __builtin_convertvector(*(const numbers *)second, units);
+    return low | high << 16;
+#else
+    (void)second;
+    return load_float(first);
+#endif
+}
+
+static inline unit unit_of(const number *first, const number *second) {
+#ifdef BFLOAT16
+    return *first | (unit)*second << 16;
+#else
+    (void)second;
+    return *first;
+#endif
+}
+
+/* Rows from `first` to `end` of out (rows, columns) = x (rows, inner) x packed (inner, columns). */
+static inline __attribute__((always_inline)) void multiply(number *out, const number *x, const unit *packed, int inner, int columns,
+                                                           int first, int end) {
+    const int depth = inner / PAIR;
+#ifdef MATRIX_TILES
+    if (end - first >= 16) {
+        multiply_by_tiles(out, x, packed, depth, columns, first, end);
+        return;
+    }
+#endif
+    for (int j = 0; j < columns; j += PANEL) {
+        const unit *panel = packed + (long)j * depth;
+        int i = first;
+        for (; i + TILE <= end; i += TILE) {
+            multiply_rows(TILE, out + (long)i * columns, x + (long)i * inner, panel, depth, columns, j);
+        }
+        if (i < end && end - first >= TILE) {
+            i = end - TILE; /* some rows are done again: that is sooner than one by one */
+            multiply_rows(TILE, out + (long)i * columns, x + (long)i * inner, panel, depth, columns, j);
+            i = end;
+        }
+        for (; i < end; i++) multiply_rows(1, out + (long)i * columns, x + (long)i * inner, panel, depth, columns, j);
+    }
+}
+
+/* ---- Packing ---- */
+
+/* A panel of the transpose of matrix (out, in), from its row `column` on, for rows of `in` entries. */
+static void pack_transposed(const float *matrix, unit *panel, int out, int in, int column) {
+    number row[4 * WIDTH];
+    for (int j = 0; j < PANEL; j++) {
+        for (int k = 0; k < in; k += LANES) {
+            store(row + k, column + j < out ? load_float(matrix + (long)(column + j) * in + k) : (vector){0});
+        }
+        for (int k = 0; k < in; k += PAIR) panel[(long)(k / PAIR) * PANEL + j] = unit_of(row + k, row + k + PAIR - 1);
+    }
+}
+
+/* A panel of matrix (out, in), from its column `column` on, for rows of `out` entries. */
+static void pack_as_it_is(const float *matrix, unit *panel, int out, int in, int column) {
+    for (int k = 0; k < out; k += PAIR) {
+        for (int c = 0; c < PANEL; c += LANES) {
+            number rows[PAIR][LANES];
+            for (int p = 0; p < PAIR; p++) {
+                store(rows[p], column + c < in ? load_float(matrix + (long)(k + p) * in + column + c) : (vector){0});
+            }
+            *(units *)(panel + (long)(k / PAIR) * PANEL + c) = units_of(rows[0], rows[PAIR - 1]);
+        }
+    }
+}
+
+/* ---- Products summed over rows: gradients of matrices ---- */
+
+/* Units of LANES entries of row k x PAIR and the one after it, of `rows` that are `stride` apart; zeros where there are none. */
+static inline units of_rows(const number *x, long stride, int rows, int k) {
+    static const number none[LANES];
+    int first = k * PAIR, second = first + PAIR - 1;
+    return units_of(first < rows ? x + first * stride : none, second < rows ? x + second * stride : none);
+}
+
+#ifdef MATRIX_TILES
+/* lanes[i] of vector j becomes lanes[j] of vector i. */
+static inline void transpose_units(units x[16]) {
+    static const units low[4] = {
+        {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30},
+        {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
+        {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
+        {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
+    };
+#pragma GCC unroll 4
+    for (int stage = 0; stage < 4; stage++) {
+        const int distance = 1 << stage;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            if (i & distance) continue;
+            units a = x[i], b = x[i + distance];
+            x[i] = __builtin_shuffle(a, b, low[stage]);
+            x[i + distance] = __builtin_shuffle(a, b, low[stage] + (uint32_t)distance);
+        }
+    }
+}
+
+/* BLOCK columns of x in tiles of 16 of them, each of 16 units. */
+static void pack_left(const number *x, unit *packed, int width, int columns, int rows, int depth) {
+    (void)columns;
+    for (int k = 0; k < depth; k += 16) {
+        for (int half = 0; half < BLOCK; half += 16, packed += 16 * 16) {
+            units tile[16];
+            for (int i = 0; i < 16; i++) tile[i] = of_rows(x + half, width, rows, k + i);
+            transpose_units(tile);
+            for (int i = 0; i < 16; i++) *(units *)(packed + 16 * i) = tile[i];
+        }
+    }
+}
+#else
+/* `columns` of x, and zeros up to BLOCK. */
+static void pack_left(const number *x, unit *packed, int width, int columns, int rows, int depth) {
+    static const number none;
+    for (int k = 0; k < depth; k++) {
+        int first = k * PAIR, second = first + PAIR - 1;
+        for (int r = 0; r < BLOCK; r++) {
+            const number *a = first < rows && r < columns ? x + (long)first * width + r : &none;
+            const number *b = second < rows && r < columns ? x + (long)second * width + r : &none;
+            packed[k * BLOCK + r] = unit_of(a, b);
+        }
+    }
+}
+#endif
+
+static inline void put(float *to, vector x, int add) {
+    if (add) accumulate(to, x);
+    else store_float(to, x);
+}
+
+/* A block of sums (BLOCK, columns) = packed left x packed right, or that added to it, of whose rows there are `count`. */
+static void sum_block(float *sums, const unit *left, const unit *right, int columns, int count, int depth, int add) {
+    for (int j = 0; j < columns; j += PANEL) {
+        const unit *panel = right + (long)j * depth;
+#ifdef MATRIX_TILES
+        multiply_matrix_tiles(1, (const char *)left, 64, 64 * BLOCK, panel, depth);
+#define SUM(r, c) *(vector *)tile_sums[(r) / 16][c][(r) % 16]
+#else
+        vector tile[TILE][2];
+        multiply_tile(TILE, tile, left, 1, BLOCK, panel, depth);
+#define SUM(r, c) tile[r][c]
+#endif
+        for (int r = 0; r < count; r++) {
+            put(sums + (long)r * columns + j, SUM(r, 0), add);
+            if (j + LANES < columns) put(sums + (long)r * columns + j + LANES, SUM(r, 1), add);
+        }
+    }
+}
+
+/* Units that are packed of the right matrix, by all threads, and of the left one, by each. */
+#define RIGHT_UNITS ((long)UP(4 * WIDTH, PANEL) * DEPTH_OF(ROWS_AT_ONCE))
+#define LEFT_UNITS ((long)BLOCK * DEPTH_OF(ROWS_AT_ONCE))

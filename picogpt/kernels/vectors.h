@@ -1,0 +1,102 @@
+/* Vectors of LANES floats, and the numbers that enter and leave products of matrices.
+
+   The shape of the model is in macros: WIDTH is n_embd, HEAD the entries of a head, SLOTS those of a window; BFLOAT16 is defined
+   where the products are in bfloat16. A `number` is what a product takes; residual paths, weights, biases and all sums are float. */
+
+#include <math.h>
+#include <stdint.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && HEAD % 16 == 0
+#define LANES 16
+#define REGISTERS 24 /* that the sums of a tile may take, of 32 */
+#elif defined(__AVX2__) && HEAD % 8 == 0
+#define LANES 8
+#define REGISTERS 12 /* of 16 */
+#else
+#define LANES 4
+#define REGISTERS 12
+#endif
+#define UP(n, unit) (((n) + (unit) - 1) / (unit) * (unit))
+
+#define HEADS (WIDTH / HEAD)
+
+typedef float vector __attribute__((vector_size(4 * LANES), may_alias));
+typedef int32_t integers __attribute__((vector_size(4 * LANES)));
+
+static inline vector choose(integers where, vector yes, vector no) {
+    return (vector)(((integers)yes & where) | ((integers)no & ~where));
+}
+
+#ifdef BFLOAT16
+typedef uint16_t number;
+typedef uint16_t numbers __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+static inline vector load(const number *from) {
+    return (vector)(__builtin_convertvector(*(const numbers *)from, integers) << 16);
+}
+
+/* Rounds to nearest, ties to even; what is not a number stays so. */
+static inline void store(number *to, vector x) {
+#if LANES == 16 && defined(__AVX512BF16__)
+    __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+    *(numbers *)to = (numbers)rounded;
+#else
+    integers bits = (integers)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    rounded = ((x == x) & rounded) | (~(x == x) & 0x7fc0);
+    *(numbers *)to = __builtin_convertvector(rounded, numbers);
+#endif
+}
+#else
+typedef float number;
+#define load load_float
+#define store store_float
+#endif
+
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+static inline vector load_float(const float *from) { return *(const floats *)from; }
+
+static inline void store_float(float *to, vector x) { *(floats *)to = x; }
+
+static inline void accumulate(float *to, vector x) { store_float(to, load_float(to) + x); }
+
+static inline float plus(float a, float b) { return a + b; }
+
+/* The larger one; what is not a number comes through. */
+static inline float larger(float a, float b) { return b < a ? a : b; }
+
+/* Half of the lanes with the other half, again and again. */
+static inline __attribute__((always_inline)) float folded(vector x, float (*combined)(float, float)) {
+    float lanes[LANES];
+    store_float(lanes, x);
+    for (int width = LANES / 2; width; width /= 2) {
+        for (int i = 0; i < width; i++) lanes[i] = combined(lanes[i], lanes[i + width]);
+    }
+    return lanes[0];
+}
+
+static inline float sum_of(vector x) { return folded(x, plus); }
+
+/* e^x for x <= 0, to 2e-7 of itself; 1e-38 from -87 on. */
+static inline vector exponential(vector x) {
+    vector t = x * 1.44269504f;
+    t = choose(t < -126.0f, (vector){0} - 126.0f, t);
+    integers whole = __builtin_convertvector(t - 0.5f, integers);
+    vector f = t - __builtin_convertvector(whole, vector);
+    vector p = f * 1.5403530e-4f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    return p * (vector)((whole + 127) << 23);
+}
+
+/* What a thread does of a window: rows, and heads of rolls. */
+struct share {
+    int thread, threads;
+    long rows, slots, first, end, first_head, end_head;
+};
