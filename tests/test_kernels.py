@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import re
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from picogpt.config import GPTConfig, Schedule, TrainConfig
+from picogpt.device import has_matrix_tiles, instruction_set
 from picogpt.errors import TrainingError
 from picogpt.kernels import FusedBlocks, Kernels, choose_kernels, compile_kernels, compiled
 from picogpt.model import GPT, Block
@@ -169,26 +169,35 @@ def test_recomputing_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def bytes_of_room(fused: FusedBlocks) -> int:
     """Of all memory that is held for the blocks."""
-    values = [getattr(values, name) for block in fused._room.values for values in block for name in values.__slots__]
-    storages = {tensor.untyped_storage() for tensor in [*values, *itertools.chain(*fused._room.x)]}
+    values = [tensor for blocks in fused._room.values for values in blocks for tensor in values]
+    storages = {tensor.untyped_storage() for tensor in values}
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @needs_compiler
 def test_scores_beyond_all_numbers() -> None:
     """Scores that are all minus infinity leave no finite output behind, as in torch."""
-    kernels = kernels_for("heads of 8")
-    qkv = torch.ones(3, 48)
-    qkv[:, :16], qkv[:, 16:32] = 1e30, -1e30
-    read = torch.empty(3, 16)
-    kernels.attention(qkv, torch.zeros(48), 1, out=read, scores=torch.empty(3, 4))
+    model, ids = model_of("heads of 8"), torch.zeros(1, 3, dtype=torch.long)
+    block = model.transformer.h[0]
+    assert isinstance(block, Block)
+    with torch.no_grad():
+        q, k, _ = block.attn.c_attn.bias.chunk(3)
+        q.fill_(1e30)
+        k.fill_(-1e30)
+    losses = []
+    for kernels in (None, kernels_for("heads of 8")):
+        model.transformer.kernels = kernels
+        losses.append(model(ids, ids)[1])
 
-    assert read.isnan().all()
+    assert torch.tensor(losses).isnan().all()
 
 
 def test_another_shape() -> None:
     """Functions for another model are refused before they could write where nothing is theirs."""
-    library = types.SimpleNamespace(**{name: types.SimpleNamespace() for name in compiled._POINTERS})
+    numbers = {"uses_matrix_tiles": lambda: 0, "panel_columns": lambda: 8}
+    library = types.SimpleNamespace(room_units=types.SimpleNamespace(), **numbers)
+    for name in compiled._ARGUMENTS:
+        setattr(library, name, types.SimpleNamespace())
     kernels = Kernels(library, SHAPES["heads of 16"], torch.float32, "cc")  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="compiled for another model"):
         make_trainer(kernels)
@@ -280,16 +289,55 @@ def test_windows_left_out() -> None:
 
 
 @needs_compiler
-def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch without it multiplies by itself, to the same gradients."""
-    model = model_of("heads of 16")
-    _, expected = loss_and_gradients(model, kernels_for("heads of 16"), 51)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    kernels, reason = choose_kernels("auto", SHAPES["heads of 16"], torch.float32, CPU)
-    _, found = loss_and_gradients(model, kernels, 51)
+@pytest.mark.parametrize("instructions", ["AVX512", "AVX2", ""])
+def test_without_matrix_tiles(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor has no registers for tiles, and no products of bfloat16, what is computed is as close to float32."""
+    if instructions not in ("", instruction_set(), "AVX2"):
+        pytest.skip(f"this processor has no {instructions}")
+    monkeypatch.setattr(compiled, "instruction_set", lambda: instructions)
+    monkeypatch.setattr(compiled, "has_matrix_tiles", lambda: False)
+    kernels = compile_kernels(SHAPES["heads of 32"], torch.bfloat16)
+    model = model_of("heads of 32", spread=0.1)
+    _, exact = loss_and_gradients(model, None, 200)
+    _, of_modules = loss_and_gradients(model, None, 200, torch.bfloat16)
+    _, found = loss_and_gradients(model, kernels, 200, torch.bfloat16)
 
-    assert reason == "compiled by cc"
-    assert max(distance(found[name], expected[name]) for name in expected) < 2e-5
+    assert not kernels.matrix_tiles
+    assert max(distance(found[name], exact[name]) / distance(of_modules[name], exact[name]) for name in exact) < 2
+
+
+@needs_compiler
+def test_matrix_tiles_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason names them where they are used, which is in bfloat16 and for widths that they divide."""
+    monkeypatch.delenv("CC", raising=False)
+    said = {
+        (shape, dtype): choose_kernels("auto", SHAPES[shape], dtype, CPU)[1]
+        for shape in ("heads of 32", "heads of 20")
+        for dtype in (torch.bfloat16, torch.float32)
+    }
+    uses = has_matrix_tiles() and instruction_set() == "AVX512"
+
+    assert said.pop(("heads of 32", torch.bfloat16)) == "compiled by cc" + (", with AMX" if uses else "")
+    assert set(said.values()) == {"compiled by cc"}
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rolls", [1, 3])
+def test_rows_that_no_tile_divides(rolls: int, dtype: torch.dtype) -> None:
+    """Any number of rows, in more texts than are summed at once, has the gradients of float32's modules."""
+    model = model_of("heads of 32", spread=0.1)
+    torch.manual_seed(3)
+    for length in (1, 15, 16, 33, 128, 600):
+        ids = torch.randint(0, 88, (rolls, length))
+        gradients = []
+        for kernels in (None, kernels_for("heads of 32", dtype)):
+            model.transformer.kernels = kernels
+            with torch.autocast("cpu", torch.bfloat16, enabled=kernels is not None and dtype == torch.bfloat16):
+                _, loss = model(ids, ids)
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+
+        assert distance(gradients[1], gradients[0]) < (2e-5 if dtype == torch.float32 else 0.02)
 
 
 @needs_compiler

@@ -189,15 +189,15 @@ static inline void wait_for_rows(struct share share) {
 
 /* What of a block comes after its first LayerNorm: `branch` is to be added to `middle`, with the last bias. */
 static void forward_block(const struct weights *w, const struct values *v, struct share share) {
-    multiply(v->qkv, v->normed_1, w->attn, WIDTH, 3 * WIDTH, share.first, share.end);
+    multiply_1_to_3(v->qkv, v->normed_1, w->attn, share);
     wait_for_rows(share);
     attention(v->qkv, w->attn_bias, v->read, v->scores, share);
     wait_for_rows(share);
-    multiply(v->branch, v->read, w->proj, WIDTH, WIDTH, share.first, share.end);
+    multiply_1_to_1(v->branch, v->read, w->proj, share);
     add_layer_norm(v->x, v->branch, w->proj_bias, w->norm_2, w->norm_2_bias, v->middle, v->normed_2, v->statistics_2, share);
-    multiply(v->hidden, v->normed_2, w->fc, WIDTH, 4 * WIDTH, share.first, share.end);
+    multiply_1_to_4(v->hidden, v->normed_2, w->fc, share);
     gelu(v->hidden, w->fc_bias, v->active, share);
-    multiply(v->branch, v->active, w->out, 4 * WIDTH, WIDTH, share.first, share.end);
+    multiply_4_to_1(v->branch, v->active, w->out, share);
 }
 
 /* x of the first block through all of them, to `out`. */
@@ -260,14 +260,14 @@ void gradient_of_matrix(float *sums, const number *left, const number *right, un
    `room`'s sight if there is one, and what they are made of is made again; else it is all there, and stays. */
 static void backward_block(const struct weights *w, const struct values *v, const struct sums *s, float *dx, number *d_branch,
                            unit *room, struct share share) {
-    const long first = share.first, end = share.end, rows = share.rows;
+    const long rows = share.rows;
     const int thread = share.thread, threads = share.threads;
-    multiply(v->d_active, v->d_branch, w->out_back, WIDTH, 4 * WIDTH, first, end);
+    multiply_1_to_4(v->d_active, v->d_branch, w->out_back, share);
     gelu_backward(v->d_active, v->hidden, w->fc_bias, room ? v->active : 0, s->fc_bias, share);
-    multiply(v->d_normed, v->hidden, w->fc_back, 4 * WIDTH, WIDTH, first, end);
+    multiply_4_to_1(v->d_normed, v->hidden, w->fc_back, share);
     layer_norm_backward(v->d_normed, v->middle, w->norm_2, w->norm_2_bias, v->statistics_2, room ? v->normed_2 : 0, dx, v->d_middle,
                         s->norm_2, share);
-    multiply(v->d_read, v->d_middle, w->proj_back, WIDTH, WIDTH, first, end);
+    multiply_1_to_1(v->d_read, v->d_middle, w->proj_back, share);
     wait_for_rows(share);
     if (room) {
 #pragma omp barrier
@@ -277,7 +277,7 @@ static void backward_block(const struct weights *w, const struct values *v, cons
     }
     attention_backward(v->d_read, v->qkv, w->attn_bias, v->read, v->scores, s->attn_bias, share);
     wait_for_rows(share);
-    multiply(v->d_normed, v->qkv, w->attn_back, 3 * WIDTH, WIDTH, first, end);
+    multiply_3_to_1(v->d_normed, v->qkv, w->attn_back, share);
     layer_norm_backward(v->d_normed, v->x, w->norm_1, w->norm_1_bias, v->statistics_1, room ? v->normed_1 : 0, dx, d_branch,
                         s->norm_1, share);
     if (room) {

@@ -6,6 +6,7 @@
 #ifdef BFLOAT16
 typedef uint32_t unit __attribute__((may_alias));
 typedef uint32_t units __attribute__((vector_size(4 * LANES), may_alias));
+typedef float float_unit __attribute__((may_alias));
 #define PAIR 2 /* numbers of a unit */
 #else
 typedef float unit __attribute__((may_alias));
@@ -26,15 +27,23 @@ typedef vector units;
 /* Depth of a sum over `rows` in units; with zeros up to there where tiles are 16 units deep. */
 #define DEPTH_OF(rows) UP(UP(rows, PAIR) / PAIR, PAIR == 2 ? 16 : 1)
 
-/* sums + a x b, lane by lane; in bfloat16 both numbers of a unit. */
-static inline vector plus_product(vector sums, unit a, units b) {
+/* A unit in all lanes. */
+static inline units spread(const unit *a) {
+#if defined(BFLOAT16) && LANES == 16
+    return (units)_mm512_set1_ps(*(const float_unit *)a); /* as a float it comes straight from memory */
+#else
+    return (units){0} + *a;
+#endif
+}
+
+/* sums + a x b, lane by lane; in bfloat16 of both numbers of a unit. */
+static inline vector plus_product(vector sums, units a, units b) {
 #ifndef BFLOAT16
     return sums + a * b;
 #elif LANES == 16 && defined(__AVX512BF16__)
-    return (vector)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+    return (vector)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
 #else
-    vector low = (vector)((units){0} + (a << 16)), high = (vector)((units){0} + (a & 0xffff0000u));
-    return sums + low * (vector)(b << 16) + high * (vector)(b & 0xffff0000u);
+    return sums + (vector)(a << 16) * (vector)(b << 16) + (vector)(a & 0xffff0000u) * (vector)(b & 0xffff0000u);
 #endif
 }
 
@@ -46,8 +55,9 @@ static inline __attribute__((always_inline)) void multiply_tile(int count, vecto
     for (int k = 0; k < depth; k++) {
         units first = *(const units *)(panel + (long)k * PANEL), second = *(const units *)(panel + (long)k * PANEL + LANES);
         for (int r = 0; r < count; r++) {
-            sums[r][0] = plus_product(sums[r][0], a[r * row + k * step], first);
-            sums[r][1] = plus_product(sums[r][1], a[r * row + k * step], second);
+            units x = spread(a + r * row + k * step);
+            sums[r][0] = plus_product(sums[r][0], x, first);
+            sums[r][1] = plus_product(sums[r][1], x, second);
         }
     }
 }
@@ -178,6 +188,17 @@ static inline __attribute__((always_inline)) void multiply(number *out, const nu
         for (; i < end; i++) multiply_rows(1, out + (long)i * columns, x + (long)i * inner, panel, depth, columns, j);
     }
 }
+
+/* A function for each shape of product, as what is known of it when it is compiled need not be computed. */
+#define PRODUCT(name, inner, columns)                                                                                            \
+    static __attribute__((noinline)) void name(number *out, const number *x, const unit *packed, struct share share) {           \
+        multiply(out, x, packed, inner, columns, share.first, share.end);                                                        \
+    }
+PRODUCT(multiply_1_to_1, WIDTH, WIDTH)
+PRODUCT(multiply_1_to_3, WIDTH, 3 * WIDTH)
+PRODUCT(multiply_1_to_4, WIDTH, 4 * WIDTH)
+PRODUCT(multiply_3_to_1, 3 * WIDTH, WIDTH)
+PRODUCT(multiply_4_to_1, 4 * WIDTH, WIDTH)
 
 /* ---- Packing ---- */
 
