@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from picogpt.kernels.compiled import Kernels, addresses
-from picogpt.kernels.room import Room, Use
+from picogpt.kernels.compiled import Kernels, Use, addresses
+from picogpt.kernels.room import Room
 
 __all__ = ["FusedBlocks"]
 
@@ -37,7 +37,12 @@ class _Weights(NamedTuple):
     out_bias: Tensor
 
 
-_OF_MATRICES = {"attn": ("qkv", "normed_1"), "proj": ("d_middle", "read"), "fc": ("hidden", "normed_2"), "out": ("d_branch", "active")}
+_OF_MATRICES = {
+    "attn": ("qkv", "normed_1"),
+    "proj": ("d_middle", "read"),
+    "fc": ("hidden", "normed_2"),
+    "out": ("d_branch", "active"),
+}
 """Values that the gradient of each matrix is made of: the gradients of its products, and what it was multiplied with."""
 
 
@@ -137,15 +142,15 @@ class FusedBlocks:
         """Rows (R, C) through all blocks."""
         self._room.values[window][0].x.copy_(x)
         out = torch.empty_like(x)
-        self.kernels.forward(self._weights, self._values[window], out, self.use.n_layer, self.use.rolls)
+        self.kernels.forward(self._weights, self._values[window], out, self.use)
         return out
 
     def backward(self, window: int, dx: Tensor) -> None:
         """Turn the gradient of what `forward` returned, in place, into that of what it was given."""
         self._remaining.remove(window)
         room = None if self._room.at_once else self._work
-        shape = {"recompute": self.use.recompute, "layers": self.use.n_layer, "rolls": self.use.rolls}
-        self.kernels.backward(self._weights, self._values[window], self._sums_at, dx, self._last_bias, room, **shape)
+        tables = self._weights, self._values[window], self._sums_at
+        self.kernels.backward(tables, dx, self._last_bias, room, self.use)
 
     def gradients(self) -> list[Tensor]:
         """Those of all parameters, once all windows have gone backward; the memory is free for the next text."""

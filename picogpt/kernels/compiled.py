@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from picogpt.config import GPTConfig
 from picogpt.device import has_matrix_tiles, instruction_set
 from picogpt.errors import TrainingError
 
-__all__ = ["INSTRUCTIONS", "Addresses", "Kernels", "addresses", "choose_kernels", "compile_kernels", "kernels_name"]
+__all__ = ["INSTRUCTIONS", "Addresses", "Kernels", "Use", "addresses", "choose_kernels", "compile_kernels", "kernels_name"]
 
 Addresses = ctypes.Array[ctypes.c_void_p]
 
@@ -45,6 +46,19 @@ _TIMEOUT = 60.0
 """Seconds that a compiler has."""
 _ARGUMENTS = {"pack": (2, 2), "forward": (3, 4), "backward": (6, 5), "gradient_of_matrix": (4, 4)}
 """How many pointers each function takes, and then how many numbers."""
+
+
+class Use(NamedTuple):
+    """What blocks are used for, which says what they need room for."""
+
+    n_layer: int
+    rolls: int
+    slots: tuple[int, ...]
+    """Of each window of the text."""
+    trained: bool
+    """Whether there will be a backward pass."""
+    recompute: bool
+    """Whether a block's inner values are computed again in the backward pass, instead of kept for it."""
 
 
 class Kernels:
@@ -75,9 +89,11 @@ class Kernels:
 
     def packed(self, out: int, n_in: int) -> tuple[Tensor, Tensor]:
         """Memory for a matrix (out, in), packed as `pack` does it for the forward pass and for the backward pass."""
-        return tuple(  # type: ignore[return-value]
-            torch.empty(-(-columns // self._panel) * self._panel * rows, dtype=self.dtype) for rows, columns in ((n_in, out), (out, n_in))
-        )
+        forward, backward = (self._in_panels(*shape) for shape in ((n_in, out), (out, n_in)))
+        return forward, backward
+
+    def _in_panels(self, rows: int, columns: int) -> Tensor:
+        return torch.empty(-(-columns // self._panel) * self._panel * rows, dtype=self.dtype)
 
     def room(self) -> Tensor:
         """Memory that `backward` and `gradient_of_matrix` work in."""
@@ -87,42 +103,32 @@ class Kernels:
         """Pack four matrices of each block, those of attention, its projection, and the feed-forward layer."""
         self._library.pack(matrices, packed, layers, self.threads)
 
-    def forward(self, weights: Addresses, values: Addresses, out: Tensor, layers: int, rolls: int) -> None:
+    def forward(self, weights: Addresses, values: Addresses, out: Tensor, use: Use) -> None:
         """One window of all rolls through all blocks, from the first block's x to `out` (R, C)."""
-        slots = out.size(0) // rolls
-        self._library.forward(weights, values, out.data_ptr(), layers, rolls, slots, self.threads)
+        slots = out.size(0) // use.rolls
+        self._library.forward(weights, values, out.data_ptr(), use.n_layer, use.rolls, slots, self.threads)
 
     def backward(
         self,
-        weights: Addresses,
-        values: Addresses,
-        sums: Addresses,
+        tables: tuple[Addresses, Addresses, Addresses],
         dx: Tensor,
         last_bias: Tensor,
         room: Tensor | None,
-        *,
-        recompute: bool,
-        layers: int,
-        rolls: int,
+        use: Use,
     ) -> None:
         """Turn the gradient dx (R, C) of what `forward` gave into that of the first block's x.
 
         Args:
-            weights: of the blocks.
-            values: what `forward` has left of that window.
-            sums: to which gradients of weights are added.
+            tables: the blocks' weights; what `forward` has left of that window, or x alone where the rest is to be computed
+                again; and sums to which gradients of weights are added.
             dx: the gradient.
             last_bias: (threads, C), to which that of the last block's last bias is added.
             room: where gradients of matrices are computed; None where that is left for later, with `gradient_of_matrix`.
-            recompute: whether of the values only x is there, and the others are to be made again.
-            layers: how many blocks.
-            rolls: how many rolls.
+            use: how many blocks and rolls there are, and whether to compute again.
         """
-        slots = dx.size(0) // rolls
-        address = None if room is None else room.data_ptr()
-        self._library.backward(
-            weights, values, sums, dx.data_ptr(), last_bias.data_ptr(), address, recompute, layers, rolls, slots, self.threads
-        )
+        pointers = dx.data_ptr(), last_bias.data_ptr(), None if room is None else room.data_ptr()
+        shape = use.n_layer, use.rolls, dx.size(0) // use.rolls
+        self._library.backward(*tables, *pointers, use.recompute, *shape, self.threads)
 
     def gradient_of_matrix(self, of_rows: Tensor, rows: Tensor, room: Tensor, out: Tensor) -> None:
         """Write (out, in), float32: of the products of a matrix with rows (N, in), whose gradients are of_rows (N, out)."""

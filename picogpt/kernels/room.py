@@ -10,26 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from picogpt.kernels.compiled import Kernels
+from picogpt.kernels.compiled import Kernels, Use
 
-__all__ = ["Room", "Use", "Values"]
-
-
-class Use(NamedTuple):
-    """What blocks are used for, which says what they need room for."""
-
-    n_layer: int
-    rolls: int
-    slots: tuple[int, ...]
-    """Of each window of the text."""
-    trained: bool
-    """Whether there will be a backward pass."""
-    recompute: bool
-    """Whether a block's inner values are computed again in the backward pass, instead of kept for it."""
+__all__ = ["Room", "Values"]
 
 
 class Values(NamedTuple):
-    """What a block makes of one window, in block.c's order. Gradients are written onto values that have been read for the last time."""
+    """What a block makes of one window, in block.c's order. Gradients are written onto what has been read for the last time."""
 
     x: Tensor
     """What the block begins with (R, C)."""
