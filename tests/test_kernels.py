@@ -37,13 +37,18 @@ SHAPES = {
 }
 CONFIG = TrainConfig(batch_size=2, windows=3, lr=1e-2, warmup_steps=2)
 CPU = torch.device("cpu")
+SOON = compiled._FLAGS.replace("-O3", "-O1")
+"""Flags with which the compiler is done in half the time."""
 
 
 @cache
 def kernels_for(shape: str, dtype: torch.dtype = torch.float32) -> Kernels:
-    """Compiled once for all tests, with one thread."""
+    """Compiled once for all tests, with one thread; of all shapes only heads like the model's own as well as users have them."""
     torch.set_num_threads(1)
-    return compile_kernels(SHAPES[shape], dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        if shape != "heads of 32":
+            patch.setattr(compiled, "_FLAGS", SOON)
+        return compile_kernels(SHAPES[shape], dtype)
 
 
 def model_of(shape: str, *, spread: float = 0.3) -> GPT:
@@ -445,6 +450,7 @@ class TestChoice:
     @pytest.fixture(autouse=True)
     def _own_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setattr(compiled, "_FLAGS", SOON)
 
     @needs_compiler
     def test_auto(self) -> None:

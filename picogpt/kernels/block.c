@@ -256,8 +256,8 @@ void gradient_of_matrix(float *sums, const number *left, const number *right, un
     }
 }
 
-/* Backward through a block: `dx` is the gradient of its result and becomes that of its x. Gradients of matrices are added up in
-   `room`'s sight if there is one, and what they are made of is made again; else it is all there, and stays. */
+/* Backward through a block: `dx` is the gradient of its result and becomes that of its x. If there is `room`, gradients of
+   matrices are added up in it, and what they are made of is made again where it has been written over; else it all stays. */
 static void backward_block(const struct weights *w, const struct values *v, const struct sums *s, float *dx, number *d_branch,
                            unit *room, struct share share) {
     const long rows = share.rows;
@@ -329,7 +329,7 @@ void pack(const float *const *matrices, unit *const *packed, int layers, int thr
     }
 }
 
-/* Numbers of a panel's row that are columns, and units for what is packed of two matrices that are multiplied row by row. */
+/* Columns of a panel, and units for what is packed of two matrices that are multiplied row by row. */
 int panel_columns(void) { return PANEL; }
 long room_units(int threads) { return RIGHT_UNITS + (long)threads * LEFT_UNITS; }
 int uses_matrix_tiles(void) {
