@@ -316,6 +316,7 @@ def test_without_matrix_tiles(instructions: str, monkeypatch: pytest.MonkeyPatch
 def test_matrix_tiles_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reason names them where they are used, which is in bfloat16 and for widths that they divide."""
     monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(compiled, "_FLAGS", SOON)
     said = {
         (shape, dtype): choose_kernels("auto", SHAPES[shape], dtype, CPU)[1]
         for shape in ("heads of 32", "heads of 20")
