@@ -3,8 +3,8 @@
 What stands between two products of matrices costs torch a pass over memory for every step of a formula, and attention over short
 windows two copies more; in bfloat16, where products are fast, that is almost half of the time. Here it is one pass each, and
 attention stays in the processor's cache a head at a time, so that its weights are never stored (as in FlashAttention: Dao et al.,
-2022). What is cheap to compute again in the backward pass is not kept for it. Matrices are packed once a step for all windows, and
-a window is one call, so that threads seldom wait for each other, and never for Python.
+2022). What is cheap to compute again in the backward pass is not kept for it. Matrices are packed once a step for all windows,
+and a window is one call, so that threads seldom wait for each other, and never for Python.
 
 Dimensions: R rows, one for each slot of each roll; B rolls, S slots of a window, C = n_embd, H = n_head.
 """
