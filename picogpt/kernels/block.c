@@ -228,13 +228,8 @@ static void multiply_by_rows(float *sums, const number *left, int n, const numbe
     unit *packed = room + RIGHT_UNITS + (long)thread * LEFT_UNITS;
     for (long start = 0; start < rows; start += ROWS_AT_ONCE) {
         int count = rows - start < ROWS_AT_ONCE ? rows - start : ROWS_AT_ONCE, depth = DEPTH_OF(count);
-        for (int j = panels * thread / threads; j < panels * (thread + 1) / threads; j++) {
-            for (int k = 0; k < depth; k++) {
-                for (int c = j * PANEL; c < (j + 1) * PANEL; c += LANES) {
-                    units x = c < m ? of_rows(right + start * m + c, m, count, k) : (units){0};
-                    *(units *)(room + (long)j * PANEL * depth + (long)k * PANEL + c % PANEL) = x;
-                }
-            }
+        for (int j = panels * thread / threads * PANEL; j < panels * (thread + 1) / threads * PANEL; j += PANEL) {
+            pack_right(right + start * m + j, room + (long)j * depth, m, m - j, count, depth);
         }
 #pragma omp barrier
         for (int i = blocks * thread / threads * BLOCK; i < blocks * (thread + 1) / threads * BLOCK; i += BLOCK) {
@@ -268,8 +263,8 @@ static void backward_block(const struct weights *w, const struct values *v, cons
     layer_norm_backward(v->d_normed, v->middle, w->norm_2, w->norm_2_bias, v->statistics_2, room ? v->normed_2 : 0, dx, v->d_middle,
                         s->norm_2, share);
     multiply_1_to_1(v->d_read, v->d_middle, w->proj_back, share);
-    wait_for_rows(share);
-    if (room) {
+    if (!room) wait_for_rows(share);
+    else {
 #pragma omp barrier
         multiply_by_rows(s->out, v->d_branch, WIDTH, v->active, 4 * WIDTH, rows, 1, room, thread, threads);
         multiply_by_rows(s->fc, v->hidden, 4 * WIDTH, v->normed_2, WIDTH, rows, 1, room, thread, threads);

@@ -68,11 +68,12 @@ class _Sums(NamedTuple):
         norm_1, norm_2 = torch.zeros(2, threads, 3, width).unbind()
         return cls(norm_1, none, torch.zeros(rolls, 3 * width), none, norm_2, none, torch.zeros(threads, 4 * width), none)
 
-    def begin(self, weights: _Weights) -> _Sums:
-        """Begin again, with new gradients of matrices."""
+    def begin(self, weights: _Weights, *, at_once: bool) -> _Sums:
+        """Begin again, with new gradients of matrices; those that are computed at once need no zeros to begin with."""
         for tensor in (self.norm_1, self.attn_bias, self.norm_2, self.fc_bias):
             tensor.zero_()
-        return self._replace(**{name: torch.zeros_like(getattr(weights, name)) for name in _OF_MATRICES})
+        new = torch.empty_like if at_once else torch.zeros_like
+        return self._replace(**{name: new(getattr(weights, name)) for name in _OF_MATRICES})
 
     def totals(self, out_bias: Tensor) -> _Weights:
         """The gradients of all weights; that of the last bias is known to what comes after the block."""
@@ -99,7 +100,7 @@ class FusedBlocks:
         self._room = Room(kernels, use)
         self._values = [addresses(itertools.chain(*blocks)) for blocks in self._room.values]
         self._packed: list[Tensor] = []
-        self._weights = self._matrices = addresses([])
+        self._weights = addresses([])
         self._own = [_Sums.make(kernels, use.rolls) for _ in range(use.n_layer)] if use.trained else []
         self._sums: list[_Sums] = []
         self._sums_at = addresses([])
@@ -119,7 +120,7 @@ class FusedBlocks:
         self.is_free = not self.use.trained
         weights = [_Weights(*(p.detach() for p in block)) for block in parameters]
         self._pack(weights)
-        self._sums = [own.begin(of) for own, of in zip(self._own, weights, strict=False)]
+        self._sums = [own.begin(of, at_once=self._room.at_once) for own, of in zip(self._own, weights, strict=False)]
         self._sums_at = addresses(itertools.chain(*self._sums))
         self._last_bias.zero_()
         windows = range(len(self.use.slots))

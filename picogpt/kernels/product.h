@@ -235,6 +235,15 @@ static inline units of_rows(const number *x, long stride, int rows, int k) {
     return units_of(first < rows ? x + first * stride : none, second < rows ? x + second * stride : none);
 }
 
+/* A panel of the first `columns` of x, and zeros beyond them. */
+static void pack_right(const number *x, unit *panel, int width, int columns, int rows, int depth) {
+    for (int k = 0; k < depth; k++) {
+        for (int c = 0; c < PANEL; c += LANES) {
+            *(units *)(panel + (long)k * PANEL + c) = c < columns ? of_rows(x + c, width, rows, k) : (units){0};
+        }
+    }
+}
+
 #ifdef MATRIX_TILES
 /* lanes[i] of vector j becomes lanes[j] of vector i. */
 static inline void transpose_units(units x[16]) {
