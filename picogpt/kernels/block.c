@@ -221,27 +221,7 @@ void forward(const struct weights *weights, const struct values *values, float *
     }
 }
 
-/* `sums` (n, m) = left (rows, n), transposed, x right (rows, m), or that added to them. `room` is for what is packed. */
-static void multiply_by_rows(float *sums, const number *left, int n, const number *right, int m, long rows, int add, unit *room,
-                             int thread, int threads) {
-    const int blocks = UP(n, BLOCK) / BLOCK, panels = UP(m, PANEL) / PANEL;
-    unit *packed = room + RIGHT_UNITS + (long)thread * LEFT_UNITS;
-    for (long start = 0; start < rows; start += ROWS_AT_ONCE) {
-        int count = rows - start < ROWS_AT_ONCE ? rows - start : ROWS_AT_ONCE, depth = DEPTH_OF(count);
-        for (int j = panels * thread / threads * PANEL; j < panels * (thread + 1) / threads * PANEL; j += PANEL) {
-            pack_right(right + start * m + j, room + (long)j * depth, m, m - j, count, depth);
-        }
-#pragma omp barrier
-        for (int i = blocks * thread / threads * BLOCK; i < blocks * (thread + 1) / threads * BLOCK; i += BLOCK) {
-            int columns = n - i < BLOCK ? n - i : BLOCK;
-            pack_left(left + start * n + i, packed, n, columns, count, depth);
-            sum_block(sums + (long)i * m, packed, room, m, columns, depth, add || start);
-        }
-#pragma omp barrier
-    }
-}
-
-/* The same for whoever has all rows. */
+/* The product summed over rows, for whoever has all of them. */
 void gradient_of_matrix(float *sums, const number *left, const number *right, unit *room, int n, int m, int rows, int threads) {
 #pragma omp parallel num_threads(threads)
     {
@@ -326,7 +306,7 @@ void pack(const float *const *matrices, unit *const *packed, int layers, int thr
 
 /* Columns of a panel, and units for what is packed of two matrices that are multiplied row by row. */
 int panel_columns(void) { return PANEL; }
-long room_units(int threads) { return RIGHT_UNITS + (long)threads * LEFT_UNITS; }
+long room_units(int threads) { return (long)threads * THREAD_UNITS; }
 int uses_matrix_tiles(void) {
 #ifdef MATRIX_TILES
     return 1;

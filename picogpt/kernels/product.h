@@ -19,9 +19,6 @@ typedef vector units;
 
 #if defined(AMX) && defined(BFLOAT16) && defined(__AMX_BF16__) && LANES == 16 && WIDTH % 32 == 0
 #define MATRIX_TILES /* registers for tiles of 16 rows, and products of them */
-#define BLOCK 32     /* columns of the left one of two matrices that are multiplied row by row, packed together */
-#else
-#define BLOCK TILE
 #endif
 
 /* Depth of a sum over `rows` in units; with zeros up to there where tiles are 16 units deep. */
@@ -70,7 +67,7 @@ struct tile_shape {
 } __attribute__((aligned(64)));
 
 static _Thread_local struct tile_shape others;
-static _Thread_local float tile_sums[2][2][16][16] __attribute__((aligned(64)));
+static _Thread_local float tile_sums[32][PANEL] __attribute__((aligned(64)));
 
 /* Eight tiles of 16 rows of 64 bytes. What other code of this thread has set is put back by `end_tiles`. */
 static void begin_tiles(void) {
@@ -85,15 +82,22 @@ static void end_tiles(void) {
     else _tile_release();
 }
 
-/* tile_sums = 16 rows of a, or 32 for `both`, x panel, over `depth` units, a multiple of 16. Rows are `stride` bytes apart, and what
-   follows in them `step` bytes. */
-static inline __attribute__((always_inline)) void multiply_matrix_tiles(int both, const char *a, long stride, long step,
-                                                                        const unit *panel, int depth) {
+/* 16 rows of a, or 32 for `both`, x panel, over `depth` units, a multiple of 16, to rows of `sums` that are `row` apart; with `add` to
+   what is there. Rows of a are `stride` bytes apart, and what follows in them `step` bytes. */
+static inline __attribute__((always_inline)) void multiply_matrix_tiles(int both, float *sums, long row, int add, const char *a, long stride,
+                                                                        long step, const unit *panel, int depth) {
     __asm__ volatile("" ::: "memory"); /* the loads below do not tell the compiler what they read */
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if (add) {
+        _tile_loadd(0, sums, 4 * row);
+        _tile_loadd(1, sums + 16, 4 * row);
+        if (both) _tile_loadd(2, sums + 16 * row, 4 * row);
+        if (both) _tile_loadd(3, sums + 16 * row + 16, 4 * row);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     for (int k = 0; k < depth; k += 16, a += step) {
         _tile_loadd(4, a, stride);
         _tile_loadd(6, panel + (long)k * PANEL, 4 * PANEL);
@@ -105,11 +109,16 @@ static inline __attribute__((always_inline)) void multiply_matrix_tiles(int both
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, tile_sums[0][0], 64);
-    _tile_stored(1, tile_sums[0][1], 64);
+    _tile_stored(0, sums, 4 * row);
+    _tile_stored(1, sums + 16, 4 * row);
     if (!both) return;
-    _tile_stored(2, tile_sums[1][0], 64);
-    _tile_stored(3, tile_sums[1][1], 64);
+    _tile_stored(2, sums + 16 * row, 4 * row);
+    _tile_stored(3, sums + 16 * row + 16, 4 * row);
+}
+
+/* Have what will be read, or written, come from memory meanwhile. */
+static inline __attribute__((always_inline)) void prefetch_rows(number *out, long row, int rows) {
+    for (int r = 0; r < rows; r++) __builtin_prefetch(out + r * row, 1, 3);
 }
 
 static inline __attribute__((always_inline)) void multiply_by_tiles(number *out, const number *x, const unit *packed, int depth,
@@ -118,12 +127,12 @@ static inline __attribute__((always_inline)) void multiply_by_tiles(number *out,
         for (int i = first; i < end;) {
             int both = i + 32 <= end, at = both || i + 16 <= end ? i : end - 16; /* the last rows may be among those before */
             const char *rows = (const char *)(x + (long)at * depth * PAIR);
-            if (both) multiply_matrix_tiles(1, rows, 4L * depth, 64, packed + (long)j * depth, depth);
-            else multiply_matrix_tiles(0, rows, 4L * depth, 64, packed + (long)j * depth, depth);
+            if (both) prefetch_rows(out + (long)at * columns + j, columns, 32);
+            else prefetch_rows(out + (long)at * columns + j, columns, 16);
+            if (both) multiply_matrix_tiles(1, tile_sums[0], PANEL, 0, rows, 4L * depth, 64, packed + (long)j * depth, depth);
+            else multiply_matrix_tiles(0, tile_sums[0], PANEL, 0, rows, 4L * depth, 64, packed + (long)j * depth, depth);
             for (int r = 0; r < (both ? 32 : 16); r++) {
-                for (int c = 0; c < 2; c++) {
-                    store(out + (long)(at + r) * columns + j + c * LANES, *(vector *)tile_sums[r / 16][c][r % 16]);
-                }
+                for (int c = 0; c < PANEL; c += LANES) store(out + (long)(at + r) * columns + j + c, *(vector *)&tile_sums[r][c]);
             }
             i = at + (both ? 32 : 16);
         }
@@ -226,7 +235,10 @@ static void pack_as_it_is(const float *matrix, unit *panel, int out, int in, int
     }
 }
 
-/* ---- Products summed over rows: gradients of matrices ---- */
+/* ---- Products summed over rows: gradients of matrices ----
+
+   One of the two matrices is WIDTH wide. Each thread packs all of that one, and of the other, which may be wider, what it has to do, so
+   that none waits for another. */
 
 /* Units of LANES entries of row k x PAIR and the one after it, of `rows` that are `stride` apart; zeros where there are none. */
 static inline units of_rows(const number *x, long stride, int rows, int k) {
@@ -235,16 +247,21 @@ static inline units of_rows(const number *x, long stride, int rows, int k) {
     return units_of(first < rows ? x + first * stride : none, second < rows ? x + second * stride : none);
 }
 
-/* A panel of the first `columns` of x, and zeros beyond them. */
-static void pack_right(const number *x, unit *panel, int width, int columns, int rows, int depth) {
-    for (int k = 0; k < depth; k++) {
-        for (int c = 0; c < PANEL; c += LANES) {
-            *(units *)(panel + (long)k * PANEL + c) = c < columns ? of_rows(x + c, width, rows, k) : (units){0};
-        }
-    }
+/* Of `count` pieces the first one of a thread. */
+static inline int first_of(int count, int thread, int threads) { return count * thread / threads; }
+
+/* Rows that are packed at once: as even parts of them as can be, of a multiple of 32. */
+static inline long rows_at_once(long rows) {
+    long chunks = UP(rows, ROWS_AT_ONCE) / ROWS_AT_ONCE;
+    return UP(UP(rows, chunks) / chunks, 32);
 }
 
 #ifdef MATRIX_TILES
+/* For each thread: units of the matrix that is packed whole, of its part of the other one, and sums of that. */
+#define WHOLE_UNITS ((long)WIDTH * DEPTH_OF(ROWS_AT_ONCE))
+#define PART_UNITS (4 * WHOLE_UNITS)
+#define THREAD_UNITS (WHOLE_UNITS + PART_UNITS + 4L * WIDTH * WIDTH)
+
 /* lanes[i] of vector j becomes lanes[j] of vector i. */
 static inline void transpose_units(units x[16]) {
     static const units low[4] = {
@@ -266,57 +283,151 @@ static inline void transpose_units(units x[16]) {
     }
 }
 
-/* BLOCK columns of x in tiles of 16 of them, each of 16 units. */
-static void pack_left(const number *x, unit *packed, int width, int columns, int rows, int depth) {
-    (void)columns;
+/* All columns of x, 32 of them after the other, in tiles of 16 columns and 16 units. Rows are read from beginning to end, for the
+   sake of memory; so they are by `pack_right`. */
+static void pack_left(const number *x, unit *packed, int rows, int depth) {
     for (int k = 0; k < depth; k += 16) {
-        for (int half = 0; half < BLOCK; half += 16, packed += 16 * 16) {
+        for (int i = 0; i < WIDTH; i += 16) {
             units tile[16];
-            for (int i = 0; i < 16; i++) tile[i] = of_rows(x + half, width, rows, k + i);
+            for (int r = 0; r < 16; r++) tile[r] = of_rows(x + i, WIDTH, rows, k + r);
             transpose_units(tile);
-            for (int i = 0; i < 16; i++) *(units *)(packed + 16 * i) = tile[i];
+            unit *to = packed + (long)(i / 32) * 32 * depth + (2 * k + i % 32) * 16;
+            for (int r = 0; r < 16; r++) *(units *)(to + 16 * r) = tile[r];
+        }
+    }
+}
+
+/* Panels of x, whose rows are `stride` apart. */
+static void pack_right(const number *x, unit *packed, long stride, int panels, int rows, int depth) {
+    typedef uint16_t line __attribute__((vector_size(64), aligned(2), may_alias));
+    static const line low = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                             8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    int k = 0;
+    for (; 2 * k + 1 < rows; k++) {
+        for (int j = 0; j < panels; j++) {
+            unit *to = packed + ((long)j * depth + k) * PANEL;
+            line a = *(const line *)(x + 2 * k * stride + j * PANEL), b = *(const line *)(x + (2 * k + 1) * stride + j * PANEL);
+            *(line *)to = __builtin_shuffle(a, b, low);
+            *(line *)(to + LANES) = __builtin_shuffle(a, b, low + 16);
+        }
+    }
+    for (; k < depth; k++) {
+        for (int c = 0; c < panels * PANEL; c += LANES) {
+            *(units *)(packed + ((long)(c / PANEL) * depth + k) * PANEL + c % PANEL) = of_rows(x + c, stride, rows, k);
+        }
+    }
+}
+
+/* A tile of 32 x 32 sums, or its transpose, to `sums`, or added to what is there. */
+static void put_tile(float *sums, long row, float *tile, int transposed, int add) {
+    for (int i = 0; i < 32; i += 16) {
+        for (int j = 0; j < 32; j += 16) {
+            units x[16];
+            for (int r = 0; r < 16; r++) x[r] = *(units *)(tile + (i + r) * 32 + j);
+            if (transposed) transpose_units(x);
+            float *to = transposed ? sums + j * row + i : sums + i * row + j;
+            for (int r = 0; r < 16; r++) {
+                if (add) accumulate(to + r * row, (vector)x[r]);
+                else store_float(to + r * row, (vector)x[r]);
+            }
+        }
+    }
+}
+
+/* `sums` (n, m) = left (rows, n), transposed, x right (rows, m), or that added to them. The wider one is multiplied from the right, as it
+   is sooner packed so; what comes out is transposed where it was the left one. */
+static void multiply_by_rows(float *sums, const number *left, int n, const number *right, int m, long rows, int add, unit *room,
+                             int thread, int threads) {
+    const int swapped = n > m, columns = swapped ? n : m, panels = columns / PANEL;
+    const int first = first_of(panels, thread, threads), end = first_of(panels, thread + 1, threads);
+    const number *narrow = swapped ? right : left, *wide = swapped ? left : right;
+    unit *whole = room + (long)thread * THREAD_UNITS, *part = whole + WHOLE_UNITS;
+    float *totals = (float *)(part + PART_UNITS);
+    const long most = rows_at_once(rows);
+    for (long start = 0; start < rows; start += most) {
+        int count = rows - start < most ? rows - start : most, depth = DEPTH_OF(count), last = start + most >= rows;
+        pack_left(narrow + start * WIDTH, whole, count, depth);
+        pack_right(wide + start * columns + first * PANEL, part, columns, end - first, count, depth);
+        for (int j = first; j < end; j++) {
+            const unit *panel = part + (long)(j - first) * PANEL * depth;
+            for (int i = 0; i < WIDTH; i += 32) {
+                float *tile = totals + (long)((j - first) * WIDTH + i) * 32;
+                const char *packed = (const char *)(whole + (long)i * depth);
+                if (start) multiply_matrix_tiles(1, tile, 32, 1, packed, 64, 64 * 32, panel, depth);
+                else multiply_matrix_tiles(1, tile, 32, 0, packed, 64, 64 * 32, panel, depth);
+                if (last) put_tile(sums + (swapped ? (long)j * PANEL * m + i : (long)i * m + j * PANEL), m, tile, swapped, add);
+            }
         }
     }
 }
 #else
-/* `columns` of x, and zeros up to BLOCK. */
+#define LARGER (TILE > PANEL ? TILE : PANEL)
+#define WHOLE_UNITS ((long)(WIDTH + LARGER) * DEPTH_OF(ROWS_AT_ONCE))
+#define PIECE_UNITS ((long)LARGER * DEPTH_OF(ROWS_AT_ONCE))
+#define THREAD_UNITS (WHOLE_UNITS + PIECE_UNITS)
+
+/* The first TILE of `columns` of x, and zeros beyond them. */
 static void pack_left(const number *x, unit *packed, int width, int columns, int rows, int depth) {
     static const number none;
     for (int k = 0; k < depth; k++) {
         int first = k * PAIR, second = first + PAIR - 1;
-        for (int r = 0; r < BLOCK; r++) {
+        for (int r = 0; r < TILE; r++) {
             const number *a = first < rows && r < columns ? x + (long)first * width + r : &none;
             const number *b = second < rows && r < columns ? x + (long)second * width + r : &none;
-            packed[k * BLOCK + r] = unit_of(a, b);
-        }
-    }
-}
-#endif
-
-static inline void put(float *to, vector x, int add) {
-    if (add) accumulate(to, x);
-    else store_float(to, x);
-}
-
-/* A block of sums (BLOCK, columns) = packed left x packed right, or that added to it, of whose rows there are `count`. */
-static void sum_block(float *sums, const unit *left, const unit *right, int columns, int count, int depth, int add) {
-    for (int j = 0; j < columns; j += PANEL) {
-        const unit *panel = right + (long)j * depth;
-#ifdef MATRIX_TILES
-        multiply_matrix_tiles(1, (const char *)left, 64, 64 * BLOCK, panel, depth);
-#define SUM(r, c) *(vector *)tile_sums[(r) / 16][c][(r) % 16]
-#else
-        vector tile[TILE][2];
-        multiply_tile(TILE, tile, left, 1, BLOCK, panel, depth);
-#define SUM(r, c) tile[r][c]
-#endif
-        for (int r = 0; r < count; r++) {
-            put(sums + (long)r * columns + j, SUM(r, 0), add);
-            if (j + LANES < columns) put(sums + (long)r * columns + j + LANES, SUM(r, 1), add);
+            packed[k * TILE + r] = unit_of(a, b);
         }
     }
 }
 
-/* Units that are packed of the right matrix, by all threads, and of the left one, by each. */
-#define RIGHT_UNITS ((long)UP(4 * WIDTH, PANEL) * DEPTH_OF(ROWS_AT_ONCE))
-#define LEFT_UNITS ((long)BLOCK * DEPTH_OF(ROWS_AT_ONCE))
+/* A panel of the first `columns` of x, and zeros beyond them. */
+static void pack_right(const number *x, unit *panel, int width, int columns, int rows, int depth) {
+    for (int k = 0; k < depth; k++) {
+        for (int c = 0; c < PANEL; c += LANES) {
+            *(units *)(panel + (long)k * PANEL + c) = c < columns ? of_rows(x + c, width, rows, k) : (units){0};
+        }
+    }
+}
+
+/* A tile of sums = packed left x packed right, or that added to them; of a matrix that has so many rows and columns from there on. */
+static void sum_tile(float *sums, const unit *left, const unit *right, long row, int rows, int columns, int depth, int add) {
+    vector tile[TILE][2];
+    multiply_tile(TILE, tile, left, 1, TILE, right, depth);
+    for (int r = 0; r < TILE && r < rows; r++) {
+        for (int c = 0; c < 2 && c * LANES < columns; c++) {
+            float *to = sums + r * row + c * LANES;
+            if (add) accumulate(to, tile[r][c]);
+            else store_float(to, tile[r][c]);
+        }
+    }
+}
+
+/* `sums` (n, m) = left (rows, n), transposed, x right (rows, m), or that added to them. */
+static void multiply_by_rows(float *sums, const number *left, int n, const number *right, int m, long rows, int add, unit *room,
+                             int thread, int threads) {
+    const int by_rows = n > m, pieces = by_rows ? UP(n, TILE) / TILE : UP(m, PANEL) / PANEL;
+    const int first = first_of(pieces, thread, threads), end = first_of(pieces, thread + 1, threads);
+    unit *whole = room + (long)thread * THREAD_UNITS, *piece = whole + WHOLE_UNITS;
+    const long most = rows_at_once(rows);
+    for (long start = 0; start < rows; start += most, add = 1) {
+        int count = rows - start < most ? rows - start : most, depth = DEPTH_OF(count);
+        const number *a = left + start * n, *b = right + start * m;
+        if (by_rows) {
+            for (int j = 0; j < m; j += PANEL) pack_right(b + j, whole + (long)j * depth, m, m - j, count, depth);
+            for (int i = first * TILE; i < end * TILE; i += TILE) {
+                pack_left(a + i, piece, n, n - i, count, depth);
+                for (int j = 0; j < m; j += PANEL) {
+                    sum_tile(sums + (long)i * m + j, piece, whole + (long)j * depth, m, n - i, m - j, depth, add);
+                }
+            }
+        } else {
+            for (int i = 0; i < n; i += TILE) pack_left(a + i, whole + (long)i * depth, n, n - i, count, depth);
+            for (int j = first * PANEL; j < end * PANEL; j += PANEL) {
+                pack_right(b + j, piece, m, m - j, count, depth);
+                for (int i = 0; i < n; i += TILE) {
+                    sum_tile(sums + (long)i * m + j, whole + (long)i * depth, piece, m, n - i, m - j, depth, add);
+                }
+            }
+        }
+    }
+}
+#endif
