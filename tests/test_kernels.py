@@ -51,9 +51,9 @@ def kernels_for(shape: str, dtype: torch.dtype = torch.float32) -> Kernels:
         return compile_kernels(SHAPES[shape], dtype)
 
 
-def model_of(shape: str, *, spread: float = 0.3) -> GPT:
+def model_of(shape: str, *, spread: float = 0.3, seed: int = 1) -> GPT:
     """A model in which no bias is zero and no weight of a norm is one."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     model = GPT(SHAPES[shape])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -100,15 +100,17 @@ def test_equal_the_modules(shape: str, windows: float) -> None:
 @needs_compiler
 @pytest.mark.parametrize("shape", SHAPES)
 def test_in_bfloat16(shape: str) -> None:
-    """The gradients are no farther from float32's than the modules' are in bfloat16."""
-    model, length = model_of(shape, spread=0.1), 2 * SHAPES[shape].context_len
-    _, exact = loss_and_gradients(model, None, length)
-    loss_of_modules, of_modules = loss_and_gradients(model, None, length, torch.bfloat16)
-    loss, found = loss_and_gradients(model, kernels_for(shape, torch.bfloat16), length, torch.bfloat16)
+    """The gradients are no farther from float32's than the modules' are in bfloat16, over a few models."""
+    worse: list[float] = []
+    for seed in range(4):
+        model, length = model_of(shape, spread=0.1, seed=seed), 2 * SHAPES[shape].context_len
+        _, exact = loss_and_gradients(model, None, length)
+        loss_of_modules, of_modules = loss_and_gradients(model, None, length, torch.bfloat16)
+        loss, found = loss_and_gradients(model, kernels_for(shape, torch.bfloat16), length, torch.bfloat16)
+        worse += [distance(found[name], exact[name]) / distance(of_modules[name], exact[name]) for name in exact]
+        assert loss == pytest.approx(loss_of_modules, rel=1e-3)
 
-    assert loss == pytest.approx(loss_of_modules, rel=1e-3)
-    worse = [distance(found[name], exact[name]) / distance(of_modules[name], exact[name]) for name in exact]
-    assert math.exp(sum(map(math.log, worse)) / len(worse)) < 1.2
+    assert math.exp(sum(map(math.log, worse)) / len(worse)) < 1.1
     assert max(worse) < 4
 
 

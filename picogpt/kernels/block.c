@@ -3,8 +3,8 @@
    `picogpt.kernels.compiled` has this compiled for one shape of model; vectors.h says how. Every thread has a share of the rows, and
    another of the heads. They wait for each other only where they need each other's: not at all where each has rolls of its own.
 
-   A bias is added where the product before it is read, as one pass more would cost as much as the reading. What is made of gradients
-   on the way is written over what has been read for the last time. Gradients of norms and biases are added to sums in which each
+   What is needed in the backward pass is written once, row after row and past the cache; what is read next is in rows that all blocks and
+   windows have in common, and so in the cache. What is made of gradients is written over what has been read for the last time. Gradients of norms and biases are added to sums in which each
    thread, or each roll, has a row of its own, so that they do not depend on who is first. */
 
 #include <omp.h>
@@ -17,15 +17,8 @@
 
 /* ---- LayerNorm and the residual paths, for a share of the rows ---- */
 
-static inline void add_row(const float *x, const number *branch, const float *bias, float *out) {
-    for (int c = 0; c < WIDTH; c += LANES) store_float(out + c, load_float(x + c) + load(branch + c) + load_float(bias + c));
-}
-
-static void add(const float *x, const number *branch, const float *bias, float *out, struct share share) {
-    for (long at = share.first * WIDTH; at < share.end * WIDTH; at += WIDTH) add_row(x + at, branch + at, bias, out + at);
-}
-
-static inline void normalize(const float *x, const float *weight, const float *bias, number *out, float *mean, float *scale) {
+/* As everything that is done again in the backward pass it is there once, so that it is rounded in the same way. */
+static __attribute__((noinline)) void normalize(const float *x, const float *weight, const float *bias, number *out, float *mean, float *scale) {
     vector sum = {0}, squares = {0};
     for (int c = 0; c < WIDTH; c += LANES) sum += load_float(x + c);
     *mean = sum_of(sum) / WIDTH;
@@ -46,19 +39,39 @@ static void layer_norm(const float *x, const float *weight, const float *bias, n
     }
 }
 
-/* The LayerNorm of what `add` gives, while that is at hand. */
-static void add_layer_norm(const float *x, const number *branch, const float *branch_bias, const float *weight, const float *bias,
-                           float *sum, number *out, float *statistics, struct share share) {
-    for (long i = share.first; i < share.end; i++) {
-        add_row(x + i * WIDTH, branch + i * WIDTH, branch_bias, sum + i * WIDTH);
-        normalize(sum + i * WIDTH, weight, bias, out + i * WIDTH, statistics + i, statistics + share.rows + i);
+/* sum = x + branch + bias, which is also `kept`, unless that is null. */
+static inline void add_row(const float *x, const number *branch, const float *bias, float *sum, float *kept) {
+    for (int c = 0; c < WIDTH; c += LANES) {
+        vector y = load_float(x + c) + load(branch + c) + load_float(bias + c);
+        store_float(sum + c, y);
+        if (kept) stream_float(kept + c, y);
     }
 }
 
+static void add(const float *x, const number *branch, const float *bias, float *sum, struct share share) {
+    for (long at = share.first * WIDTH; at < share.end * WIDTH; at += WIDTH) add_row(x + at, branch + at, bias, sum + at, 0);
+}
+
+/* The LayerNorm of what `add` gives, while that is at hand. */
+static void add_layer_norm(const float *x, const number *branch, const float *branch_bias, const float *weight, const float *bias,
+                           float *sum, float *kept, number *out, float *statistics, struct share share) {
+    for (long i = share.first; i < share.end; i++) {
+        long at = i * WIDTH;
+        add_row(x + at, branch + at, branch_bias, sum + at, kept ? kept + at : 0);
+        normalize(sum + at, weight, bias, out + at, statistics + i, statistics + share.rows + i);
+    }
+}
+
+/* What a product with the row is made of later is streamed, or stored if it comes next. */
+static inline void put(number *to, vector x, int next) {
+    if (next) store(to, x);
+    else stream(to, x);
+}
+
 /* The gradient through a LayerNorm of x is added to dx, and that sum written to `branch`, unless it is null, for the product that x
-   was made by; the LayerNorm itself is written again to `out`, likewise. `sums` are of weight, bias and that product's bias. */
+   was made by; the LayerNorm itself is written again to `out`. `sums` are of weight, bias and that product's bias. */
 static void layer_norm_backward(const number *gradient, const float *x, const float *weight, const float *bias, const float *statistics,
-                                number *out, float *dx, number *branch, float *sums, struct share share) {
+                                number *out, int next, float *dx, number *branch, float *sums, struct share share) {
     const float *means = statistics, *scales = statistics + share.rows;
     vector d_weight[WIDTH / LANES] = {0}, d_bias[WIDTH / LANES] = {0}, d_branch[WIDTH / LANES] = {0};
     for (long i = share.first; i < share.end; i++) {
@@ -72,7 +85,7 @@ static void layer_norm_backward(const number *gradient, const float *x, const fl
             products += d_normal[v] * normal[v];
             d_weight[v] += d * normal[v];
             d_bias[v] += d;
-            if (out) store(out + at + c, normal[v] * w + load_float(bias + c));
+            put(out + at + c, normal[v] * w + load_float(bias + c), next);
         }
         float mean = sum_of(sum) / WIDTH, mean_product = sum_of(products) / WIDTH;
         for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
@@ -103,6 +116,12 @@ static void add_backward(const float *gradient, number *branch, float *sums, str
     for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) accumulate(sums + (long)share.thread * WIDTH + c, d_branch[v]);
 }
 
+/* Rows of `width` numbers to where they are kept, unless that is null. */
+static void keep_rows(const number *x, number *kept, long width, struct share share) {
+    if (!kept) return;
+    for (long at = share.first * width; at < share.end * width; at += LANES) stream(kept + at, load(x + at));
+}
+
 /* ---- GELU: x times the chance that a normal variable is less than x ---- */
 
 /* That chance, and the density at x: Abramowitz and Stegun, 7.1.26, to 1e-7. */
@@ -117,25 +136,24 @@ static inline vector chance_below(vector x, vector *density) {
     return choose(x < 0.0f, p, 1.0f - p);
 }
 
-static void gelu(const number *x, const float *bias, number *out, struct share share) {
-    for (long i = share.first; i < share.end; i++) {
-        for (int c = 0; c < 4 * WIDTH; c += LANES) {
-            long at = i * 4 * WIDTH + c;
-            vector density, y = load(x + at) + load_float(bias + c);
-            store(out + at, y * chance_below(y, &density));
-        }
+/* The GELU is written over x, which is also `kept`, unless that is null. */
+static void gelu(number *x, number *kept, struct share share) {
+    for (long at = share.first * 4 * WIDTH; at < share.end * 4 * WIDTH; at += LANES) {
+        vector density, y = load(x + at);
+        if (kept) stream(kept + at, y);
+        store(x + at, y * chance_below(y, &density));
     }
 }
 
-/* The gradient of x is written over it, and the GELU again to `out`, unless it is null. */
-static void gelu_backward(const number *gradient, number *x, const float *bias, number *out, float *sums, struct share share) {
+/* The gradient of x is written over it, and the GELU again to `out`. */
+static void gelu_backward(const number *gradient, number *x, number *out, int next, float *sums, struct share share) {
     vector d_bias[4 * WIDTH / LANES] = {0};
     for (long i = share.first; i < share.end; i++) {
         for (int v = 0, c = 0; c < 4 * WIDTH; v++, c += LANES) {
             long at = i * 4 * WIDTH + c;
-            vector density, y = load(x + at) + load_float(bias + c), chance = chance_below(y, &density);
+            vector density, y = load(x + at), chance = chance_below(y, &density);
             vector d = load(gradient + at) * (chance + y * density);
-            if (out) store(out + at, y * chance);
+            put(out + at, y * chance, next);
             store(x + at, d);
             d_bias[v] += d;
         }
@@ -163,7 +181,7 @@ struct values {
     float *x, *statistics_1;
     number *normed_1, *qkv, *read;
     float *scores, *middle, *statistics_2;
-    number *normed_2, *hidden, *active, *branch, *d_branch, *d_active, *d_normed, *d_middle, *d_read;
+    number *normed_2, *hidden, *active, *d_branch, *d_middle, *fresh, *wide, *narrow, *branch;
 };
 
 /* Gradients of a block's weights: those of norms come with that of the bias of the product before them. */
@@ -187,36 +205,42 @@ static inline void wait_for_rows(struct share share) {
     }
 }
 
-/* What of a block comes after its first LayerNorm: `branch` is to be added to `middle`, with the last bias. */
-static void forward_block(const struct weights *w, const struct values *v, struct share share) {
-    multiply_1_to_3(v->qkv, v->normed_1, w->attn, share);
+/* What of a block comes after its first LayerNorm, which is in v->narrow: its result is `path` + v->branch + the last bias. `path` is
+   written to, x is read, and they may be the same. What is not null is kept. */
+static __attribute__((noinline)) void forward_block(const struct weights *w, const struct values *v, const float *x, float *path, float *middle, number *qkv,
+                          number *hidden, struct share share) {
+    multiply_1_to_3(v->fresh, v->narrow, w->attn, w->attn_bias, share);
+    keep_rows(v->fresh, qkv, 3 * WIDTH, share);
     wait_for_rows(share);
-    attention(v->qkv, w->attn_bias, v->read, v->scores, share);
+    attention(v->fresh, v->read, v->scores, share);
     wait_for_rows(share);
-    multiply_1_to_1(v->branch, v->read, w->proj, share);
-    add_layer_norm(v->x, v->branch, w->proj_bias, w->norm_2, w->norm_2_bias, v->middle, v->normed_2, v->statistics_2, share);
-    multiply_1_to_4(v->hidden, v->normed_2, w->fc, share);
-    gelu(v->hidden, w->fc_bias, v->active, share);
-    multiply_4_to_1(v->branch, v->active, w->out, share);
+    multiply_1_to_1(v->branch, v->read, w->proj, 0, share);
+    add_layer_norm(x, v->branch, w->proj_bias, w->norm_2, w->norm_2_bias, path, middle, v->narrow, v->statistics_2, share);
+    multiply_1_to_4(v->wide, v->narrow, w->fc, w->fc_bias, share);
+    gelu(v->wide, hidden, share);
+    multiply_4_to_1(v->branch, v->wide, w->out, 0, share);
 }
 
-/* x of the first block through all of them, to `out`. */
-void forward(const struct weights *weights, const struct values *values, float *out, int layers, int rolls, int slots, int threads) {
+/* x of the first block through all of them, to `out`. Each block's x is kept if `trained`, and all else that the backward pass needs if
+   `kept`. */
+void forward(const struct weights *weights, const struct values *values, float *out, int trained, int kept, int layers, int rolls,
+             int slots, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         struct share share = share_of(rolls, slots);
         begin_tiles();
-        layer_norm(values->x, weights->norm_1, weights->norm_1_bias, values->normed_1, values->statistics_1, share);
+        layer_norm(values->x, weights->norm_1, weights->norm_1_bias, values->narrow, values->statistics_1, share);
         for (int i = 0; i < layers; i++) {
             const struct weights *w = weights + i, *next = w + 1;
             const struct values *v = values + i, *after = v + 1;
-            forward_block(w, v, share);
-            if (i + 1 == layers) add(v->middle, v->branch, w->out_bias, out, share);
+            forward_block(w, v, i ? out : v->x, out, kept ? v->middle : 0, kept ? v->qkv : 0, kept ? v->hidden : 0, share);
+            if (i + 1 == layers) add(out, v->branch, w->out_bias, out, share);
             else {
-                add_layer_norm(v->middle, v->branch, w->out_bias, next->norm_1, next->norm_1_bias, after->x, after->normed_1,
+                add_layer_norm(out, v->branch, w->out_bias, next->norm_1, next->norm_1_bias, out, trained ? after->x : 0, after->narrow,
                                after->statistics_1, share);
             }
         }
+        finish_streams();
         end_tiles();
     }
 }
@@ -232,17 +256,17 @@ void gradient_of_matrix(float *sums, const number *left, const number *right, un
 }
 
 /* Backward through a block: `dx` is the gradient of its result and becomes that of its x. If there is `room`, gradients of
-   matrices are added up in it, and what they are made of is made again where it has been written over; else it all stays. */
+   matrices are added up in it; else what they are made of stays. */
 static void backward_block(const struct weights *w, const struct values *v, const struct sums *s, float *dx, number *d_branch,
                            unit *room, struct share share) {
     const long rows = share.rows;
-    const int thread = share.thread, threads = share.threads;
-    multiply_1_to_4(v->d_active, v->d_branch, w->out_back, share);
-    gelu_backward(v->d_active, v->hidden, w->fc_bias, room ? v->active : 0, s->fc_bias, share);
-    multiply_4_to_1(v->d_normed, v->hidden, w->fc_back, share);
-    layer_norm_backward(v->d_normed, v->middle, w->norm_2, w->norm_2_bias, v->statistics_2, room ? v->normed_2 : 0, dx, v->d_middle,
-                        s->norm_2, share);
-    multiply_1_to_1(v->d_read, v->d_middle, w->proj_back, share);
+    const int thread = share.thread, threads = share.threads, next = room != 0;
+    multiply_1_to_4(v->wide, v->d_branch, w->out_back, 0, share);
+    gelu_backward(v->wide, v->hidden, v->active, next, s->fc_bias, share);
+    multiply_4_to_1(v->narrow, v->hidden, w->fc_back, 0, share);
+    layer_norm_backward(v->narrow, v->middle, w->norm_2, w->norm_2_bias, v->statistics_2, v->normed_2, next, dx, v->d_middle, s->norm_2,
+                        share);
+    multiply_1_to_1(v->branch, v->d_middle, w->proj_back, 0, share);
     if (!room) wait_for_rows(share);
     else {
 #pragma omp barrier
@@ -250,11 +274,13 @@ static void backward_block(const struct weights *w, const struct values *v, cons
         multiply_by_rows(s->fc, v->hidden, 4 * WIDTH, v->normed_2, WIDTH, rows, 1, room, thread, threads);
         multiply_by_rows(s->proj, v->d_middle, WIDTH, v->read, WIDTH, rows, 1, room, thread, threads);
     }
-    attention_backward(v->d_read, v->qkv, w->attn_bias, v->read, v->scores, s->attn_bias, share);
-    wait_for_rows(share);
-    multiply_3_to_1(v->d_normed, v->qkv, w->attn_back, share);
-    layer_norm_backward(v->d_normed, v->x, w->norm_1, w->norm_1_bias, v->statistics_1, room ? v->normed_1 : 0, dx, d_branch,
-                        s->norm_1, share);
+    attention_backward(v->branch, v->qkv, v->read, v->scores, s->attn_bias, share);
+    if (!room) wait_for_rows(share);
+    else {
+#pragma omp barrier /* as gradients are about to be written over what others multiply by rows */
+    }
+    multiply_3_to_1(v->narrow, v->qkv, w->attn_back, 0, share);
+    layer_norm_backward(v->narrow, v->x, w->norm_1, w->norm_1_bias, v->statistics_1, v->normed_1, next, dx, d_branch, s->norm_1, share);
     if (room) {
 #pragma omp barrier
         multiply_by_rows(s->attn, v->qkv, 3 * WIDTH, v->normed_1, WIDTH, rows, 1, room, thread, threads);
@@ -274,11 +300,14 @@ void backward(const struct weights *weights, const struct values *values, const 
             const struct weights *w = weights + i;
             const struct values *v = values + i;
             if (recompute) {
-                layer_norm(v->x, w->norm_1, w->norm_1_bias, v->normed_1, v->statistics_1, share);
-                forward_block(w, v, share);
+#pragma omp barrier /* likewise */
+                layer_norm(v->x, w->norm_1, w->norm_1_bias, v->narrow, v->statistics_1, share);
+                forward_block(w, v, v->x, v->middle, 0, v->qkv, v->hidden, share);
+                finish_streams();
             }
             backward_block(w, v, sums + i, dx, i ? v[-1].d_branch : 0, room, share);
         }
+        finish_streams();
         end_tiles();
     }
 }

@@ -45,7 +45,7 @@ _MAX_CONTEXT_LEN = 512
 """Beyond it a head's scores no longer fit in a core's cache, which is what the functions live by."""
 _TIMEOUT = 60.0
 """Seconds that a compiler has."""
-_ARGUMENTS = {"pack": (2, 2), "forward": (3, 4), "backward": (6, 5), "gradient_of_matrix": (4, 4)}
+_ARGUMENTS = {"pack": (2, 2), "forward": (3, 6), "backward": (6, 5), "gradient_of_matrix": (4, 4)}
 """How many pointers each function takes, and then how many numbers."""
 
 
@@ -107,7 +107,8 @@ class Kernels:
     def forward(self, weights: Addresses, values: Addresses, out: Tensor, use: Use) -> None:
         """One window of all rolls through all blocks, from the first block's x to `out` (R, C)."""
         slots = out.size(0) // use.rolls
-        self._library.forward(weights, values, out.data_ptr(), use.n_layer, use.rolls, slots, self.threads)
+        kept = use.trained, use.trained and not use.recompute
+        self._library.forward(weights, values, out.data_ptr(), *kept, use.n_layer, use.rolls, slots, self.threads)
 
     def backward(
         self,

@@ -59,6 +59,8 @@ static inline __attribute__((always_inline)) void multiply_tile(int count, vecto
     }
 }
 
+static inline vector bias_of(const float *bias, int column) { return bias ? load_float(bias + column) : (vector){0}; }
+
 #ifdef MATRIX_TILES
 struct tile_shape {
     uint8_t palette, start_row, reserved[14];
@@ -82,10 +84,17 @@ static void end_tiles(void) {
     else _tile_release();
 }
 
-/* 16 rows of a, or 32 for `both`, x panel, over `depth` units, a multiple of 16, to rows of `sums` that are `row` apart; with `add` to
-   what is there. Rows of a are `stride` bytes apart, and what follows in them `step` bytes. */
-static inline __attribute__((always_inline)) void multiply_matrix_tiles(int both, float *sums, long row, int add, const char *a, long stride,
-                                                                        long step, const unit *panel, int depth) {
+/* Where tiles of a matrix are: their rows are `stride` bytes apart, and what follows in the sum is `step` bytes further. */
+struct tiles {
+    const void *at;
+    long stride, step;
+};
+
+/* 16 rows of a, or 32 for `both`, x 32 columns of b, over 32 `steps` numbers, to rows of `sums` that are `row` apart; with `add` to what
+   is there. b has units of two numbers that follow each other in the sum. */
+static inline __attribute__((always_inline)) void multiply_tiles(int both, float *sums, long row, int add, struct tiles a, struct tiles b,
+                                                                 int steps) {
+    const char *left = a.at, *right = b.at;
     __asm__ volatile("" ::: "memory"); /* the loads below do not tell the compiler what they read */
     if (add) {
         _tile_loadd(0, sums, 4 * row);
@@ -98,41 +107,41 @@ static inline __attribute__((always_inline)) void multiply_matrix_tiles(int both
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int k = 0; k < depth; k += 16, a += step) {
-        _tile_loadd(4, a, stride);
-        _tile_loadd(6, panel + (long)k * PANEL, 4 * PANEL);
-        _tile_loadd(7, panel + (long)k * PANEL + LANES, 4 * PANEL);
+    for (int k = 0; k < steps; k++, left += a.step, right += b.step) {
+        _tile_loadd(4, left, a.stride);
+        _tile_loadd(6, right, b.stride);
+        _tile_loadd(7, right + 64, b.stride);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (!both) continue;
-        _tile_loadd(5, a + 16 * stride, stride);
+        _tile_loadd(5, left + 16 * a.stride, a.stride);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, sums, 4 * row);
     _tile_stored(1, sums + 16, 4 * row);
-    if (!both) return;
-    _tile_stored(2, sums + 16 * row, 4 * row);
-    _tile_stored(3, sums + 16 * row + 16, 4 * row);
+    if (both) _tile_stored(2, sums + 16 * row, 4 * row);
+    if (both) _tile_stored(3, sums + 16 * row + 16, 4 * row);
+    __asm__ volatile("" ::: "memory");
 }
 
-/* Have what will be read, or written, come from memory meanwhile. */
-static inline __attribute__((always_inline)) void prefetch_rows(number *out, long row, int rows) {
-    for (int r = 0; r < rows; r++) __builtin_prefetch(out + r * row, 1, 3);
-}
+/* A panel of `depth` units, from its first tile on. */
+static inline struct tiles tiles_of_panel(const unit *panel) { return (struct tiles){panel, 4 * PANEL, 64 * PANEL}; }
 
-static inline __attribute__((always_inline)) void multiply_by_tiles(number *out, const number *x, const unit *packed, int depth,
-                                                                    int columns, int first, int end) {
+static inline __attribute__((always_inline)) void multiply_by_tiles(number *out, const number *x, const unit *packed, const float *bias,
+                                                                    int depth, int columns, int first, int end) {
     for (int j = 0; j < columns; j += PANEL) {
+        struct tiles panel = tiles_of_panel(packed + (long)j * depth);
+        vector low = bias_of(bias, j), high = bias_of(bias, j + LANES);
         for (int i = first; i < end;) {
             int both = i + 32 <= end, at = both || i + 16 <= end ? i : end - 16; /* the last rows may be among those before */
-            const char *rows = (const char *)(x + (long)at * depth * PAIR);
-            if (both) prefetch_rows(out + (long)at * columns + j, columns, 32);
-            else prefetch_rows(out + (long)at * columns + j, columns, 16);
-            if (both) multiply_matrix_tiles(1, tile_sums[0], PANEL, 0, rows, 4L * depth, 64, packed + (long)j * depth, depth);
-            else multiply_matrix_tiles(0, tile_sums[0], PANEL, 0, rows, 4L * depth, 64, packed + (long)j * depth, depth);
+            struct tiles rows = {x + (long)at * depth * PAIR, 4L * depth, 64};
+            if (both) multiply_tiles(1, tile_sums[0], PANEL, 0, rows, panel, depth / 16);
+            else multiply_tiles(0, tile_sums[0], PANEL, 0, rows, panel, depth / 16);
             for (int r = 0; r < (both ? 32 : 16); r++) {
-                for (int c = 0; c < PANEL; c += LANES) store(out + (long)(at + r) * columns + j + c, *(vector *)&tile_sums[r][c]);
+                number *to = out + (long)(at + r) * columns + j;
+                store(to, *(vector *)tile_sums[r] + low);
+                store(to + LANES, *(vector *)(tile_sums[r] + LANES) + high);
             }
             i = at + (both ? 32 : 16);
         }
@@ -143,13 +152,14 @@ static void begin_tiles(void) {}
 static void end_tiles(void) {}
 #endif
 
-static inline __attribute__((always_inline)) void multiply_rows(int count, number *out, const number *x, const unit *panel, int depth,
-                                                                int columns, int column) {
+static inline __attribute__((always_inline)) void multiply_rows(int count, number *out, const number *x, const unit *panel,
+                                                                const float *bias, int depth, int columns, int column) {
     vector sums[TILE][2];
     multiply_tile(count, sums, (const unit *)x, depth, 1, panel, depth);
     for (int r = 0; r < count; r++) {
-        store(out + (long)r * columns + column, sums[r][0]);
-        if (column + LANES < columns) store(out + (long)r * columns + column + LANES, sums[r][1]);
+        number *to = out + (long)r * columns + column;
+        store(to, sums[r][0] + bias_of(bias, column));
+        if (column + LANES < columns) store(to + LANES, sums[r][1] + bias_of(bias, column + LANES));
     }
 }
 
@@ -173,13 +183,13 @@ static inline unit unit_of(const number *first, const number *second) {
 #endif
 }
 
-/* Rows from `first` to `end` of out (rows, columns) = x (rows, inner) x packed (inner, columns). */
-static inline __attribute__((always_inline)) void multiply(number *out, const number *x, const unit *packed, int inner, int columns,
-                                                           int first, int end) {
+/* Rows from `first` to `end` of out (rows, columns) = x (rows, inner) x packed (inner, columns) + bias, if there is one. */
+static inline __attribute__((always_inline)) void multiply(number *out, const number *x, const unit *packed, const float *bias, int inner,
+                                                           int columns, int first, int end) {
     const int depth = inner / PAIR;
 #ifdef MATRIX_TILES
     if (end - first >= 16) {
-        multiply_by_tiles(out, x, packed, depth, columns, first, end);
+        multiply_by_tiles(out, x, packed, bias, depth, columns, first, end);
         return;
     }
 #endif
@@ -187,21 +197,22 @@ static inline __attribute__((always_inline)) void multiply(number *out, const nu
         const unit *panel = packed + (long)j * depth;
         int i = first;
         for (; i + TILE <= end; i += TILE) {
-            multiply_rows(TILE, out + (long)i * columns, x + (long)i * inner, panel, depth, columns, j);
+            multiply_rows(TILE, out + (long)i * columns, x + (long)i * inner, panel, bias, depth, columns, j);
         }
         if (i < end && end - first >= TILE) {
             i = end - TILE; /* some rows are done again: that is sooner than one by one */
-            multiply_rows(TILE, out + (long)i * columns, x + (long)i * inner, panel, depth, columns, j);
+            multiply_rows(TILE, out + (long)i * columns, x + (long)i * inner, panel, bias, depth, columns, j);
             i = end;
         }
-        for (; i < end; i++) multiply_rows(1, out + (long)i * columns, x + (long)i * inner, panel, depth, columns, j);
+        for (; i < end; i++) multiply_rows(1, out + (long)i * columns, x + (long)i * inner, panel, bias, depth, columns, j);
     }
 }
 
 /* A function for each shape of product, as what is known of it when it is compiled need not be computed. */
 #define PRODUCT(name, inner, columns)                                                                                            \
-    static __attribute__((noinline)) void name(number *out, const number *x, const unit *packed, struct share share) {           \
-        multiply(out, x, packed, inner, columns, share.first, share.end);                                                        \
+    static __attribute__((noinline)) void name(number *out, const number *x, const unit *packed, const float *bias,              \
+                                               struct share share) {                                                             \
+        multiply(out, x, packed, bias, inner, columns, share.first, share.end);                                                  \
     }
 PRODUCT(multiply_1_to_1, WIDTH, WIDTH)
 PRODUCT(multiply_1_to_3, WIDTH, 3 * WIDTH)
@@ -349,12 +360,12 @@ static void multiply_by_rows(float *sums, const number *left, int n, const numbe
         pack_left(narrow + start * WIDTH, whole, count, depth);
         pack_right(wide + start * columns + first * PANEL, part, columns, end - first, count, depth);
         for (int j = first; j < end; j++) {
-            const unit *panel = part + (long)(j - first) * PANEL * depth;
+            struct tiles panel = tiles_of_panel(part + (long)(j - first) * PANEL * depth);
             for (int i = 0; i < WIDTH; i += 32) {
                 float *tile = totals + (long)((j - first) * WIDTH + i) * 32;
-                const char *packed = (const char *)(whole + (long)i * depth);
-                if (start) multiply_matrix_tiles(1, tile, 32, 1, packed, 64, 64 * 32, panel, depth);
-                else multiply_matrix_tiles(1, tile, 32, 0, packed, 64, 64 * 32, panel, depth);
+                struct tiles block = {whole + (long)i * depth, 64, 64 * 32};
+                if (start) multiply_tiles(1, tile, 32, 1, block, panel, depth / 16);
+                else multiply_tiles(1, tile, 32, 0, block, panel, depth / 16);
                 if (last) put_tile(sums + (swapped ? (long)j * PANEL * m + i : (long)i * m + j * PANEL), m, tile, swapped, add);
             }
         }

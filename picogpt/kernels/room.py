@@ -23,6 +23,7 @@ class Values(NamedTuple):
     statistics_1: Tensor
     """Of 2 R numbers, each row's mean, and then what the distance from it was multiplied by."""
     normed_1: Tensor
+    """What the first LayerNorm gives (R, C); like `normed_2` and `active` it is written in the backward pass."""
     qkv: Tensor
     """(R, 3C), and at last its gradient."""
     read: Tensor
@@ -35,14 +36,15 @@ class Values(NamedTuple):
     hidden: Tensor
     """(R, 4C), and at last its gradient."""
     active: Tensor
-    branch: Tensor
     d_branch: Tensor
     """Gradient of what the feed-forward layer adds."""
-    d_active: Tensor
-    d_normed: Tensor
     d_middle: Tensor
     """Gradient of what attention adds, in the type of the products."""
-    d_read: Tensor
+    fresh: Tensor
+    """(R, 3C), for what is read right after it is written; so are `wide` (R, 4C), `narrow` and `branch` (R, C)."""
+    wide: Tensor
+    narrow: Tensor
+    branch: Tensor
 
 
 class _Rows(NamedTuple):
@@ -105,10 +107,10 @@ def _rows_of_values(kernels: Kernels, *, trained: bool, kept: bool, at_once: boo
         "normed_2": _Rows(width, number, at_once),
         "hidden": _Rows(4 * width, number, kept),
         "active": _Rows(4 * width, number, at_once),
-        "branch": _Rows(width, number),
         "d_branch": _Rows(width, number, at_once),
-        "d_active": _Rows(4 * width, number),
-        "d_normed": _Rows(width, number),
         "d_middle": _Rows(width, number, at_once),
-        "d_read": _Rows(width, number),
+        "fresh": _Rows(3 * width, number),
+        "wide": _Rows(4 * width, number),
+        "narrow": _Rows(width, number),
+        "branch": _Rows(width, number),
     }
