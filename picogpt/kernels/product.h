@@ -14,6 +14,7 @@ typedef vector units;
 #define PAIR 1
 #endif
 #define PANEL (2 * LANES)
+#define AHEAD 16 /* rows of a panel that are asked for before they are needed */
 #define TILE (REGISTERS / 2) /* rows that are multiplied with a panel at once */
 #define ROWS_AT_ONCE 512     /* of two matrices that are multiplied row by row: what is packed of them stays in the cache */
 
@@ -50,6 +51,7 @@ static inline __attribute__((always_inline)) void multiply_tile(int count, vecto
                                                                 const unit *panel, int depth) {
     for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = (vector){0};
     for (int k = 0; k < depth; k++) {
+        __builtin_prefetch(panel + (long)(k + AHEAD) * PANEL); /* a long panel does not fit in the first cache */
         units first = *(const units *)(panel + (long)k * PANEL), second = *(const units *)(panel + (long)k * PANEL + LANES);
         for (int r = 0; r < count; r++) {
             units x = spread(a + r * row + k * step);
@@ -183,6 +185,14 @@ static inline unit unit_of(const number *first, const number *second) {
 #endif
 }
 
+/* Have a panel come to the cache while the one before it is multiplied with: what falls to `count` rows of `all`, from `row` on. */
+static inline void prefetch_part(const unit *panel, int depth, int row, int count, int all) {
+    const long lines = 4L * PANEL * depth / 64;
+    for (long line = lines * row / all; line < lines * (row + count) / all; line++) {
+        __builtin_prefetch((const char *)panel + 64 * line);
+    }
+}
+
 /* Rows from `first` to `end` of out (rows, columns) = x (rows, inner) x packed (inner, columns) + bias, if there is one. */
 static inline __attribute__((always_inline)) void multiply(number *out, const number *x, const unit *packed, const float *bias, int inner,
                                                            int columns, int first, int end) {
@@ -197,6 +207,7 @@ static inline __attribute__((always_inline)) void multiply(number *out, const nu
         const unit *panel = packed + (long)j * depth;
         int i = first;
         for (; i + TILE <= end; i += TILE) {
+            prefetch_part(panel + (long)PANEL * depth, depth, i - first, TILE, end - first);
             multiply_rows(TILE, out + (long)i * columns, x + (long)i * inner, panel, bias, depth, columns, j);
         }
         if (i < end && end - first >= TILE) {
@@ -372,29 +383,32 @@ static void multiply_by_rows(float *sums, const number *left, int n, const numbe
     }
 }
 #else
-#define LARGER (TILE > PANEL ? TILE : PANEL)
-#define WHOLE_UNITS ((long)(WIDTH + LARGER) * DEPTH_OF(ROWS_AT_ONCE))
-#define PIECE_UNITS ((long)LARGER * DEPTH_OF(ROWS_AT_ONCE))
-#define THREAD_UNITS (WHOLE_UNITS + PIECE_UNITS)
+/* For each thread: units of what it packs of both matrices, of which one may be four times as wide as WIDTH. */
+#define THREAD_UNITS ((5L * WIDTH + TILE + PANEL + 1) * DEPTH_OF(ROWS_AT_ONCE))
 
-/* The first TILE of `columns` of x, and zeros beyond them. */
+/* The first `columns` of x in blocks of TILE, and zeros beyond them. Rows are read from beginning to end, for the sake of memory; so they
+   are by `pack_right`. */
 static void pack_left(const number *x, unit *packed, int width, int columns, int rows, int depth) {
-    static const number none;
+    static const number none[TILE];
     for (int k = 0; k < depth; k++) {
         int first = k * PAIR, second = first + PAIR - 1;
-        for (int r = 0; r < TILE; r++) {
-            const number *a = first < rows && r < columns ? x + (long)first * width + r : &none;
-            const number *b = second < rows && r < columns ? x + (long)second * width + r : &none;
-            packed[k * TILE + r] = unit_of(a, b);
+        for (int i = 0; i < columns; i += TILE) {
+            const number *a = first < rows ? x + (long)first * width + i : none, *b = second < rows ? x + (long)second * width + i : none;
+            unit *to = packed + (long)i * depth + k * TILE;
+            if (PAIR == 1 && i + TILE <= columns) memcpy(to, a, TILE * sizeof *to);
+            else {
+                for (int r = 0; r < TILE; r++) to[r] = i + r < columns ? unit_of(a + r, b + r) : 0;
+            }
         }
     }
 }
 
-/* A panel of the first `columns` of x, and zeros beyond them. */
-static void pack_right(const number *x, unit *panel, int width, int columns, int rows, int depth) {
+/* The first `columns` of x in panels, and zeros beyond them. */
+static void pack_right(const number *x, unit *packed, int width, int columns, int rows, int depth) {
     for (int k = 0; k < depth; k++) {
-        for (int c = 0; c < PANEL; c += LANES) {
-            *(units *)(panel + (long)k * PANEL + c) = c < columns ? of_rows(x + c, width, rows, k) : (units){0};
+        for (int c = 0; c < UP(columns, PANEL); c += LANES) {
+            unit *to = packed + (long)(c / PANEL) * PANEL * depth + k * PANEL + c % PANEL;
+            *(units *)to = c < columns ? of_rows(x + c, width, rows, k) : (units){0};
         }
     }
 }
@@ -402,6 +416,7 @@ static void pack_right(const number *x, unit *panel, int width, int columns, int
 /* A tile of sums = packed left x packed right, or that added to them; of a matrix that has so many rows and columns from there on. */
 static void sum_tile(float *sums, const unit *left, const unit *right, long row, int rows, int columns, int depth, int add) {
     vector tile[TILE][2];
+    for (int r = TILE; r < 2 * TILE && r < rows; r++) __builtin_prefetch(sums + r * row, 1); /* of the next tile */
     multiply_tile(TILE, tile, left, 1, TILE, right, depth);
     for (int r = 0; r < TILE && r < rows; r++) {
         for (int c = 0; c < 2 && c * LANES < columns; c++) {
@@ -415,28 +430,21 @@ static void sum_tile(float *sums, const unit *left, const unit *right, long row,
 /* `sums` (n, m) = left (rows, n), transposed, x right (rows, m), or that added to them. */
 static void multiply_by_rows(float *sums, const number *left, int n, const number *right, int m, long rows, int add, unit *room,
                              int thread, int threads) {
-    const int by_rows = n > m, pieces = by_rows ? UP(n, TILE) / TILE : UP(m, PANEL) / PANEL;
-    const int first = first_of(pieces, thread, threads), end = first_of(pieces, thread + 1, threads);
-    unit *whole = room + (long)thread * THREAD_UNITS, *piece = whole + WHOLE_UNITS;
+    const int blocks = UP(n, TILE) / TILE, panels = UP(m, PANEL) / PANEL, by_blocks = n > m;
+    const int i_first = by_blocks ? first_of(blocks, thread, threads) * TILE : 0, j_first = by_blocks ? 0 : first_of(panels, thread, threads) * PANEL;
+    const int i_end = by_blocks ? first_of(blocks, thread + 1, threads) * TILE : n, j_end = by_blocks ? m : first_of(panels, thread + 1, threads) * PANEL;
+    const int i_count = (i_end < n ? i_end : n) - i_first, j_count = (j_end < m ? j_end : m) - j_first;
+    unit *lefts = room + (long)thread * THREAD_UNITS;
     const long most = rows_at_once(rows);
     for (long start = 0; start < rows; start += most, add = 1) {
         int count = rows - start < most ? rows - start : most, depth = DEPTH_OF(count);
-        const number *a = left + start * n, *b = right + start * m;
-        if (by_rows) {
-            for (int j = 0; j < m; j += PANEL) pack_right(b + j, whole + (long)j * depth, m, m - j, count, depth);
-            for (int i = first * TILE; i < end * TILE; i += TILE) {
-                pack_left(a + i, piece, n, n - i, count, depth);
-                for (int j = 0; j < m; j += PANEL) {
-                    sum_tile(sums + (long)i * m + j, piece, whole + (long)j * depth, m, n - i, m - j, depth, add);
-                }
-            }
-        } else {
-            for (int i = 0; i < n; i += TILE) pack_left(a + i, whole + (long)i * depth, n, n - i, count, depth);
-            for (int j = first * PANEL; j < end * PANEL; j += PANEL) {
-                pack_right(b + j, piece, m, m - j, count, depth);
-                for (int i = 0; i < n; i += TILE) {
-                    sum_tile(sums + (long)i * m + j, whole + (long)i * depth, piece, m, n - i, m - j, depth, add);
-                }
+        unit *rights = lefts + UP((long)UP(i_count, TILE) * depth, LANES);
+        pack_left(left + start * n + i_first, lefts, n, i_count, count, depth);
+        pack_right(right + start * m + j_first, rights, m, j_count, count, depth);
+        for (int j = 0; j < j_count; j += PANEL) {
+            for (int i = 0; i < i_count; i += TILE) {
+                sum_tile(sums + (long)(i_first + i) * m + j_first + j, lefts + (long)i * depth, rights + (long)j * depth, m, i_count - i,
+                         j_count - j, depth, add);
             }
         }
     }
