@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from picogpt.config import TrainConfig
+from picogpt.kernels import Kernels
 from picogpt.model import GPT
 
 __all__ = ["Muon", "OuterOptimizer", "build_optimizers", "learning_rate", "orthogonalize", "set_learning_rate"]
@@ -37,23 +38,33 @@ _AT_ONCE = 2**20
 _POLAR_EXPRESS = (*((a / _MARGIN, b / _MARGIN**3, c / _MARGIN**5) for a, b, c in _COEFFICIENTS[:-1]), _COEFFICIENTS[-1])
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Replace the singular values of each of `matrices` (n, rows, columns), rows <= columns, by about 1.
+def orthogonalize(matrices: Tensor, dtype: torch.dtype, kernels: Kernels | None = None) -> Tensor:
+    """Replace the singular values of each of `matrices` (n, rows, columns) by about 1.
 
     The polynomials of the iteration are in X X^T. Where a matrix is wide, that small product alone can be iterated, and X
     multiplied with the result once: all five iterations take half the time so. In bfloat16 only two in a row, and not the first
     one, are as close to float32's result; beyond that roundings let it run away.
 
+    Args:
+        matrices: float32.
+        dtype: that of the products.
+        kernels: what computes them, where it takes their shape.
+
     Returns:
-        Tensors of the same shape in `dtype`; singular values below a thousandth of the largest stay below 1.
+        Tensors of the same shape; singular values below a thousandth of the largest stay below 1.
     """
+    rows, columns = matrices.shape[1:]
+    square = max(rows, columns) < 2 * min(rows, columns)
+    in_a_row = (1, 1, 1, 1, 1) if square else (5,) if dtype == torch.float32 else (1, 2, 2)
+    if kernels is not None and kernels.can_orthogonalize(rows, columns):
+        return kernels.orthogonalize(matrices, (_MARGIN, *itertools.chain(*_POLAR_EXPRESS)), in_a_row)
     norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True) * _MARGIN + 1e-7
     x: Tensor = (matrices / norms).to(dtype)
+    x = x if rows <= columns else x.mT
     remaining = iter(_POLAR_EXPRESS)
-    in_a_row = (1, 1, 1, 1, 1) if x.size(2) < 2 * x.size(1) else (5,) if dtype == torch.float32 else (1, 2, 2)
     for count in in_a_row:
         x = _iterate(x, list(itertools.islice(remaining, count)))
-    return x
+    return x if rows <= columns else x.mT
 
 
 def _iterate(x: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
@@ -102,6 +113,7 @@ class Muon(torch.optim.Optimizer):
             every step's. A group's turn is in those steps 1, 2, ... that come to a multiple of `interval` with the group's
             `phase` added, so that the work can be spread.
         dtype: type in which updates are made orthogonal; bfloat16 is precise enough.
+        kernels: what computes that, for the same type, instead of torch's functions.
     """
 
     def __init__(
@@ -114,11 +126,12 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         interval: int = 1,
         dtype: torch.dtype = torch.bfloat16,
+        kernels: Kernels | None = None,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay}
         defaults |= {"interval": interval, "phase": 0}
         super().__init__(parameters, defaults)
-        self._dtype = dtype
+        self._dtype, self._kernels = dtype, kernels
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -157,11 +170,10 @@ class Muon(torch.optim.Optimizer):
         stack = parts[0].weights.new_empty(len(parts), rows, columns)
         for part, mean in zip(parts, stack, strict=True):
             torch.lerp(part.gradient, part.momentum, group["momentum"], out=mean)
-        wide = rows <= columns
-        directions = orthogonalize(stack if wide else stack.mT, self._dtype)
+        directions = orthogonalize(stack, self._dtype, self._kernels)
         rate = group["lr"] * group["interval"]
         length = rate * math.sqrt(max(1.0, rows / columns))
-        for part, direction in zip(parts, directions if wide else directions.mT, strict=True):
+        for part, direction in zip(parts, directions, strict=True):
             part.weights.mul_(1 - rate * group["weight_decay"])
             part.weights.addcmul_(direction, _evened_out(direction, part.mean_square, group["beta2"]), value=-length)
 
@@ -227,7 +239,7 @@ def build_optimizers(model: GPT, config: TrainConfig, dtype: torch.dtype) -> lis
         interval = config.muon_interval
         turns = [{"params": list(itertools.chain(*blocks[i::interval])), "phase": i} for i in range(interval)]
         settings = {"lr": config.muon_lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-        optimizers.append(Muon(turns, **settings, interval=interval, dtype=dtype))
+        optimizers.append(Muon(turns, **settings, interval=interval, dtype=dtype, kernels=model.transformer.kernels))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]

@@ -37,10 +37,10 @@ static void read_rows(rows_of_head to, const number *from, long stride, int slot
 static void read_columns(columns_of_head to, const number *from, long stride, int slots) {
     for (int i = 0; i < UP(slots, 32); i += 16) {
         for (int u = 0; u < HEAD / 2; u += 16) {
-            units tile[16];
-            for (int r = 0; r < 16; r++) tile[r] = of_slot(from + 2 * u, stride, i + r, slots);
-            transpose_units(tile);
-            for (int r = 0; r < 16; r++) *(units *)&to[u + r][i] = tile[r];
+            integers tile[16];
+            for (int r = 0; r < 16; r++) tile[r] = (integers)of_slot(from + 2 * u, stride, i + r, slots);
+            transpose_lanes(tile);
+            for (int r = 0; r < 16; r++) *(integers *)&to[u + r][i] = tile[r];
         }
     }
 }
@@ -70,10 +70,10 @@ static inline void add_transposed_product(float sums[SIDE][HEAD], number weights
     unit columns[32][16] __attribute__((aligned(64)));
     for (int j = 0; j <= first; j += 32) {
         for (int half = 0; half < 32; half += 16) {
-            units tile[16];
-            for (int k = 0; k < 16; k++) tile[k] = of_rows(&weights[0][j + half], SIDE, 32, k);
-            transpose_units(tile);
-            for (int k = 0; k < 16; k++) *(units *)columns[half + k] = tile[k];
+            integers tile[16];
+            for (int k = 0; k < 16; k++) tile[k] = (integers)of_rows(&weights[0][j + half], SIDE, 32, k);
+            transpose_lanes(tile);
+            for (int k = 0; k < 16; k++) *(integers *)columns[half + k] = tile[k];
         }
         for (int d = 0; d < HEAD; d += 32) {
             struct tiles left = {columns, 64, 0}, right = tiles_of_panel(pairs[d / 32][first / 2]);

@@ -12,6 +12,7 @@
 #include "vectors.h"
 #include "product.h"
 #include "attention.h"
+#include "orthogonal.h"
 
 #define EPSILON 1e-5f
 
@@ -250,7 +251,7 @@ void gradient_of_matrix(float *sums, const number *left, const number *right, un
 #pragma omp parallel num_threads(threads)
     {
         begin_tiles();
-        multiply_by_rows(sums, left, n, right, m, rows, 0, room, omp_get_thread_num(), omp_get_num_threads());
+        multiply_by_rows(sums, left, n, right, m, rows, 0, 0, room, omp_get_thread_num(), omp_get_num_threads());
         end_tiles();
     }
 }
@@ -270,9 +271,9 @@ static void backward_block(const struct weights *w, const struct values *v, cons
     if (!room) wait_for_rows(share);
     else {
 #pragma omp barrier
-        multiply_by_rows(s->out, v->d_branch, WIDTH, v->active, 4 * WIDTH, rows, 1, room, thread, threads);
-        multiply_by_rows(s->fc, v->hidden, 4 * WIDTH, v->normed_2, WIDTH, rows, 1, room, thread, threads);
-        multiply_by_rows(s->proj, v->d_middle, WIDTH, v->read, WIDTH, rows, 1, room, thread, threads);
+        multiply_by_rows(s->out, v->d_branch, WIDTH, v->active, 4 * WIDTH, rows, 1, 0, room, thread, threads);
+        multiply_by_rows(s->fc, v->hidden, 4 * WIDTH, v->normed_2, WIDTH, rows, 1, 0, room, thread, threads);
+        multiply_by_rows(s->proj, v->d_middle, WIDTH, v->read, WIDTH, rows, 1, 0, room, thread, threads);
     }
     attention_backward(v->branch, v->qkv, v->read, v->scores, s->attn_bias, share);
     if (!room) wait_for_rows(share);
@@ -283,7 +284,7 @@ static void backward_block(const struct weights *w, const struct values *v, cons
     layer_norm_backward(v->narrow, v->x, w->norm_1, w->norm_1_bias, v->statistics_1, v->normed_1, next, dx, d_branch, s->norm_1, share);
     if (room) {
 #pragma omp barrier
-        multiply_by_rows(s->attn, v->qkv, 3 * WIDTH, v->normed_1, WIDTH, rows, 1, room, thread, threads);
+        multiply_by_rows(s->attn, v->qkv, 3 * WIDTH, v->normed_1, WIDTH, rows, 1, 0, room, thread, threads);
     }
 }
 
@@ -333,9 +334,29 @@ void pack(const float *const *matrices, unit *const *packed, int layers, int thr
     }
 }
 
-/* Columns of a panel, and units for what is packed of two matrices that are multiplied row by row. */
+/* Make `count` matrices (rows, columns) orthogonal, each by one thread; one side is WIDTH, and the other as long or four times.
+   `numbers` are a margin and the coefficients of the polynomials. */
+void orthogonalize(const float *matrices, float *out, unit *room, const float *numbers, const int *in_a_row, int count, int rows,
+                   int columns, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        unit *own_room = room + omp_get_thread_num() * ORTHOGONAL_UNITS;
+        begin_tiles();
+#pragma omp for schedule(dynamic)
+        for (int i = 0; i < count; i++) {
+            long at = (long)i * rows * columns;
+            orthogonalize_matrix(matrices + at, out + at, own_room, numbers[0], (const float(*)[3])(numbers + 1), in_a_row, rows, columns);
+        }
+        end_tiles();
+    }
+}
+
+/* Columns of a panel, and units of the room that threads need for what they pack. */
 int panel_columns(void) { return PANEL; }
-long room_units(int threads) { return (long)threads * THREAD_UNITS; }
+long room_units(int threads) {
+    long most = THREAD_UNITS > ORTHOGONAL_UNITS ? THREAD_UNITS : ORTHOGONAL_UNITS;
+    return threads * most;
+}
 int uses_matrix_tiles(void) {
 #ifdef MATRIX_TILES
     return 1;

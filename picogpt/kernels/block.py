@@ -104,7 +104,6 @@ class FusedBlocks:
         self._own = [_Sums.make(kernels, use.rolls) for _ in range(use.n_layer)] if use.trained else []
         self._sums: list[_Sums] = []
         self._sums_at = addresses([])
-        self._work = kernels.room() if use.trained else torch.empty(0)
         self._last_bias = torch.zeros(kernels.threads, kernels.shape[0])
         """Gradient of the last block's last bias, in shares."""
         self._remaining: set[int] = set()
@@ -149,9 +148,8 @@ class FusedBlocks:
     def backward(self, window: int, dx: Tensor) -> None:
         """Turn the gradient of what `forward` returned, in place, into that of what it was given."""
         self._remaining.remove(window)
-        room = None if self._room.at_once else self._work
         tables = self._weights, self._values[window], self._sums_at
-        self.kernels.backward(tables, dx, self._last_bias, room, self.use)
+        self.kernels.backward(tables, dx, self._last_bias, self.use, at_once=self._room.at_once)
 
     def gradients(self) -> list[Tensor]:
         """Those of all parameters, once all windows have gone backward; the memory is free for the next text."""
@@ -159,7 +157,7 @@ class FusedBlocks:
         if self._room.at_once:
             for sums, values in zip(self._sums, self._room.wholes, strict=True):
                 for name, (of_rows, rows) in _OF_MATRICES.items():
-                    self.kernels.gradient_of_matrix(values[of_rows], values[rows], self._work, getattr(sums, name))
+                    self.kernels.gradient_of_matrix(values[of_rows], values[rows], getattr(sums, name))
         # What a block's result is added to ends in the first LayerNorm of the next block.
         biases = [*(sums.norm_1.sum(0)[2] for sums in self._sums[1:]), self._last_bias.sum(0)]
         found = [total for sums, bias in zip(self._sums, biases, strict=True) for total in sums.totals(bias)]

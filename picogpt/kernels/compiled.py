@@ -18,7 +18,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ _MAX_CONTEXT_LEN = 512
 """Beyond it a head's scores no longer fit in a core's cache, which is what the functions live by."""
 _TIMEOUT = 60.0
 """Seconds that a compiler has."""
-_ARGUMENTS = {"pack": (2, 2), "forward": (3, 6), "backward": (6, 5), "gradient_of_matrix": (4, 4)}
+_ARGUMENTS = {"pack": (2, 2), "forward": (3, 6), "backward": (6, 5), "gradient_of_matrix": (4, 4), "orthogonalize": (5, 4)}
 """How many pointers each function takes, and then how many numbers."""
 
 
@@ -96,8 +97,9 @@ class Kernels:
     def _in_panels(self, rows: int, columns: int) -> Tensor:
         return torch.empty(-(-columns // self._panel) * self._panel * rows, dtype=self.dtype)
 
+    @cached_property
     def room(self) -> Tensor:
-        """Memory that `backward` and `gradient_of_matrix` work in."""
+        """Memory that threads pack matrices in."""
         return torch.empty(self._library.room_units(self.threads), dtype=torch.float32)
 
     def pack(self, matrices: Addresses, packed: Addresses, layers: int) -> None:
@@ -115,8 +117,9 @@ class Kernels:
         tables: tuple[Addresses, Addresses, Addresses],
         dx: Tensor,
         last_bias: Tensor,
-        room: Tensor | None,
         use: Use,
+        *,
+        at_once: bool,
     ) -> None:
         """Turn the gradient dx (R, C) of what `forward` gave into that of the first block's x.
 
@@ -125,17 +128,36 @@ class Kernels:
                 again; and sums to which gradients of weights are added.
             dx: the gradient.
             last_bias: (threads, C), to which that of the last block's last bias is added.
-            room: where gradients of matrices are computed; None where that is left for later, with `gradient_of_matrix`.
             use: how many blocks and rolls there are, and whether to compute again.
+            at_once: leave the gradients of matrices for later, and `gradient_of_matrix`.
         """
-        pointers = dx.data_ptr(), last_bias.data_ptr(), None if room is None else room.data_ptr()
+        pointers = dx.data_ptr(), last_bias.data_ptr(), None if at_once else self.room.data_ptr()
         shape = use.n_layer, use.rolls, dx.size(0) // use.rolls
         self._library.backward(*tables, *pointers, use.recompute, *shape, self.threads)
 
-    def gradient_of_matrix(self, of_rows: Tensor, rows: Tensor, room: Tensor, out: Tensor) -> None:
+    def gradient_of_matrix(self, of_rows: Tensor, rows: Tensor, out: Tensor) -> None:
         """Write (out, in), float32: of the products of a matrix with rows (N, in), whose gradients are of_rows (N, out)."""
         sizes = of_rows.size(1), rows.size(1), rows.size(0)
-        self._library.gradient_of_matrix(*(x.data_ptr() for x in (out, of_rows, rows, room)), *sizes, self.threads)
+        self._library.gradient_of_matrix(*(x.data_ptr() for x in (out, of_rows, rows, self.room)), *sizes, self.threads)
+
+
+    def can_orthogonalize(self, rows: int, columns: int) -> bool:
+        """Whether `orthogonalize` takes matrices of this shape: those of the blocks, and the parts of the one for attention."""
+        width = self.shape[0]
+        return (rows, columns) in ((width, width), (width, 4 * width), (4 * width, width))
+
+    def orthogonalize(self, matrices: Tensor, numbers: Sequence[float], in_a_row: Sequence[int]) -> Tensor:
+        """What `picogpt.optim.orthogonalize` makes of matrices (n, rows, columns), with products in `dtype`.
+
+        Args:
+            matrices: float32, contiguous.
+            numbers: by which more than their norms they are divided, and then three coefficients of each polynomial.
+            in_a_row: how many polynomials are applied before the gram matrix is formed anew, and so on.
+        """
+        out = torch.empty_like(matrices)
+        tables = (ctypes.c_float * len(numbers))(*numbers), (ctypes.c_int * (len(in_a_row) + 1))(*in_a_row)
+        self._library.orthogonalize(*(x.data_ptr() for x in (matrices, out, self.room)), *tables, *matrices.shape, self.threads)
+        return out
 
 
 def addresses(tensors: Iterable[Tensor]) -> Addresses:

@@ -284,37 +284,16 @@ static inline long rows_at_once(long rows) {
 #define PART_UNITS (4 * WHOLE_UNITS)
 #define THREAD_UNITS (WHOLE_UNITS + PART_UNITS + 4L * WIDTH * WIDTH)
 
-/* lanes[i] of vector j becomes lanes[j] of vector i. */
-static inline void transpose_units(units x[16]) {
-    static const units low[4] = {
-        {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30},
-        {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
-        {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
-        {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
-    };
-#pragma GCC unroll 4
-    for (int stage = 0; stage < 4; stage++) {
-        const int distance = 1 << stage;
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) {
-            if (i & distance) continue;
-            units a = x[i], b = x[i + distance];
-            x[i] = __builtin_shuffle(a, b, low[stage]);
-            x[i + distance] = __builtin_shuffle(a, b, low[stage] + (uint32_t)distance);
-        }
-    }
-}
-
 /* All columns of x, 32 of them after the other, in tiles of 16 columns and 16 units. Rows are read from beginning to end, for the
    sake of memory; so they are by `pack_right`. */
 static void pack_left(const number *x, unit *packed, int rows, int depth) {
     for (int k = 0; k < depth; k += 16) {
         for (int i = 0; i < WIDTH; i += 16) {
-            units tile[16];
-            for (int r = 0; r < 16; r++) tile[r] = of_rows(x + i, WIDTH, rows, k + r);
-            transpose_units(tile);
+            integers tile[16];
+            for (int r = 0; r < 16; r++) tile[r] = (integers)of_rows(x + i, WIDTH, rows, k + r);
+            transpose_lanes(tile);
             unit *to = packed + (long)(i / 32) * 32 * depth + (2 * k + i % 32) * 16;
-            for (int r = 0; r < 16; r++) *(units *)(to + 16 * r) = tile[r];
+            for (int r = 0; r < 16; r++) *(integers *)(to + 16 * r) = tile[r];
         }
     }
 }
@@ -344,9 +323,9 @@ static void pack_right(const number *x, unit *packed, long stride, int panels, i
 static void put_tile(float *sums, long row, float *tile, int transposed, int add) {
     for (int i = 0; i < 32; i += 16) {
         for (int j = 0; j < 32; j += 16) {
-            units x[16];
-            for (int r = 0; r < 16; r++) x[r] = *(units *)(tile + (i + r) * 32 + j);
-            if (transposed) transpose_units(x);
+            integers x[16];
+            for (int r = 0; r < 16; r++) x[r] = *(integers *)(tile + (i + r) * 32 + j);
+            if (transposed) transpose_lanes(x);
             float *to = transposed ? sums + j * row + i : sums + i * row + j;
             for (int r = 0; r < 16; r++) {
                 if (add) accumulate(to + r * row, (vector)x[r]);
@@ -356,10 +335,11 @@ static void put_tile(float *sums, long row, float *tile, int transposed, int add
     }
 }
 
-/* `sums` (n, m) = left (rows, n), transposed, x right (rows, m), or that added to them. The wider one is multiplied from the right, as it
-   is sooner packed so; what comes out is transposed where it was the left one. */
-static void multiply_by_rows(float *sums, const number *left, int n, const number *right, int m, long rows, int add, unit *room,
-                             int thread, int threads) {
+/* `sums` (n, m) = left (rows, n), transposed, x right (rows, m), or that added to them; of what is `symmetric` at least what is on the
+   diagonal and above. The wider one is multiplied from the right, as it is sooner packed so; what comes out is transposed where it
+   was the left one. */
+static void multiply_by_rows(float *sums, const number *left, int n, const number *right, int m, long rows, int add, int symmetric,
+                             unit *room, int thread, int threads) {
     const int swapped = n > m, columns = swapped ? n : m, panels = columns / PANEL;
     const int first = first_of(panels, thread, threads), end = first_of(panels, thread + 1, threads);
     const number *narrow = swapped ? right : left, *wide = swapped ? left : right;
@@ -373,6 +353,7 @@ static void multiply_by_rows(float *sums, const number *left, int n, const numbe
         for (int j = first; j < end; j++) {
             struct tiles panel = tiles_of_panel(part + (long)(j - first) * PANEL * depth);
             for (int i = 0; i < WIDTH; i += 32) {
+                if (symmetric && i > j * PANEL) continue;
                 float *tile = totals + (long)((j - first) * WIDTH + i) * 32;
                 struct tiles block = {whole + (long)i * depth, 64, 64 * 32};
                 if (start) multiply_tiles(1, tile, 32, 1, block, panel, depth / 16);
@@ -427,9 +408,10 @@ static void sum_tile(float *sums, const unit *left, const unit *right, long row,
     }
 }
 
-/* `sums` (n, m) = left (rows, n), transposed, x right (rows, m), or that added to them. */
-static void multiply_by_rows(float *sums, const number *left, int n, const number *right, int m, long rows, int add, unit *room,
-                             int thread, int threads) {
+/* `sums` (n, m) = left (rows, n), transposed, x right (rows, m), or that added to them; of what is `symmetric` at least what is on the
+   diagonal and above. */
+static void multiply_by_rows(float *sums, const number *left, int n, const number *right, int m, long rows, int add, int symmetric,
+                             unit *room, int thread, int threads) {
     const int blocks = UP(n, TILE) / TILE, panels = UP(m, PANEL) / PANEL, by_blocks = n > m;
     const int i_first = by_blocks ? first_of(blocks, thread, threads) * TILE : 0, j_first = by_blocks ? 0 : first_of(panels, thread, threads) * PANEL;
     const int i_end = by_blocks ? first_of(blocks, thread + 1, threads) * TILE : n, j_end = by_blocks ? m : first_of(panels, thread + 1, threads) * PANEL;
@@ -442,7 +424,7 @@ static void multiply_by_rows(float *sums, const number *left, int n, const numbe
         pack_left(left + start * n + i_first, lefts, n, i_count, count, depth);
         pack_right(right + start * m + j_first, rights, m, j_count, count, depth);
         for (int j = 0; j < j_count; j += PANEL) {
-            for (int i = 0; i < i_count; i += TILE) {
+            for (int i = 0; i < i_count && !(symmetric && i_first + i >= j_first + j + PANEL); i += TILE) {
                 sum_tile(sums + (long)(i_first + i) * m + j_first + j, lefts + (long)i * depth, rights + (long)j * depth, m, i_count - i,
                          j_count - j, depth, add);
             }

@@ -25,7 +25,7 @@
 #define HEADS (WIDTH / HEAD)
 
 typedef float vector __attribute__((vector_size(4 * LANES), may_alias));
-typedef int32_t integers __attribute__((vector_size(4 * LANES)));
+typedef int32_t integers __attribute__((vector_size(4 * LANES), may_alias));
 
 static inline vector choose(integers where, vector yes, vector no) {
     return (vector)(((integers)yes & where) | ((integers)no & ~where));
@@ -142,6 +142,23 @@ static inline vector exponential(vector x) {
     integers whole = __builtin_convertvector(t - 0.5f, integers);
     return power_of_two(t - __builtin_convertvector(whole, vector)) * (vector)((whole + 127) << 23);
 #endif
+}
+
+/* lanes[i] of vector j becomes lanes[j] of vector i. */
+static inline __attribute__((always_inline)) void transpose_lanes(integers x[LANES]) {
+#pragma GCC unroll 4
+    for (int distance = 1; distance < LANES; distance *= 2) {
+        integers low;
+#pragma GCC unroll 16
+        for (int k = 0; k < LANES; k++) low[k] = k & distance ? LANES + k - distance : k;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            if (i & distance) continue;
+            integers a = x[i], b = x[i + distance];
+            x[i] = __builtin_shuffle(a, b, low);
+            x[i + distance] = __builtin_shuffle(a, b, low + distance);
+        }
+    }
 }
 
 /* What a thread does of a window: rows, and heads of rolls. */
