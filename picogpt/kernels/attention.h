@@ -23,7 +23,7 @@ static inline float largest(const float *x, int i) {
         vector next = load_float(x + j);
         found = choose(seen(i, j) & ~(next < found), next, found);
     }
-    return folded(found, larger);
+    return largest_of(found);
 }
 
 #if defined(MATRIX_TILES) && HEAD % 32 == 0

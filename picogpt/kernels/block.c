@@ -127,14 +127,15 @@ static void keep_rows(const number *x, number *kept, long width, struct share sh
 
 /* That chance, and the density at x: Abramowitz and Stegun, 7.1.26, to 1e-7. */
 static inline vector chance_below(vector x, vector *density) {
-    vector size = choose(x < 0.0f, -x, x), e = exponential(x * x * -0.5f), t = 1.0f / (size * 0.23164189f + 1.0f);
+    const int32_t sign = INT32_MIN;
+    vector size = (vector)((integers)x & ~sign), e = exponential_2(x * x * -0.72134752f), t = reciprocal(size * 0.23164189f + 1.0f);
     vector p = t * 0.5307027145f - 0.7265760135f;
     p = p * t + 0.7107068705f;
     p = p * t - 0.142248368f;
     p = p * t + 0.127414796f;
-    p = p * t * e;
     *density = e * 0.39894228f;
-    return choose(x < 0.0f, p, 1.0f - p);
+    vector beyond = 0.5f - p * t * e; /* the middle, up to x */
+    return 0.5f + (vector)((integers)beyond ^ ((integers)x & sign));
 }
 
 /* The GELU is written over x, which is also `kept`, unless that is null. */

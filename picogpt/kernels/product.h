@@ -168,8 +168,7 @@ static inline __attribute__((always_inline)) void multiply_rows(int count, numbe
 /* Units of LANES entries of one row and the next. */
 static inline units units_of(const number *first, const number *second) {
 #ifdef BFLOAT16
-    units low = __builtin_convertvector(*(const numbers *)first, units), high = __builtin_convertvector(*(const numbers *)second, units);
-    return low | high << 16;
+    return (units)widen(first) | (units)widen(second) << 16;
 #else
     (void)second;
     return load_float(first);
