@@ -232,14 +232,20 @@ PRODUCT(multiply_4_to_1, 4 * WIDTH, WIDTH)
 
 /* ---- Packing ---- */
 
-/* A panel of the transpose of matrix (out, in), from its row `column` on, for rows of `in` entries. */
+/* A panel of the transpose of matrix (out, in), from its row `column` on, for rows of `in` entries: LANES x LANES units at a time. */
 static void pack_transposed(const float *matrix, unit *panel, int out, int in, int column) {
-    number row[4 * WIDTH];
-    for (int j = 0; j < PANEL; j++) {
-        for (int k = 0; k < in; k += LANES) {
-            store(row + k, column + j < out ? load_float(matrix + (long)(column + j) * in + k) : (vector){0});
+    for (int k = 0; k < in; k += LANES * PAIR) {
+        for (int c = 0; c < PANEL; c += LANES) {
+            integers tile[LANES];
+            for (int j = 0; j < LANES; j++) {
+                number row[LANES * PAIR] __attribute__((aligned(64))) = {0};
+                const float *from = matrix + (long)(column + c + j) * in + k;
+                for (int p = 0; p < LANES * PAIR && k + p < in && column + c < out; p += LANES) store(row + p, load_float(from + p));
+                tile[j] = *(integers *)row;
+            }
+            transpose_lanes(tile);
+            for (int i = 0; i < LANES && k + i * PAIR < in; i++) *(integers *)(panel + (long)(k / PAIR + i) * PANEL + c) = tile[i];
         }
-        for (int k = 0; k < in; k += PAIR) panel[(long)(k / PAIR) * PANEL + j] = unit_of(row + k, row + k + PAIR - 1);
     }
 }
 
