@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from picogpt.config import TrainConfig
-from picogpt.kernels import Kernels
+from picogpt.kernels import Kernels, addresses
 from picogpt.model import GPT
 
 __all__ = ["Muon", "OuterOptimizer", "build_optimizers", "learning_rate", "orthogonalize", "set_learning_rate"]
@@ -38,33 +38,33 @@ _AT_ONCE = 2**20
 _POLAR_EXPRESS = (*((a / _MARGIN, b / _MARGIN**3, c / _MARGIN**5) for a, b, c in _COEFFICIENTS[:-1]), _COEFFICIENTS[-1])
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype, kernels: Kernels | None = None) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Replace the singular values of each of `matrices` (n, rows, columns) by about 1.
 
     The polynomials of the iteration are in X X^T. Where a matrix is wide, that small product alone can be iterated, and X
-    multiplied with the result once: all five iterations take half the time so. In bfloat16 only two in a row, and not the first
-    one, are as close to float32's result; beyond that roundings let it run away.
-
-    Args:
-        matrices: float32.
-        dtype: that of the products.
-        kernels: what computes them, where it takes their shape.
+    multiplied with the result once: all five iterations take half the time so.
 
     Returns:
-        Tensors of the same shape; singular values below a thousandth of the largest stay below 1.
+        Tensors of the same shape in `dtype`; singular values below a thousandth of the largest stay below 1.
     """
     rows, columns = matrices.shape[1:]
-    square = max(rows, columns) < 2 * min(rows, columns)
-    in_a_row = (1, 1, 1, 1, 1) if square else (5,) if dtype == torch.float32 else (1, 2, 2)
-    if kernels is not None and kernels.can_orthogonalize(rows, columns):
-        return kernels.orthogonalize(matrices, (_MARGIN, *itertools.chain(*_POLAR_EXPRESS)), in_a_row)
     norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True) * _MARGIN + 1e-7
     x: Tensor = (matrices / norms).to(dtype)
     x = x if rows <= columns else x.mT
     remaining = iter(_POLAR_EXPRESS)
-    for count in in_a_row:
+    for count in _in_a_row(rows, columns, dtype):
         x = _iterate(x, list(itertools.islice(remaining, count)))
     return x if rows <= columns else x.mT
+
+
+def _in_a_row(rows: int, columns: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """How many polynomials are applied before X X^T is formed anew, and so on.
+
+    In bfloat16 only two, and not the first one, are as close to float32's result; beyond that roundings let it run away.
+    """
+    if max(rows, columns) < 2 * min(rows, columns):
+        return (1, 1, 1, 1, 1)
+    return (5,) if dtype == torch.float32 else (1, 2, 2)
 
 
 def _iterate(x: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
@@ -113,7 +113,7 @@ class Muon(torch.optim.Optimizer):
             every step's. A group's turn is in those steps 1, 2, ... that come to a multiple of `interval` with the group's
             `phase` added, so that the work can be spread.
         dtype: type in which updates are made orthogonal; bfloat16 is precise enough.
-        kernels: what computes that, for the same type, instead of torch's functions.
+        kernels: what computes updates instead of torch's functions, for the same type.
     """
 
     def __init__(
@@ -167,14 +167,19 @@ class Muon(torch.optim.Optimizer):
     def _update(self, parts: Sequence[_Part], group: Mapping[str, Any]) -> None:
         """Update matrices of one shape: with the mean gradient, looking one step ahead (Nesterov), made orthogonal."""
         rows, columns = parts[0].weights.shape
+        rate = group["lr"] * group["interval"]
+        keep, length = 1 - rate * group["weight_decay"], rate * math.sqrt(max(1.0, rows / columns))
+        kernels = self._kernels
+        if kernels is not None and kernels.can_update(rows, columns):
+            settings = (group["momentum"], group["beta2"], keep, length, _MARGIN, *itertools.chain(*_POLAR_EXPRESS))
+            table = addresses(itertools.chain(*parts))
+            kernels.update_matrices(table, settings, _in_a_row(rows, columns, self._dtype), rows, columns)
+            return
         stack = parts[0].weights.new_empty(len(parts), rows, columns)
         for part, mean in zip(parts, stack, strict=True):
             torch.lerp(part.gradient, part.momentum, group["momentum"], out=mean)
-        directions = orthogonalize(stack, self._dtype, self._kernels)
-        rate = group["lr"] * group["interval"]
-        length = rate * math.sqrt(max(1.0, rows / columns))
-        for part, direction in zip(parts, directions, strict=True):
-            part.weights.mul_(1 - rate * group["weight_decay"])
+        for part, direction in zip(parts, orthogonalize(stack, self._dtype), strict=True):
+            part.weights.mul_(keep)
             part.weights.addcmul_(direction, _evened_out(direction, part.mean_square, group["beta2"]), value=-length)
 
 

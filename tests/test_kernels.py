@@ -20,6 +20,7 @@ from picogpt.errors import TrainingError
 from picogpt.kernels import FusedBlocks, Kernels, choose_kernels, compile_kernels, compiled
 from picogpt.kernels.compiled import addresses
 from picogpt.model import GPT, Block
+from picogpt.optim import Muon
 from picogpt.ranks import ALONE
 from picogpt.replica import Replica
 from picogpt.run import RunFolder
@@ -347,6 +348,59 @@ def test_rows_that_no_tile_divides(rolls: int, dtype: torch.dtype) -> None:
             gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
 
         assert distance(gradients[1], gradients[0]) < (2e-5 if dtype == torch.float32 else 0.02)
+
+
+def after_steps(shape: str, dtype: torch.dtype, kernels: Kernels | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What three steps of Muon add to matrices like a block's, and the mean squares that they leave."""
+    torch.manual_seed(1)
+    width = SHAPES[shape].n_embd
+    matrices = [torch.randn(size) for size in ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))]
+    before = [matrix.clone() for matrix in matrices]
+    muon = Muon(matrices, lr=0.02, weight_decay=0.1, dtype=dtype, kernels=kernels)
+    for _ in range(3):
+        for matrix in matrices:
+            matrix.grad = torch.randn_like(matrix) * torch.logspace(0, -1, matrix.size(1))
+        muon.step()
+    updates = [after - matrix for after, matrix in zip(matrices, before, strict=True)]
+    return updates, [muon.state[matrix]["mean_square"] for matrix in matrices]
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", SHAPES)
+def test_muon(shape: str) -> None:
+    """Updates of matrices are those of torch's functions, in bfloat16 about as far from float32's as they."""
+    exact, exact_squares = after_steps(shape, torch.float32, None)
+    found, squares = after_steps(shape, torch.float32, kernels_for(shape))
+    by_torch, _ = after_steps(shape, torch.bfloat16, None)
+    rounded, _ = after_steps(shape, torch.bfloat16, kernels_for(shape, torch.bfloat16))
+
+    assert max(map(distance, found, exact)) < 1e-3
+    assert max(map(distance, squares, exact_squares)) < 1e-3
+    assert sum(map(distance, rounded, exact)) < 1.5 * sum(map(distance, by_torch, exact)) < 0.8
+
+
+@needs_compiler
+@pytest.mark.parametrize("instructions", ["AVX2", ""])
+def test_muon_with_fewer_instructions(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled for AVX2, and for no vectors but the oldest, updates alike."""
+    monkeypatch.setattr(compiled, "instruction_set", lambda: instructions)
+    exact, _ = after_steps("heads of 32", torch.float32, None)
+    found, _ = after_steps("heads of 32", torch.float32, compile_kernels(SHAPES["heads of 32"], torch.float32))
+
+    assert max(map(distance, found, exact)) < 1e-3
+
+
+@needs_compiler
+def test_muon_of_other_shapes() -> None:
+    """What is not like a block's matrix is left to torch's functions."""
+    torch.manual_seed(1)
+    matrix = torch.randn(5, 9)
+    expected = matrix.clone()
+    for parameter, kernels in ((matrix, kernels_for("heads of 16")), (expected, None)):
+        parameter.grad = torch.ones_like(parameter)
+        Muon([parameter], lr=0.1, dtype=torch.float32, kernels=kernels).step()
+
+    assert torch.equal(matrix, expected)
 
 
 @needs_compiler

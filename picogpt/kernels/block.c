@@ -12,7 +12,7 @@
 #include "vectors.h"
 #include "product.h"
 #include "attention.h"
-#include "orthogonal.h"
+#include "muon.h"
 
 #define EPSILON 1e-5f
 
@@ -335,18 +335,15 @@ void pack(const float *const *matrices, unit *const *packed, int layers, int thr
     }
 }
 
-/* Make `count` matrices (rows, columns) orthogonal, each by one thread; one side is WIDTH, and the other as long or four times.
-   `numbers` are a margin and the coefficients of the polynomials. */
-void orthogonalize(const float *matrices, float *out, unit *room, const float *numbers, const int *in_a_row, int count, int rows,
-                   int columns, int threads) {
+/* Update `count` matrices (rows, columns), each by one thread; one side is WIDTH, and the other as long or four times. */
+void update_matrices(const struct part *parts, const struct settings *settings, const int *in_a_row, unit *room, int count, int rows,
+                     int columns, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        unit *own_room = room + omp_get_thread_num() * ORTHOGONAL_UNITS;
         begin_tiles();
 #pragma omp for schedule(dynamic)
         for (int i = 0; i < count; i++) {
-            long at = (long)i * rows * columns;
-            orthogonalize_matrix(matrices + at, out + at, own_room, numbers[0], (const float(*)[3])(numbers + 1), in_a_row, rows, columns);
+            update_matrix(parts + i, settings, in_a_row, room + omp_get_thread_num() * MUON_UNITS, rows, columns);
         }
         end_tiles();
     }
@@ -355,7 +352,7 @@ void orthogonalize(const float *matrices, float *out, unit *room, const float *n
 /* Columns of a panel, and units of the room that threads need for what they pack. */
 int panel_columns(void) { return PANEL; }
 long room_units(int threads) {
-    long most = THREAD_UNITS > ORTHOGONAL_UNITS ? THREAD_UNITS : ORTHOGONAL_UNITS;
+    long most = THREAD_UNITS > MUON_UNITS ? THREAD_UNITS : MUON_UNITS;
     return threads * most;
 }
 int uses_matrix_tiles(void) {

@@ -46,7 +46,7 @@ _MAX_CONTEXT_LEN = 512
 """Beyond it a head's scores no longer fit in a core's cache, which is what the functions live by."""
 _TIMEOUT = 60.0
 """Seconds that a compiler has."""
-_ARGUMENTS = {"pack": (2, 2), "forward": (3, 6), "backward": (6, 5), "gradient_of_matrix": (4, 4), "orthogonalize": (5, 4)}
+_ARGUMENTS = {"pack": (2, 2), "forward": (3, 6), "backward": (6, 5), "gradient_of_matrix": (4, 4), "update_matrices": (4, 4)}
 """How many pointers each function takes, and then how many numbers."""
 
 
@@ -141,23 +141,23 @@ class Kernels:
         self._library.gradient_of_matrix(*(x.data_ptr() for x in (out, of_rows, rows, self.room)), *sizes, self.threads)
 
 
-    def can_orthogonalize(self, rows: int, columns: int) -> bool:
-        """Whether `orthogonalize` takes matrices of this shape: those of the blocks, and the parts of the one for attention."""
+    def can_update(self, rows: int, columns: int) -> bool:
+        """Whether `update_matrices` takes this shape: those of the blocks, and the parts of the matrix for attention."""
         width = self.shape[0]
         return (rows, columns) in ((width, width), (width, 4 * width), (4 * width, width))
 
-    def orthogonalize(self, matrices: Tensor, numbers: Sequence[float], in_a_row: Sequence[int]) -> Tensor:
-        """What `picogpt.optim.orthogonalize` makes of matrices (n, rows, columns), with products in `dtype`.
+    def update_matrices(self, parts: Addresses, settings: Sequence[float], in_a_row: Sequence[int], rows: int, columns: int) -> None:
+        """Take a step of `picogpt.optim.Muon` with matrices (rows, columns), with products in `dtype`.
 
         Args:
-            matrices: float32, contiguous.
-            numbers: by which more than their norms they are divided, and then three coefficients of each polynomial.
+            parts: weights, gradient, mean gradient and mean square of each, all of them contiguous.
+            settings: numbers in muon.h's order, and at the end three coefficients of each polynomial.
             in_a_row: how many polynomials are applied before the gram matrix is formed anew, and so on.
+            rows: of each matrix.
+            columns: likewise.
         """
-        out = torch.empty_like(matrices)
-        tables = (ctypes.c_float * len(numbers))(*numbers), (ctypes.c_int * (len(in_a_row) + 1))(*in_a_row)
-        self._library.orthogonalize(*(x.data_ptr() for x in (matrices, out, self.room)), *tables, *matrices.shape, self.threads)
-        return out
+        tables = (ctypes.c_float * len(settings))(*settings), (ctypes.c_int * (len(in_a_row) + 1))(*in_a_row)
+        self._library.update_matrices(parts, *tables, self.room.data_ptr(), len(parts) // 4, rows, columns, self.threads)
 
 
 def addresses(tensors: Iterable[Tensor]) -> Addresses:

@@ -1,12 +1,12 @@
-/* The iteration of `picogpt.optim.orthogonalize`: X becomes X times a polynomial in its gram matrix, again and again.
+/* Muon's updates of matrices: `picogpt.optim.Muon` for one, from its gradient to its weights.
 
-   X is (rows, WIDTH) here, with at least as many rows; what is wide is transposed. The small matrices are symmetric, and as they are
+   In the iteration X becomes X times a polynomial in its gram matrix, again and again. X is (rows, WIDTH) here, with at least as many rows; what is wide is transposed. The small matrices are symmetric, and as they are
    polynomials in one of them their products are too: what is below the diagonal need not be computed. */
 
 #define SQUARE ((long)WIDTH * WIDTH)
 #define PACKED_SQUARE (UP(WIDTH, PANEL) * (long)WIDTH / PAIR)
 /* Two matrices of 4 WIDTH rows, four small ones, and sums: no number is longer than a unit. */
-#define ORTHOGONAL_UNITS (UP(13 * SQUARE + PACKED_SQUARE, LANES) + THREAD_UNITS)
+#define MUON_UNITS (UP(13 * SQUARE + PACKED_SQUARE, LANES) + THREAD_UNITS)
 
 /* Small matrices (WIDTH, WIDTH), X and the next one, and room for what they are made in. */
 struct iteration {
@@ -146,27 +146,68 @@ static void transpose_floats(float *out, const float *x, int rows, int columns) 
     }
 }
 
-/* The matrix is divided by its norm times `margin`; `in_a_row` says how many polynomials share a gram matrix, until there is a zero. */
-static void orthogonalize_matrix(const float *matrix, float *out, unit *room, float margin, const float (*polynomials)[3],
-                                 const int *in_a_row, int rows, int columns) {
+/* What Muon updates a matrix (rows, columns) with, all of that shape but the last. */
+struct part {
+    float *weights;
+    const float *gradient, *momentum;
+    float *mean_square; /* of each row's updates over time, or of each column's where there are more columns */
+};
+
+/* Numbers of an update: `keep` is what weight decay leaves, `length` that of the step. */
+struct settings {
+    float momentum, beta2, keep, length, margin, polynomials[][3];
+};
+
+/* out = the mean gradient, looking one step ahead (Nesterov); returns its norm. */
+static float look_ahead(const struct part *part, float momentum, float *out, long size) {
+    vector squares = {0};
+    for (long i = 0; i < size; i += LANES) {
+        vector mean = load_float(part->momentum + i);
+        mean -= (mean - load_float(part->gradient + i)) * (1 - momentum);
+        store_float(out + i, mean);
+        squares += mean * mean;
+    }
+    return sqrtf(sum_of(squares));
+}
+
+/* out = x (rows, WIDTH), each row times the length of a step and a factor that evens them out over time; the norm of the whole stays as it
+   was: `_evened_out` there. */
+static void even_out(const number *x, float *mean_square, const struct settings *settings, float *out, int rows) {
+    float factors[4 * WIDTH], before = 0, after = 0;
+    for (int r = 0; r < rows; r++) {
+        vector sum = {0};
+        for (int c = 0; c < WIDTH; c += LANES) sum += load(x + (long)r * WIDTH + c) * load(x + (long)r * WIDTH + c);
+        float square = sum_of(sum) / WIDTH;
+        mean_square[r] += (square - mean_square[r]) * (1 - settings->beta2);
+        factors[r] = 1 / (sqrtf(mean_square[r]) + 1e-8f);
+        before += square;
+        after += square * factors[r] * factors[r];
+    }
+    float same = settings->length * sqrtf(before / (after + 1e-12f));
+    for (int r = 0; r < rows; r++) {
+        for (long at = (long)r * WIDTH; at < (r + 1L) * WIDTH; at += LANES) store_float(out + at, load(x + at) * (factors[r] * same));
+    }
+}
+
+/* `in_a_row` says how many polynomials share a gram matrix, until there is a zero. */
+static void update_matrix(const struct part *part, const struct settings *settings, const int *in_a_row, unit *room, int rows, int columns) {
     const long size = (long)rows * columns;
-    float *transposed = (float *)room + 4 * SQUARE;
-    number *parts = (number *)room;
-    struct iteration it = {.x = parts, .next = (number *)(room + 4 * SQUARE), .gram = (number *)(room + 8 * SQUARE),
+    const int wide = rows < columns;
+    unit *second = room + 4 * SQUARE;
+    struct iteration it = {.x = (number *)room, .next = (number *)second, .gram = (number *)(room + 8 * SQUARE),
                            .factor = (number *)(room + 9 * SQUARE), .product = (number *)(room + 10 * SQUARE),
                            .other = (number *)(room + 11 * SQUARE), .sums = (float *)(room + 12 * SQUARE), .packed = room + 13 * SQUARE,
-                           .room = room + ORTHOGONAL_UNITS - THREAD_UNITS, .rows = size / WIDTH};
-    vector squares = {0};
-    for (long i = 0; i < size; i += LANES) squares += load_float(matrix + i) * load_float(matrix + i);
-    float scale = 1 / (sqrtf(sum_of(squares)) * margin + 1e-7f);
-    const float *x = matrix;
-    if (rows < columns) {
-        transpose_floats(transposed, matrix, rows, columns);
-        x = transposed;
+                           .room = room + MUON_UNITS - THREAD_UNITS, .rows = size / WIDTH};
+    float *mean = (float *)(wide ? room : second);
+    float scale = 1 / (look_ahead(part, settings->momentum, mean, size) * settings->margin + 1e-7f);
+    if (wide) transpose_floats((float *)second, mean, rows, columns);
+    for (long i = 0; i < size; i += LANES) store(it.x + i, load_float((float *)second + i) * scale);
+    for (const float (*p)[3] = settings->polynomials; *in_a_row; p += *in_a_row++) iterate(&it, p, *in_a_row);
+    float *update = (float *)it.next;
+    even_out(it.x, part->mean_square, settings, update, it.rows);
+    if (wide) {
+        transpose_floats((float *)it.x, update, columns, rows);
+        update = (float *)it.x;
     }
-    for (long i = 0; i < size; i += LANES) store(it.x + i, load_float(x + i) * scale);
-    for (; *in_a_row; polynomials += *in_a_row++) iterate(&it, polynomials, *in_a_row);
-    float *result = rows < columns ? (float *)it.next : out;
-    for (long i = 0; i < size; i += LANES) store_float(result + i, load(it.x + i));
-    if (rows < columns) transpose_floats(out, result, columns, rows);
+    for (long i = 0; i < size; i += LANES) store_float(part->weights + i, load_float(part->weights + i) * settings->keep - load_float(update + i));
 }
