@@ -181,8 +181,8 @@ class Replica:
 
     def apply_gradient(self, rate: float, loss: float) -> float:
         """Update the weights by the gradient that they have, unless it is not finite; return the ranks' mean `loss`."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
-        found = self.ranks.share([loss, norm.item()])
+        norm = self._clip_gradient(self.config.grad_clip or math.inf)
+        found = self.ranks.share([loss, norm])
         mean, mean_norm = (math.fsum(values) / len(found) for values in zip(*found, strict=True))
         if not (math.isfinite(mean) and math.isfinite(mean_norm)):
             raise TrainingError(
@@ -198,6 +198,13 @@ class Replica:
             if self.local_steps == self.config.sync_every:
                 self.synchronize()
         return mean
+
+    def _clip_gradient(self, most: float) -> float:
+        """Scale the gradient down to norm `most`, if it has more; return what it had."""
+        norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        if not norm + 1e-6 <= most:  # where it is, torch would multiply all of it by one
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), most, norm)
+        return norm.item()
 
     def _seed_dropout(self) -> None:
         bits = np.random.Philox(key=[self.config.seed, _STREAM_DROPOUT], counter=[0, 0, self.ranks.rank, self.step])

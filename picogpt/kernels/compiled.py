@@ -140,13 +140,14 @@ class Kernels:
         sizes = of_rows.size(1), rows.size(1), rows.size(0)
         self._library.gradient_of_matrix(*(x.data_ptr() for x in (out, of_rows, rows, self.room)), *sizes, self.threads)
 
-
     def can_update(self, rows: int, columns: int) -> bool:
         """Whether `update_matrices` takes this shape: those of the blocks, and the parts of the matrix for attention."""
         width = self.shape[0]
         return (rows, columns) in ((width, width), (width, 4 * width), (4 * width, width))
 
-    def update_matrices(self, parts: Addresses, settings: Sequence[float], in_a_row: Sequence[int], rows: int, columns: int) -> None:
+    def update_matrices(
+        self, parts: Addresses, settings: Sequence[float], in_a_row: Sequence[int], rows: int, columns: int
+    ) -> None:
         """Take a step of `picogpt.optim.Muon` with matrices (rows, columns), with products in `dtype`.
 
         Args:
