@@ -20,7 +20,7 @@ from picogpt.errors import TrainingError
 from picogpt.kernels import FusedBlocks, Kernels, choose_kernels, compile_kernels, compiled
 from picogpt.kernels.compiled import addresses
 from picogpt.model import GPT, Block
-from picogpt.optim import Muon
+from picogpt.optim import Muon, orthogonalize
 from picogpt.ranks import ALONE
 from picogpt.replica import Replica
 from picogpt.run import RunFolder
@@ -377,6 +377,29 @@ def test_muon(shape: str) -> None:
     assert max(map(distance, found, exact)) < 1e-3
     assert max(map(distance, squares, exact_squares)) < 1e-3
     assert sum(map(distance, rounded, exact)) < 1.5 * sum(map(distance, by_torch, exact)) < 0.8
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_never_runs_away(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small some singular values are, or where some are far above all others, none of an update's is far above 1."""
+    monkeypatch.setattr(compiled, "_FLAGS", SOON)
+    kernels = compile_kernels(GPTConfig(), dtype)
+    torch.manual_seed(1)
+    for size in ((256, 256), (1024, 256), (256, 1024)):
+        u, _, v = torch.linalg.svd(torch.randn(size), full_matrices=False)
+        some = torch.arange(256) < 8
+        spectra = [torch.logspace(largest, smallest, 256) for largest, smallest in ((0, -3), (0, -1), (-1, -1), (-0.5, -2))]
+        for gradient in (torch.rand(size), *(u * torch.where(some, 1.0, values) @ v for values in spectra)):
+            matrix = torch.zeros(size)
+            matrix.grad = gradient
+            # With this decay nothing is evened out.
+            Muon([matrix], lr=1.0, momentum=0.0, beta2=1.0, dtype=dtype, kernels=kernels).step()
+            values = torch.linalg.svdvals(matrix) / math.sqrt(max(1.0, size[0] / size[1]))
+            exact = torch.linalg.svdvals(orthogonalize(gradient[None], torch.float32))
+
+            assert values.max() < 1.25
+            assert distance(values, exact[0]) < 0.06
 
 
 @needs_compiler

@@ -1,7 +1,9 @@
 /* Muon's updates of matrices: `picogpt.optim.Muon` for one, from its gradient to its weights.
 
-   In the iteration X becomes X times a polynomial in its gram matrix, again and again. X is (rows, WIDTH) here, with at least as many rows; what is wide is transposed. The small matrices are symmetric, and as they are
-   polynomials in one of them their products are too: what is below the diagonal need not be computed. */
+   In the iteration X becomes X times a polynomial in its gram matrix, again and again. It is (rows, WIDTH) here, with at least as many
+   rows; what is wide is transposed. Of what is symmetric however it is rounded, as X^T X is and F G F, only what is not below the
+   diagonal is computed. Products of two polynomials in G are symmetric only before they are rounded: if they are taken for it, the
+   error grows until the iteration runs away. */
 
 #define SQUARE ((long)WIDTH * WIDTH)
 #define PACKED_SQUARE (UP(WIDTH, PANEL) * (long)WIDTH / PAIR)
@@ -85,8 +87,9 @@ static void combine_products(number *out, float *sums, const number *a, const un
 #undef SUM
 }
 
-/* out = scale x a x b + share x plus + diagonal, all of them small and polynomials in one of them; b is what is packed. */
-static void multiply_squares(struct iteration *it, number *out, const number *a, float scale, const number *plus, float share, float diagonal) {
+/* out = scale x a x packed + share x plus + diagonal, all of them small, where that is symmetric. */
+static void multiply_symmetric(struct iteration *it, number *out, const number *a, float scale, const number *plus, float share,
+                               float diagonal) {
     combine_products(0, it->sums, a, it->packed, scale, plus, share, WIDTH);
     round_square(it->sums, diagonal, out);
 }
@@ -110,22 +113,23 @@ static void iterate(struct iteration *it, const float (*polynomials)[3], int cou
     pack_square(it->gram, it->packed);
     const float *p = polynomials[0];
     if (count == 1) {
-        multiply_squares(it, it->factor, it->gram, p[2], it->gram, p[1], 0);
+        multiply_symmetric(it, it->factor, it->gram, p[2], it->gram, p[1], 0);
         pack_square(it->factor, it->packed);
         multiply_x(it, p[0]);
         return;
     }
-    multiply_squares(it, it->factor, it->gram, p[2], it->gram, p[1], p[0]);
+    multiply_symmetric(it, it->factor, it->gram, p[2], it->gram, p[1], p[0]);
     memcpy(it->product, it->factor, SQUARE * sizeof *it->product);
     for (int k = 1; k < count; k++) {
         p = polynomials[k];
-        pack_square(it->factor, it->packed);
-        multiply_squares(it, it->other, it->gram, 1, 0, 0, 0);
-        multiply_squares(it, it->gram, it->other, 1, 0, 0, 0);
         pack_square(it->gram, it->packed);
-        multiply_squares(it, it->factor, it->gram, p[2], it->gram, p[1], p[0]);
+        combine_products(it->other, 0, it->factor, it->packed, 1, 0, 0, WIDTH);
+        pack_square(it->factor, it->packed);
+        multiply_symmetric(it, it->gram, it->other, 1, 0, 0, 0);
+        pack_square(it->gram, it->packed);
+        multiply_symmetric(it, it->factor, it->gram, p[2], it->gram, p[1], p[0]);
         pack_square(it->product, it->packed);
-        multiply_squares(it, it->other, it->factor, 1, 0, 0, 0);
+        combine_products(it->other, 0, it->factor, it->packed, 1, 0, 0, WIDTH);
         number *before = it->product;
         it->product = it->other;
         it->other = before;
