@@ -1,13 +1,14 @@
 /* A head in bfloat16, by the processor's tiles of matrices: products of 32 slots with 32 slots, or with 32 entries of a head.
 
-   Each of the two passes goes from 32 rows of scores to the next, so that scores and weights are never far. Weights are rounded for the
-   products that they are in, as scores are not. */
+   Each of the two passes goes from 32 rows of scores to the next, so that scores and weights are never far. Weights are rounded
+   for the products that they are in, as scores are not. */
 
 #define SIDE UP(SLOTS, 32)
 
-typedef unit rows_of_head[SIDE][HEAD / 2] __attribute__((aligned(64)));     /* as they are: two entries are a unit */
-typedef unit columns_of_head[HEAD / 2][SIDE] __attribute__((aligned(64)));  /* the same, transposed */
-typedef unit pairs_of_head[HEAD / 32][SIDE / 2][32] __attribute__((aligned(64))); /* entries of one slot and the next are a unit */
+typedef unit rows_of_head[SIDE][HEAD / 2] __attribute__((aligned(64)));    /* as they are: two entries are a unit */
+typedef unit columns_of_head[HEAD / 2][SIDE] __attribute__((aligned(64))); /* the same, transposed */
+typedef unit pairs_of_head[HEAD / 32][SIDE / 2][32]
+    __attribute__((aligned(64))); /* entries of one slot and the next are a unit */
 
 struct head {
     rows_of_head q, gradient;
@@ -25,7 +26,7 @@ static _Thread_local struct head own;
 /* 16 units of slot i, or zeros beyond the last slot. */
 static inline units of_slot(const number *from, long stride, int i, int slots) {
     typedef uint32_t some __attribute__((vector_size(64), aligned(2), may_alias));
-    return i < slots ? (units)*(const some *)(from + i * stride) : (units){0};
+    return i < slots ? (units) * (const some *)(from + i * stride) : (units){0};
 }
 
 static void read_rows(rows_of_head to, const number *from, long stride, int slots) {
@@ -60,8 +61,8 @@ static inline void multiply_rows_with_columns(float scores[32][SIDE], rows_of_he
 /* (32, HEAD) = weights x those rows, given in pairs, that are seen by the last of the 32 from `first` on. */
 static inline void multiply_with_pairs(float result[32][HEAD], number weights[32][SIDE], pairs_of_head pairs, int first) {
     for (int d = 0; d < HEAD; d += 32) {
-        multiply_tiles(1, &result[0][d], HEAD, 0, (struct tiles){weights, 2 * SIDE, 64},
-                       tiles_of_panel(pairs[d / 32][0]), first / 32 + 1);
+        multiply_tiles(1, &result[0][d], HEAD, 0, (struct tiles){weights, 2 * SIDE, 64}, tiles_of_panel(pairs[d / 32][0]),
+                       first / 32 + 1);
     }
 }
 
@@ -113,7 +114,8 @@ static void attend(struct head *head, const number *qkv, number *out, float *top
         }
         multiply_with_pairs(head->result, head->weights, head->v_pairs, first);
         for (int r = 0; r < count; r++) {
-            for (int d = 0; d < HEAD; d += LANES) store(out + (long)(first + r) * WIDTH + d, load_float(&head->result[r][d]) * shares[first + r]);
+            for (int d = 0; d < HEAD; d += LANES)
+                store(out + (long)(first + r) * WIDTH + d, load_float(&head->result[r][d]) * shares[first + r]);
         }
     }
 }

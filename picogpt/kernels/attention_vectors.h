@@ -5,11 +5,11 @@
 /* A tile of scores: so many rows, and vectors of columns. */
 #define TILE_COLUMNS (LANES == 16 ? 3 : 2)
 #define TILE_ROWS (REGISTERS / TILE_COLUMNS)
-#define COLUMNS UP(SLOTS, TILE_COLUMNS * LANES)
+#define COLUMNS UP(SLOTS, TILE_COLUMNS *LANES)
 #define PADDED UP(SLOTS, TILE_ROWS)
 struct head {
     vector q[PADDED][VECTORS], k[PADDED][VECTORS], v[PADDED][VECTORS], gradient[PADDED][VECTORS];
-    vector columns[HEAD][COLUMNS / LANES];   /* keys or values, transposed */
+    vector columns[HEAD][COLUMNS / LANES]; /* keys or values, transposed */
     float weights[PADDED][COLUMNS] __attribute__((aligned(64))), scores[PADDED][COLUMNS] __attribute__((aligned(64)));
 };
 

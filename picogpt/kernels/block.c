@@ -1,16 +1,19 @@
 /* The blocks of the model, forward and backward, for one window of all rolls.
 
-   `picogpt.kernels.compiled` has this compiled for one shape of model; vectors.h says how. Every thread has a share of the rows, and
-   another of the heads. They wait for each other only where they need each other's: not at all where each has rolls of its own.
+   `picogpt.kernels.compiled` has this compiled for one shape of model; vectors.h says how. Every thread has a share of the
+   rows, and another of the heads. They wait for each other only where they need each other's: not at all where each has rolls
+   of its own.
 
-   What is needed in the backward pass is written once, row after row and past the cache; what is read next is in rows that all blocks and
-   windows have in common, and so in the cache. What is made of gradients is written over what has been read for the last time. Gradients of norms and biases are added to sums in which each
-   thread, or each roll, has a row of its own, so that they do not depend on who is first. */
+   What is needed in the backward pass is written once, row after row and past the cache; what is read next is in rows that all
+   blocks and windows have in common, and so in the cache. What is made of gradients is written over what has been read for the
+   last time. Gradients of norms and biases are added to sums in which each thread, or each roll, has a row of its own, so that
+   they do not depend on who is first. */
 
 #include <omp.h>
 
 #include "vectors.h"
 #include "product.h"
+#include "by_rows.h"
 #include "attention.h"
 #include "muon.h"
 
@@ -19,7 +22,8 @@
 /* ---- LayerNorm and the residual paths, for a share of the rows ---- */
 
 /* As everything that is done again in the backward pass it is there once, so that it is rounded in the same way. */
-static __attribute__((noinline)) void normalize(const float *x, const float *weight, const float *bias, number *out, float *mean, float *scale) {
+static __attribute__((noinline)) void normalize(const float *x, const float *weight, const float *bias, number *out, float *mean,
+                                                float *scale) {
     vector sum = {0}, squares = {0};
     for (int c = 0; c < WIDTH; c += LANES) sum += load_float(x + c);
     *mean = sum_of(sum) / WIDTH;
@@ -34,7 +38,8 @@ static __attribute__((noinline)) void normalize(const float *x, const float *wei
 }
 
 /* Of 2 R statistics the first half are the rows' means, the second what the distance from them was multiplied by. */
-static void layer_norm(const float *x, const float *weight, const float *bias, number *out, float *statistics, struct share share) {
+static void layer_norm(const float *x, const float *weight, const float *bias, number *out, float *statistics,
+                       struct share share) {
     for (long i = share.first; i < share.end; i++) {
         normalize(x + i * WIDTH, weight, bias, out + i * WIDTH, statistics + i, statistics + share.rows + i);
     }
@@ -69,10 +74,11 @@ static inline void put(number *to, vector x, int next) {
     else stream(to, x);
 }
 
-/* The gradient through a LayerNorm of x is added to dx, and that sum written to `branch`, unless it is null, for the product that x
-   was made by; the LayerNorm itself is written again to `out`. `sums` are of weight, bias and that product's bias. */
-static void layer_norm_backward(const number *gradient, const float *x, const float *weight, const float *bias, const float *statistics,
-                                number *out, int next, float *dx, number *branch, float *sums, struct share share) {
+/* The gradient through a LayerNorm of x is added to dx, and that sum written to `branch`, unless it is null, for the product
+   that x was made by; the LayerNorm itself is written again to `out`. `sums` are of weight, bias and that product's bias. */
+static void layer_norm_backward(const number *gradient, const float *x, const float *weight, const float *bias,
+                                const float *statistics, number *out, int next, float *dx, number *branch, float *sums,
+                                struct share share) {
     const float *means = statistics, *scales = statistics + share.rows;
     vector d_weight[WIDTH / LANES] = {0}, d_bias[WIDTH / LANES] = {0}, d_branch[WIDTH / LANES] = {0};
     for (long i = share.first; i < share.end; i++) {
@@ -128,7 +134,8 @@ static void keep_rows(const number *x, number *kept, long width, struct share sh
 /* That chance, and the density at x: Abramowitz and Stegun, 7.1.26, to 1e-7. */
 static inline vector chance_below(vector x, vector *density) {
     const int32_t sign = INT32_MIN;
-    vector size = (vector)((integers)x & ~sign), e = exponential_2(x * x * -0.72134752f), t = reciprocal(size * 0.23164189f + 1.0f);
+    vector size = (vector)((integers)x & ~sign), e = exponential_2(x * x * -0.72134752f),
+           t = reciprocal(size * 0.23164189f + 1.0f);
     vector p = t * 0.5307027145f - 0.7265760135f;
     p = p * t + 0.7107068705f;
     p = p * t - 0.142248368f;
@@ -194,9 +201,14 @@ struct sums {
 static struct share share_of(long rolls, long slots) {
     long thread = omp_get_thread_num(), threads = omp_get_num_threads(), rows = rolls * slots, heads = rolls * HEADS;
     return (struct share){
-        .thread = thread, .threads = threads, .rows = rows, .slots = slots,
-        .first = rows * thread / threads, .end = rows * (thread + 1) / threads,
-        .first_head = heads * thread / threads, .end_head = heads * (thread + 1) / threads,
+        .thread = thread,
+        .threads = threads,
+        .rows = rows,
+        .slots = slots,
+        .first = rows * thread / threads,
+        .end = rows * (thread + 1) / threads,
+        .first_head = heads * thread / threads,
+        .end_head = heads * (thread + 1) / threads,
     };
 }
 
@@ -207,10 +219,10 @@ static inline void wait_for_rows(struct share share) {
     }
 }
 
-/* What of a block comes after its first LayerNorm, which is in v->narrow: its result is `path` + v->branch + the last bias. `path` is
-   written to, x is read, and they may be the same. What is not null is kept. */
-static __attribute__((noinline)) void forward_block(const struct weights *w, const struct values *v, const float *x, float *path, float *middle, number *qkv,
-                          number *hidden, struct share share) {
+/* What of a block comes after its first LayerNorm, which is in v->narrow: its result is `path` + v->branch + the last bias.
+   `path` is written to, x is read, and they may be the same. What is not null is kept. */
+static __attribute__((noinline)) void forward_block(const struct weights *w, const struct values *v, const float *x, float *path,
+                                                    float *middle, number *qkv, number *hidden, struct share share) {
     multiply_1_to_3(v->fresh, v->narrow, w->attn, w->attn_bias, share);
     keep_rows(v->fresh, qkv, 3 * WIDTH, share);
     wait_for_rows(share);
@@ -223,8 +235,8 @@ static __attribute__((noinline)) void forward_block(const struct weights *w, con
     multiply_4_to_1(v->branch, v->wide, w->out, 0, share);
 }
 
-/* x of the first block through all of them, to `out`. Each block's x is kept if `trained`, and all else that the backward pass needs if
-   `kept`. */
+/* x of the first block through all of them, to `out`. Each block's x is kept if `trained`, and all else that the backward pass
+   needs if `kept`. */
 void forward(const struct weights *weights, const struct values *values, float *out, int trained, int kept, int layers, int rolls,
              int slots, int threads) {
 #pragma omp parallel num_threads(threads)
@@ -238,8 +250,8 @@ void forward(const struct weights *weights, const struct values *values, float *
             forward_block(w, v, i ? out : v->x, out, kept ? v->middle : 0, kept ? v->qkv : 0, kept ? v->hidden : 0, share);
             if (i + 1 == layers) add(out, v->branch, w->out_bias, out, share);
             else {
-                add_layer_norm(out, v->branch, w->out_bias, next->norm_1, next->norm_1_bias, out, trained ? after->x : 0, after->narrow,
-                               after->statistics_1, share);
+                add_layer_norm(out, v->branch, w->out_bias, next->norm_1, next->norm_1_bias, out, trained ? after->x : 0,
+                               after->narrow, after->statistics_1, share);
             }
         }
         finish_streams();
@@ -266,8 +278,8 @@ static void backward_block(const struct weights *w, const struct values *v, cons
     multiply_1_to_4(v->wide, v->d_branch, w->out_back, 0, share);
     gelu_backward(v->wide, v->hidden, v->active, next, s->fc_bias, share);
     multiply_4_to_1(v->narrow, v->hidden, w->fc_back, 0, share);
-    layer_norm_backward(v->narrow, v->middle, w->norm_2, w->norm_2_bias, v->statistics_2, v->normed_2, next, dx, v->d_middle, s->norm_2,
-                        share);
+    layer_norm_backward(v->narrow, v->middle, w->norm_2, w->norm_2_bias, v->statistics_2, v->normed_2, next, dx, v->d_middle,
+                        s->norm_2, share);
     multiply_1_to_1(v->branch, v->d_middle, w->proj_back, 0, share);
     if (!room) wait_for_rows(share);
     else {
@@ -282,15 +294,16 @@ static void backward_block(const struct weights *w, const struct values *v, cons
 #pragma omp barrier /* as gradients are about to be written over what others multiply by rows */
     }
     multiply_3_to_1(v->narrow, v->qkv, w->attn_back, 0, share);
-    layer_norm_backward(v->narrow, v->x, w->norm_1, w->norm_1_bias, v->statistics_1, v->normed_1, next, dx, d_branch, s->norm_1, share);
+    layer_norm_backward(v->narrow, v->x, w->norm_1, w->norm_1_bias, v->statistics_1, v->normed_1, next, dx, d_branch, s->norm_1,
+                        share);
     if (room) {
 #pragma omp barrier
         multiply_by_rows(s->attn, v->qkv, 3 * WIDTH, v->normed_1, WIDTH, rows, 1, 0, room, thread, threads);
     }
 }
 
-/* `dx`, the gradient of what `forward` gave, becomes that of the first block's x. `last_bias` are sums of the last block's last bias.
-   With `recompute` what a block makes is made again of its x. */
+/* `dx`, the gradient of what `forward` gave, becomes that of the first block's x. `last_bias` are sums of the last block's last
+   bias. With `recompute` what a block makes is made again of its x. */
 void backward(const struct weights *weights, const struct values *values, const struct sums *sums, float *dx, float *last_bias,
               unit *room, int recompute, int layers, int rolls, int slots, int threads) {
 #pragma omp parallel num_threads(threads)
@@ -325,7 +338,8 @@ static void pack_matrix(const float *matrix, unit *packed, unit *back, int out, 
     }
 }
 
-/* `matrices` are four for each block, and `packed` the room for each of them twice, UP(out, PANEL) x in and UP(in, PANEL) x out. */
+/* `matrices` are four for each block, and `packed` the room for each of them twice, UP(out, PANEL) x in and UP(in, PANEL) x
+   out. */
 void pack(const float *const *matrices, unit *const *packed, int layers, int threads) {
     static const int shapes[4][2] = {{3 * WIDTH, WIDTH}, {WIDTH, WIDTH}, {4 * WIDTH, WIDTH}, {WIDTH, 4 * WIDTH}};
 #pragma omp parallel num_threads(threads)
@@ -336,8 +350,8 @@ void pack(const float *const *matrices, unit *const *packed, int layers, int thr
 }
 
 /* Update `count` matrices (rows, columns), each by one thread; one side is WIDTH, and the other as long or four times. */
-void update_matrices(const struct part *parts, const struct settings *settings, const int *in_a_row, unit *room, int count, int rows,
-                     int columns, int threads) {
+void update_matrices(const struct part *parts, const struct settings *settings, const int *in_a_row, unit *room, int count,
+                     int rows, int columns, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         begin_tiles();

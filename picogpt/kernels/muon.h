@@ -1,9 +1,9 @@
 /* Muon's updates of matrices: `picogpt.optim.Muon` for one, from its gradient to its weights.
 
-   In the iteration X becomes X times a polynomial in its gram matrix, again and again. It is (rows, WIDTH) here, with at least as many
-   rows; what is wide is transposed. Of what is symmetric however it is rounded, as X^T X is and F G F, only what is not below the
-   diagonal is computed. Products of two polynomials in G are symmetric only before they are rounded: if they are taken for it, the
-   error grows until the iteration runs away. */
+   In the iteration X becomes X times a polynomial in its gram matrix, again and again. It is (rows, WIDTH) here, with at least
+   as many rows; what is wide is transposed. Of what is symmetric however it is rounded, as X^T X is and F G F, only what is not
+   below the diagonal is computed. Products of two polynomials in G are symmetric only before they are rounded: if they are
+   taken for it, the error grows until the iteration runs away. */
 
 #define SQUARE ((long)WIDTH * WIDTH)
 #define PACKED_SQUARE (UP(WIDTH, PANEL) * (long)WIDTH / PAIR)
@@ -53,10 +53,10 @@ static inline vector combined(vector sum, float scale, const number *plus, float
     return plus ? sum * scale + load(plus) * share : sum * scale;
 }
 
-/* `out`, or where that is null `sums`, of which only what is on the diagonal and above, (rows, WIDTH) = scale x a (rows, WIDTH) x packed
-   + share x plus. */
-static void combine_products(number *out, float *sums, const number *a, const unit *packed, float scale, const number *plus, float share,
-                             int rows) {
+/* `out`, or where that is null `sums`, of which only what is on the diagonal and above, (rows, WIDTH) = scale x a (rows, WIDTH)
+   x packed + share x plus. */
+static void combine_products(number *out, float *sums, const number *a, const unit *packed, float scale, const number *plus,
+                             float share, int rows) {
     const int depth = WIDTH / PAIR;
     for (int j = 0; j < WIDTH; j += PANEL) {
         const unit *panel = packed + (long)j * depth;
@@ -174,8 +174,8 @@ static float look_ahead(const struct part *part, float momentum, float *out, lon
     return sqrtf(sum_of(squares));
 }
 
-/* out = x (rows, WIDTH), each row times the length of a step and a factor that evens them out over time; the norm of the whole stays as it
-   was: `_evened_out` there. */
+/* out = x (rows, WIDTH), each row times the length of a step and a factor that evens them out over time; the norm of the whole
+   stays as it was: `_evened_out` there. */
 static void even_out(const number *x, float *mean_square, const struct settings *settings, float *out, int rows) {
     float factors[4 * WIDTH], before = 0, after = 0;
     for (int r = 0; r < rows; r++) {
@@ -189,19 +189,27 @@ static void even_out(const number *x, float *mean_square, const struct settings 
     }
     float same = settings->length * sqrtf(before / (after + 1e-12f));
     for (int r = 0; r < rows; r++) {
-        for (long at = (long)r * WIDTH; at < (r + 1L) * WIDTH; at += LANES) store_float(out + at, load(x + at) * (factors[r] * same));
+        for (long at = (long)r * WIDTH; at < (r + 1L) * WIDTH; at += LANES)
+            store_float(out + at, load(x + at) * (factors[r] * same));
     }
 }
 
 /* `in_a_row` says how many polynomials share a gram matrix, until there is a zero. */
-static void update_matrix(const struct part *part, const struct settings *settings, const int *in_a_row, unit *room, int rows, int columns) {
+static void update_matrix(const struct part *part, const struct settings *settings, const int *in_a_row, unit *room, int rows,
+                          int columns) {
     const long size = (long)rows * columns;
     const int wide = rows < columns;
     unit *second = room + 4 * SQUARE;
-    struct iteration it = {.x = (number *)room, .next = (number *)second, .gram = (number *)(room + 8 * SQUARE),
-                           .factor = (number *)(room + 9 * SQUARE), .product = (number *)(room + 10 * SQUARE),
-                           .other = (number *)(room + 11 * SQUARE), .sums = (float *)(room + 12 * SQUARE), .packed = room + 13 * SQUARE,
-                           .room = room + MUON_UNITS - THREAD_UNITS, .rows = size / WIDTH};
+    struct iteration it = {.x = (number *)room,
+                           .next = (number *)second,
+                           .gram = (number *)(room + 8 * SQUARE),
+                           .factor = (number *)(room + 9 * SQUARE),
+                           .product = (number *)(room + 10 * SQUARE),
+                           .other = (number *)(room + 11 * SQUARE),
+                           .sums = (float *)(room + 12 * SQUARE),
+                           .packed = room + 13 * SQUARE,
+                           .room = room + MUON_UNITS - THREAD_UNITS,
+                           .rows = size / WIDTH};
     float *mean = (float *)(wide ? room : second);
     float scale = 1 / (look_ahead(part, settings->momentum, mean, size) * settings->margin + 1e-7f);
     if (wide) transpose_floats((float *)second, mean, rows, columns);
@@ -213,5 +221,6 @@ static void update_matrix(const struct part *part, const struct settings *settin
         transpose_floats((float *)it.x, update, columns, rows);
         update = (float *)it.x;
     }
-    for (long i = 0; i < size; i += LANES) store_float(part->weights + i, load_float(part->weights + i) * settings->keep - load_float(update + i));
+    for (long i = 0; i < size; i += LANES)
+        store_float(part->weights + i, load_float(part->weights + i) * settings->keep - load_float(update + i));
 }

@@ -1,7 +1,8 @@
 /* Vectors of LANES floats, and the numbers that enter and leave products of matrices.
 
-   The shape of the model is in macros: WIDTH is n_embd, HEAD the entries of a head, SLOTS those of a window; BFLOAT16 is defined
-   where the products are in bfloat16. A `number` is what a product takes; residual paths, weights, biases and all sums are float. */
+   The shape of the model is in macros: WIDTH is n_embd, HEAD the entries of a head, SLOTS those of a window; BFLOAT16 is
+   defined where the products are in bfloat16. A `number` is what a product takes; residual paths, weights, biases and all sums
+   are float. */
 
 #include <math.h>
 #include <stdint.h>
@@ -37,9 +38,9 @@ typedef uint16_t numbers __attribute__((vector_size(2 * LANES), aligned(2), may_
 
 static inline integers widen(const number *from) {
 #if LANES == 16 /* one instruction, of which the compiler makes five */
-    return (integers)_mm512_cvtepu16_epi32((__m256i)*(const numbers *)from);
+    return (integers)_mm512_cvtepu16_epi32((__m256i) * (const numbers *)from);
 #elif LANES == 8 && defined(__AVX2__)
-    return (integers)_mm256_cvtepu16_epi32((__m128i)*(const numbers *)from);
+    return (integers)_mm256_cvtepu16_epi32((__m128i) * (const numbers *)from);
 #else
     return __builtin_convertvector(*(const numbers *)from, integers);
 #endif
@@ -70,8 +71,8 @@ static inline vector load_float(const float *from) { return *(const floats *)fro
 
 static inline void store_float(float *to, vector x) { *(floats *)to = x; }
 
-/* To where it is not read again soon: past the cache, which need not fetch a line that is written as a whole. Rows begin where lines
-   do; `finish_streams` comes before another thread reads them. */
+/* To where it is not read again soon: past the cache, which need not fetch a line that is written as a whole. Rows begin where
+   lines do; `finish_streams` comes before another thread reads them. */
 #if defined(__AVX__) && LANES > 4 && WIDTH % 32 == 0
 static inline void stream_float(float *to, vector x) {
 #if LANES == 16
