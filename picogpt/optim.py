@@ -34,7 +34,7 @@ _COEFFICIENTS = (
 _MARGIN = 1.02
 """What singular values are kept below 1 by, lest rounding takes one beyond it, where the polynomials run away."""
 _AT_ONCE = 2**20
-"""Most entries that Muon updates together, so that they stay in the processor's cache from beginning to end."""
+"""Most entries that Muon updates together by torch's functions, so that they stay in the cache from beginning to end."""
 _POLAR_EXPRESS = (*((a / _MARGIN, b / _MARGIN**3, c / _MARGIN**5) for a, b, c in _COEFFICIENTS[:-1]), _COEFFICIENTS[-1])
 
 
@@ -98,6 +98,12 @@ class _Part(NamedTuple):
     mean_square: Tensor
     """(rows, 1), or (1, columns) where there are more columns than rows."""
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        rows, columns = self.weights.shape
+        return rows, columns
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal, and each neuron's share of it evened out over time (NorMuon: Li et al., 2025).
@@ -131,6 +137,7 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay}
         defaults |= {"interval": interval, "phase": 0}
         super().__init__(parameters, defaults)
+        assert kernels is None or kernels.dtype == dtype, "compiled for another type"
         self._dtype, self._kernels = dtype, kernels
 
     @torch.no_grad()
@@ -138,12 +145,15 @@ class Muon(torch.optim.Optimizer):
         """Take up every gradient, and update the parameters whose turn it is."""
         assert closure is None
         for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[_Part]] = defaultdict(list)
+            by_shape: dict[tuple[int, int], list[_Part]] = defaultdict(list)
             for parameter in group["params"]:
                 for part in self._due_parts(parameter, group):
-                    by_shape[tuple(part.weights.shape)].append(part)
-            for shape, parts in by_shape.items():
-                count = max(1, _AT_ONCE // math.prod(shape))
+                    by_shape[part.shape].append(part)
+            for (rows, columns), parts in by_shape.items():
+                if self._kernels is not None and self._kernels.can_update(rows, columns):
+                    self._update_by_kernels(self._kernels, parts, group)
+                    continue
+                count = max(1, _AT_ONCE // (rows * columns))
                 for start in range(0, len(parts), count):
                     self._update(parts[start : start + count], group)
 
@@ -166,21 +176,36 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, parts: Sequence[_Part], group: Mapping[str, Any]) -> None:
         """Update matrices of one shape: with the mean gradient, looking one step ahead (Nesterov), made orthogonal."""
-        rows, columns = parts[0].weights.shape
-        rate = group["lr"] * group["interval"]
-        keep, length = 1 - rate * group["weight_decay"], rate * math.sqrt(max(1.0, rows / columns))
-        kernels = self._kernels
-        if kernels is not None and kernels.can_update(rows, columns):
-            settings = (group["momentum"], group["beta2"], keep, length, _MARGIN, *itertools.chain(*_POLAR_EXPRESS))
-            table = addresses(itertools.chain(*parts))
-            kernels.update_matrices(table, settings, _in_a_row(rows, columns, self._dtype), rows, columns)
-            return
+        rows, columns = parts[0].shape
+        keep, length = _step_of(group, rows, columns)
         stack = parts[0].weights.new_empty(len(parts), rows, columns)
         for part, mean in zip(parts, stack, strict=True):
             torch.lerp(part.gradient, part.momentum, group["momentum"], out=mean)
         for part, direction in zip(parts, orthogonalize(stack, self._dtype), strict=True):
             part.weights.mul_(keep)
             part.weights.addcmul_(direction, _evened_out(direction, part.mean_square, group["beta2"]), value=-length)
+
+    def _update_by_kernels(self, kernels: Kernels, parts: Sequence[_Part], group: Mapping[str, Any]) -> None:
+        """The same for any number of them."""
+        rows, columns = parts[0].shape
+        settings = (
+            group["momentum"],
+            group["beta2"],
+            *_step_of(group, rows, columns),
+            _MARGIN,
+            *itertools.chain(*_POLAR_EXPRESS),
+        )
+        assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for part in parts for tensor in part)
+        table = addresses(itertools.chain(*parts))
+        kernels.update_matrices(table, settings, _in_a_row(rows, columns, self._dtype), rows, columns)
+        # So that autograd notices it where the weights are needed as they were.
+        torch.autograd.graph.increment_version([part.weights for part in parts])
+
+
+def _step_of(group: Mapping[str, Any], rows: int, columns: int) -> tuple[float, float]:
+    """What weight decay leaves of a matrix, and the length of its step."""
+    rate = group["lr"] * group["interval"]
+    return 1 - rate * group["weight_decay"], rate * math.sqrt(max(1.0, rows / columns))
 
 
 def _evened_out(direction: Tensor, mean_square: Tensor, decay: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
@@ -35,6 +36,7 @@ SHAPES = {
     "heads of 64": GPTConfig(n_layer=1, n_head=1, n_embd=64, context_len=64),
     "long windows": GPTConfig(n_layer=1, n_head=1, n_embd=8, context_len=512),
     "heads of 20": GPTConfig(n_layer=1, n_head=3, n_embd=60, context_len=1),
+    "half a panel": GPTConfig(n_layer=1, n_head=3, n_embd=48, context_len=20),
 }
 CONFIG = TrainConfig(batch_size=2, windows=3, lr=1e-2, warmup_steps=2)
 CPU = torch.device("cpu")
@@ -184,9 +186,11 @@ def bytes_of_room(fused: FusedBlocks) -> int:
 
 
 @needs_compiler
-def test_scores_beyond_all_numbers() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", ["heads of 8", "heads of 16", "heads of 32"])
+def test_scores_beyond_all_numbers(shape: str, dtype: torch.dtype) -> None:
     """Scores that are all minus infinity leave no finite output behind, as in torch."""
-    model, ids = model_of("heads of 8"), torch.zeros(1, 3, dtype=torch.long)
+    model, ids = model_of(shape), torch.zeros(1, 3, dtype=torch.long)
     block = model.transformer.h[0]
     assert isinstance(block, Block)
     with torch.no_grad():
@@ -194,9 +198,10 @@ def test_scores_beyond_all_numbers() -> None:
         q.fill_(1e30)
         k.fill_(-1e30)
     losses = []
-    for kernels in (None, kernels_for("heads of 8")):
+    for kernels in (None, kernels_for(shape, dtype)):
         model.transformer.kernels = kernels
-        losses.append(model(ids, ids)[1].item())
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            losses.append(model(ids, ids)[1].item())
 
     assert all(map(math.isnan, losses))
 
@@ -236,6 +241,21 @@ def test_weights_that_change_in_between() -> None:
     assert loss is not None
     with torch.no_grad():
         next(model.transformer.h.parameters()).add_(1)
+
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        loss.backward()
+
+
+@needs_compiler
+def test_weights_that_muon_changes_in_between() -> None:
+    """So are those that the functions themselves have updated."""
+    model, kernels = model_of("heads of 8"), kernels_for("heads of 8")
+    model.transformer.kernels = kernels
+    _, loss = model(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long))
+    assert loss is not None
+    matrix = next(p for p in model.transformer.h.parameters() if p.dim() == 2)
+    matrix.grad = torch.ones_like(matrix)
+    Muon([matrix], lr=0.1, dtype=torch.float32, kernels=kernels).step()
 
     with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
         loss.backward()
@@ -427,17 +447,23 @@ def test_muon_of_other_shapes() -> None:
 
 
 @needs_compiler
-def test_more_threads() -> None:
-    """Shares of the rows that are added up apart give the same gradients."""
-    model = model_of("heads of 16")
-    _, one = loss_and_gradients(model, kernels_for("heads of 16"), 51)
-    try:
-        torch.set_num_threads(3)
-        _, three = loss_and_gradients(model, compile_kernels(SHAPES["heads of 16"], torch.float32), 51)
-    finally:
-        torch.set_num_threads(1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_more_threads(threads: int, dtype: torch.dtype) -> None:
+    """Shares of the rows that are added up apart give the same gradients, kept and computed again, and the same updates."""
+    shape, tolerance = "heads of 32", 2e-5 if dtype == torch.float32 else 5e-3
+    kernels, model = kernels_for(shape, dtype), model_of(shape)
+    shared = copy.copy(kernels)
+    shared.threads = threads
+    shared.__dict__.pop("room", None)  # is as large as its threads need
+    _, one = loss_and_gradients(model, kernels, 300, dtype)
+    for again in (False, True):
+        model.transformer.gradient_checkpointing = again
+        _, several = loss_and_gradients(model, shared, 300, dtype)
+        assert max(distance(several[name], one[name]) for name in one) < tolerance
 
-    assert max(distance(three[name], one[name]) for name in one) < 2e-5
+    updates = (after_steps(shape, dtype, each)[0] for each in (kernels, shared))
+    assert all(map(torch.equal, *updates))
 
 
 @needs_compiler
@@ -480,6 +506,19 @@ def test_training_goes_on_byte_for_byte(tmp_path: Path) -> None:
     }
     assert second.log.val == straight.log.val
     assert second.log.val == pytest.approx(modules.log.val, rel=1e-3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", [name for name, _ in GPT(TINY).transformer.h[0].named_parameters()])
+def test_what_is_not_finite_reaches_the_loss(name: str, value: float) -> None:
+    """In bfloat16, in the processor's longest vectors and its tiles, where it has them."""
+    model = model_of("heads of 32")
+    with torch.no_grad():
+        dict(model.transformer.h[0].named_parameters())[name].view(-1)[3] = value
+    loss, found = loss_and_gradients(model, kernels_for("heads of 32", torch.bfloat16), 130, torch.bfloat16)
+
+    assert not (math.isfinite(loss) and all(bool(gradient.isfinite().all()) for gradient in found.values()))
 
 
 @needs_compiler

@@ -86,12 +86,8 @@ def test_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) -> Non
     assert "epoch 1 of 1" in call("train", "--dataset", "sample", "--threads", "1", *tiny)
     assert call("generate", "-p", "Margery:", "-n", "5").startswith("margery:")
     assert (site / "picogpt" / "py.typed").exists()
-    assert {path.name for path in (site / "picogpt" / "kernels").glob("*.[ch]")} == {
-        "attention.h",
-        "block.c",
-        "product.h",
-        "vectors.h",
-    }
+    sources = [{path.name for path in (place / "picogpt" / "kernels").glob("*.[ch]")} for place in (site, ROOT)]
+    assert sources[0] == sources[1] > {"block.c", "vectors.h"}
 
 
 @pytest.mark.parametrize("script", ["train.py", "infer.py", "eval.py"])

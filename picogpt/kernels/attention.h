@@ -32,7 +32,7 @@ static inline float largest(const float *x, int i) {
 #include "attention_vectors.h"
 #endif
 
-/* Heads from `first` to `end`, of all rolls one after the other: what they read of qkv (R, 3C), in `out` (R, C), and of their
+/* A share of the heads, of all rolls one after the other: what they read of qkv (R, 3C), in `out` (R, C), and of their
    scores 2 R H statistics: the largest of each slot, and then 1 over the sum of their exponentials, each less that largest. */
 static void attention(const number *qkv, number *out, float *statistics, struct share share) {
     const long slots = share.slots;

@@ -47,7 +47,7 @@ static void read_columns(columns_of_head to, const number *from, long stride, in
 }
 
 static void read_pairs(pairs_of_head to, const number *from, long stride, int slots) {
-    for (int d = 0; d < HEAD; d += 32) pack_right(from + d, to[d / 32][0], stride, 1, slots, UP(slots, 32) / 2);
+    for (int d = 0; d < HEAD; d += 32) pack_right(from + d, to[d / 32][0], stride, 32, slots, UP(slots, 32) / 2);
 }
 
 /* 32 rows of scores, or gradients of weights, from row `first` on: rows x columns, as far as the last of them sees. */

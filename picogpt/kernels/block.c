@@ -1,13 +1,13 @@
 /* The blocks of the model, forward and backward, for one window of all rolls.
 
    `picogpt.kernels.compiled` has this compiled for one shape of model; vectors.h says how. Every thread has a share of the
-   rows, and another of the heads. They wait for each other only where they need each other's: not at all where each has rolls
-   of its own.
+   rows, and another of the heads. They wait for each other only where they need each other's rows: where rolls are not dealt
+   out evenly, and for gradients of matrices that are added up window by window.
 
-   What is needed in the backward pass is written once, row after row and past the cache; what is read next is in rows that all
-   blocks and windows have in common, and so in the cache. What is made of gradients is written over what has been read for the
-   last time. Gradients of norms and biases are added to sums in which each thread, or each roll, has a row of its own, so that
-   they do not depend on who is first. */
+   Most of what is needed in the backward pass is written row after row and past the cache; what is read next is in rows that
+   all blocks and windows have in common, and so in the cache. What is made of gradients is written over what has been read for
+   the last time. Gradients of norms and biases are added to sums in which each thread, or each roll, has a row of its own, so
+   that they do not depend on who is first. */
 
 #include <omp.h>
 
@@ -131,7 +131,7 @@ static void keep_rows(const number *x, number *kept, long width, struct share sh
 
 /* ---- GELU: x times the chance that a normal variable is less than x ---- */
 
-/* That chance, and the density at x: Abramowitz and Stegun, 7.1.26, to 1e-7. */
+/* That chance, and the density at x: Abramowitz and Stegun, 7.1.26, to 1e-7, and to 1e-4 where `reciprocal` is in bfloat16. */
 static inline vector chance_below(vector x, vector *density) {
     const int32_t sign = INT32_MIN;
     vector size = (vector)((integers)x & ~sign), e = exponential_2(x * x * -0.72134752f),
@@ -291,7 +291,7 @@ static void backward_block(const struct weights *w, const struct values *v, cons
     attention_backward(v->branch, v->qkv, v->read, v->scores, s->attn_bias, share);
     if (!room) wait_for_rows(share);
     else {
-#pragma omp barrier /* as gradients are about to be written over what others multiply by rows */
+#pragma omp barrier /* also as gradients are about to be written over what others may still multiply by rows */
     }
     multiply_3_to_1(v->narrow, v->qkv, w->attn_back, 0, share);
     layer_norm_backward(v->narrow, v->x, w->norm_1, w->norm_1_bias, v->statistics_1, v->normed_1, next, dx, d_branch, s->norm_1,
@@ -315,7 +315,7 @@ void backward(const struct weights *weights, const struct values *values, const 
             const struct weights *w = weights + i;
             const struct values *v = values + i;
             if (recompute) {
-#pragma omp barrier /* likewise */
+#pragma omp barrier /* as qkv is about to be written over, which others may still multiply by rows */
                 layer_norm(v->x, w->norm_1, w->norm_1_bias, v->narrow, v->statistics_1, share);
                 forward_block(w, v, v->x, v->middle, 0, v->qkv, v->hidden, share);
                 finish_streams();
@@ -330,10 +330,10 @@ void backward(const struct weights *weights, const struct values *values, const 
 /* Pack matrix (out, in) as it is multiplied with in the forward pass and in the backward pass. */
 static void pack_matrix(const float *matrix, unit *packed, unit *back, int out, int in, int thread, int threads) {
     const int panels = UP(out, PANEL) / PANEL, panels_back = UP(in, PANEL) / PANEL;
-    for (int j = panels * thread / threads; j < panels * (thread + 1) / threads; j++) {
+    for (int j = first_of(panels, thread, threads); j < first_of(panels, thread + 1, threads); j++) {
         pack_transposed(matrix, packed + (long)j * PANEL * (in / PAIR), out, in, j * PANEL);
     }
-    for (int j = panels_back * thread / threads; j < panels_back * (thread + 1) / threads; j++) {
+    for (int j = first_of(panels_back, thread, threads); j < first_of(panels_back, thread + 1, threads); j++) {
         pack_as_it_is(matrix, back + (long)j * PANEL * (out / PAIR), out, in, j * PANEL);
     }
 }
@@ -363,12 +363,9 @@ void update_matrices(const struct part *parts, const struct settings *settings, 
     }
 }
 
-/* Columns of a panel, and units of the room that threads need for what they pack. */
+/* Columns of a panel, and units of the room that threads need: for Muon's updates the most. */
 int panel_columns(void) { return PANEL; }
-long room_units(int threads) {
-    long most = THREAD_UNITS > MUON_UNITS ? THREAD_UNITS : MUON_UNITS;
-    return threads * most;
-}
+long room_units(int threads) { return threads * MUON_UNITS; }
 int uses_matrix_tiles(void) {
 #ifdef MATRIX_TILES
     return 1;

@@ -41,14 +41,14 @@ static void pack_left(const number *x, unit *packed, int rows, int depth) {
     }
 }
 
-/* Panels of x, whose rows are `stride` apart. */
-static void pack_right(const number *x, unit *packed, long stride, int panels, int rows, int depth) {
+/* Panels of the first `columns` of x, whose rows are `stride` apart. */
+static void pack_right(const number *x, unit *packed, long stride, int columns, int rows, int depth) {
     typedef uint16_t line __attribute__((vector_size(64), aligned(2), may_alias));
     static const line low = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                              8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     int k = 0;
     for (; 2 * k + 1 < rows; k++) {
-        for (int j = 0; j < panels; j++) {
+        for (int j = 0; j < columns / PANEL; j++) {
             unit *to = packed + ((long)j * depth + k) * PANEL;
             line a = *(const line *)(x + 2 * k * stride + j * PANEL), b = *(const line *)(x + (2 * k + 1) * stride + j * PANEL);
             *(line *)to = __builtin_shuffle(a, b, low);
@@ -56,7 +56,7 @@ static void pack_right(const number *x, unit *packed, long stride, int panels, i
         }
     }
     for (; k < depth; k++) {
-        for (int c = 0; c < panels * PANEL; c += LANES) {
+        for (int c = 0; c < columns; c += LANES) {
             *(units *)(packed + ((long)(c / PANEL) * depth + k) * PANEL + c % PANEL) = of_rows(x + c, stride, rows, k);
         }
     }
@@ -92,7 +92,7 @@ static void multiply_by_rows(float *sums, const number *left, int n, const numbe
     for (long start = 0; start < rows; start += most) {
         int count = rows - start < most ? rows - start : most, depth = DEPTH_OF(count), last = start + most >= rows;
         pack_left(narrow + start * WIDTH, whole, count, depth);
-        pack_right(wide + start * columns + first * PANEL, part, columns, end - first, count, depth);
+        pack_right(wide + start * columns + first * PANEL, part, columns, (end - first) * PANEL, count, depth);
         for (int j = first; j < end; j++) {
             struct tiles panel = tiles_of_panel(part + (long)(j - first) * PANEL * depth);
             for (int i = 0; i < WIDTH; i += 32) {
@@ -109,6 +109,15 @@ static void multiply_by_rows(float *sums, const number *left, int n, const numbe
 #else
 /* For each thread: units of what it packs of both matrices, of which one may be four times as wide as WIDTH. */
 #define THREAD_UNITS ((5L * WIDTH + TILE + PANEL + 1) * DEPTH_OF(ROWS_AT_ONCE))
+
+static inline unit unit_of(const number *first, const number *second) {
+#ifdef BFLOAT16
+    return *first | (unit)*second << 16;
+#else
+    (void)second;
+    return *first;
+#endif
+}
 
 /* The first `columns` of x in blocks of TILE, and zeros beyond them. Rows are read from beginning to end, for the sake of
    memory; so they are by `pack_right`. */
@@ -129,11 +138,11 @@ static void pack_left(const number *x, unit *packed, int width, int columns, int
 }
 
 /* The first `columns` of x in panels, and zeros beyond them. */
-static void pack_right(const number *x, unit *packed, int width, int columns, int rows, int depth) {
+static void pack_right(const number *x, unit *packed, long stride, int columns, int rows, int depth) {
     for (int k = 0; k < depth; k++) {
         for (int c = 0; c < UP(columns, PANEL); c += LANES) {
             unit *to = packed + (long)(c / PANEL) * PANEL * depth + k * PANEL + c % PANEL;
-            *(units *)to = c < columns ? of_rows(x + c, width, rows, k) : (units){0};
+            *(units *)to = c < columns ? of_rows(x + c, stride, rows, k) : (units){0};
         }
     }
 }

@@ -1,5 +1,7 @@
 """The functions of block.c: compiled for one shape of model by the machine's own C compiler, and called with tensors.
 
+They are for the blocks and for Muon's updates of their matrices.
+
 What stands between two products of matrices costs torch a pass over memory for every step of a formula, and attention over short
 windows two copies more; in bfloat16, where products are fast, that is almost half of the time. Here it is one pass each, and
 attention stays in the processor's cache a head at a time, so that its weights are never stored (as in FlashAttention: Dao et al.,
@@ -99,7 +101,7 @@ class Kernels:
 
     @cached_property
     def room(self) -> Tensor:
-        """Memory that threads pack matrices in."""
+        """Memory that threads pack matrices in, and update them."""
         return torch.empty(self._library.room_units(self.threads), dtype=torch.float32)
 
     def pack(self, matrices: Addresses, packed: Addresses, layers: int) -> None:

@@ -18,13 +18,7 @@ struct iteration {
     int rows;
 };
 
-static void pack_square(const number *matrix, unit *packed) {
-#ifdef MATRIX_TILES
-    pack_right(matrix, packed, WIDTH, WIDTH / PANEL, WIDTH, WIDTH / PAIR);
-#else
-    pack_right(matrix, packed, WIDTH, WIDTH, WIDTH, WIDTH / PAIR);
-#endif
-}
+static void pack_square(const number *matrix, unit *packed) { pack_right(matrix, packed, WIDTH, WIDTH, WIDTH, WIDTH / PAIR); }
 
 /* What is above the diagonal is copied below it. */
 static void mirror(float *sums) {
@@ -49,7 +43,7 @@ static void round_square(float *sums, float diagonal, number *out) {
 }
 
 /* scale x a sum of products + share x what is at `plus`, if there is something. */
-static inline vector combined(vector sum, float scale, const number *plus, float share) {
+static inline vector scaled_sum(vector sum, float scale, const number *plus, float share) {
     return plus ? sum * scale + load(plus) * share : sum * scale;
 }
 
@@ -76,7 +70,7 @@ static void combine_products(number *out, float *sums, const number *a, const un
             for (int r = 0; r < count; r++) {
                 for (int c = 0; c < 2 && j + c * LANES < WIDTH; c++) {
                     long at = (long)(i + r) * WIDTH + j + c * LANES;
-                    vector y = combined(SUM(r, c), scale, plus ? plus + at : 0, share);
+                    vector y = scaled_sum(SUM(r, c), scale, plus ? plus + at : 0, share);
                     if (out) store(out + at, y);
                     else store_float(sums + at, y);
                 }

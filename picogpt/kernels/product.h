@@ -175,15 +175,6 @@ static inline units units_of(const number *first, const number *second) {
 #endif
 }
 
-static inline unit unit_of(const number *first, const number *second) {
-#ifdef BFLOAT16
-    return *first | (unit)*second << 16;
-#else
-    (void)second;
-    return *first;
-#endif
-}
-
 /* Have a panel come to the cache while the one before it is multiplied with: what falls to `count` rows of `all`, from `row`
    on. */
 static inline void prefetch_part(const unit *panel, int depth, int row, int count, int all) {

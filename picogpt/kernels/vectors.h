@@ -39,7 +39,7 @@ typedef uint16_t numbers __attribute__((vector_size(2 * LANES), aligned(2), may_
 static inline integers widen(const number *from) {
 #if LANES == 16 /* one instruction, of which the compiler makes five */
     return (integers)_mm512_cvtepu16_epi32((__m256i) * (const numbers *)from);
-#elif LANES == 8 && defined(__AVX2__)
+#elif LANES == 8
     return (integers)_mm256_cvtepu16_epi32((__m128i) * (const numbers *)from);
 #else
     return __builtin_convertvector(*(const numbers *)from, integers);
