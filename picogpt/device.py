@@ -37,6 +37,8 @@ _MOST_OF_A_HEAP, _ALL = 2**25, 2**31 - 1
 """In bytes; the first is the largest that glibc takes."""
 _WORTHWHILE = 1.3
 """How many times faster bfloat16 has to be before its coarser numbers are worth having."""
+_ROUNDS, _WHILE = 6, 0.1
+"""How often that is timed at least, and for how many seconds."""
 
 
 def set_threads(count: int | None) -> int:
@@ -130,7 +132,7 @@ def choose_dtype(name: str, device: torch.device = CPU) -> tuple[torch.dtype, st
     if device.type != "cpu":
         has = "has" if _has_bfloat16(device) else "has no"
         return (torch.bfloat16 if has == "has" else torch.float32), f"the GPU {has} bfloat16"
-    ratio = _product_seconds(torch.float32) / _product_seconds(torch.bfloat16)
+    ratio = _times_as_fast()
     chosen = torch.bfloat16 if ratio >= _WORTHWHILE else torch.float32
     return chosen, f"bfloat16 products run at {ratio:.1f} times the speed of float32 on {instruction_set()}"
 
@@ -141,12 +143,19 @@ def _has_bfloat16(device: torch.device) -> bool:
     return bool(torch.backends.mps.is_macos_or_newer(14, 0))
 
 
-def _product_seconds(dtype: torch.dtype) -> float:
-    """Shortest time of a matrix product in `dtype`, after a first one to warm up."""
-    a, b = torch.ones(_ROWS, _IN, dtype=dtype), torch.ones(_OUT, _IN, dtype=dtype)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        torch.nn.functional.linear(a, b)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+def _times_as_fast() -> float:
+    """How many times as fast a matrix product is in bfloat16 as in float32, by the shortest time of each.
+
+    They take turns for a while, so that it does not decide if something else has a core for a moment.
+    """
+    types = (torch.float32, torch.bfloat16)
+    operands = [(torch.ones(_ROWS, _IN, dtype=dtype), torch.ones(_OUT, _IN, dtype=dtype)) for dtype in types]
+    seconds: list[list[float]] = [[], []]
+    start = time.perf_counter()
+    while len(seconds[0]) < _ROUNDS or time.perf_counter() - start < _WHILE:
+        for found, (a, b) in zip(seconds, operands, strict=True):
+            before = time.perf_counter()
+            torch.nn.functional.linear(a, b)
+            found.append(time.perf_counter() - before)
+    slow, fast = (min(found[1:]) for found in seconds)  # the first one warms up
+    return slow / fast

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -210,9 +212,23 @@ def test_device() -> None:
 @pytest.mark.parametrize(("ratio", "expected"), [(3.0, torch.bfloat16), (0.1, torch.float32), (1.1, torch.float32)])
 def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch, ratio: float, expected: torch.dtype) -> None:
     """bfloat16 is taken only where it is clearly faster."""
-    monkeypatch.setattr("picogpt.device._product_seconds", lambda dtype: ratio if dtype is torch.float32 else 1.0)
+    monkeypatch.setattr("picogpt.device._times_as_fast", lambda: ratio)
 
     assert choose_dtype("auto")[0] is expected
+
+
+def test_a_moment_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A type whose first products are held up by something else is timed for longer than that."""
+    calls: Counter[torch.dtype] = Counter()
+
+    def product(a: torch.Tensor, _: torch.Tensor) -> None:
+        calls[a.dtype] += 1
+        held_up = a.dtype is torch.bfloat16 and calls[a.dtype] <= 8
+        time.sleep(0.004 if held_up or a.dtype is torch.float32 else 0.001)
+
+    monkeypatch.setattr("torch.nn.functional.linear", product)
+
+    assert choose_dtype("auto")[0] is torch.bfloat16
 
 
 def test_no_compiler() -> None:
