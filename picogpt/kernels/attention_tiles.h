@@ -70,12 +70,7 @@ static inline void multiply_with_pairs(float result[32][HEAD], number weights[32
 static inline void add_transposed_product(float sums[SIDE][HEAD], number weights[32][SIDE], pairs_of_head pairs, int first) {
     unit columns[32][16] __attribute__((aligned(64)));
     for (int j = 0; j <= first; j += 32) {
-        for (int half = 0; half < 32; half += 16) {
-            integers tile[16];
-            for (int k = 0; k < 16; k++) tile[k] = (integers)of_rows(&weights[0][j + half], SIDE, 32, k);
-            transpose_lanes(tile);
-            for (int k = 0; k < 16; k++) *(integers *)columns[half + k] = tile[k];
-        }
+        pack_left(&weights[0][j], columns[0], SIDE, 32, 32, 16);
         for (int d = 0; d < HEAD; d += 32) {
             struct tiles left = {columns, 64, 0}, right = tiles_of_panel(pairs[d / 32][first / 2]);
             if (j < first) multiply_tiles(1, &sums[j][d], HEAD, 1, left, right, 1);

@@ -5,8 +5,9 @@
 /* A tile of scores: so many rows, and vectors of columns. */
 #define TILE_COLUMNS (LANES == 16 ? 3 : 2)
 #define TILE_ROWS (REGISTERS / TILE_COLUMNS)
-#define COLUMNS UP(SLOTS, TILE_COLUMNS *LANES)
+#define COLUMNS UP(SLOTS, (TILE_COLUMNS * LANES))
 #define PADDED UP(SLOTS, TILE_ROWS)
+
 struct head {
     vector q[PADDED][VECTORS], k[PADDED][VECTORS], v[PADDED][VECTORS], gradient[PADDED][VECTORS];
     vector columns[HEAD][COLUMNS / LANES]; /* keys or values, transposed */

@@ -205,10 +205,10 @@ static struct share share_of(long rolls, long slots) {
         .threads = threads,
         .rows = rows,
         .slots = slots,
-        .first = rows * thread / threads,
-        .end = rows * (thread + 1) / threads,
-        .first_head = heads * thread / threads,
-        .end_head = heads * (thread + 1) / threads,
+        .first = first_of(rows, thread, threads),
+        .end = first_of(rows, thread + 1, threads),
+        .first_head = first_of(heads, thread, threads),
+        .end_head = first_of(heads, thread + 1, threads),
     };
 }
 

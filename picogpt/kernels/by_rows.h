@@ -12,9 +12,6 @@ static inline units of_rows(const number *x, long stride, int rows, int k) {
     return units_of(first < rows ? x + first * stride : none, second < rows ? x + second * stride : none);
 }
 
-/* Of `count` pieces the first one of a thread. */
-static inline int first_of(int count, int thread, int threads) { return count * thread / threads; }
-
 /* Rows that are packed at once: as even parts of them as can be, of a multiple of 32. */
 static inline long rows_at_once(long rows) {
     long chunks = UP(rows, ROWS_AT_ONCE) / ROWS_AT_ONCE;
@@ -27,13 +24,13 @@ static inline long rows_at_once(long rows) {
 #define PART_UNITS (4 * WHOLE_UNITS)
 #define THREAD_UNITS (WHOLE_UNITS + PART_UNITS + 4L * WIDTH * WIDTH)
 
-/* All columns of x, 32 of them after the other, in tiles of 16 columns and 16 units. Rows are read from beginning to end, for the
-   sake of memory; so they are by `pack_right`. */
-static void pack_left(const number *x, unit *packed, int rows, int depth) {
+/* The first `columns` of x, whose rows are `stride` apart, 32 of them after the other, in tiles of 16 columns and 16 units. Rows
+   are read from beginning to end, for the sake of memory; so they are by `pack_right`. */
+static void pack_left(const number *x, unit *packed, long stride, int columns, int rows, int depth) {
     for (int k = 0; k < depth; k += 16) {
-        for (int i = 0; i < WIDTH; i += 16) {
+        for (int i = 0; i < columns; i += 16) {
             integers tile[16];
-            for (int r = 0; r < 16; r++) tile[r] = (integers)of_rows(x + i, WIDTH, rows, k + r);
+            for (int r = 0; r < 16; r++) tile[r] = (integers)of_rows(x + i, stride, rows, k + r);
             transpose_lanes(tile);
             unit *to = packed + (long)(i / 32) * 32 * depth + (2 * k + i % 32) * 16;
             for (int r = 0; r < 16; r++) *(integers *)(to + 16 * r) = tile[r];
@@ -91,7 +88,7 @@ static void multiply_by_rows(float *sums, const number *left, int n, const numbe
     const long most = rows_at_once(rows);
     for (long start = 0; start < rows; start += most) {
         int count = rows - start < most ? rows - start : most, depth = DEPTH_OF(count), last = start + most >= rows;
-        pack_left(narrow + start * WIDTH, whole, count, depth);
+        pack_left(narrow + start * WIDTH, whole, WIDTH, WIDTH, count, depth);
         pack_right(wide + start * columns + first * PANEL, part, columns, (end - first) * PANEL, count, depth);
         for (int j = first; j < end; j++) {
             struct tiles panel = tiles_of_panel(part + (long)(j - first) * PANEL * depth);
@@ -121,13 +118,13 @@ static inline unit unit_of(const number *first, const number *second) {
 
 /* The first `columns` of x in blocks of TILE, and zeros beyond them. Rows are read from beginning to end, for the sake of
    memory; so they are by `pack_right`. */
-static void pack_left(const number *x, unit *packed, int width, int columns, int rows, int depth) {
+static void pack_left(const number *x, unit *packed, long stride, int columns, int rows, int depth) {
     static const number none[TILE];
     for (int k = 0; k < depth; k++) {
         int first = k * PAIR, second = first + PAIR - 1;
         for (int i = 0; i < columns; i += TILE) {
-            const number *a = first < rows ? x + (long)first * width + i : none,
-                         *b = second < rows ? x + (long)second * width + i : none;
+            const number *a = first < rows ? x + first * stride + i : none,
+                         *b = second < rows ? x + second * stride + i : none;
             unit *to = packed + (long)i * depth + k * TILE;
             if (PAIR == 1 && i + TILE <= columns) memcpy(to, a, TILE * sizeof *to);
             else {

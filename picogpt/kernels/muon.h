@@ -183,8 +183,9 @@ static void even_out(const number *x, float *mean_square, const struct settings 
     }
     float same = settings->length * sqrtf(before / (after + 1e-12f));
     for (int r = 0; r < rows; r++) {
-        for (long at = (long)r * WIDTH; at < (r + 1L) * WIDTH; at += LANES)
+        for (long at = (long)r * WIDTH; at < (r + 1L) * WIDTH; at += LANES) {
             store_float(out + at, load(x + at) * (factors[r] * same));
+        }
     }
 }
 
@@ -215,6 +216,7 @@ static void update_matrix(const struct part *part, const struct settings *settin
         transpose_floats((float *)it.x, update, columns, rows);
         update = (float *)it.x;
     }
-    for (long i = 0; i < size; i += LANES)
+    for (long i = 0; i < size; i += LANES) {
         store_float(part->weights + i, load_float(part->weights + i) * settings->keep - load_float(update + i));
+    }
 }

@@ -38,9 +38,9 @@ typedef uint16_t numbers __attribute__((vector_size(2 * LANES), aligned(2), may_
 
 static inline integers widen(const number *from) {
 #if LANES == 16 /* one instruction, of which the compiler makes five */
-    return (integers)_mm512_cvtepu16_epi32((__m256i) * (const numbers *)from);
+    return (integers)_mm512_cvtepu16_epi32((__m256i)(*(const numbers *)from));
 #elif LANES == 8
-    return (integers)_mm256_cvtepu16_epi32((__m128i) * (const numbers *)from);
+    return (integers)_mm256_cvtepu16_epi32((__m128i)(*(const numbers *)from));
 #else
     return __builtin_convertvector(*(const numbers *)from, integers);
 #endif
@@ -105,6 +105,10 @@ static inline void finish_streams(void) {}
 
 static inline void accumulate(float *to, vector x) { store_float(to, load_float(to) + x); }
 
+#if LANES == 16
+static inline float sum_of(vector x) { return _mm512_reduce_add_ps((__m512)x); }
+static inline float largest_of(vector x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
 static inline float plus(float a, float b) { return a + b; }
 
 static inline float larger(float a, float b) { return b < a ? a : b; }
@@ -119,15 +123,11 @@ static inline __attribute__((always_inline)) float folded(vector x, float (*comb
     return lanes[0];
 }
 
-#if LANES == 16
-static inline float sum_of(vector x) { return _mm512_reduce_add_ps((__m512)x); }
-static inline float largest_of(vector x) { return _mm512_reduce_max_ps((__m512)x); }
-#else
 static inline float sum_of(vector x) { return folded(x, plus); }
 static inline float largest_of(vector x) { return folded(x, larger); }
 #endif
 
-/* 1 / x for x >= 1, in bfloat16 to 6e-5 of itself: a division takes as long as all else of a GELU. */
+/* 1 / x for x >= 1; in bfloat16 to 6e-5 of itself, in longest vectors. */
 static inline vector reciprocal(vector x) {
 #if defined(BFLOAT16) && LANES == 16
     return (vector)_mm512_rcp14_ps((__m512)x);
@@ -184,6 +184,9 @@ static inline __attribute__((always_inline)) void transpose_lanes(integers x[LAN
         }
     }
 }
+
+/* Of `count` pieces the first one of a thread. */
+static inline long first_of(long count, long thread, long threads) { return count * thread / threads; }
 
 /* What a thread does of a window: rows, and heads of rolls. */
 struct share {
