@@ -691,6 +691,27 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_ends_generation(trained: Path, samples: int, number: signal.Signals, code: int) -> None:
+    """Ctrl-C and SIGTERM end the command within seconds, wherever they meet it, and leave no process behind."""
+    command = [sys.executable, "-m", "picogpt.cli.generate", "-p", "a", "-n", "1000000", "--num-samples", str(samples)]
+    for delay in (0.0, 0.2, 0.31):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            process.stderr.readline()  # the model is loaded
+            time.sleep(delay)
+            process.send_signal(number)
+            try:
+                # The pipe ends only when no process holds its other end.
+                _, err = process.communicate(timeout=10)
+            finally:
+                process.kill()
+
+        assert process.returncode == code
+        assert err == ("picogpt-generate: interrupted\n" if number == signal.SIGINT else "")
+
+
 def test_loop_on_a_terminal(trained: Path) -> None:
     """Each line is a prompt; Ctrl-C stops the text and not the loop, Ctrl-D leaves."""
     primary, secondary = os.openpty()

@@ -260,12 +260,18 @@ def _wait_for(flags: memoryview, flag: int, count: int, check: Callable[[], None
 
 
 def _dismiss(helpers: dict[int, int], bells: list[int]) -> None:
-    """Close the bells, upon which helpers leave, and wait for that."""
+    """Kill the helpers and reap them.
+
+    A helper owns nothing that must be finished. One that was interrupted in the middle of a sum would wait for a part
+    that never comes, and this process would wait for the helper.
+    """
     while bells:
         os.close(bells.pop())
     while helpers:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(helpers.popitem()[0], 0)
+        helper, _ = helpers.popitem()
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(helper, signal.SIGKILL)
+            os.waitpid(helper, 0)
 
 
 class TeamBlocks:
