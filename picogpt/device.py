@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
+from dataclasses import replace
 
 import torch
+from threadpoolctl import threadpool_info
 
 from picogpt.errors import TrainingError
+from picogpt.threads import Threads, choose_threads
 
 __all__ = [
     "CPU",
@@ -29,6 +33,9 @@ DType = torch.dtype
 
 CPU = torch.device("cpu")
 
+_TORCH_THREADS = torch.get_num_threads()
+"""What torch chose when it was loaded."""
+
 _ROWS, _IN, _OUT = 1032, 256, 1024
 """Shape of the model's largest matrix product, for eight rolls."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -41,11 +48,29 @@ _ROUNDS, _WHILE = 6, 0.1
 """How often that is timed at least, and for how many seconds."""
 
 
-def set_threads(count: int | None) -> int:
-    """Have torch compute with `count` threads, or its own choice (one a core) for None; return how many it is."""
-    if count is not None:
-        torch.set_num_threads(count)
-    return torch.get_num_threads()
+def set_threads(asked: int | None) -> Threads:
+    """Have torch compute with `asked` threads, or with as many as suit the machine for None.
+
+    Returns:
+        The number that computes, which can be lower than `asked`: see `picogpt.threads.choose_threads`.
+    """
+    threads = choose_threads(asked)
+    if asked is None and threads.count > _TORCH_THREADS:
+        # On systems other than Linux torch knows more of the processor, such as which cores of an Apple one are slow.
+        threads = Threads(_TORCH_THREADS, "as torch chooses")
+    if os.environ.get("OMP_DYNAMIC", "").strip().lower() in {"true", "1"}:
+        _switch_off_dynamic_threads()
+        threads = replace(threads, reason=f"{threads.reason}; OMP_DYNAMIC is switched off")
+    torch.set_num_threads(threads.count)
+    return threads
+
+
+def _switch_off_dynamic_threads() -> None:
+    """Have OpenMP start as many threads as it is told: with `OMP_DYNAMIC` results would depend on how busy the machine is."""
+    os.environ["OMP_DYNAMIC"] = "false"  # for a library that is loaded later
+    for library in threadpool_info():
+        if library["user_api"] == "openmp":
+            ctypes.CDLL(library["filepath"]).omp_set_dynamic(0)
 
 
 def instruction_set() -> str:

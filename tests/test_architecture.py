@@ -12,7 +12,7 @@ import picogpt
 
 PACKAGE = Path(picogpt.__file__).parent
 LAYERS = [
-    {"errors"},
+    {"errors", "threads", "wording"},
     {"roll", "config", "files", "dropout", "scores", "device"},
     {"attention", "kernels"},
     {"model", "tokenizer"},

@@ -296,7 +296,7 @@ class TestTrain:
         monkeypatch.setattr("picogpt.device.check_compiler", lambda: None)
         monkeypatch.setattr(Trainer, "compile_blocks", compile_blocks)
         train.main(training(text_file, "--compile"))
-        assert "1 threads, blocks compiled by torch (the first steps take longer)" in capsys.readouterr().err
+        assert "1 thread (as requested), blocks compiled by torch (the first steps take longer)" in capsys.readouterr().err
         train.main(["--run", "numbers", "--epochs", "3"])
         assert len(asked) == 2
         train.main(["--run", "numbers", "--epochs", "4", "--no-compile"])
@@ -319,7 +319,7 @@ class TestTrain:
         monkeypatch.setattr(Kernels, "forward", watched)
         assert train.main(in_c) == 0
         assert computed
-        assert "1 threads, blocks by functions in C (compiled by cc)\n" in capsys.readouterr().err
+        assert "1 thread (as requested), blocks by functions in C (compiled by cc)\n" in capsys.readouterr().err
         assert json.loads(Path("logs/numbers/config.json").read_text())["kernels"] == "c"
         monkeypatch.setattr("picogpt.device.check_compiler", lambda: None)
         monkeypatch.setattr(Trainer, "compile_blocks", lambda self: None)

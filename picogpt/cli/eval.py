@@ -13,6 +13,7 @@ from picogpt.cli.common import Parser, add_model, check_picture, end_process, no
 from picogpt.cli.evaltexts import EvalText, Trained, find_eval_text, find_ngram_text
 from picogpt.config import EvalConfig, check_threads
 from picogpt.forecast import format_seconds
+from picogpt.wording import plural
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -71,7 +72,7 @@ def build_parser() -> Parser:
     machine.add_argument(
         "--batch-size", metavar="N", type=int, default=defaults.batch_size, help="rolls read side by side (default: %(default)s)"
     )
-    machine.add_argument("--threads", metavar="N", type=int, help="threads to compute with (default: one a core)")
+    machine.add_argument("--threads", metavar="N", type=int, help="threads to compute with (default: as in picogpt-train)")
     output = parser.add_argument_group("output")
     output.add_argument(
         "-o", "--output", metavar="FILE", type=Path, help="the picture, a .jpg (default: eval.jpg beside the model)"
@@ -154,7 +155,8 @@ def _read(shape: GPTConfig, weights: Tensors, rolls: Rolls, batch_size: int, thr
 
     model = GPT(shape)
     model.load_arrays(weights)
-    notice(f"computing in float32 with {set_threads(threads)} threads")
+    chosen = set_threads(threads)
+    notice(f"computing in float32 with {plural(chosen.count, 'thread')} ({chosen.reason})")
     with _Progress(chars_to_read(rolls, shape.context_len)) as advance:
         return evaluate(model, rolls, batch_size=batch_size, advance=advance)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from picogpt.cli.settings import Request
 from picogpt.config import GPTConfig, RunSettings, TrainConfig
 from picogpt.errors import ConfigError, TrainingError
+from picogpt.wording import plural
 
 if TYPE_CHECKING:
     from picogpt.device import Device, DType
@@ -24,6 +25,7 @@ class Machine:
     device: Device
     device_reason: str
     threads: int
+    threads_reason: str
     dtype: DType
     dtype_reason: str
     kernels: Kernels | None
@@ -62,7 +64,8 @@ class Machine:
         return cls(
             device=device,
             device_reason=device_reason,
-            threads=threads,
+            threads=threads.count,
+            threads_reason=threads.reason,
             dtype=dtype,
             dtype_reason=dtype_reason,
             kernels=kernels,
@@ -96,7 +99,9 @@ class Machine:
 
     def description(self) -> str:
         """What computes, in a line."""
-        said = f"computing in {self.dtype_name} ({self.dtype_reason}) with {self.threads} threads"
+        said = (
+            f"computing in {self.dtype_name} ({self.dtype_reason}) with {plural(self.threads, 'thread')} ({self.threads_reason})"
+        )
         if self.compile:
             return f"{said}, blocks compiled by torch (the first steps take longer)"
         return f"{said}, blocks by functions in {'torch' if self.kernels is None else 'C'} ({self.kernels_reason})"

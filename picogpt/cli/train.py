@@ -62,7 +62,10 @@ def build_parser() -> Parser:
         _add(model, name, kind, f"{meaning} (default: {getattr(GPTConfig(), name)})")
     machine = parser.add_argument_group("machine")
     machine.add_argument(
-        "--threads", metavar="N", type=int, help="threads of each process (default: one a core, or as torchrun sets)"
+        "--threads",
+        metavar="N",
+        type=int,
+        help="threads of each process (default: one a core, as far as a CPU quota, OMP_NUM_THREADS and OMP_THREAD_LIMIT allow)",
     )
     machine.add_argument(
         "--device",
