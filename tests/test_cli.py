@@ -417,27 +417,6 @@ def test_signal_saves_and_ends(text_file: Path, number: signal.Signals) -> None:
     assert checkpoint.state["log"]["iter_num"] == int(match[1].replace(",", ""))
 
 
-def test_bar_on_a_terminal(text_file: Path) -> None:
-    """On a terminal there is a bar with loss and characters a second, and epochs and samples stand between."""
-    primary, secondary = os.openpty()
-    with subprocess.Popen([*RUN, *training(text_file)], stdout=subprocess.PIPE, stderr=secondary) as process:
-        os.close(secondary)
-        shown = b""
-        while True:
-            try:
-                chunk = os.read(primary, 4096)
-            except OSError:  # the terminal is closed at the other end
-                break
-            shown += chunk
-        assert process.stdout is not None
-        out = process.stdout.read().decode()
-    os.close(primary)
-
-    assert process.returncode == 0
-    assert out.count("epoch") == 2
-    assert re.search(rb"char/s, loss \d\.\d{3}", shown)
-
-
 class TestHelp:
     @pytest.mark.parametrize("command", ["train", "generate", "eval", "plot"])
     @pytest.mark.parametrize("flags", [["--help"], ["--version"], ["--no-such-flag"]], ids=lambda flags: flags[0])

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from picogpt import __version__
+from picogpt.cli.screen import above_bar
 from picogpt.errors import ConfigError, PicoGPTError
 
 __all__ = ["Parser", "StopRequest", "add_model", "check_picture", "end_process", "notice", "run_command"]
@@ -72,7 +73,7 @@ def add_model(flags: argparse._ActionsContainer) -> None:
 
 def notice(text: str) -> None:
     """Say something about the work, on stderr."""
-    with contextlib.suppress(OSError, ValueError):  # a closed stderr stops no work
+    with contextlib.suppress(OSError, ValueError), above_bar():  # a closed stderr stops no work
         print(text, file=sys.stderr, flush=True)
 
 

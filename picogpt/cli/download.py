@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
-from tqdm import tqdm
+from picogpt.cli.bar import ProgressBar
 
 __all__ = ["DownloadBar"]
 
@@ -14,12 +12,19 @@ class DownloadBar:
 
     def __init__(self, what: str) -> None:
         self._what = what
-        self._bar: tqdm[NoReturn] | None = None
+        self._bar: ProgressBar | None = None
+        self._received = 0
+
+    def __enter__(self) -> DownloadBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
     def __call__(self, received: int, total: int) -> None:
         """Show that `received` of `total` bytes have come."""
         if self._bar is None:
-            self._bar = tqdm(desc=self._what, total=total, unit="B", unit_scale=True, disable=None)
-        self._bar.update(received - self._bar.n)
-        if received >= total:
-            self._bar.close()
+            self._bar = ProgressBar(total, "B", label=self._what)
+        self._bar.advance(received - self._received)
+        self._received = received

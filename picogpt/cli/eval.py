@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -16,8 +15,6 @@ from picogpt.forecast import format_seconds
 from picogpt.wording import plural
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from picogpt.cli.evaltexts import Ids
     from picogpt.cli.report import Report
     from picogpt.config import GPTConfig
@@ -191,27 +188,23 @@ class _Progress:
     """
 
     def __init__(self, total: int) -> None:
-        from tqdm import tqdm
+        from picogpt.cli.bar import ProgressBar
 
         self._total, self._done = total, 0
         self._start = self._last_line = time.perf_counter()
-        on_terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._bar: tqdm[NoReturn] | None = None
-        if on_terminal:
-            self._bar = tqdm(total=total, unit="char", unit_scale=True, dynamic_ncols=True)
+        self._bar = ProgressBar(total, "char")
 
     def __enter__(self) -> _Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def __call__(self, chars: int) -> None:
         """So many more have been read."""
         self._done += chars
-        if self._bar is not None:
-            self._bar.update(chars)
+        if self._bar.is_shown:
+            self._bar.advance(chars)
         elif time.perf_counter() - self._last_line >= LINE_INTERVAL:
             self._last_line = time.perf_counter()
             rate = self._done / (self._last_line - self._start)

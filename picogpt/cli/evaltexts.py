@@ -104,7 +104,8 @@ def find_eval_text(
     if text:
         corpus = read_texts(text, name=_name(text), scratch=trained.run.path)
     else:
-        corpus = load_dataset(dataset or "auto", notify=notice, progress=DownloadBar("Tiny Shakespeare"))
+        with DownloadBar("Tiny Shakespeare") as bar:
+            corpus = load_dataset(dataset or "auto", notify=notice, progress=bar)
     notice(f"{corpus.name}: {len(corpus.ids):,} characters; {corpus.describe_unknown()}")
     known = trained.settings is not None and corpus.fingerprint == trained.settings.data.sha256
     if known:
@@ -184,7 +185,8 @@ def _read_own(settings: RunSettings, scratch: Path, *, local: bool) -> Corpus:
     elif local and data.dataset == "tinyshakespeare" and not (DATASET_FOLDER / "tinyshakespeare.txt").exists():
         raise DataError(f"{DATASET_FOLDER / 'tinyshakespeare.txt'} is not there; name a text with --ngram-text")
     else:
-        corpus = load_dataset(data.dataset or "auto", notify=notice, progress=DownloadBar("Tiny Shakespeare"))
+        with DownloadBar("Tiny Shakespeare") as bar:
+            corpus = load_dataset(data.dataset or "auto", notify=notice, progress=bar)
     if corpus.fingerprint != data.sha256:
         raise RunError(f"{data.name}: the text has changed since the run was trained on it; name a text with --text")
     return corpus

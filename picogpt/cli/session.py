@@ -299,7 +299,7 @@ class Session:
         def time_end() -> EpochEnd:
             return self._rehearsed[1] if self._rehearsed else time_epoch_end(trainer, self.run.path, self._sample)
 
-        observer = ForecastingObserver(display, display.tell, self._forecaster(data), time_end)
+        observer = ForecastingObserver(display, notice, self._forecaster(data), time_end)
         try:
             finished = trainer.fit(self.run, self.schedule, observer, stop)
             if finished:

@@ -132,6 +132,7 @@ def find_text(request: Request, stored: RunSettings | None) -> Text:
     if text:
         return _Whole(read_texts(text, name=request.text_name(text), scratch=existing_folder(request.logs_dir)), text)
     if dataset is None or dataset in DATASETS:
-        return _Whole(load_dataset(dataset or "auto", notify=notice, progress=DownloadBar("Tiny Shakespeare")), ())
+        with DownloadBar("Tiny Shakespeare") as bar:
+            return _Whole(load_dataset(dataset or "auto", notify=notice, progress=bar), ())
     column = column or (stored.data.text_column if stored else None)
     return _Streamed(resolve_stream(dataset, column), column, stored.data if stored else None)
