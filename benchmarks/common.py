@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_info
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Source
 from picogpt.device import CPU, choose_dtype, flush_denormals, instruction_set, keep_freed_memory
-from picogpt.kernels import Kernels, choose_kernels
+from picogpt.kernels.compiled import Kernels, choose_kernels
 from picogpt.train import Trainer
 
 __all__ = ["ROOT", "ROUNDS", "computing", "full_trainer", "in_turns", "machine", "process"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.common import ROUNDS
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.device import choose_dtype, flush_denormals, keep_freed_memory, set_threads
-from picogpt.kernels import Kernels, compile_kernels
+from picogpt.kernels.compiled import Kernels, compile_kernels
 from picogpt.model import GPT
 from picogpt.train import seconds_of
 

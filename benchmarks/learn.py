@@ -37,7 +37,7 @@ from picogpt.data import (
 )
 from picogpt.data.batches import even_rolls
 from picogpt.device import set_threads
-from picogpt.kernels import kernels_name
+from picogpt.kernels.compiled import kernels_name
 from picogpt.optim import learning_rate
 from picogpt.train import Trainer
 

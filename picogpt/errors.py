@@ -34,6 +34,10 @@ class TrainingError(PicoGPTError):
     """Training cannot go on, for instance because the loss is no longer finite."""
 
 
+class BuildError(PicoGPTError):
+    """Native code cannot be compiled or loaded on this machine; what it was for is done by torch or numpy, or not at all."""
+
+
 class RanksError(PicoGPTError):
     """The processes that train together have lost one of them."""
 

@@ -25,7 +25,8 @@ from picogpt.attention import causal_attention
 from picogpt.config import GPTConfig
 from picogpt.dropout import Dropout
 from picogpt.errors import RunError
-from picogpt.kernels import FusedBlocks, Kernels, Use
+from picogpt.kernels.block import FusedBlocks
+from picogpt.kernels.compiled import Kernels, Use
 from picogpt.roll import window_spans
 
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from picogpt.config import TrainConfig
-from picogpt.kernels import Kernels, addresses
+from picogpt.kernels.compiled import Kernels, addresses
 from picogpt.model import GPT
 
 __all__ = ["Muon", "OuterOptimizer", "build_optimizers", "learning_rate", "orthogonalize", "set_learning_rate"]

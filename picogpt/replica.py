@@ -17,7 +17,7 @@ from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Batch
 from picogpt.device import CPU, choose_device, flush_denormals, keep_freed_memory, set_threads
 from picogpt.errors import RanksError, TrainingError
-from picogpt.kernels import Kernels, choose_kernels, kernels_name
+from picogpt.kernels.compiled import Kernels, choose_kernels, kernels_name
 from picogpt.model import GPT
 from picogpt.optim import OuterOptimizer, build_optimizers, set_learning_rate
 from picogpt.ranks import ALONE, Ranks, reaching

@@ -18,7 +18,7 @@ from picogpt.config import GPTConfig, Schedule, TrainConfig
 from picogpt.data import Source, Stop, WaitInterrupted
 from picogpt.device import CPU
 from picogpt.errors import DataError, TrainingError
-from picogpt.kernels import Kernels
+from picogpt.kernels.compiled import Kernels
 from picogpt.optim import learning_rate
 from picogpt.ranks import ALONE, Kind, Ranks
 from picogpt.replica import Replica, pack_step, under

@@ -29,6 +29,10 @@ HUB_PORT = free_port()
 _hub_home = tempfile.TemporaryDirectory()
 os.environ |= Hub("", {}).environment(HUB_PORT, Path(_hub_home.name))
 
+_cache = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = _cache.name
+"""Compiled libraries are kept for this run of the tests, and what a test starts finds them too."""
+
 VECTORS = Path(__file__).parent / "vectors"
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, context_len=8)
@@ -53,6 +57,7 @@ TINY_FLAGS = [
 ]
 
 
+needs_any_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 needs_compiler = pytest.mark.skipif(
     shutil.which("cc") is None or instruction_set() not in INSTRUCTIONS,
     reason="needs a C compiler, and a processor with AVX2",

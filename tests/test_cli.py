@@ -28,7 +28,7 @@ from picogpt.cli.settings import Request
 from picogpt.config import GPTConfig
 from picogpt.engine.window import processes_for
 from picogpt.errors import Interrupted, PicoGPTError
-from picogpt.kernels import Kernels
+from picogpt.kernels.compiled import Kernels
 from picogpt.run import RunFolder
 from picogpt.tokenizer import CharTokenizer
 from picogpt.train import Trainer

@@ -18,8 +18,9 @@ import torch
 from picogpt.config import GPTConfig, Schedule, TrainConfig
 from picogpt.device import has_matrix_tiles, instruction_set
 from picogpt.errors import TrainingError
-from picogpt.kernels import FusedBlocks, Kernels, choose_kernels, compile_kernels, compiled
-from picogpt.kernels.compiled import addresses
+from picogpt.kernels import build, compiled
+from picogpt.kernels.block import FusedBlocks
+from picogpt.kernels.compiled import Kernels, addresses, choose_kernels, compile_kernels
 from picogpt.model import GPT, Block
 from picogpt.optim import Muon, orthogonalize
 from picogpt.ranks import ALONE
@@ -620,7 +621,7 @@ class TestChoice:
     def test_compiler_fails(self, script: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """One line says what the compiler said; with auto, torch computes."""
         monkeypatch.setattr(compiled, "instruction_set", lambda: "AVX2")
-        monkeypatch.setattr(compiled, "_TIMEOUT", 1.0)
+        monkeypatch.setattr(build, "_TIMEOUT", 1.0)
         compiler = tmp_path / "compiler"
         compiler.write_text(script)
         compiler.chmod(0o755)
@@ -639,7 +640,7 @@ class TestChoice:
         assert choose_kernels("auto", TINY, torch.float32, CPU) == (None, "no C compiler (/nowhere/cc, by PATH or CC)")
         monkeypatch.delenv("CC")
         monkeypatch.setenv("PATH", str(tmp_path))
-        with pytest.raises(TrainingError, match=r"^--kernels c: no C compiler \(cc, gcc, by PATH or CC\); take"):
+        with pytest.raises(TrainingError, match=r"^--kernels c: no C compiler \(cc, gcc, clang, by PATH or CC\); take"):
             choose_kernels("c", TINY, torch.float32, CPU)
 
     def test_a_command_that_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -661,6 +662,7 @@ class TestChoice:
     def test_no_temporary_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is said, and torch computes."""
         monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+        monkeypatch.setenv("CC", "cc -DNOT_CACHED=1")
         kernels, reason = choose_kernels("auto", TINY, torch.bfloat16, CPU)
         assert kernels is None
         assert "/nowhere/picogpt-" in reason
@@ -675,6 +677,7 @@ class TestChoice:
     def test_nothing_is_left(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The folder in which they are made is gone."""
         monkeypatch.setenv("TMPDIR", str(tmp_path))
+        monkeypatch.setenv("CC", "cc -DNOT_CACHED=2")
         monkeypatch.setattr("tempfile.tempdir", None)
         compile_kernels(TINY, torch.float32)
         assert os.listdir(tmp_path) == []  # noqa: PTH208

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from picogpt.cli.common import notice
 from picogpt.cli.settings import Request
 from picogpt.config import GPTConfig, RunSettings, TrainConfig
 from picogpt.errors import ConfigError, TrainingError
@@ -12,7 +13,7 @@ from picogpt.wording import plural
 
 if TYPE_CHECKING:
     from picogpt.device import Device, DType
-    from picogpt.kernels import Kernels
+    from picogpt.kernels.compiled import Kernels
     from picogpt.ranks import Ranks
 
 __all__ = ["Machine"]
@@ -81,7 +82,7 @@ class Machine:
     @property
     def kernels_name(self) -> str:
         """Of what computes the blocks: c or torch."""
-        from picogpt.kernels import kernels_name
+        from picogpt.kernels.compiled import kernels_name
 
         return kernels_name(self.kernels)
 
@@ -109,10 +110,10 @@ class Machine:
 
 def _kernels(wanted: str, model: GPTConfig, dtype: DType, device: Device, *, compiled: bool) -> tuple[Kernels | None, str]:
     from picogpt.device import check_compiler
-    from picogpt.kernels import choose_kernels
+    from picogpt.kernels.compiled import choose_kernels
 
     if not compiled:
-        return choose_kernels(wanted, model, dtype, device)
+        return choose_kernels(wanted, model, dtype, device, notice)
     if wanted == "c":
         raise ConfigError(
             "kernels c and --compile exclude each other, take --no-compile: torch cannot compile what is compiled already",

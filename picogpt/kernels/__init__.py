@@ -1,6 +1,5 @@
-"""Blocks of the model in C, compiled on the machine that trains: see `compiled` for what there is, `block` for how it is used."""
+"""Native kernels in C, compiled on the machine that uses them.
 
-from picogpt.kernels.block import FusedBlocks
-from picogpt.kernels.compiled import Kernels, Use, addresses, choose_kernels, compile_kernels, kernels_name
-
-__all__ = ["FusedBlocks", "Kernels", "Use", "addresses", "choose_kernels", "compile_kernels", "kernels_name"]
+`build` compiles and caches a library, without torch; `compiled` has the functions of training, and `block` their autograd.
+Nothing is imported here, so that what needs no torch does not import it.
+"""

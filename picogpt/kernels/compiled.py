@@ -13,14 +13,8 @@ Dimensions: R rows, one for each slot of each roll; B rolls, S slots of a window
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -30,15 +24,15 @@ from torch import Tensor
 
 from picogpt.config import GPTConfig
 from picogpt.device import has_matrix_tiles, instruction_set
-from picogpt.errors import TrainingError
+from picogpt.errors import BuildError, TrainingError
+from picogpt.kernels.build import load_library
 
 __all__ = ["INSTRUCTIONS", "Addresses", "Kernels", "Use", "addresses", "choose_kernels", "compile_kernels", "kernels_name"]
 
 Addresses = ctypes.Array[ctypes.c_void_p]
 
 _SOURCE = Path(__file__).with_name("block.c")
-_COMPILERS = ("cc", "gcc")
-_FLAGS = "-std=gnu11 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -freciprocal-math"
+_FLAGS = "-std=gnu11 -O3 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -freciprocal-math"
 """Sums may be taken in another order, for vector instructions; what is not a number stays so, unlike with -ffast-math."""
 INSTRUCTIONS = {"AVX512": "-march=native -mprefer-vector-width=512", "AVX2": "-mavx2 -mfma"}
 """The vector instructions that the functions were measured with, and more flags for each."""
@@ -46,8 +40,6 @@ _LANES = 4
 """Entries of the shortest vectors, which a head is cut into."""
 _MAX_CONTEXT_LEN = 512
 """Beyond it a head's scores no longer fit in a core's cache, which is what the functions live by."""
-_TIMEOUT = 60.0
-"""Seconds that a compiler has."""
 _ARGUMENTS = {"pack": (2, 2), "forward": (3, 6), "backward": (6, 5), "gradient_of_matrix": (4, 4), "update_matrices": (4, 4)}
 """How many pointers each function takes, and then how many numbers."""
 
@@ -174,10 +166,17 @@ def kernels_name(kernels: Kernels | None) -> str:
     return "torch" if kernels is None else "c"
 
 
-def choose_kernels(name: str, config: GPTConfig, dtype: torch.dtype, device: torch.device) -> tuple[Kernels | None, str]:
+def _say_nothing(_: str) -> None:
+    """For callers that have nobody to notify."""
+
+
+def choose_kernels(
+    name: str, config: GPTConfig, dtype: torch.dtype, device: torch.device, notify: Callable[[str], None] = _say_nothing
+) -> tuple[Kernels | None, str]:
     """Turn a name of `picogpt.config.KERNELS` into the functions, or None for torch's own; and the reason in a few words.
 
-    `auto` takes the functions wherever they can be made, on processors like those on which they were measured.
+    `auto` takes the functions wherever they can be made, on processors like those on which they were measured. `notify` is given
+    a line when they are compiled, as they are once on each machine.
 
     Raises:
         TrainingError: `c` was asked for and cannot be had.
@@ -187,9 +186,9 @@ def choose_kernels(name: str, config: GPTConfig, dtype: torch.dtype, device: tor
     reason = _obstacle(config, device)
     if reason is None:
         try:
-            made = compile_kernels(config, dtype)
+            made = compile_kernels(config, dtype, notify)
             return made, f"compiled by {made.compiler}" + (", with AMX" if made.matrix_tiles else "")
-        except TrainingError as error:
+        except BuildError as error:
             reason = str(error)
     if name == "c":
         raise TrainingError(f"--kernels c: {reason}; take --kernels torch")
@@ -211,65 +210,17 @@ def _obstacle(config: GPTConfig, device: torch.device) -> str | None:
     return None
 
 
-def compile_kernels(config: GPTConfig, dtype: torch.dtype) -> Kernels:
-    """Have a C compiler make the functions for this shape of model, in a folder that is gone afterwards.
-
-    The compiler is the one that CC names, or the first of cc and gcc that can.
+def compile_kernels(config: GPTConfig, dtype: torch.dtype, notify: Callable[[str], None] = _say_nothing) -> Kernels:
+    """The functions for this shape of model, compiled now or at an earlier start.
 
     Raises:
-        TrainingError: there is no compiler, or none that makes a library which loads beside torch.
+        BuildError: there is no compiler, or none that makes a library which loads beside torch.
     """
-    *others, last = _compilers()
-    for command in others:
-        with contextlib.suppress(TrainingError):  # the last one's is said
-            return _compile_in_folder(command, config, dtype)
-    return _compile_in_folder(last, config, dtype)
-
-
-def _compile_in_folder(command: list[str], config: GPTConfig, dtype: torch.dtype) -> Kernels:
-    try:
-        # What of the folder cannot be removed, as the library in it is in use, is left to who clears temporary files.
-        with tempfile.TemporaryDirectory(prefix="picogpt-", ignore_cleanup_errors=True) as folder:
-            return _compile(command, folder, config, dtype)
-    except OSError as error:
-        raise TrainingError(f"there is no temporary folder ({error})") from error
-
-
-def _compile(command: list[str], folder: str, config: GPTConfig, dtype: torch.dtype) -> Kernels:
-    shape = {"WIDTH": config.n_embd, "HEAD": config.n_embd // config.n_head, "SLOTS": config.context_len + 1}
-    macros = [f"-D{name}={value}" for name, value in shape.items()] + ["-DBFLOAT16"] * (dtype == torch.bfloat16)
-    compiled, library = f"{folder}/block.o", f"{folder}/block.so"
+    defines = {"WIDTH": config.n_embd, "HEAD": config.n_embd // config.n_head, "SLOTS": config.context_len + 1}
     flags = [*_FLAGS.split(), *INSTRUCTIONS.get(instruction_set(), "").split()]
-    if dtype == torch.bfloat16 and has_matrix_tiles():
-        flags.append("-DAMX")
-    _run([*command, *flags, *macros, "-c", str(_SOURCE), "-o", compiled])
-    # Linked without -fopenmp, so that it finds the threads of torch and brings none of its own.
-    _run([*command, "-shared", compiled, "-o", library, "-lm"])
-    try:
-        return Kernels(ctypes.CDLL(library), config, dtype, command[0])
-    except (OSError, AttributeError) as error:
-        raise TrainingError(f"what {command[0]} makes cannot be loaded ({error}; TMPDIR may name another folder)") from error
-
-
-def _compilers() -> list[list[str]]:
-    try:
-        wanted = shlex.split(os.environ.get("CC", ""))
-    except ValueError as error:
-        raise TrainingError(f"CC is not a command ({error})") from error
-    names = wanted[:1] or list(_COMPILERS)
-    found = [[name, *wanted[1:]] for name in names if shutil.which(name)]
-    if not found:
-        raise TrainingError(f"no C compiler ({', '.join(names)}, by PATH or CC)")
-    return found
-
-
-def _run(command: list[str]) -> None:
-    try:
-        done = subprocess.run(  # noqa: S603 (the user's own compiler)
-            command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise TrainingError(f"{command[0]} does not run ({error})") from error
-    if done.returncode:
-        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
-        raise TrainingError(f"{command[0]} fails ({said.strip()})")
+    if dtype == torch.bfloat16:
+        defines["BFLOAT16"] = 1
+        if has_matrix_tiles():
+            defines["AMX"] = 1
+    built = load_library(_SOURCE, defines, flags=flags, openmp=True, notify=notify)
+    return Kernels(built.functions, config, dtype, built.compiler)

@@ -1,0 +1,230 @@
+"""Compiles a C source into a shared library, once: later starts load it from the user's cache folder.
+
+Nothing here knows what the functions do, or needs torch: the kernels of training and those of generation are both built here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from picogpt.errors import BuildError
+from picogpt.kernels import processor
+from picogpt.kernels.cache import LibraryCache, UnusableCacheError
+
+__all__ = ["Compiler", "Library", "find_compilers", "load_library"]
+
+_COMPILERS = ("cc", "gcc", "clang")
+_FORMAT = 1
+"""Raised when a library of the same sources and flags is no longer built or loaded in the same way."""
+_TIMEOUT = 60.0
+"""Seconds that a compiler has."""
+
+
+class Library(NamedTuple):
+    """A loaded library, and the command that compiled it."""
+
+    functions: ctypes.CDLL
+    compiler: str
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C compiler of this machine."""
+
+    command: tuple[str, ...]
+    """As CC gives it, with flags of its own."""
+    path: str
+    """Where its first word is found."""
+
+    @cached_property
+    def identity(self) -> str:
+        """Its path, links resolved, its own flags, and its version; one that tells none shows when it compiles what is wrong."""
+        version = ""
+        with contextlib.suppress(BuildError):
+            version = self.run(["--version"])
+        return "\n".join([os.path.realpath(self.path), *self.command[1:], version])
+
+    @property
+    def name(self) -> str:
+        """The first word of its command, for messages."""
+        return self.command[0]
+
+    @property
+    def is_clang(self) -> bool:
+        """Whether it is some clang, whose OpenMP runtime is another one than gcc's."""
+        return "clang" in self.identity
+
+    def run(self, arguments: Sequence[str]) -> str:
+        """Run it; return what it prints.
+
+        Raises:
+            BuildError: it cannot be run, takes too long or fails.
+        """
+        try:
+            done = subprocess.run(  # noqa: S603 (the user's own compiler)
+                [*self.command, *arguments],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_TIMEOUT,
+                check=False,
+                env={**os.environ, "LC_ALL": "C"},
+                stdin=subprocess.DEVNULL,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise BuildError(f"{self.name} does not run ({error})") from error
+        if done.returncode:
+            message = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+            raise BuildError(f"{self.name} fails ({' '.join(message.split())})")
+        return done.stdout
+
+
+@dataclass(frozen=True)
+class _Build:
+    """One library to be: a source with its settings."""
+
+    source: Path
+    defines: tuple[tuple[str, int | str], ...]
+    flags: tuple[str, ...]
+    link_flags: tuple[str, ...]
+    openmp: bool
+
+    def key(self, compiler: Compiler) -> str:
+        """SHA-256 of everything that decides what the library is and where it runs."""
+        sources = sorted([self.source, *self.source.parent.glob("*.h")])
+        parts = {
+            "format": _FORMAT,
+            "sources": [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sources],
+            "compile": self.compile_flags(),
+            "link": self.link_arguments(compiler),
+            "compiler": compiler.identity,
+            "processor": processor.identity(),
+            "pointer": struct.calcsize("P"),
+        }
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def compile_flags(self) -> list[str]:
+        macros = [f"-D{name}={value}" for name, value in self.defines]
+        return [*self.flags, "-fPIC", *["-fopenmp"] * self.openmp, *macros]
+
+    def link_arguments(self, compiler: Compiler) -> list[str]:
+        # What gcc compiles finds the OpenMP runtime that torch has loaded, and brings no threads of its own; clang's is another.
+        return ["-shared", *["-fopenmp"] * (self.openmp and compiler.is_clang), *self.link_flags]
+
+    def compile(self, compiler: Compiler, folder: Path) -> Path:
+        """Compile and link in a folder; return the library's path there."""
+        compiled, library = folder / f"{self.source.stem}.o", folder / f"{self.source.stem}.so"
+        compiler.run([*self.compile_flags(), "-c", str(self.source), "-o", str(compiled)])
+        shared, *libraries = self.link_arguments(compiler)
+        compiler.run([shared, str(compiled), "-o", str(library), *libraries])
+        return library
+
+
+def load_library(
+    source: Path,
+    defines: Mapping[str, int | str],
+    *,
+    flags: Sequence[str],
+    link_flags: Sequence[str] = ("-lm",),
+    openmp: bool = False,
+    notify: Callable[[str], None],
+) -> Library:
+    """Load the library of a C source, compiled for this processor: from the cache, or compiled now and kept there.
+
+    The compiler is the one that CC names, or the first of cc, gcc and clang that works.
+
+    Args:
+        source: the C file. Headers beside it count as part of it.
+        defines: macros.
+        flags: of the compiler, for optimization and instructions.
+        link_flags: libraries to link with.
+        openmp: whether the source uses OpenMP. What gcc compiles then needs a process that has loaded gcc's runtime; torch does.
+        notify: is given a line before something is compiled, which takes a few seconds, and if it cannot be kept.
+
+    Raises:
+        BuildError: there is no compiler, or none that makes a library that can be loaded; one line says why.
+    """
+    build = _Build(source, tuple(sorted(defines.items())), tuple(flags), tuple(link_flags), openmp)
+    compilers, cache, obstacle = find_compilers(), None, ""
+    try:
+        cache = LibraryCache()
+        cached = _load_cached(build, compilers, cache)
+        if cached is not None:
+            return cached
+    except UnusableCacheError as error:
+        cache, obstacle = None, str(error)
+    notify(f"compiling {source.name}, " + (f"at each start: {obstacle}" if obstacle else "once for this machine (a few seconds)"))
+    *others, last = compilers
+    for compiler in others:
+        with contextlib.suppress(BuildError):  # the last one's is reported
+            return _compile(build, compiler, cache, notify)
+    return _compile(build, last, cache, notify)
+
+
+def find_compilers() -> list[Compiler]:
+    """The compiler that CC names, or those of cc, gcc and clang that are there.
+
+    Raises:
+        BuildError: there is none.
+    """
+    try:
+        wanted = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise BuildError(f"CC is not a command ({error})") from error
+    names = wanted[:1] or list(_COMPILERS)
+    found = [(name, shutil.which(name)) for name in names]
+    compilers = [Compiler((name, *wanted[1:]), path) for name, path in found if path]
+    if not compilers:
+        raise BuildError(f"no C compiler ({', '.join(names)}, by PATH or CC)")
+    return compilers
+
+
+def _load_cached(build: _Build, compilers: Sequence[Compiler], cache: LibraryCache) -> Library | None:
+    """The library from the cache, whichever compiler made it, or None."""
+    for compiler in compilers:
+        path = cache.find(build.source.stem, build.key(compiler))
+        if path is not None:
+            try:
+                return Library(ctypes.CDLL(str(path)), compiler.name)
+            except OSError as error:  # a disk from which nothing may be executed, say
+                raise UnusableCacheError(f"{path} cannot be loaded ({error})") from error
+    return None
+
+
+def _load(path: Path, compiler: Compiler) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"what {compiler.name} makes cannot be loaded ({error}; TMPDIR may name another folder)") from error
+
+
+def _compile(build: _Build, compiler: Compiler, cache: LibraryCache | None, notify: Callable[[str], None]) -> Library:
+    """Compile in a private folder that is removed afterwards, load the library, and keep it in the cache."""
+    try:
+        # What of the folder cannot be removed while the library is in use is left to whoever clears temporary files.
+        temporary = tempfile.TemporaryDirectory(prefix="picogpt-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise BuildError(f"there is no temporary folder ({error})") from error
+    with temporary as folder:
+        path = build.compile(compiler, Path(folder))
+        functions = _load(path, compiler)
+        if cache is not None:
+            try:
+                cache.store(build.source.stem, build.key(compiler), path.read_bytes())
+            except UnusableCacheError as error:
+                notify(f"{build.source.name} will be compiled again at the next start: {error}")
+        return Library(functions, compiler.name)
