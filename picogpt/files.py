@@ -2,11 +2,15 @@
 
 A file is written beside its target under a name of its own, flushed to the disk and renamed over the target, and the
 folder is flushed too. Whoever reads the target, at whatever instant the power goes, finds the old content or the new.
+
+Some network and FUSE file systems cannot flush, above all not a folder. Files are written there without it, which weakens the
+promise; `can_flush` tells, so that a run can say so once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -15,22 +19,34 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-__all__ = ["TEMPORARY_SUFFIX", "atomic_write", "existing_folder", "remove_leftovers", "replace", "sync_folder", "unnamed_file"]
+__all__ = [
+    "TEMPORARY_SUFFIX",
+    "atomic_write",
+    "can_flush",
+    "existing_folder",
+    "remove_leftovers",
+    "replace",
+    "sync_folder",
+    "unnamed_file",
+]
 
 TEMPORARY_SUFFIX = ".part"
+
+_CANNOT_FLUSH = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+"""Errors of `fsync` that say that the file system has no such thing; a full or broken disk gives others."""
 
 
 def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Put `content`, bytes or chunks of bytes, at `path`: entirely, or not at all.
 
     Raises:
-        OSError: the disk is full, read-only or broken; `path` is as it was and nothing is left beside it.
+        OSError: the disk is full, read-only or broken; `path`, which the error names, is as it was and nothing is left beside it.
     """
     chunks = (content,) if isinstance(content, bytes) else content
     with _temporary_file(path) as (descriptor, temporary):
         for chunk in chunks:
-            _write_all(descriptor, chunk)
-        os.fsync(descriptor)
+            _write_all(descriptor, chunk, path)
+        _flush(descriptor, path)
         replace(temporary, path)
 
 
@@ -48,10 +64,34 @@ def _temporary_file(path: Path) -> Iterator[tuple[int, Path]]:
             os.unlink(temporary)
 
 
-def _write_all(descriptor: int, chunk: bytes) -> None:
+def _write_all(descriptor: int, chunk: bytes, path: Path) -> None:
     view = memoryview(chunk)
     while view:
-        view = view[os.write(descriptor, view) :]
+        with _naming(path):
+            written = os.write(descriptor, view)
+        view = view[written:]
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Add to an error of a call that knows only a descriptor which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = os.fspath(path)
+        raise
+
+
+def _flush(descriptor: int, path: Path) -> bool:
+    """Flush a file or folder to the disk; False where the file system cannot."""
+    try:
+        with _naming(path):
+            os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_FLUSH:
+            raise
+        return False
+    return True
 
 
 def unnamed_file(folder: Path, chunks: Iterable[bytes]) -> IO[bytes]:
@@ -81,15 +121,24 @@ def replace(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush the folder's list of names to the disk, where the system can (Windows cannot open a folder)."""
+def sync_folder(folder: Path) -> bool:
+    """Flush the folder's list of names to the disk; False where the file system cannot.
+
+    Windows cannot open a folder; its file systems keep a journal of names themselves.
+    """
     if os.name == "nt":
-        return
+        return True
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        return _flush(descriptor, folder)
     finally:
         os.close(descriptor)
+
+
+def can_flush(folder: Path) -> bool:
+    """Whether the file system of `folder` can flush files and folders, so that a power failure loses nothing that was saved."""
+    with tempfile.TemporaryFile(dir=folder) as stream:
+        return _flush(stream.fileno(), folder) and sync_folder(folder)
 
 
 def remove_leftovers(folder: Path) -> None:

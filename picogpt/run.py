@@ -18,6 +18,8 @@ reading a model needs no torch.
 from __future__ import annotations
 
 import contextlib
+import enum
+import errno
 import hashlib
 import json
 import os
@@ -36,7 +38,7 @@ from safetensors.numpy import save as serialize
 
 from picogpt.config import GPTConfig
 from picogpt.errors import ConfigError, RunError
-from picogpt.files import atomic_write, remove_leftovers, replace
+from picogpt.files import atomic_write, can_flush, remove_leftovers, replace
 
 __all__ = [
     "LOG_FILE",
@@ -64,6 +66,9 @@ _VALIDATION = "validation.safetensors"
 _CONFIG = "config.json"
 LOG_FILE = "log.pkl"
 _BFLOAT16 = "BF16"
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+_LOCK_HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
+"""NFS locks a range of bytes instead, of which a holder may be told by EACCES."""
 
 
 @dataclass(kw_only=True)
@@ -190,12 +195,14 @@ class RunFolder:
         return target
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[list[str]]:
         """Hold the folder against a second trainer, and remove what a killed one left half-written in it.
 
-        The system frees the lock however the process ends.
+        The system frees the lock however the process ends. Yields a sentence for each promise that the folder's file system
+        weakens, as it lacks what the promise rests on.
 
         Raises:
+            OSError: the disk is broken.
             RunError: another process trains in this folder, or something else lies in the lock's place.
         """
         path = self.path / ".lock"
@@ -204,7 +211,12 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"{path}: cannot be opened ({error.strerror}); remove it, or choose another --run") from error
         with os.fdopen(descriptor, "r+b") as stream:
-            if not _try_lock(stream):
+            try:
+                locked = _try_lock(stream)
+            except OSError as error:
+                error.filename = os.fspath(path)
+                raise
+            if locked is Lock.HELD:
                 holder = stream.read(32).decode("ascii", "replace").strip() or "unknown"
                 raise RunError(
                     f"{self.path}: another process (pid {holder}) trains in this run; wait for it or choose another --run"
@@ -213,7 +225,16 @@ class RunFolder:
             stream.write(str(os.getpid()).encode())
             stream.flush()
             remove_leftovers(self.path)
-            yield
+            yield list(self._weaknesses(locked))
+
+    def _weaknesses(self, locked: Lock) -> Iterator[str]:
+        if locked is Lock.UNSUPPORTED:
+            yield (
+                f"{self.path}: this file system has no locks, so a second picogpt-train in this run would not be noticed; "
+                "start only one at a time"
+            )
+        if not can_flush(self.path):
+            yield f"{self.path}: this file system cannot flush to the disk, so a power failure may lose the latest checkpoints"
 
     def write_config(self, content: Mapping[str, Any]) -> None:
         """Write `config.json`."""
@@ -238,7 +259,7 @@ class RunFolder:
 
     def save_model(self, tensors: Mapping[str, npt.NDArray[Any]], config: GPTConfig) -> None:
         """Write `model.safetensors`: state dict and shape of the best model so far."""
-        atomic_write(self.path / MODEL_FILE, serialize(dict(tensors), model_metadata(config)))
+        atomic_write(self.path / MODEL_FILE, _serialize(dict(tensors), model_metadata(config)))
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write `checkpoint.safetensors`, keeping the one before it.
@@ -252,7 +273,7 @@ class RunFolder:
             "sha256": _digest(checkpoint.tensors, json.dumps(checkpoint.state)),
         }
         staged = self.path / f".{_CHECKPOINT}.staged.part"
-        atomic_write(staged, serialize(checkpoint.tensors, metadata))
+        atomic_write(staged, _serialize(checkpoint.tensors, metadata))
         current = self.path / _CHECKPOINT
         if current.exists():
             replace(current, self.path / _PREVIOUS)
@@ -288,7 +309,7 @@ class RunFolder:
     def save_validation(self, ids: npt.NDArray[np.uint8]) -> None:
         """Write `validation.safetensors`: the validation text (characters,) of a run on a stream, drawn once."""
         metadata = {"format": str(FORMAT_VERSION), "sha256": _digest({"ids": ids}, "")}
-        atomic_write(self.path / _VALIDATION, serialize({"ids": ids}, metadata))
+        atomic_write(self.path / _VALIDATION, _serialize({"ids": ids}, metadata))
 
     def load_validation(self) -> npt.NDArray[np.uint8]:
         """Read `validation.safetensors`.
@@ -393,6 +414,21 @@ def _widen(part: Mapping[str, Any]) -> npt.NDArray[np.float32]:
     return floats
 
 
+def _serialize(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
+    """Tensors and metadata in the format of safetensors, the same bytes for the same content.
+
+    The library writes metadata in an order that differs from process to process. Layout: the header's length in 8 bytes, the
+    header in JSON, padded with spaces to a multiple of 8, the numbers.
+    """
+    content = serialize(tensors, dict(metadata))
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(ordered, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[start:]))
+
+
 def _check_version(path: Path, found: object) -> None:
     if not isinstance(found, int) or not 0 < found <= FORMAT_VERSION:
         raise RunError(
@@ -410,24 +446,38 @@ def _digest(tensors: Mapping[str, npt.NDArray[Any]], state: str) -> str:
     return digest.hexdigest()
 
 
+class Lock(enum.Enum):
+    """What came of an attempt to lock a file."""
+
+    OWN = enum.auto()
+    HELD = enum.auto()
+    """Another process has it."""
+    UNSUPPORTED = enum.auto()
+    """The file system has no locks."""
+
+
 if sys.platform == "win32":
     import msvcrt
 
-    def _try_lock(stream: BinaryIO) -> bool:
+    def _try_lock(stream: BinaryIO) -> Lock:
         stream.seek(1024)  # a byte past the holder's number, which stays readable
         try:
             msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError:
-            return False
+            return Lock.HELD
         stream.seek(0)
-        return True
+        return Lock.OWN
 
 else:
     import fcntl
 
-    def _try_lock(stream: BinaryIO) -> bool:
+    def _try_lock(stream: BinaryIO) -> Lock:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return Lock.UNSUPPORTED
+            if error.errno in _LOCK_HELD:
+                return Lock.HELD
+            raise
+        return Lock.OWN

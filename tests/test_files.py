@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from picogpt.files import atomic_write, remove_leftovers
+from picogpt.files import atomic_write, can_flush, remove_leftovers, unnamed_file
 
 
 def test_writes_bytes_and_chunks(tmp_path: Path) -> None:
@@ -89,3 +90,60 @@ def test_leftovers_are_removed(tmp_path: Path) -> None:
     remove_leftovers(tmp_path)
 
     assert sorted(path.name for path in tmp_path.iterdir()) == [".part-of-me", "a"]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, number: int, *, folders_only: bool) -> None:
+    """Have every `fsync`, or that of folders, fail as a file system that lacks it has it fail."""
+    fsync = os.fsync
+
+    def limited(descriptor: int) -> None:
+        if not folders_only or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr("picogpt.files.os.fsync", limited)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+@pytest.mark.parametrize("folders_only", [True, False], ids=["folders", "all"])
+def test_file_systems_without_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, folders_only: bool) -> None:
+    """Files are written without it, and it can be told."""
+    assert can_flush(tmp_path)
+    failing(monkeypatch, number, folders_only=folders_only)
+    atomic_write(tmp_path / "a", b"new")
+
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert not can_flush(tmp_path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """A call that knows only a descriptor fails with the name of the file that it is about."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"picogpt.files.os.{call}", fail)
+    with pytest.raises(OSError, match="No space left") as caught:
+        atomic_write(tmp_path / "a", b"new")
+
+    assert caught.value.filename == str(tmp_path / "a")
+
+
+def test_file_systems_without_unnamed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where O_TMPFILE is not supported a file is made and its name removed."""
+    unnamed = getattr(os, "O_TMPFILE", 0)
+    open_ = os.open
+
+    def limited(path: str, flags: int, *rest: int) -> int:
+        if unnamed and flags & unnamed == unnamed:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return open_(path, flags, *rest)
+
+    monkeypatch.setattr("tempfile._os.open", limited)
+    with unnamed_file(tmp_path, [b"a", b"b"]) as stream:
+        stream.seek(0)
+
+        assert stream.read() == b"ab"
+        assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -269,3 +270,59 @@ def test_set_aside(run: RunFolder) -> None:
 
     assert run.set_aside().name == "a.old-2"
     assert not run.path.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_file_systems_without_locks(run: RunFolder, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """No lock is not another trainer: the run is held without one, which is told."""
+
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("picogpt.run.fcntl.flock", flock)
+    with run.lock() as weaknesses:
+        assert weaknesses == [
+            f"{run.path}: this file system has no locks, so a second picogpt-train in this run would not be noticed; "
+            "start only one at a time"
+        ]
+
+
+def test_lock_on_a_broken_disk(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is neither a holder nor a lack of locks comes out, with the file's name."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("picogpt.run.fcntl.flock", flock)
+    with pytest.raises(OSError, match=r"Input/output error: '.*\.lock'"), run.lock():
+        pass
+
+
+def test_file_systems_without_flush(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is told once what a missing flush weakens; where all is well there is nothing to tell."""
+    with run.lock() as weaknesses:
+        assert weaknesses == []
+    monkeypatch.setattr("picogpt.run.can_flush", lambda _: False)
+    with run.lock() as weaknesses:
+        assert weaknesses == [
+            f"{run.path}: this file system cannot flush to the disk, so a power failure may lose the latest checkpoints"
+        ]
+
+
+def test_same_content_is_the_same_bytes(run: RunFolder) -> None:
+    """Metadata stand in one order, so that a model's SHA-256 tells whether it is another one, in whatever process."""
+    code = (
+        "import sys; from pathlib import Path; import numpy as np; from picogpt.config import GPTConfig; from picogpt.run import *\n"
+        "folder, shape = RunFolder(Path(sys.argv[1])), GPTConfig(n_layer=2, n_head=2, n_embd=16, context_len=8)\n"
+        "folder.save_model({'b': np.ones(3, np.float32), 'a': np.ones((2, 2))}, shape)\n"
+        "folder.save_checkpoint(Checkpoint(tensors={'w': np.ones(2)}, state={'step': 1}))"
+    )
+    found = set()
+    for _ in range(4):
+        subprocess.run([sys.executable, "-c", code, str(run.path)], check=True)
+        found.add(tuple((run.path / name).read_bytes() for name in ("model.safetensors", "checkpoint.safetensors")))
+
+    assert len(found) == 1
+    assert load_model(run.path / "model.safetensors")[0] == TINY
+    assert int.from_bytes((run.path / "model.safetensors").read_bytes()[:8], "little") % 8 == 0
+    assert run.load_checkpoint()[0].state == {"step": 1}

@@ -95,7 +95,9 @@ class Session:
         self._ranks.connect()
         stop = StopRequest()
         self._ranks.listen_to(stop)
-        with stop.listen(), self.run.lock():
+        with stop.listen(), self.run.lock() as weaknesses:
+            for weakness in weaknesses:
+                notice(weakness)
             if self._stored is None and self.run.has_checkpoint():
                 raise RunError(f"{self.run.path}: another process has begun this run meanwhile; start again to go on with it")
             self._prepare(model, config, budget, data)
