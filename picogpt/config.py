@@ -33,6 +33,7 @@ __all__ = [
     "check_run_name",
     "check_text_column",
     "check_threads",
+    "parse_count",
     "parse_new_tokens",
 ]
 
@@ -133,6 +134,28 @@ def check_threads(count: int | None) -> int | None:
     return count
 
 
+_COUNT = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(\.\d+)?(?:e\+?(\d{1,2}))?([kmg]?)", re.ASCII | re.IGNORECASE)
+_SCALES: Mapping[str, int] = MappingProxyType({"": 0, "k": 3, "m": 6, "g": 9})
+"""Letters after a number, and the powers of ten that they stand for."""
+
+
+def parse_count(text: str) -> int:
+    """A whole number, written as `2000000`, `2,000,000`, `2_000_000`, `2e6`, `2M` or `0.002G`.
+
+    Raises:
+        ConfigError: it is no number of this form, or not a whole one.
+    """
+    match = _COUNT.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{text!r} is not a whole number; write it like 2000000, 2M or 2e6")
+    sign, whole, fraction, exponent, letter = match.groups()
+    decimals = (fraction or ".")[1:].rstrip("0")
+    zeros = int(exponent or 0) + _SCALES[letter.lower()] - len(decimals)
+    if zeros < 0:
+        raise ConfigError(f"{text!r} is not a whole number; write it like 2000000, 2M or 2e6")
+    return int(sign + re.sub("[,_]", "", whole) + decimals + "0" * zeros)
+
+
 def parse_new_tokens(text: str) -> int | None:
     """A number of characters to write, or None for `inf`: no end.
 
@@ -141,8 +164,12 @@ def parse_new_tokens(text: str) -> int | None:
     """
     if text == "inf":
         return None
-    _require(text.isascii() and text.isdigit(), "max_new_tokens", "a whole number of at least 0, or inf", text)
-    return int(text)
+    try:
+        count = parse_count(text)
+    except ConfigError:
+        count = -1
+    _require(count >= 0, "max_new_tokens", "a whole number of at least 0, or inf", text)
+    return count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -221,9 +223,17 @@ class TestTrain:
         ("flags", "code", "message"),
         [
             (["--epoch", "3"], 2, "there is no flag --epoch; did you mean --epochs?"),
+            (["--learning-rate=0.1"], 2, "there is no flag --learning-rate; did you mean --lr?"),
+            (["--learning_rate", "0.1"], 2, "there is no flag --learning_rate; did you mean --lr?"),
+            (["-lr", "0.1"], 2, "there is no flag -lr; did you mean --lr?"),
+            (["--block_size=64"], 2, "there is no flag --block_size; did you mean --context-len?"),
+            (["--num_train_epochs", "3"], 2, "there is no flag --num_train_epochs; did you mean --epochs?"),
+            (["--chars", "2.5"], 2, "argument --chars: '2.5' is not a whole number; write it like 2000000, 2M or 2e6"),
+            (["--chars", "1.5e-3M"], 2, "argument --chars: '1.5e-3M' is not a whole number"),
+            (["--seed=-1k"], 2, "--seed must be"),
             (["--zzz=1"], 2, "there is no flag --zzz (see"),
-            (["stray"], 2, "'stray' belongs to no flag"),
-            (["--epochs", "x"], 2, "argument --epochs: invalid int value: 'x'"),
+            (["stray"], 2, "'stray' belongs to no flag (see"),
+            (["--epochs", "x"], 2, "argument --epochs: 'x' is not a whole number; write it like 2000000, 2M or 2e6"),
             (["--epochs", "1", "--minutes", "1"], 2, "argument --minutes: not allowed with argument --epochs"),
             (["--text", "a", "--dataset", "sample"], 2, "argument --dataset: not allowed with argument --text"),
             (["--epochs", "0"], 2, "--epochs must be a whole number of at least 1, got 0"),
@@ -443,7 +453,7 @@ class TestHelp:
     def test_every_default_is_shown(self, parser: common.Parser) -> None:
         """Each flag says its default, or is one that has none."""
         for action in parser._actions:
-            flag = action.option_strings[0]
+            flag = (action.option_strings or [action.dest])[0]
             if flag not in {
                 "-h",
                 "--version",
@@ -543,6 +553,27 @@ class TestGenerate:
 
         assert out == "caf<?> <?><?>\n"
         assert "3 characters of the prompt are unknown to the model and become <?>: '日', 'é'" in err
+        generate.main(["-p", "日", "-n", "0"])
+        assert "1 character of the prompt is unknown to the model and becomes <?>: '日'" in capsys.readouterr().err
+
+    def test_prompt_without_a_flag(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """An argument that belongs to no flag is the prompt, before the flags, after them or between."""
+        for flags in (
+            ["one and", "-n", "0"],
+            ["-n", "0", "one and"],
+            ["-n", "0", "one and", "-t", "0"],
+            ["-n0", "--", "-one and"],
+        ):
+            assert generate.main(flags) == 0
+
+            assert capsys.readouterr().out.lstrip("-") == "one and\n"
+
+    def test_counts_with_letters(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """`-n 1k` is a thousand characters."""
+        assert generate.main(["one", "-n", "1k", "--json", "-t", "0"]) == 0
+        text = json.loads(capsys.readouterr().out)["text"]
+
+        assert len(re.sub("<.{1,3}>", "x", text)) == 1000
 
     def test_long_prompt(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Of a prompt of ten megabytes the end is read, at a bounded cost, and that is said."""
@@ -583,7 +614,7 @@ class TestGenerate:
 
         assert done.returncode == 1
         assert done.stderr.splitlines()[1:] == [
-            "picogpt-generate: No space left on device; check the disk and its permissions, then start again"
+            "picogpt-generate: No space left on device; free some space on the disk, then start again"
         ]
 
     def test_ascii_locale(self, trained: Path) -> None:
@@ -593,7 +624,7 @@ class TestGenerate:
         done = subprocess.run(command, input="é".encode(), capture_output=True, check=True, env=environment)
 
         assert done.stdout == b"<?>\n"
-        assert rb"become <?>: '\xe9'" in done.stderr
+        assert rb"becomes <?>: '\xe9'" in done.stderr
 
     def test_needs_no_torch(self, trained: Path) -> None:
         """torch, datasets and matplotlib are never imported."""
@@ -619,7 +650,13 @@ class TestGenerate:
             (["--stop", ""], 2, "--stop must be a text of at least one character"),
             (["-s", "-1"], 2, "--seed must be"),
             (["-p", "x", "-f", "y"], 2, "argument -f/--prompt-file: not allowed with argument -p/--prompt"),
+            (["the king", "-p", "x"], 2, "argument -p/--prompt: not allowed with argument TEXT"),
+            (["-f", "x", "the king"], 2, "argument TEXT: not allowed with argument -f/--prompt-file"),
+            (["the", "king"], 2, "'king' belongs to no flag; put a prompt of several words in quotes"),
             (["--promt", "x"], 2, "there is no flag --promt; did you mean --prompt?"),
+            (["--temp", "1"], 2, "there is no flag --temp; did you mean --temperature?"),
+            (["--n-predict", "1"], 2, "there is no flag --n-predict; did you mean --max-new-tokens?"),
+            (["-n", "1.5"], 2, "--max-new-tokens must be a whole number of at least 0, or inf, got '1.5'"),
             (["-m", "nowhere"], 1, "nowhere: no such file, and no run of that name"),
             ([], 1, "logs: no trained model there; train one with picogpt-train"),
         ],
@@ -754,7 +791,26 @@ class TestBoundary:
             (PicoGPTError("what, where, what to do"), 1, "prog: what, where, what to do\n"),
             (Interrupted("saved", 15), 143, "prog: saved\n"),
             (KeyboardInterrupt(), 130, "prog: interrupted\n"),
-            (OSError(28, "No space left on device", "/x"), 1, "prog: /x: No space left on device; check the disk"),
+            (OSError(28, "No space left on device", "/x"), 1, "prog: /x: No space left on device; free some space on the disk"),
+            (
+                OSError(errno.EIO, "Input/output error", "/x"),
+                1,
+                "prog: /x: Input/output error; check the disk, then start again\n",
+            ),
+            (
+                PermissionError(errno.EACCES, "Permission denied", b"/x"),
+                1,
+                "prog: /x: Permission denied; check the permissions\n",
+            ),
+            (
+                OSError(errno.EMFILE, "Too many open files", "/x"),
+                1,
+                "prog: /x: Too many open files; allow more open files (ulimit",
+            ),
+            (socket.gaierror(-2, "Name or service not known"), 1, "prog: Name or service not known\n"),
+            (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 1, "prog: Connection reset by peer\n"),
+            (TimeoutError("timed out"), 1, "prog: timed out\n"),
+            (BrokenPipeError(errno.EPIPE, "Broken pipe", "/socket"), 1, "prog: /socket: Broken pipe\n"),
         ],
     )
     def test_errors_become_a_line(self, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str) -> None:

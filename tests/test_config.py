@@ -19,6 +19,7 @@ from picogpt.config import (
     check_dtype,
     check_run_name,
     check_threads,
+    parse_count,
     parse_new_tokens,
 )
 from picogpt.errors import ConfigError
@@ -88,7 +89,7 @@ def test_small_checks() -> None:
         check_threads(0)
 
 
-@pytest.mark.parametrize("text", ["-1", "1.5", "", "1e9", "infinite"])
+@pytest.mark.parametrize("text", ["-1", "1.5", "", "1e-9", "infinite"])
 def test_new_tokens_refused(text: str) -> None:
     """A number of characters is whole, or inf."""
     with pytest.raises(ConfigError, match="max_new_tokens must be a whole number of at least 0, or inf"):
@@ -183,3 +184,38 @@ def test_settings_refused(content: dict[str, Any]) -> None:
 def test_recipe_floor_follows_its_peak() -> None:
     """The original's lowest learning rate is a tenth of its highest, also where another one is given."""
     assert TrainConfig.from_recipe("seed", {"lr": 1e-5}).min_lr == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("0", 0),
+        ("007", 7),
+        ("-1", -1),
+        ("+5", 5),
+        ("2M", 2_000_000),
+        ("2m", 2_000_000),
+        ("1k", 1000),
+        ("1.5k", 1500),
+        ("0.002G", 2_000_000),
+        ("1e6", 1_000_000),
+        ("2.5e+3", 2500),
+        ("1e3k", 1_000_000),
+        ("40,960", 40_960),
+        ("2_000_000", 2_000_000),
+        ("3.0", 3),
+        (str(2**64 - 1), 2**64 - 1),
+    ],
+)
+def test_counts(text: str, number: int) -> None:
+    """A whole number may be written in several ways, and is exact."""
+    assert parse_count(text) == number
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "1.5", "1.0005k", "1e-3", "1e1000", "2 M", "2MB", "1,00", "1__0", "inf", "nan", "٣", "0x10"]
+)
+def test_no_counts(text: str) -> None:
+    """What is no whole number is rejected, and an example given."""
+    with pytest.raises(ConfigError, match="is not a whole number; write it like 2000000, 2M or 2e6"):
+        parse_count(text)

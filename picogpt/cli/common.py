@@ -1,80 +1,49 @@
-"""What the commands share: a parser that answers in one line, the error boundary, and signals that end work cleanly."""
+"""The commands' common ground: notices, the error boundary, and signals that end work cleanly."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
+import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from picogpt import __version__
+from picogpt.cli.parser import Parser, add_model, count
 from picogpt.cli.screen import above_bar
+from picogpt.cli.streams import cursor_is_within_a_line, has_no_reader, open_streams
 from picogpt.errors import ConfigError, PicoGPTError
 
-__all__ = ["Parser", "StopRequest", "add_model", "check_picture", "end_process", "notice", "run_command"]
+__all__ = ["Parser", "StopRequest", "add_model", "check_picture", "count", "end_process", "notice", "run_command"]
 
-_WRONG_USAGE = 2
 _INTERRUPTED = 130
 
-
-class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` without abbreviations, whose errors are one line and name the nearest flag."""
-
-    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
-        super().__init__(
-            prog=prog,
-            description=description,
-            epilog=epilog,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        self.add_argument("--version", action="version", version=f"picogpt {__version__}")
-
-    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Parse, refusing an unknown flag with the name of the nearest one."""
-        parsed, unknown = self.parse_known_args(argv)
-        if unknown:
-            self._refuse(unknown[0])
-        return parsed
-
-    def has_flag(self, flag: str) -> bool:
-        """Whether there is such a flag."""
-        return flag in self._option_string_actions
-
-    def _refuse(self, argument: str) -> NoReturn:
-        if not argument.startswith("-"):
-            self.error(f"{argument!r} belongs to no flag")
-        flag = argument.partition("=")[0]
-        nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-        self.error(f"there is no flag {flag}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
-
-    def error(self, message: str) -> NoReturn:
-        """End with exit code 2 and one line."""
-        self.exit(_WRONG_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def add_model(flags: argparse._ActionsContainer) -> None:
-    """Add the flags that name a trained model."""
-    flags.add_argument(
-        "-m",
-        "--model",
-        metavar="RUN",
-        help="a run's name, its folder, or a .safetensors file (default: the run under the logs folder that was saved last, "
-        "else a model that comes with picogpt)",
-    )
-    flags.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
+_REMEDIES: Mapping[int, str] = {
+    errno.ENOSPC: "free some space on the disk, then start again",
+    errno.EDQUOT: "free some space of your quota, then start again",
+    errno.EIO: "check the disk, then start again",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "check the path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "allow more open files (ulimit -n), then start again",
+    errno.ENFILE: "close other programs, then start again",
+    errno.ENOMEM: "close other programs, or take a smaller --batch-size or model",
+}
+"""What to do about an error of the system; others are printed without advice."""
 
 
 def notice(text: str) -> None:
-    """Say something about the work, on stderr."""
+    """Print something about the work on stderr, on a line of its own."""
     with contextlib.suppress(OSError, ValueError), above_bar():  # a closed stderr stops no work
-        print(text, file=sys.stderr, flush=True)
+        print(f"\n{text}" if cursor_is_within_a_line() else text, file=sys.stderr, flush=True)
 
 
 def run_command(body: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None) -> int:
@@ -82,17 +51,30 @@ def run_command(body: Callable[[argparse.Namespace], int], parser: Parser, argv:
 
     The one boundary at which the package's errors become a line on stderr. Other exceptions are bugs and go on.
     """
+    open_streams()
     arguments = parser.parse(argv)
     try:
-        return body(arguments)
-    except BrokenPipeError:
-        # Whoever read us has gone. Nothing more can be written, not even at exit, when Python flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (PicoGPTError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
-        message, code = _explain(error, parser)
-        notice(f"{parser.prog}: {message}")
+        code = body(arguments)
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()  # here, where a full disk is one line
         return code
+    except (PicoGPTError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and has_no_reader(sys.stdout):
+            code = 0
+        else:
+            message, code = _explain(error, parser)
+            notice(f"{parser.prog}: {message}")
+        _drop_unwritable()
+        return code
+
+
+def _drop_unwritable() -> None:
+    """Drop results that cannot be written, as Python would try it again at exit and print a traceback."""
+    with contextlib.suppress(ValueError, AttributeError):
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_picture(path: Path | None) -> None:
@@ -129,8 +111,9 @@ def _explain(error: BaseException, parser: Parser) -> tuple[str, int]:
         case KeyboardInterrupt():
             return "interrupted", _INTERRUPTED
         case OSError():
-            where = f"{error.filename}: " if error.filename else ""
-            return f"{where}{error.strerror or error}; check the disk and its permissions, then start again", 1
+            where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+            remedy = _REMEDIES.get(error.errno or 0)
+            return f"{where}{error.strerror or error}" + (f"; {remedy}" if remedy else ""), 1
     # torch has no exception of its own for an allocation that was refused.
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return "not enough memory; close other programs, or take a smaller --batch-size or model", 1

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from picogpt.cli.common import Parser, add_model, check_picture, end_process, notice, run_command
+from picogpt.cli.common import Parser, add_model, check_picture, count, end_process, notice, run_command
 from picogpt.cli.evaltexts import EvalText, Trained, find_eval_text, find_ngram_text
 from picogpt.config import EvalConfig, check_threads
 from picogpt.forecast import format_seconds
@@ -51,7 +51,7 @@ def build_parser() -> Parser:
     group.add_argument(
         "--chars",
         metavar="N",
-        type=int,
+        type=count,
         default=defaults.chars,
         help="characters to score at most, spread evenly over the text (default: %(default)s)",
     )
@@ -63,13 +63,17 @@ def build_parser() -> Parser:
         help="text to count the n-gram on (default: what the run reads: its text, if it is here, or the stream of --dataset)",
     )
     group.add_argument(
-        "--windows", metavar="N", type=int, default=defaults.windows, help="windows in a roll (default: %(default)s)"
+        "--windows", metavar="N", type=count, default=defaults.windows, help="windows in a roll (default: %(default)s)"
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument(
-        "--batch-size", metavar="N", type=int, default=defaults.batch_size, help="rolls read side by side (default: %(default)s)"
+        "--batch-size",
+        metavar="N",
+        type=count,
+        default=defaults.batch_size,
+        help="rolls read side by side (default: %(default)s)",
     )
-    machine.add_argument("--threads", metavar="N", type=int, help="threads to compute with (default: as in picogpt-train)")
+    machine.add_argument("--threads", metavar="N", type=count, help="threads to compute with (default: as in picogpt-train)")
     output = parser.add_argument_group("output")
     output.add_argument(
         "-o", "--output", metavar="FILE", type=Path, help="the picture, a .jpg (default: eval.jpg beside the model)"

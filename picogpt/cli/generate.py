@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from picogpt.cli.common import Parser, StopRequest, add_model, notice, run_command
+from picogpt.cli.common import Parser, StopRequest, add_model, count, notice, run_command
 from picogpt.config import GenerateConfig, SampleConfig, check_threads, parse_new_tokens
 from picogpt.errors import ConfigError, DataError
+from picogpt.wording import plural
 
 if TYPE_CHECKING:
     from picogpt.engine import Engine
@@ -33,11 +34,15 @@ def build_parser() -> Parser:
         "picogpt-generate",
         "Write on from a prompt with a trained model; characters appear as they are made. Without a prompt, what comes\n"
         "through a pipe is taken for it; on a terminal each line you type is one (Ctrl-C stops the text, Ctrl-D leaves).",
-        'Example: picogpt-generate -p "the lamp was out, and"',
+        'Example: picogpt-generate "the lamp was out, and"',
+        stray="put a prompt of several words in quotes",
     )
     prompt = parser.add_argument_group("prompt")
     source = prompt.add_mutually_exclusive_group()
-    source.add_argument("-p", "--prompt", metavar="TEXT", help="text to go on from (default: a pipe, else a loop)")
+    source.add_argument("text", metavar="TEXT", nargs="?", help="text to go on from (default: a pipe, else a loop)")
+    source.add_argument(
+        "-p", "--prompt", metavar="TEXT", help="the same, also where it begins with a dash: --prompt=-TEXT (default: none)"
+    )
     source.add_argument("-f", "--prompt-file", metavar="FILE", help="file to go on from, - for stdin (default: none)")
     prompt.add_argument("--chat", action="store_true", help="prompts are questions, <Q>...</Q>, and texts answers, <A>...</A>")
     model = parser.add_argument_group("model")
@@ -45,11 +50,11 @@ def build_parser() -> Parser:
     model.add_argument(
         "--hop",
         metavar="N",
-        type=int,
+        type=count,
         help="characters from window to window; fewer is slower (default: 15/16 of one)",
     )
     model.add_argument(
-        "--threads", metavar="N", type=int, help="processes that compute the model together (default: one a core, at most 2)"
+        "--threads", metavar="N", type=count, help="processes that compute the model together (default: one a core, at most 2)"
     )
     sampling = parser.add_argument_group("sampling")
     number = _adder(sampling)
@@ -57,7 +62,7 @@ def build_parser() -> Parser:
     number("-k", "--top-k", int, draw.top_k, "draw from the N likeliest, 0 from all")
     number("", "--top-p", float, draw.top_p, "draw from the likeliest that together reach this probability")
     number("", "--min-p", float, draw.min_p, "draw from those at least so many times as likely as the likeliest")
-    sampling.add_argument("-s", "--seed", metavar="N", type=int, help="the same one gives the same text (default: a new one)")
+    sampling.add_argument("-s", "--seed", metavar="N", type=count, help="the same one gives the same text (default: a new one)")
     output = parser.add_argument_group("output")
     output.add_argument(
         "-n", "--max-new-tokens", metavar="N", default=str(make.max_new_tokens), help="characters, or inf (default: %(default)s)"
@@ -75,7 +80,13 @@ def _adder(group: argparse._ArgumentGroup):  # type: ignore[no-untyped-def]
     def add(short: str, flag: str, kind: type, default: float, meaning: str) -> None:
         metavar = "N" if kind is int else "X"
         names = [short, flag] if short else [flag]
-        group.add_argument(*names, metavar=metavar, type=kind, default=default, help=f"{meaning} (default: {default:g})")
+        group.add_argument(
+            *names,
+            metavar=metavar,
+            type=count if kind is int else kind,
+            default=default,
+            help=f"{meaning} (default: {default:g})",
+        )
 
     return add
 
@@ -101,6 +112,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     )
     if arguments.json and make.max_new_tokens is None:
         raise ConfigError("max_new_tokens must be a number with --json, got 'inf'", "max_new_tokens")
+    if arguments.prompt is None:
+        arguments.prompt = arguments.text
     at_terminal = arguments.prompt is None and arguments.prompt_file is None and sys.stdin is not None and sys.stdin.isatty()
     for name, given in (("json", arguments.json), ("num_samples", make.num_samples > 1)):
         if at_terminal and given:
@@ -152,13 +165,24 @@ def _ask() -> str:
     return input()
 
 
+def _edit_lines() -> None:
+    """Give input() line editing, and have text that is pasted taken for one prompt, whatever number of lines it has.
+
+    GNU readline asks the terminal to mark what is pasted (bracketed paste); Python switches that off. Other libraries lack it.
+    """
+    with contextlib.suppress(ImportError):
+        import readline
+
+        if "libedit" not in (readline.__doc__ or ""):
+            readline.parse_and_bind("set enable-bracketed-paste on")
+
+
 def _loop(writer: _Writer) -> int:
     """Take prompts from a terminal until Ctrl-D; in a chat the conversation is kept."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (gives input() its line editing)
+    _edit_lines()
     while True:
         try:
-            prompt = _ask()
+            prompt = _ask().replace("\r", "\n")
         except EOFError:
             print()
             return 0
@@ -199,11 +223,12 @@ class _Writer:
 
     def write(self, prompt: str, *, echo: bool, stop: StopRequest | None = None) -> None:
         """Write one text to stdout, character by character, until `stop` says so at the latest."""
+        ids_to_read = self._prompt_ids(prompt)  # first, as it can have something to say
         if echo:
             sys.stdout.write(self.shown(prompt))
             sys.stdout.flush()
         made: list[int] = []
-        for (ids,), _ in self._ids(prompt, 1):
+        for (ids,), _ in self._ids(ids_to_read, 1):
             made += ids
             sys.stdout.write(self.tokenizer.decode(ids))
             sys.stdout.flush()
@@ -215,7 +240,7 @@ class _Writer:
 
     def samples(self, prompt: str) -> list[dict[str, object]]:
         """All samples of one prompt, whole, with what ended each: a stop text or the length."""
-        steps = list(self._ids(prompt, self.make.num_samples))
+        steps = list(self._ids(self._prompt_ids(prompt), self.make.num_samples))
         _, stopped = steps[-1]
         texts = [[token for parts, _ in steps for token in parts[i]] for i in range(self.make.num_samples)]
         return [
@@ -223,18 +248,14 @@ class _Writer:
             for i, (text, done) in enumerate(zip(texts, stopped, strict=True))
         ]
 
-    def _ids(self, prompt: str, count: int) -> Iterator[tuple[list[list[int]], list[bool]]]:
-        """New ids of `count` texts as they become certain, and which texts have come to a stop."""
+    def _ids(self, ids: Sequence[int], count: int) -> Iterator[tuple[list[list[int]], list[bool]]]:
+        """New ids of `count` texts after `ids` as they become certain, and which texts have come to a stop."""
         import numpy as np
 
-        from picogpt.generate import ROLL_WINDOWS, Roll, StopWatcher, generate, make_generator
+        from picogpt.generate import Roll, StopWatcher, generate, make_generator
 
-        ids = self._prompt_ids(prompt)
-        longest = ROLL_WINDOWS * self.engine.config.context_len
-        if len(ids) > longest:
-            notice(f"of the prompt's {len(ids):,} characters the model reads the last {longest:,}")
         roll = Roll(self.engine, self.hop)
-        logits = roll.read(np.array([ids[-longest:]], dtype=np.uint8))
+        logits = roll.read(np.array([ids], dtype=np.uint8))
         if count > 1:
             roll, logits = roll.fork(count), np.repeat(logits, count, axis=0)
         assert self.draw.seed is not None
@@ -246,20 +267,25 @@ class _Writer:
             yield parts, [watcher.stopped for watcher in watchers]
 
     def _prompt_ids(self, prompt: str) -> Sequence[int]:
-        """The ids to read before the first new one: the prompt, or the conversation with a new question."""
+        """The ids to read before the first new one: the end of the prompt, or of the conversation with a new question."""
         unknown = self.tokenizer.unknown_characters(prompt)
         if unknown:
             commonest = ", ".join(repr(character) for character, _ in unknown.most_common(5))
-            notice(f"{unknown.total():,} characters of the prompt are unknown to the model and become <?>: {commonest}")
+            becomes = "is unknown to the model and becomes" if unknown.total() == 1 else "are unknown to the model and become"
+            notice(f"{plural(unknown.total(), 'character')} of the prompt {becomes} <?>: {commonest}")
         ids: list[int] = self.tokenizer.encode(prompt).tolist()
-        if not self.chat:
-            # A text begins where a line does.
-            return ids or self.tokenizer.encode("\n").tolist()
-        from picogpt.tokenizer import SPECIAL_IDS
-
         newline = self.tokenizer.encode("\n").tolist()
-        self._conversation += [SPECIAL_IDS["<Q>"], *ids, SPECIAL_IDS["</Q>"], *newline, SPECIAL_IDS["<A>"]]
-        return self._conversation
+        if self.chat:
+            from picogpt.tokenizer import SPECIAL_IDS
+
+            self._conversation += [SPECIAL_IDS["<Q>"], *ids, SPECIAL_IDS["</Q>"], *newline, SPECIAL_IDS["<A>"]]
+            ids = self._conversation
+        from picogpt.generate import ROLL_WINDOWS
+
+        longest = ROLL_WINDOWS * self.engine.config.context_len
+        if len(ids) > longest:
+            notice(f"of the prompt's {len(ids):,} characters the model reads the last {longest:,}")
+        return ids[-longest:] or newline  # a text begins where a line does
 
     def _remember(self, answer: Sequence[int]) -> None:
         """Keep an answer as part of the conversation."""

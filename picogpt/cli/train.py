@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from picogpt.cli.common import Parser, StopRequest, end_process, notice, run_command
+from picogpt.cli.common import Parser, StopRequest, count, end_process, notice, run_command
 from picogpt.cli.session import Origin, Session
 from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, Request
 from picogpt.cli.texts import Text, find_text
@@ -64,7 +64,7 @@ def build_parser() -> Parser:
     machine.add_argument(
         "--threads",
         metavar="N",
-        type=int,
+        type=count,
         help="threads of each process (default: one a core, as far as a CPU quota, OMP_NUM_THREADS and OMP_THREAD_LIMIT allow)",
     )
     machine.add_argument(
@@ -99,9 +99,11 @@ def build_parser() -> Parser:
 def _add_budget(parser: Parser) -> None:
     group = parser.add_argument_group("length")
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--epochs", metavar="N", type=int, help=f"epochs (default: {Budget().epochs})")
+    length.add_argument("--epochs", metavar="N", type=count, help=f"epochs (default: {Budget().epochs})")
     length.add_argument("--minutes", metavar="M", type=float, help="train for about so many minutes instead (default: none)")
-    length.add_argument("--chars", metavar="N", type=int, help="train on so many characters instead (default: none)")
+    length.add_argument(
+        "--chars", metavar="N", type=count, help="train on so many characters instead, such as 2000000 or 2M (default: none)"
+    )
     _add(group, "steps_per_epoch", int, "steps an epoch (default: 500; with --minutes or --chars a twentieth of the run)")
     _add(
         group, "val_steps", int, "validation batches an epoch, at most all of the validation text (default: a fifth of the steps)"
@@ -110,7 +112,7 @@ def _add_budget(parser: Parser) -> None:
 
 def _add(group: argparse._ArgumentGroup, name: str, kind: Callable[[str], Any], meaning: str) -> None:
     metavar = {int: "N", float: "X", str: "NAME"}[kind]  # type: ignore[index]
-    group.add_argument("--" + name.replace("_", "-"), metavar=metavar, type=kind, help=meaning)
+    group.add_argument("--" + name.replace("_", "-"), metavar=metavar, type=count if kind is int else kind, help=meaning)
 
 
 def _recipe_default(name: str) -> str:
