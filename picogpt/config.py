@@ -16,6 +16,7 @@ from picogpt.errors import ConfigError
 
 __all__ = [
     "RECIPES",
+    "X_AXES",
     "Budget",
     "DataConfig",
     "Decay",
@@ -33,6 +34,7 @@ __all__ = [
     "check_run_name",
     "check_text_column",
     "check_threads",
+    "check_x_axis",
     "parse_count",
     "parse_new_tokens",
 ]
@@ -46,6 +48,10 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 """Where training computes; auto is a CUDA GPU if there is one, else the CPU."""
 KERNELS = ("auto", "c", "torch")
 """What computes the blocks on a CPU: functions in C that are compiled for the model, or torch's; auto is C where that works."""
+X_AXES: Mapping[str, str] = MappingProxyType(
+    {"epochs": "epoch", "characters": "characters trained on (millions)", "seconds": "seconds of training"}
+)
+"""What the x axis of a loss curve can count, and its label."""
 MAX_THREADS = 1024
 MAX_MUON_INTERVAL = 100
 
@@ -100,6 +106,16 @@ def check_device(name: str | None) -> str | None:
         ConfigError: there is no such device.
     """
     _require(name is None or name in DEVICES, "device", f"one of {', '.join(DEVICES)}", name)
+    return name
+
+
+def check_x_axis(name: str | None) -> str | None:
+    """Return `name` if it is one of `X_AXES` or None.
+
+    Raises:
+        ConfigError: the x axis cannot count that.
+    """
+    _require(name is None or name in X_AXES, "x", f"one of {', '.join(X_AXES)}", name)
     return name
 
 

@@ -2,27 +2,74 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
-
-os.environ["MPLBACKEND"] = "agg"  # matplotlib refuses to be imported under a name it does not know
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from picogpt.config import X_AXES
 from picogpt.run import LossLog
 from picogpt.scores import CONDITIONS, Estimate, Scores, position_bins
+
+
+def _has_config_folder() -> bool:
+    """Whether matplotlib can write to the folders where it keeps its settings and its list of fonts."""
+    try:
+        home = Path.home()
+        if "MPLCONFIGDIR" in os.environ:
+            folders = [Path(os.environ["MPLCONFIGDIR"])]
+        elif sys.platform.startswith(("linux", "freebsd")):
+            names = {"XDG_CONFIG_HOME": ".config", "XDG_CACHE_HOME": ".cache"}
+            folders = [Path(os.environ.get(variable) or home / name) / "matplotlib" for variable, name in names.items()]
+        else:
+            folders = [home / ".matplotlib"]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return False
+    return all(os.access(folder, os.W_OK) for folder in folders)
+
+
+@contextlib.contextmanager
+def _config_folder() -> Iterator[None]:
+    """Give matplotlib, where it has no folder, one while it is imported; its own would be left behind by `os._exit`."""
+    with contextlib.ExitStack() as stack:
+        before = os.environ.get("MPLCONFIGDIR")
+        if not _has_config_folder():
+            os.environ["MPLCONFIGDIR"] = stack.enter_context(tempfile.TemporaryDirectory(prefix="picogpt-matplotlib-"))
+        yield
+        if before is not None:
+            os.environ["MPLCONFIGDIR"] = before
+        else:
+            os.environ.pop("MPLCONFIGDIR", None)
+
+
+os.environ["MPLBACKEND"] = "agg"  # matplotlib refuses to be imported under a name it does not know
+with _config_folder():
+    from matplotlib import colormaps
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 __all__ = ["draw_losses", "draw_scores"]
 
 _INCHES = (8.0, 5.0)
 _DPI = 160  # 1280 x 800 pixels, with letters that stay readable at half of it
+_MOST_INSIDE = 2
+"""Runs up to which the legend stands inside the axes; the picture grows by a legend below for more."""
+_LEGEND_ROW_INCHES = 0.27
+_LEGEND_LETTERS = 84
+"""Letters of a row of that legend."""
 _MOST_MARKED = 40
 """Epochs up to which each one is marked by a point."""
 
@@ -35,54 +82,87 @@ _DIFFERENCE_TICKS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _MARKERS: Mapping[str, str] = {"as_is": "o", "zeroed": "s", "other": "^", "sliding": "D"}
 
 
-def draw_losses(logs: Mapping[str, LossLog]) -> bytes:
+def draw_losses(logs: Mapping[str, LossLog], *, x: str | None = None, suffix: str = ".jpg") -> bytes:
     """Draw the losses of one run or several, by their names: training dashed, validation solid.
 
-    One run is drawn over its epochs, several over the characters they were trained on, which is what they share.
+    Args:
+        logs: the runs' logs, by name.
+        x: what the x axis counts, one of `X_AXES`; None takes epochs for one run, and for several the characters they were
+            trained on, which is what they share.
+        suffix: `.png` for a PNG, anything else for a JPG.
 
     Returns:
-        The picture as a JPG.
+        The picture.
     """
-    figure = Figure(figsize=_INCHES, dpi=_DPI, layout="constrained")
+    x = x or ("epochs" if len(logs) == 1 else "characters")
+    labels = [_label_of(name, log, alone=len(logs) == 1) for name, log in logs.items()]
+    columns = max(1, min(4, _LEGEND_LETTERS // (max(map(len, labels), default=0) + 6)))
+    rows = 0 if len(logs) <= _MOST_INSIDE else math.ceil((len(logs) + 2) / columns)
+    figure = Figure(figsize=(_INCHES[0], _INCHES[1] + rows * _LEGEND_ROW_INCHES), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    by_epoch = len(logs) == 1
-    for i, (name, log) in enumerate(logs.items()):
-        _draw_run(axes, name, log, colour=f"C{i}", by_epoch=by_epoch)
-    _label(axes, by_epoch=by_epoch, title=" and ".join(logs) if len(logs) <= 3 else f"{len(logs)} runs")
-    return _jpg(figure)
+    colours = colormaps["tab10" if len(logs) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    drawn = [_draw_run(axes, log, colours[i % len(colours)], x) for i, log in enumerate(logs.values())]
+    _label(axes, x, title=_title(logs))
+    styles = [Line2D([], [], color="0.3", linestyle="--"), Line2D([], [], color="0.3")]
+    lines, texts = [*styles, *drawn], ["train", "val", *labels]
+    if len(logs) == 1:
+        lines, texts = [axes.lines[0], *drawn], ["train", *labels]
+    legend = (
+        figure.legend(lines, [""] * len(lines), loc="outside lower center", ncols=columns, fontsize=11)
+        if rows
+        else axes.legend(lines, [""] * len(lines), fontsize=13)
+    )
+    # Matplotlib leaves out what is handed to it with a name that begins with an underscore.
+    for entry, text in zip(legend.get_texts(), texts, strict=True):
+        entry.set_text(text)
+    return _picture(figure, suffix)
+
+
+def _title(names: Sequence[str] | Mapping[str, LossLog]) -> str:
+    joined = " and ".join(names)
+    return joined if len(names) == 1 or (len(names) <= 3 and len(joined) <= 60) else f"{len(names)} runs"
+
+
+def _label_of(name: str, log: LossLog, *, alone: bool) -> str:
+    best = "" if log.best_loss is None else f", best {log.best_loss:.3f}"
+    return f"val{best}" if alone else f"{_plain(name)}{best}"
 
 
 def _plain(name: str) -> str:
-    """`name` for a picture: what stands between two dollars would be drawn as a formula."""
-    return name.replace("$", r"\$")
+    """`name` for a picture: text between two dollars would be drawn as a formula, and bytes that are no text are an error."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("$", r"\$")
 
 
-def _jpg(figure: Figure) -> bytes:
+def _picture(figure: Figure, suffix: str) -> bytes:
     picture = io.BytesIO()
-    figure.savefig(picture, format="jpg", pil_kwargs={"quality": 90})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a letter that no font has is drawn as a box
+        if suffix.lower() == ".png":
+            figure.savefig(picture, format="png")
+        else:
+            figure.savefig(picture, format="jpg", pil_kwargs={"quality": 90})
     return picture.getvalue()
 
 
-def _draw_run(axes: Axes, name: str, log: LossLog, *, colour: str, by_epoch: bool) -> None:
-    x = list(range(1, len(log.val) + 1)) if by_epoch else [chars / 1e6 for chars in log.chars]
-    marker = "o" if len(x) <= _MOST_MARKED else ""
-    prefix = "" if by_epoch else f"{_plain(name)}: "
-    best = "" if log.best_loss is None else f", best {log.best_loss:.3f}"
-    axes.plot(x, log.train, color=colour, linestyle="--", linewidth=1.8, label=f"{prefix}train")
-    axes.plot(x, log.val, color=colour, linewidth=2.2, marker=marker, markersize=4, label=f"{prefix}val{best}")
+def _draw_run(axes: Axes, log: LossLog, colour: tuple[float, ...], x: str) -> Line2D:
+    """Draw both losses of a run; the line of validation."""
+    places = {"epochs": range(1, len(log.val) + 1), "characters": [chars / 1e6 for chars in log.chars], "seconds": log.seconds}[x]
+    marker = "o" if len(log.val) <= _MOST_MARKED else ""
+    axes.plot(places, log.train, color=colour, linestyle="--", linewidth=1.8)
+    (line,) = axes.plot(places, log.val, color=colour, linewidth=2.2, marker=marker, markersize=4)
+    return line
 
 
-def _label(axes: Axes, *, by_epoch: bool, title: str) -> None:
+def _label(axes: Axes, x: str, title: str) -> None:
     axes.set_title(_plain(title), fontsize=15)
-    axes.set_xlabel("epoch" if by_epoch else "characters trained on (millions)", fontsize=14)
+    axes.set_xlabel(X_AXES[x], fontsize=14)
     axes.set_ylabel("loss (nats per character)", fontsize=14)
     axes.tick_params(labelsize=12)
     axes.grid(alpha=0.3)
-    if by_epoch:
+    if x == "epochs":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _show_bits(axes)
-    axes.legend(fontsize=13)
 
 
 def _show_bits(axes: Axes) -> None:
@@ -99,14 +179,19 @@ def _to_nats(bits: npt.ArrayLike) -> npt.ArrayLike:
     return np.asarray(bits) * math.log(2)
 
 
-def draw_scores(scores: Scores, title: str) -> bytes:
+def draw_scores(scores: Scores, title: str, *, suffix: str = ".jpg") -> bytes:
     """Draw the loss under each condition, by window of the roll and by position in the window.
 
     Above the losses, with the standard error over articles of the roll as it is; below how much more each other condition
     costs, paired by character, with its own.
 
+    Args:
+        scores: the losses.
+        title: what stands above.
+        suffix: `.png` for a PNG, anything else for a JPG.
+
     Returns:
-        The picture as a JPG.
+        The picture.
     """
     figure = Figure(figsize=_SCORES_INCHES, dpi=_SCORES_DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -124,7 +209,7 @@ def draw_scores(scores: Scores, title: str) -> bytes:
             _draw_differences(differences[1], middles * 2 ** ((i - 2) / 12), scores.by_position(name, bins, minus="as_is"), i)
     _label_scores(losses, differences, context_len)
     figure.suptitle(_plain(title), fontsize=15)
-    return _jpg(figure)
+    return _picture(figure, suffix)
 
 
 def _draw_losses(axes: Axes, x: npt.NDArray[np.float64], estimates: Sequence[Estimate], condition: int) -> None:

@@ -772,11 +772,18 @@ class TestPlot:
         assert Path("x.jpg").exists()
 
     def test_other_formats(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        """The picture is a JPG, and is not called anything else."""
+        """The picture is a JPG or a PNG, and is not called anything else."""
+        assert plot.main(["numbers", "-o", "x.PNG", "--x", "seconds"]) == 0
+        assert Path("x.PNG").read_bytes().startswith(b"\x89PNG")
+        Path("folder.jpg").mkdir()
+        assert plot.main(["numbers", "-o", "folder.jpg"]) == 2
+        assert "--output: folder.jpg cannot be written; name another file" in capsys.readouterr().err
+        assert plot.main(["numbers", "--x", "steps"]) == 2
+        assert "--x must be one of epochs, characters, seconds, got 'steps'" in capsys.readouterr().err
         assert plot.main(["numbers", "-o", "nowhere/x.jpg"]) == 2
         assert "--output: there is no folder nowhere; make it first" in capsys.readouterr().err
-        assert plot.main(["numbers", "-o", "x.png"]) == 2
-        assert "--output must end in .jpg, got 'x.png'" in capsys.readouterr().err
+        assert plot.main(["numbers", "-o", "x.gif"]) == 2
+        assert "--output must end in .jpg or .png, got 'x.gif'" in capsys.readouterr().err
 
     def test_unknown_run(self, capsys: pytest.CaptureFixture[str]) -> None:
         """A run that is not there is one line."""

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from picogpt import plot
+from picogpt.config import X_AXES
 from picogpt.plot import draw_losses, draw_scores
 from picogpt.run import LossLog
 from picogpt.scores import CONDITIONS, Scores, position_bins
@@ -59,15 +64,22 @@ def test_scores_are_a_picture() -> None:
     assert draw_scores(Scores(losses, np.array([0, 0, 1, 2])), "even") != even
 
 
+def keep(figures: list[Figure], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have each figure that is drawn put into `figures`."""
+    picture = plot._picture
+
+    def kept(figure: Figure, suffix: str) -> bytes:
+        figures.append(figure)
+        return picture(figure, suffix)
+
+    monkeypatch.setattr(plot, "_picture", kept)
+
+
 def test_scores_are_drawn_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Above each condition's losses, below what it costs more than the roll as it is: by window left, by position right."""
     figures: list[Figure] = []
 
-    def keep(figure: Figure) -> bytes:
-        figures.append(figure)
-        return b""
-
-    monkeypatch.setattr(plot, "_jpg", keep)
+    keep(figures, monkeypatch)
     generator = np.random.default_rng(0)
     scores = Scores({name: generator.random((4, 3, 8), np.float32) for name in CONDITIONS}, np.array([0, 0, 1, 2]))
     draw_scores(scores, "title")
@@ -87,3 +99,68 @@ def test_scores_are_drawn_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> 
             np.testing.assert_allclose(np.asarray(middle.get_ydata(), float), [estimate.nats for estimate in parts(name)])
             ends = np.array([segment[:, 1] for segment in lengths.get_segments()])
             np.testing.assert_allclose(np.diff(ends)[:, 0], [2 * estimate.error for estimate in parts(name)])
+
+
+NAMES = ["_hidden", "a$5_vs_$6", "caf\udce9-run", "日本", "e", "my-long-named-run.with-parts_3", "g", "h", "i", "j", "k", "_l"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 6, 12])
+def test_legend(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Every run is in the legend, whatever its name; of more than two it stands below the axes, which keep their size."""
+    figures: list[Figure] = []
+    keep(figures, monkeypatch)
+    draw_losses({name: make_log(5, 1.0) for name in NAMES[:count]})
+    (figure,) = figures
+    axes = figure.axes[0]
+    legend = axes.get_legend() if count <= 2 else figure.legends[0]
+    assert legend is not None
+    shown = [text.get_text() for text in legend.get_texts()]
+
+    if count > 1:
+        assert shown == ["train", "val", *(f"{plot._plain(name)}, best 1.200" for name in NAMES[:count])]
+    else:
+        assert shown == ["train", "val, best 1.200"]
+    box, below = axes.get_window_extent(), legend.get_window_extent()
+    assert box.height > 500
+    assert box.width > 900
+    assert count <= 2 or below.y1 < box.y0
+    assert below.x0 >= 0
+    assert below.x1 <= 1280
+    assert len({line.get_color() for line in axes.lines}) == count
+
+
+@pytest.mark.parametrize(
+    ("x", "places"), [("epochs", [1, 2, 3]), ("characters", [0, 0.001, 0.002]), ("seconds", [2.0, 1.5, 1 + 1 / 3])]
+)
+def test_x_axis(monkeypatch: pytest.MonkeyPatch, x: str, places: list[float]) -> None:
+    """The x axis counts what is asked for."""
+    figures: list[Figure] = []
+    keep(figures, monkeypatch)
+    draw_losses({"a": make_log(3, 1.0)}, x=x)
+    axes = figures[0].axes[0]
+
+    np.testing.assert_allclose(np.asarray(axes.lines[1].get_xdata(), float), places)
+    assert axes.get_xlabel() == X_AXES[x]
+
+
+def test_png() -> None:
+    """A suffix of .png gives a PNG."""
+    losses = {name: np.ones((2, 2, 8), np.float32) for name in CONDITIONS}
+    pictures = [
+        draw_losses({"a": make_log(3, 1.0)}, suffix=".png"),
+        draw_scores(Scores(losses, np.array([0, 1])), "a", suffix=".PNG"),
+    ]
+
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+
+
+@pytest.mark.parametrize("changes", [{"HOME": "/dev/null"}, {"HOME": "/dev/null", "MPLCONFIGDIR": "/dev/null/x"}], ids=len)
+def test_unwritable_home(tmp_path: Path, changes: dict[str, str]) -> None:
+    """Where matplotlib cannot keep anything, nothing is left in the temporary folder, even if the process ends at once."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "MPL"))}
+    code = "import os; from picogpt.plot import draw_losses; print(os.environ.get('MPLCONFIGDIR'), flush=True); os._exit(0)"
+    environment = {**kept, **changes, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+
+    assert list(tmp_path.iterdir()) == []
+    assert (done.stdout, done.stderr) == (f"{changes.get('MPLCONFIGDIR')}\n", "")

@@ -81,12 +81,16 @@ def check_picture(path: Path | None) -> None:
     """Refuse to begin the work for a picture that could not be written to `path`; None is a place of our own choosing.
 
     Raises:
-        ConfigError: it is no name of a JPG, or its folder is not there.
+        ConfigError: it is no name of a JPG or PNG, or its folder is not there or cannot be written to.
     """
-    if path is not None and path.suffix.lower() not in {".jpg", ".jpeg"}:
-        raise ConfigError(f"output must end in .jpg, got {str(path)!r}", "output")
-    if path is not None and not path.parent.is_dir():
+    if path is None:
+        return
+    if path.suffix.lower() not in {".jpg", ".jpeg", ".png"}:
+        raise ConfigError(f"output must end in .jpg or .png, got {str(path)!r}", "output")
+    if not path.parent.is_dir():
         raise ConfigError(f"output: there is no folder {path.parent}; make it first", "output")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"output: {path} cannot be written; name another file", "output")
 
 
 def end_process(code: int) -> NoReturn:

@@ -76,7 +76,7 @@ def build_parser() -> Parser:
     machine.add_argument("--threads", metavar="N", type=count, help="threads to compute with (default: as in picogpt-train)")
     output = parser.add_argument_group("output")
     output.add_argument(
-        "-o", "--output", metavar="FILE", type=Path, help="the picture, a .jpg (default: eval.jpg beside the model)"
+        "-o", "--output", metavar="FILE", type=Path, help="the picture, a .jpg or .png (default: eval.jpg beside the model)"
     )
     output.add_argument("--json", action="store_true", help="one JSON object, on a line, instead of the table")
     return parser
@@ -106,7 +106,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     print(json.dumps({**report.to_json(), "picture": str(output)}) if arguments.json else report.table(), flush=True)
     from picogpt.plot import draw_scores
 
-    atomic_write(output, draw_scores(report.scores, report.title()))
+    atomic_write(output, draw_scores(report.scores, report.title(), suffix=output.suffix))
     notice(f"picture: {output}")
     return 0
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from picogpt.cli.common import Parser, check_picture, run_command
+from picogpt.config import check_x_axis
 
 __all__ = ["build_parser", "main"]
 
@@ -15,7 +16,7 @@ def build_parser() -> Parser:
     """The parser."""
     parser = Parser(
         "picogpt-plot",
-        "Draw the loss curve of a run, or of several on one picture, as a JPG. Prints the picture's path.",
+        "Draw the loss curve of a run, or of several on one picture, as a JPG or PNG. Prints the picture's path.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's name, its folder, or a log.pkl")
     parser.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
@@ -24,7 +25,12 @@ def build_parser() -> Parser:
         "--output",
         metavar="FILE",
         type=Path,
-        help="the picture (default: log.jpg in the run's folder, or compare.jpg in the logs folder)",
+        help="the picture, a .jpg or .png (default: log.jpg in the run's folder, or compare.jpg in the logs folder)",
+    )
+    parser.add_argument(
+        "--x",
+        metavar="NAME",
+        help="what the x axis counts: epochs, characters or seconds (default: epochs for one run, characters for several)",
     )
     return parser
 
@@ -36,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _plot(arguments: argparse.Namespace) -> int:
     check_picture(arguments.output)
+    x = check_x_axis(arguments.x)
     from picogpt.files import atomic_write
     from picogpt.find import find_log
     from picogpt.run import read_log
@@ -46,7 +53,7 @@ def _plot(arguments: argparse.Namespace) -> int:
 
     default = next(iter(paths.values())).with_name("log.jpg") if len(logs) == 1 else arguments.logs_dir / "compare.jpg"
     output = arguments.output or default
-    atomic_write(output, draw_losses(logs))
+    atomic_write(output, draw_losses(logs, x=x, suffix=output.suffix))
     print(output)
     return 0
 
