@@ -8,7 +8,7 @@ from pathlib import Path
 from picogpt.errors import RunError
 from picogpt.run import LOG_FILE, MODEL_FILE, RunFolder
 
-__all__ = ["find_log", "find_model"]
+__all__ = ["find_log", "find_model", "resumable_runs"]
 
 PRETRAINED = Path(__file__).resolve().parents[1] / "logs"
 """Where the trained models lie that come with picogpt; only a clone has them."""
@@ -50,6 +50,12 @@ def find_log(name: str, logs_dir: Path) -> Path:
         RunError: there is none.
     """
     return _find(name, logs_dir, LOG_FILE)
+
+
+def resumable_runs(logs_dir: Path) -> list[str]:
+    """Names of the runs under `logs_dir` that training can go on with, in order."""
+    runs = [RunFolder(path) for path in sorted(logs_dir.glob("*")) if path.is_dir()]
+    return [run.name for run in runs if run.has_checkpoint() or (run.has_config() and not run.has_model())]
 
 
 def _find(name: str, logs_dir: Path, filename: str) -> Path:

@@ -452,7 +452,7 @@ def _extract(content: Any, n_head: int) -> OriginalRun:
         val=[_number(x) for x in val[:n_epochs]],
         chars=[chars * (i + 1) // n_epochs for i in range(n_epochs)],
         seconds=[0.0] * n_epochs,
-        best_loss=_number(best),
+        best_loss=best if math.isfinite(best := _number(best)) else None,
         iter_num=steps,
     )
     if isinstance(steps, bool) or not 0 <= steps < 1 << 40:
@@ -470,12 +470,15 @@ def _weight(name: Any, value: Any) -> npt.NDArray[np.float32]:
 
 
 def _number(value: Any) -> float:
-    """A loss: a number or a tensor of one."""
+    """A loss: a number or a tensor of one. It may be NaN or infinite, which says nothing about the best weights."""
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.reshape(-1)[0].item()
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not isinstance(value, int | float):
         raise _Refused("a loss that is no number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise _Refused("a loss that is no number") from error
 
 
 def _n_values(config: GPTConfig) -> int:

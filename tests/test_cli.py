@@ -28,6 +28,7 @@ from picogpt.cli import eval as evaluation
 from picogpt.cli.download import DownloadBar
 from picogpt.cli.settings import Request
 from picogpt.config import GPTConfig
+from picogpt.data import read_texts
 from picogpt.engine.window import processes_for
 from picogpt.errors import Interrupted, PicoGPTError
 from picogpt.kernels.compiled import Kernels
@@ -147,6 +148,45 @@ class TestTrain:
         assert train.main(training(text_file, *flags)) == 1
 
         assert f"run numbers: {message}; choose another --run" in capsys.readouterr().err
+
+    def test_other_settings_name_the_run(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The run that is named is the one on the disk, also where its text has another name."""
+        train.main(training(text_file, "--run", "mine"))
+        Path("logs/mine").rename("logs/numbers-2")
+        Path("logs/numbers").mkdir()
+        Path("logs/numbers/model.safetensors").touch()
+        assert train.main(["--text", str(text_file), "--n-layer", "3"]) == 1
+
+        assert "run numbers-2: n_layer is 3 and was 2; choose another --run" in capsys.readouterr().err
+
+    def test_mistyped_run(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A name alone that no run has is taken for a mistyped one where there are runs."""
+        train.main(training(text_file))
+        capsys.readouterr()
+        for flags in (["--run", "numbesr"], ["--run", "numbesr", "--epochs", "3"], ["--run", "numbesr", "--fresh"]):
+            assert train.main(flags) == 2
+            assert capsys.readouterr().err == (
+                "picogpt-train: --run numbesr: no such run under logs; did you mean numbers? A new one needs --dataset or --text "
+                "beside its name\n"
+            )
+        assert train.main(["--run", "other"]) == 2
+        assert "runs there: numbers; A new one needs" in capsys.readouterr().err
+        assert [path.name for path in Path("logs").iterdir()] == ["numbers"]
+        assert train.main(training(text_file, "--run", "other")) == 0
+
+    def test_first_run_by_name(
+        self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where there is no run yet, or only models that cannot be resumed, a name alone begins one, which is told."""
+        monkeypatch.setattr("picogpt.data.load_dataset", lambda *_, **__: read_texts([str(text_file)], name="numbers"))
+        Path("logs/given").mkdir(parents=True)
+        Path("logs/given/model.safetensors").touch()
+        flags = [*TINY_FLAGS, "--epochs", "1", "--steps-per-epoch", "2"]
+        assert train.main(["--run", "mine", *flags]) == 0
+        assert (
+            "logs/mine: a new run, as there is none to resume; neither --dataset nor --text is given, so the text is auto"
+            in capsys.readouterr().err
+        )
 
     def test_a_changed_text_stops_a_run(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """A text that is not the run's own is refused."""

@@ -21,13 +21,15 @@ import numpy as np
 import pytest
 import torch
 
-from picogpt.cli import train
+from picogpt.cli import generate, train
+from picogpt.cli.bringover import describe_losses
 from picogpt.config import GPTConfig
 from picogpt.engine import Engine
 from picogpt.errors import RunError
 from picogpt.generate import Roll
 from picogpt.model import GPT
 from picogpt.original import read_original
+from picogpt.plot import draw_losses
 from picogpt.run import RunFolder, load_model
 from tests.conftest import VECTORS
 
@@ -65,7 +67,7 @@ def test_import_and_go_on(
     with monkeypatch.context() as context:
         context.setattr("picogpt.train.Trainer.fit", lambda *_: True)
         assert train.main([*flags, "--epochs", "2"]) == 0
-    assert "brought over 1,500 steps, best loss 2.5000 there and " in capsys.readouterr().err
+    assert "brought over 1,500 steps, best loss 2.5000 there; its loss on this text is " in capsys.readouterr().err
     engine = Engine.load(Path("logs/old/model.safetensors"))
     np.testing.assert_allclose(Roll(engine, 1).read(expected["idx"]), expected["last_logits"], atol=1e-4, rtol=0)
     before = load_model(Path("logs/old/model.safetensors"))[1]
@@ -304,7 +306,8 @@ def test_tricks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noth
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"best_loss": float("nan")}, "a loss that is no number"),
+        ({"best_loss": "low"}, "a loss that is no number"),
+        pytest.param({"best_loss": 10**400}, "a loss that is no number", id="beyond any float"),
         ({"losses": {"train": ["x"], "val": [1.0]}}, "a loss that is no number"),
         ({"iter_num": -1}, "an impossible number of steps"),
         ({"iter_num": True}, "an impossible number of steps"),
@@ -315,6 +318,18 @@ def test_tricks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noth
 )
 def test_impossible_values(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     """A log whose weights fit and whose values cannot be is refused too."""
+    path = tmp_path / "log.pkl"
+    if "best_weight" not in changes:
+        path.write_bytes(log_with(small_weights(None)))
+        assert read_original(path, 1).config.n_embd == 2
+    path.write_bytes(log_with(small_weights(changes.pop("best_weight", None)), **changes))
+
+    with pytest.raises(RunError, match=message):
+        read_original(path, 1)
+
+
+def small_weights(fault: str | None) -> dict[str, Any]:
+    """Weights of a model of one block, whole or with a fault."""
     sizes = {
         "transformer.wte.weight": (88, 2),
         "transformer.wpe.weight": (3, 2),
@@ -324,23 +339,83 @@ def test_impossible_values(changes: dict[str, Any], message: str, tmp_path: Path
     block = {"ln_1.weight": (2,), "ln_2.weight": (2,), "attn.c_attn.weight": (6, 2), "attn.c_proj.weight": (2, 2)}
     block |= {"mlp.c_fc.weight": (8, 2), "mlp.c_proj.weight": (2, 8)}
     shapes = sizes | {f"transformer.h.0.{name}": shape for name, shape in block.items()}
-    kind, value = (
-        ("LongStorage", np.int64(1)) if changes.get("best_weight") == "whole numbers" else ("FloatStorage", np.float32(1))
-    )
-    if changes.get("best_weight") == "not finite":
+    kind, value = ("LongStorage", np.int64(1)) if fault == "whole numbers" else ("FloatStorage", np.float32(1))
+    if fault == "not finite":
         value = np.float32("nan")
-    weights = {
+    return {
         name: tensor(shape, (*shape[1:], 1), data=storage(np.full(int(np.prod(shape)), value), kind=kind))
         for name, shape in shapes.items()
     }
-    path = tmp_path / "log.pkl"
-    path.write_bytes(log_with(weights))
-    if "best_weight" not in changes:
-        assert read_original(path, 1).config.n_embd == 2
-        path.write_bytes(log_with(weights, **changes))
 
-    with pytest.raises(RunError, match=message):
-        read_original(path, 1)
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("changes", "best", "said"),
+    [
+        (
+            {"losses": {"train": [NAN, 2.0], "val": [float("inf"), 1.5]}, "best_loss": 1.5},
+            1.5,
+            ", best loss 1.5000, 2 losses not finite",
+        ),
+        ({"losses": {"train": [2.0], "val": [NAN]}, "best_loss": NAN}, None, ", 1 loss not finite"),
+        ({"losses": {"train": [], "val": []}, "best_loss": float("inf")}, None, ""),
+    ],
+    ids=["some", "the best", "none"],
+)
+def test_losses_that_are_not_finite(changes: dict[str, Any], best: float | None, said: str, tmp_path: Path) -> None:
+    """They say nothing about the weights, which are brought over; the log keeps them, and a run can be drawn with them."""
+    path = tmp_path / "log.pkl"
+    path.write_bytes(log_with(small_weights(None), **changes))
+    original = read_original(path, 1)
+
+    assert original.log.best_loss == best
+    np.testing.assert_equal(original.log.val, changes["losses"]["val"])
+    assert describe_losses(original.log) == said
+    assert draw_losses({"a": original.log})
+
+
+def test_import_alone(
+    expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With `--epochs 0` the run is brought over as it is, without a text and without training, and can be generated with."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--import-original", str(SEED_LOG), "--n-head", "4", "--epochs", "0"]
+    assert train.main([*flags, "--run", "old", "--dry-run"]) == 0
+    assert not Path("logs").exists()
+    assert train.main([*flags, "--run", "old"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"logs/old: 1,500 steps of {SEED_LOG}, best loss 2.5000; picogpt-generate -m old writes with it, picogpt-train "
+        "--init-from old trains on from it"
+    )
+    engine = Engine.load(Path("logs/old/model.safetensors"))
+    np.testing.assert_allclose(Roll(engine, 1).read(expected["idx"]), expected["last_logits"], atol=1e-4, rtol=0)
+    assert RunFolder(Path("logs/old")).read_log().val == [3.0, 2.7, 2.5]
+    assert Path("logs/old/log.jpg").exists()
+    assert generate.main(["-m", "old", "a", "-n", "1"]) == 0
+
+    assert train.main([*flags, "--run", "old"]) == 1
+    assert "logs/old: there is a run of that name; choose another --run" in capsys.readouterr().err
+    assert train.main([*flags, "--run", "old", "--fresh"]) == 0
+    assert Path("logs/old.old-1/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--run must be given with --import-original and --epochs 0"),
+        (["--run", "a", "--dataset", "sample"], "--epochs 0 trains on no text; leave --text and --dataset out"),
+    ],
+)
+def test_import_alone_needs(
+    flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An import without training has a name and no text."""
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--import-original", str(SEED_LOG), "--epochs", "0", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_protocol_2(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from picogpt.cli.bringover import describe_losses
 from picogpt.cli.common import StopRequest, notice
 from picogpt.cli.machine import Machine
 from picogpt.cli.settings import Request
 from picogpt.config import Budget, DataConfig, GPTConfig, Pace, RunSettings, Schedule, TrainConfig
 from picogpt.errors import Interrupted, PicoGPTError, RunError
+from picogpt.wording import plural
 
 if TYPE_CHECKING:
     from picogpt.cli.forecast import EpochEnd, Forecaster
@@ -208,13 +210,13 @@ class Session:
 
     def _keep_imported(self, log: LossLog) -> None:
         """Save an imported run as it came, with a best loss on this text, which is what later ones are compared with."""
-        best = log.best_loss
+        told = describe_losses(log)
         log.best_loss = self.trainer.validate(self.schedule.val_steps)
         self.run.save_model(self.trainer.model.arrays(), self.trainer.model.config)
         self.trainer.save(self.run)
         self.run.write_log(log)
         notice(
-            f"brought over {log.iter_num:,} steps, best loss {best:.4f} there and {log.best_loss:.4f} on this text; training "
+            f"brought over {plural(log.iter_num, 'step')}{told} there; its loss on this text is {log.best_loss:.4f}; training "
             "goes on with a new optimizer, as the original's was not connected to its weights"
         )
 

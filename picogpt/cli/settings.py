@@ -105,8 +105,20 @@ class Request:
             init_from=arguments.init_from,
             import_original=arguments.import_original,
         )
-        request.model(None), request.train(None), request.budget(None)
+        request.model(None), request.train(None)
+        if not request.imports_only:
+            request.budget(None)
         return request
+
+    @property
+    def imports_only(self) -> bool:
+        """Whether a run of the original project is to be brought over and not trained."""
+        return self.import_original is not None and self.given.get("epochs") == 0
+
+    @property
+    def names_a_text(self) -> bool:
+        """Whether a flag says what a new run learns from, or begins from."""
+        return bool(self.text) or any(given is not None for given in (self.dataset, self.init_from, self.import_original))
 
     def going_on(self) -> Request:
         """The same after a restart by torchrun: what was started over before is not started over again."""
@@ -177,8 +189,13 @@ class Request:
         if any(name in self.given for name in _LENGTHS) and total_steps < steps_done:
             raise RunError(f"the run has done {steps_done:,} steps and this length is {total_steps:,}; give a larger one")
 
-    def refuse_changes(self, stored: RunSettings | None, data: DataConfig) -> None:
-        """Refuse to go on with a run under settings that contradict it, and say which others change.
+    def refuse_changes(self, stored: RunSettings | None, data: DataConfig, run: str) -> None:
+        """Reject settings that contradict those of the run that is resumed, and print which others change.
+
+        Args:
+            stored: the run's settings; None for a run that begins.
+            data: the text that was found.
+            run: name of the run.
 
         Raises:
             RunError: shape, text, recipe or what a step reads are not the run's own.
@@ -195,8 +212,7 @@ class Request:
             changes.append(("text", _tell(stored.data), _tell(data)))
         refused = [f"{name} is {now} and was {before}" for name, before, now in changes if name not in _CHANGEABLE]
         if refused:
-            name = self.run or stored.data.name
-            raise RunError(f"run {name}: {'; '.join(refused)}; choose another --run, or --fresh to start over")
+            raise RunError(f"run {run}: {'; '.join(refused)}; choose another --run, or --fresh to start over")
         for name, before, now in changes:
             notice(f"{name} is {now} from here on and was {before}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,10 @@ def build_parser() -> Parser:
     begin = run.add_mutually_exclusive_group()
     begin.add_argument("--init-from", metavar="RUN", help="begin with another run's best weights (default: none)")
     begin.add_argument(
-        "--import-original", metavar="FILE", type=Path, help="begin with a log.pkl of the original project (default: none)"
+        "--import-original",
+        metavar="FILE",
+        type=Path,
+        help="begin with a log.pkl of the original project; with --epochs 0 only bring it over (default: none)",
     )
     _add_budget(parser)
     recipe = parser.add_argument_group("recipe")
@@ -132,6 +136,11 @@ def command() -> NoReturn:
 
 def _train(arguments: argparse.Namespace) -> int:
     request = Request.from_flags(arguments)
+    if request.imports_only:
+        from picogpt.cli.bringover import bring_over
+
+        bring_over(request)
+        return 0
     if "RANK" not in os.environ:
         _lead(request, None)
         return 0
@@ -149,7 +158,7 @@ def _lead(request: Request, ranks: Ranks | None) -> None:
     """What a run alone does, or the first of the ranks that share it."""
     run, stored, text = _locate(request)
     data = text.describe()
-    request.refuse_changes(stored, data)
+    request.refuse_changes(stored, data, run.name)
     origin = _origin(request, run, stored)
     model = request.model(stored, origin.config if origin else None)
     config, budget = request.train(stored), request.budget(stored)
@@ -197,12 +206,33 @@ def _locate(request: Request) -> tuple[RunFolder, RunSettings | None, Text]:
     if request.run is not None:
         run = RunFolder(request.logs_dir / request.run)
         stored = _stored(run, request)
+        if stored is None and not request.names_a_text and not run.path.exists():
+            _check_new_name(run)
         return run, stored, find_text(request, stored)
     text = find_text(request, None)
     run = _default_run(request.logs_dir / text.name)
     stored = _stored(run, request)
     # A stream keeps to the commit of its run, which is known only now; nothing was asked of the hub yet.
     return run, stored, find_text(request, stored) if stored and stored.data.files else text
+
+
+def _check_new_name(run: RunFolder) -> None:
+    """Take a run's name that stands alone and is not known for a new run only where there is none that could be meant.
+
+    Raises:
+        ConfigError: there are runs; the name is probably a mistyped one of them.
+    """
+    from picogpt.find import resumable_runs
+
+    others = resumable_runs(run.path.parent)
+    if not others:
+        notice(f"{run.path}: a new run, as there is none to resume; neither --dataset nor --text is given, so the text is auto")
+        return
+    nearest = difflib.get_close_matches(run.name, others, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"runs there: {', '.join(others)};"
+    raise ConfigError(
+        f"run {run.name}: no such run under {run.path.parent}; {hint} A new one needs --dataset or --text beside its name", "run"
+    )
 
 
 def _default_run(path: Path) -> RunFolder:

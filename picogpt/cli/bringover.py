@@ -1,0 +1,66 @@
+"""`picogpt-train --import-original FILE --run NAME --epochs 0`: a run of the original project becomes one of ours, untrained."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from picogpt.cli.common import notice
+from picogpt.config import GPTConfig
+from picogpt.errors import ConfigError, RunError
+from picogpt.wording import plural
+
+if TYPE_CHECKING:
+    from picogpt.cli.settings import Request
+    from picogpt.run import LossLog
+
+__all__ = ["bring_over", "describe_losses"]
+
+
+def bring_over(request: Request) -> None:
+    """Write the weights and losses of the original's log as a run: it can be generated with, scored, drawn and begun from.
+
+    There is no text to go on with, so it has no checkpoint; `--init-from` trains on from it.
+
+    Raises:
+        ConfigError: the run has no name, or flags are given that need training.
+        RunError: the log is damaged or of another kind, or a run of that name is there.
+    """
+    from picogpt.files import atomic_write
+    from picogpt.model import GPT
+    from picogpt.original import read_original
+    from picogpt.plot import draw_losses
+    from picogpt.run import RunFolder
+
+    if request.run is None:
+        raise ConfigError("run must be given with --import-original and --epochs 0: the name of the new run", "run")
+    if request.text or request.dataset is not None:
+        raise ConfigError("epochs 0 trains on no text; leave --text and --dataset out, or give more epochs", "epochs")
+    assert request.import_original is not None
+    original = read_original(request.import_original, request.given.get("n_head", GPTConfig().n_head))
+    model = GPT(request.model(None, original.config))
+    model.load_arrays(original.weights)
+    run = RunFolder(request.logs_dir / request.run)
+    told = f"{run.path}: {plural(original.log.iter_num, 'step')} of {request.import_original}{describe_losses(original.log)}"
+    if run.path.exists() and not request.fresh:
+        raise RunError(
+            f"{run.path}: there is a run of that name; choose another --run, or --fresh, which keeps it under a new name"
+        )
+    if request.dry_run:
+        notice(f"{told}; dry run: nothing is kept")
+        return
+    if run.path.exists():
+        notice(f"the run that was there is kept as {run.set_aside()}")
+    run.create()
+    run.write_log(original.log)
+    atomic_write(run.plot_path, draw_losses({run.name: original.log}))
+    run.save_model(model.arrays(), model.config)
+    name = request.run
+    notice(f"{told}; picogpt-generate -m {name} writes with it, picogpt-train --init-from {name} trains on from it")
+
+
+def describe_losses(log: LossLog) -> str:
+    """The best loss of an imported log, and how many of its losses are no finite numbers."""
+    best = "" if log.best_loss is None else f", best loss {log.best_loss:.4f}"
+    broken = sum(not math.isfinite(loss) for loss in (*log.train, *log.val))
+    return best + (f", {plural(broken, 'loss', 'losses')} not finite" if broken else "")
