@@ -151,7 +151,7 @@ def test_articles_of_a_stream(run: RunFolder, capsys: Capture, monkeypatch: pyte
     assert evaluate("--dataset", "org/name", "--chars", "300") == 0
     err = capsys.readouterr().err
 
-    assert "org/name: 1 files at commit cccccccccccc; the articles that no run on it is trained on" in err
+    assert "org/name: 1 file at commit cccccccccccc; the articles that no run on it is trained on" in err
     assert "name, the first articles for validation of over 24 characters: 12 rolls of 24 characters from 4 of 4 articles" in err
     assert "n-gram counted on the articles of name for training: 160 characters" in err  # a step of 2 x 10 windows of 8
     assert {(shards.columns, shards.commit) for shards in asked} == {(("body",), "c" * 40)}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from picogpt.cli.common import notice
 from picogpt.config import RunSettings, check_text_column
 from picogpt.errors import ConfigError, DataError, RunError
+from picogpt.wording import plural
 
 if TYPE_CHECKING:
     import numpy as np
@@ -207,7 +208,9 @@ def _streamed_text(trained: Trained, dataset: str, text_column: str | None, roll
     else:
         shards = find_shards(spec)
     where = f"at commit {shards.commit[:12]}" if shards.commit else "in this folder"
-    notice(f"{spec.path}: {len(shards.files)} files {where}; the articles that no run on it is trained on, one in twenty")
+    notice(
+        f"{spec.path}: {plural(len(shards.files), 'file')} {where}; the articles that no run on it is trained on, one in twenty"
+    )
     articles = list(validation_articles(ArticleReader(shards, 0, notice), roll_len, chars))
     part = f"the first articles for validation of over {roll_len:,} characters"
     return EvalText(spec.short_name, part, articles, "articles", shards=shards if own else None)

@@ -22,6 +22,7 @@ from picogpt.config import (
     check_threads,
 )
 from picogpt.errors import RunError
+from picogpt.wording import plural
 
 __all__ = ["MODEL_FLAGS", "TRAIN_FLAGS", "Request"]
 
@@ -187,7 +188,7 @@ class Request:
             RunError: another length is given, and it is not longer than what is done.
         """
         if any(name in self.given for name in _LENGTHS) and total_steps < steps_done:
-            raise RunError(f"the run has done {steps_done:,} steps and this length is {total_steps:,}; give a larger one")
+            raise RunError(f"the run has done {plural(steps_done, 'step')} and this length is {total_steps:,}; give a larger one")
 
     def refuse_changes(self, stored: RunSettings | None, data: DataConfig, run: str) -> None:
         """Reject settings that contradict those of the run that is resumed, and print which others change.
@@ -220,7 +221,7 @@ class Request:
 def _tell(data: DataConfig) -> str:
     """What text it is, as far as two of them can differ."""
     if data.characters is not None:
-        return f"{data.name} of {data.characters:,} characters"
+        return f"{data.name} of {plural(data.characters, 'character')}"
     column = f", column {data.text_column}" if data.text_column else ""
     return f"{data.dataset} at {data.commit or 'other files'}{column}"
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from picogpt.cli.common import notice
 from picogpt.cli.settings import Request
 from picogpt.config import DataConfig, GPTConfig, RunSettings, TrainConfig, check_text_column
+from picogpt.wording import plural
 
 if TYPE_CHECKING:
     from picogpt.data import Corpus, Shards, Source, StreamSpec
@@ -102,7 +103,9 @@ class _Streamed:
         from picogpt.data import ArticleReader, StreamSource, draw_validation
 
         where = f"at commit {self._shards.commit[:12]}" if self._shards.commit else "in this folder"
-        notice(f"{self._spec.path}: {len(self._shards.files)} files {where}, streamed; one article in twenty is for validation")
+        notice(
+            f"{self._spec.path}: {plural(len(self._shards.files), 'file')} {where}, streamed; one article in twenty is for validation"
+        )
         val_ids = run.load_validation() if run else draw_validation(ArticleReader(self._shards, config.seed, notice))
         notice(f"validation text: {len(val_ids):,} characters, the same for the whole run")
         return StreamSource(

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from picogpt.data.articles import ONE_IN, READ_AHEAD, SEPARATOR, Article, ArticleReader, Ids, Place
 from picogpt.data.batches import Batch, Stop, ValidationStore, even_rolls
+from picogpt.wording import plural
 
 __all__ = ["StreamSource", "Usage", "download_bytes"]
 
@@ -52,7 +53,7 @@ class Usage:
     def __str__(self) -> str:
         share = self.train_chars / max(1, self.train_chars + self.val_chars)
         return (
-            f"read so far: {self.train_articles:,} articles with {self.train_chars:,} characters to train on, "
+            f"read so far: {plural(self.train_articles, 'article')} with {plural(self.train_chars, 'character')} to train on, "
             f"{self.val_articles:,} with {self.val_chars:,} for validation, {self.empty_articles:,} empty ones; "
             f"{share:.1%} of the text is trained on"
         )
