@@ -42,7 +42,7 @@ SETTINGS = RunSettings(
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing is tested with the pictures, and takes longer than all the rest."""
-    monkeypatch.setattr(plot, "draw_scores", lambda scores, title: f"{title} {len(scores.article_of)}".encode())
+    monkeypatch.setattr(plot, "draw_scores", lambda scores, title, suffix: f"{title} {len(scores.article_of)}".encode())
 
 
 @pytest.fixture

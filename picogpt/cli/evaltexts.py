@@ -208,9 +208,8 @@ def _streamed_text(trained: Trained, dataset: str, text_column: str | None, roll
     else:
         shards = find_shards(spec)
     where = f"at commit {shards.commit[:12]}" if shards.commit else "in this folder"
-    notice(
-        f"{spec.path}: {plural(len(shards.files), 'file')} {where}; the articles that no run on it is trained on, one in twenty"
-    )
+    files = plural(len(shards.files), "file")
+    notice(f"{spec.path}: {files} {where}; the articles that no run on it is trained on, one in twenty")
     articles = list(validation_articles(ArticleReader(shards, 0, notice), roll_len, chars))
     part = f"the first articles for validation of over {roll_len:,} characters"
     return EvalText(spec.short_name, part, articles, "articles", shards=shards if own else None)

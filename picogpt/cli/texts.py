@@ -103,9 +103,8 @@ class _Streamed:
         from picogpt.data import ArticleReader, StreamSource, draw_validation
 
         where = f"at commit {self._shards.commit[:12]}" if self._shards.commit else "in this folder"
-        notice(
-            f"{self._spec.path}: {plural(len(self._shards.files), 'file')} {where}, streamed; one article in twenty is for validation"
-        )
+        files = plural(len(self._shards.files), "file")
+        notice(f"{self._spec.path}: {files} {where}, streamed; one article in twenty is for validation")
         val_ids = run.load_validation() if run else draw_validation(ArticleReader(self._shards, config.seed, notice))
         notice(f"validation text: {len(val_ids):,} characters, the same for the whole run")
         return StreamSource(
