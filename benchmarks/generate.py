@@ -19,7 +19,7 @@ from benchmarks.common import ROOT, ROUNDS, in_turns
 from picogpt.config import GenerateConfig, GPTConfig, SampleConfig
 from picogpt.engine import Engine
 from picogpt.find import find_model
-from picogpt.generate import Reader, Roll, StopWatcher, generate, make_generator
+from picogpt.generate import Reader, Roll, StopWatcher, generate, make_generator, never_drawn
 from picogpt.model import GPT
 from picogpt.reference import ReferenceModel
 from picogpt.run import RunFolder
@@ -41,7 +41,9 @@ def speed(reader: Reader, prompt: npt.NDArray[np.uint8], count: int, batch: int 
     if isinstance(reader, Roll) and batch > 1:
         reader, logits = reader.fork(batch), np.repeat(logits, batch, axis=0)
     generators, watchers = [make_generator(0, i) for i in range(batch)], [StopWatcher([]) for _ in range(batch)]
-    made = generate(reader, logits, count + 2, config=SampleConfig(), generators=generators, watchers=watchers)
+    made = generate(
+        reader, logits, count + 2, config=SampleConfig(), generators=generators, watchers=watchers, never=never_drawn(None)
+    )
     next(made)  # drawn from the prompt's own logits
     start = time.perf_counter()
     for _ in range(count):

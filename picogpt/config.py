@@ -27,6 +27,7 @@ __all__ = [
     "RunSettings",
     "SampleConfig",
     "Schedule",
+    "TextConfig",
     "TrainConfig",
     "check_device",
     "check_dtype",
@@ -515,6 +516,16 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How a model's texts become ids, and which ids it was trained on. Stored in the model's file."""
+
+    fold: bool
+    """Whether characters outside ASCII are folded (`picogpt.folding`)."""
+    ids: tuple[int, ...]
+    """Ids that the training text holds, in order; of a stream, which is not read beforehand, those that it can hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which text a run learns from, exactly."""
 
@@ -536,6 +547,8 @@ class DataConfig:
     """Addresses of a stream's files at that commit, so that going on needs no list of them."""
     format: str | None = None
     """How a stream's files are read: parquet, json, ..."""
+    fold: bool = False
+    """Whether characters outside ASCII are folded; runs that were begun before there was folding do not."""
 
 
 _BEFORE: Mapping[str, Any] = MappingProxyType({"muon_interval": 1})

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from picogpt.config import SampleConfig
+from picogpt.config import SampleConfig, TextConfig
 from picogpt.engine import Engine, Window
-from picogpt.tokenizer import SPECIAL_IDS, TEXT_IDS, VOCAB_SIZE
+from picogpt.tokenizer import SPECIAL_IDS, TEXT_IDS, UNKNOWN_ID, VOCAB_SIZE
 
 __all__ = [
     "Reader",
@@ -25,6 +25,7 @@ __all__ = [
     "generate",
     "make_generator",
     "min_p_filter",
+    "never_drawn",
     "sample_ids",
     "temperature_filter",
     "top_k_filter",
@@ -38,9 +39,6 @@ Filter = Callable[[Scores], Scores]
 
 ROLL_WINDOWS = 10
 """Windows of a prompt that are read, counted from its end: as many as training rolls over."""
-
-_NEVER_DRAWN = np.array(sorted(set(range(VOCAB_SIZE)) - set(TEXT_IDS) - set(SPECIAL_IDS.values())))
-"""Ids that stand for no text: unknown and spare."""
 
 
 class Reader(Protocol):
@@ -121,6 +119,27 @@ class Roll:
         self._next_kept = self._kept_at
 
 
+def never_drawn(text: TextConfig | None, *, chat: bool = False) -> npt.NDArray[np.intp]:
+    """Ids that a model never draws: all but those of its training text, without unknown and the special tokens.
+
+    The model has learned nothing of an id that its text did not hold.
+
+    Args:
+        text: what is known of the training text; None allows all characters.
+        chat: whether to allow the special tokens.
+    """
+    specials = set(SPECIAL_IDS.values())
+    drawn = set(TEXT_IDS if text is None else text.ids) - specials - {UNKNOWN_ID}
+    return np.array(sorted(set(range(VOCAB_SIZE)) - drawn - (specials if chat else set())), np.intp)
+
+
+def never_filter(scores: Scores, ids: npt.NDArray[np.intp]) -> Scores:
+    """Leave all but `ids` of the scores (..., V)."""
+    left: Scores = scores.copy()
+    left[..., ids] = -np.inf
+    return left
+
+
 def temperature_filter(scores: Scores, temperature: float) -> Scores:
     """Divide the logits `scores` (..., V) by `temperature`; 0 leaves only the likeliest one, the first of equals."""
     if temperature == 0:
@@ -171,9 +190,10 @@ def _softmax(scores: Scores) -> Scores:
     return probabilities
 
 
-def filters_of(config: SampleConfig) -> list[Filter]:
-    """The filters of `config` that do anything, in the order in which they are applied."""
-    chosen: list[Filter] = [lambda scores: temperature_filter(scores, config.temperature)]
+def filters_of(config: SampleConfig, never: npt.NDArray[np.intp] | None = None) -> list[Filter]:
+    """The filters of `config` that do anything, in the order in which they are applied; ids of `never` are left out first."""
+    chosen: list[Filter] = [] if never is None else [lambda scores: never_filter(scores, never)]
+    chosen.append(lambda scores: temperature_filter(scores, config.temperature))
     if config.top_k:
         chosen.append(lambda scores: top_k_filter(scores, config.top_k))
     if config.top_p < 1:
@@ -189,13 +209,8 @@ def make_generator(seed: int, stream: int = 0) -> np.random.Generator:
 
 
 def sample_ids(logits: Floats, filters: Sequence[Filter], generators: Sequence[np.random.Generator]) -> npt.NDArray[np.intp]:
-    """Draw an id for each row of `logits` (B, V), each with one number of its own generator.
-
-    Ids that stand for no text are never drawn.
-    """
+    """Draw an id for each row of `logits` (B, V), each with one number of its own generator."""
     scores = logits.astype(np.float64)
-    if scores.shape[-1] == VOCAB_SIZE:
-        scores[:, _NEVER_DRAWN] = -np.inf
     for apply in filters:
         scores = apply(scores)
     cumulative = np.exp(scores - scores.max(axis=-1, keepdims=True)).cumsum(axis=-1)
@@ -247,6 +262,7 @@ def generate(
     config: SampleConfig,
     generators: Sequence[np.random.Generator],
     watchers: Sequence[StopWatcher],
+    never: npt.NDArray[np.intp],
 ) -> Iterator[list[list[int]]]:
     """Go on with B texts until each has `n_new` characters or a stop text.
 
@@ -257,11 +273,12 @@ def generate(
         config: how they are drawn.
         generators: B generators.
         watchers: B watchers for stop texts.
+        never: ids that are not drawn (`never_drawn`).
 
     Yields:
         After each character, for each text the ids that are now certain to be part of it.
     """
-    filters = filters_of(config)
+    filters = filters_of(config, never)
     made, ids = 0, None
     while (n_new is None or made < n_new) and not all(watcher.stopped for watcher in watchers):
         if ids is not None:

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import load as tensors_of
 from safetensors.numpy import save as serialize
 
-from picogpt.config import GPTConfig
+from picogpt.config import GPTConfig, TextConfig
 from picogpt.errors import ConfigError, RunError
 from picogpt.files import atomic_write, can_flush, remove_leftovers, replace
 
@@ -47,6 +47,7 @@ __all__ = [
     "LossLog",
     "RunFolder",
     "load_model",
+    "load_text_config",
     "model_metadata",
     "pack",
     "read_log",
@@ -257,9 +258,9 @@ class RunFolder:
         _check_version(path, content.get("format"))
         return content
 
-    def save_model(self, tensors: Mapping[str, npt.NDArray[Any]], config: GPTConfig) -> None:
-        """Write `model.safetensors`: state dict and shape of the best model so far."""
-        atomic_write(self.path / MODEL_FILE, _serialize(dict(tensors), model_metadata(config)))
+    def save_model(self, tensors: Mapping[str, npt.NDArray[Any]], config: GPTConfig, text: TextConfig | None = None) -> None:
+        """Write `model.safetensors`: state dict, shape and text of the best model so far."""
+        atomic_write(self.path / MODEL_FILE, _serialize(dict(tensors), model_metadata(config, text)))
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write `checkpoint.safetensors`, keeping the one before it.
@@ -332,9 +333,27 @@ class RunFolder:
         return read_log(self.path / LOG_FILE)
 
 
-def model_metadata(config: GPTConfig) -> dict[str, str]:
-    """What `model.safetensors` says beside the weights of a model of that shape."""
-    return {"format": str(FORMAT_VERSION), "config": json.dumps(asdict(config))}
+def model_metadata(config: GPTConfig, text: TextConfig | None = None) -> dict[str, str]:
+    """Metadata of `model.safetensors`: the model's shape, and the text that it was trained on where that is known."""
+    metadata = {"format": str(FORMAT_VERSION), "config": json.dumps(asdict(config))}
+    return metadata if text is None else {**metadata, "text": json.dumps(asdict(text))}
+
+
+def load_text_config(path: Path) -> TextConfig | None:
+    """The text that the model of a `.safetensors` file was trained on; None where the file does not name it, as older ones.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    with _opened(path) as (_, metadata):
+        stored = metadata.get("text")
+    if stored is None:
+        return None
+    try:
+        content = json.loads(stored)
+        return TextConfig(fold=bool(content["fold"]), ids=tuple(int(i) for i in content["ids"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise RunError(f"{path}: damaged (what its metadata says of the text is not valid)") from error
 
 
 def load_model(path: Path) -> tuple[GPTConfig, Tensors]:
@@ -385,20 +404,27 @@ def _read_checkpoint(path: Path) -> Checkpoint:
 
 def _read_tensors(path: Path) -> tuple[dict[str, str], Tensors]:
     """Metadata and tensors of a safetensors file, which can hold nothing else."""
+    with _opened(path) as (stream, metadata):
+        names = list(stream.keys())
+        if any(stream.get_slice(name).get_dtype() == _BFLOAT16 for name in names):
+            tensors = {name: _widen(part) for name, part in deserialize(path.read_bytes())}  # type: ignore[no-untyped-call]
+        else:
+            tensors = {name: stream.get_tensor(name) for name in names}
+    return metadata, tensors
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A safetensors file that is open, and its metadata, of a format that this version reads."""
     try:
         with safe_open(path, framework="numpy") as stream:
             metadata = stream.metadata() or {}
-            names = list(stream.keys())
-            if any(stream.get_slice(name).get_dtype() == _BFLOAT16 for name in names):
-                tensors = {name: _widen(part) for name, part in deserialize(path.read_bytes())}  # type: ignore[no-untyped-call]
-            else:
-                tensors = {name: stream.get_tensor(name) for name in names}
+            _check_version(path, int(metadata.get("format", "0")) if metadata.get("format", "0").isdigit() else None)
+            yield stream, metadata
     except FileNotFoundError as error:
         raise RunError(f"{path}: there is no such file; train a model with picogpt-train, or name one with --model") from error
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise RunError(f"{path}: cannot be read as safetensors ({error})") from error
-    _check_version(path, int(metadata.get("format", "0")) if metadata.get("format", "0").isdigit() else None)
-    return metadata, tensors
 
 
 def _widen(part: Mapping[str, Any]) -> npt.NDArray[np.float32]:

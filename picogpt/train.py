@@ -217,7 +217,7 @@ class Trainer(Replica):
         if log.best_loss is None or val_loss < log.best_loss:
             log.best_loss = val_loss
             if self._is_finite():
-                run.save_model(self.model.arrays(), self.model.config)
+                run.save_model(self.model.arrays(), self.model.config, self.source.text)
         self.save(run)
         return True
 

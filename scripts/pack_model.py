@@ -20,7 +20,7 @@ from safetensors.torch import save
 from picogpt.config import RunSettings
 from picogpt.files import atomic_write
 from picogpt.plot import draw_losses
-from picogpt.run import MODEL_FILE, RunFolder, load_model, model_metadata
+from picogpt.run import MODEL_FILE, RunFolder, load_model, load_text_config, model_metadata
 
 
 def pack(source: RunFolder, target: RunFolder) -> None:
@@ -36,7 +36,8 @@ def pack(source: RunFolder, target: RunFolder) -> None:
     config, weights = load_model(source.path / MODEL_FILE)
     rounded = {name: torch.from_numpy(array).bfloat16() for name, array in weights.items()}
     target.path.mkdir(parents=True)
-    atomic_write(target.path / MODEL_FILE, save(rounded, model_metadata(config)))
+    text = load_text_config(source.path / MODEL_FILE)
+    atomic_write(target.path / MODEL_FILE, save(rounded, model_metadata(config, text)))
     target.write_config(content)
     target.write_log(log)
     atomic_write(target.plot_path, draw_losses({target.name: log}))

@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -140,5 +139,5 @@ def write_numbers(path: Path) -> None:
 def tiny_source(config: TrainConfig, model: GPTConfig = TINY, n_chars: int = 3000) -> TextSource:
     """Batches of a text that repeats, with a shape that fits `config`."""
     ids = np.tile(np.arange(1, 31, dtype=np.uint8), n_chars // 30)
-    corpus = Corpus(name="tiny", ids=ids, unknown=Counter())
+    corpus = Corpus(name="tiny", ids=ids)
     return TextSource(corpus, roll_len=config.windows * model.context_len, batch_size=config.batch_size, seed=config.seed)

@@ -587,14 +587,12 @@ class TestGenerate:
         assert len(answers) == 3
 
     def test_unknown_characters_are_told(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        """They become <?>, with one notice and a count."""
+        """They become what is near in ASCII, or <?>, with one notice and counts."""
         generate.main(["-p", "café 日日", "-n", "0"])
         out, err = capsys.readouterr()
 
-        assert out == "caf<?> <?><?>\n"
-        assert "3 characters of the prompt are unknown to the model and become <?>: '日', 'é'" in err
-        generate.main(["-p", "日", "-n", "0"])
-        assert "1 character of the prompt is unknown to the model and becomes <?>: '日'" in capsys.readouterr().err
+        assert out == "cafe <?><?>\n"
+        assert "prompt: folded to ASCII: 1 ('é' 1); unknown, read as <?>: 2 (28.57%: '日' 2)" in err
 
     def test_prompt_without_a_flag(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """An argument that belongs to no flag is the prompt, before the flags, after them or between."""
@@ -635,7 +633,7 @@ class TestGenerate:
         command = [sys.executable, "-m", "picogpt.cli.generate", "-n", "0", *flags]
         done = subprocess.run(command, input=b"from a pipe\xff\0", capture_output=True, check=True)
 
-        assert done.stdout == b"from a pipe<?><?>\n"
+        assert done.stdout == b"from a pipey<?>\n"
         done = subprocess.run(command, input=b"\xef\xbb\xbfa\r\nb\r\n", capture_output=True, check=True)
         assert done.stdout == b"a\nb\n"
 
@@ -661,10 +659,10 @@ class TestGenerate:
         """In a locale that can print little, notices of other letters still come out."""
         environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
         command = [sys.executable, "-m", "picogpt.cli.generate", "-n", "0"]
-        done = subprocess.run(command, input="é".encode(), capture_output=True, check=True, env=environment)
+        done = subprocess.run(command, input="日".encode(), capture_output=True, check=True, env=environment)
 
         assert done.stdout == b"<?>\n"
-        assert rb"becomes <?>: '\xe9'" in done.stderr
+        assert rb"read as <?>: 1 (100.00%: '\u65e5' 1)" in done.stderr
 
     def test_needs_no_torch(self, trained: Path) -> None:
         """torch, datasets and matplotlib are never imported."""
@@ -718,7 +716,7 @@ class TestGenerate:
         ("flags", "code", "message"),
         [
             (["--hop", "9"], 2, "--hop must be from 1 to 8, the model's window, got 9"),
-            (["--stop", "é"], 2, "--stop must be made of characters that the model knows, got 'é'"),
+            (["--stop", "日"], 2, "--stop must be made of characters that the model knows, got '日'"),
             (["-f", "nowhere"], 1, "nowhere: cannot be read"),
         ],
     )

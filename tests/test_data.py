@@ -6,7 +6,6 @@ import io
 import os
 import re
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 from picogpt.config import TrainConfig
-from picogpt.data import Corpus, TextSource, corpora, load_dataset, read_texts
+from picogpt.data import Corpus, TextSource, check_unknown, corpora, load_dataset, read_texts
 from picogpt.errors import ConfigError, DataError
 from picogpt.tokenizer import CharTokenizer
 from tests.conftest import tiny_source
@@ -38,7 +37,7 @@ class TestText:
     def test_files_and_folders_in_order(self, tmp_path: Path) -> None:
         """A folder is read to its bottom in the order of names; texts are joined by a newline; other files are left out."""
         (tmp_path / "d" / "sub").mkdir(parents=True)
-        for name, text in {"d/b.txt": "two", "d/a.txt": "one", "d/sub/c.txt": "three", "d/x.md": "no", "z": "last"}.items():
+        for name, text in {"d/b.txt": "two", "d/a.txt": "one", "d/sub/c.txt": "three", "d/x.csv": "no", "z": "last"}.items():
             (tmp_path / name).write_text(text)
 
         assert read(tmp_path / "d", tmp_path / "z") == "one\ntwo\nthree\nlast"
@@ -47,25 +46,27 @@ class TestText:
         ("content", "expected"),
         [
             (b"\xef\xbb\xbfa\r\nb\rc\n", "a\nb\nc\n"),
-            (b"a\xffb", "a<?>b"),
-            ("é".encode(), "<?>"),
+            (b"caf\xe9 \x93x\x94", 'cafe "x"'),
+            ("é日".encode(), "e<?>"),
+            ("a\r\né".encode("utf-16"), "a\ne"),
         ],
-        ids=["mark and line ends", "broken UTF-8", "beyond ASCII"],
+        ids=["mark and line ends", "CP1252", "beyond ASCII", "UTF-16"],
     )
     def test_encodings(self, tmp_path: Path, content: bytes, expected: str) -> None:
-        """A byte order mark goes, line ends become newlines, what is not UTF-8 becomes one unknown character."""
+        """A byte order mark goes, line ends become newlines, and what has no ASCII spelling becomes one unknown character."""
         (tmp_path / "a").write_bytes(content)
 
         assert read(tmp_path / "a") == expected
 
     def test_blocks_join(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A text longer than a block comes out the same, letters of several bytes at the seam included."""
-        monkeypatch.setattr("picogpt.data.text._BLOCK_CHARS", 3)
-        (tmp_path / "a").write_text("abécdéfé")
+        monkeypatch.setattr("picogpt.data.text._BLOCK", 4)
+        (tmp_path / "a").write_text("abéc日éfé", encoding="utf-8")
         corpus = read_texts([str(tmp_path / "a")], name="x")
 
-        assert decode(corpus.ids) == "ab<?>cd<?>f<?>"
-        assert corpus.unknown == {"é": 3}
+        assert decode(corpus.ids) == "abec<?>efe"
+        assert corpus.tally.folded == {"é": 3}
+        assert corpus.tally.unknown == {"日": 1}
 
     def test_stdin(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """`-` is standard input."""
@@ -93,11 +94,10 @@ class TestText:
         ("name", "content", "message"),
         [
             ("none", None, "none: cannot be read .No such file or directory.; check the path"),
-            ("zero", b"ab\0c", "zero: not a text in UTF-8"),
-            ("utf16", "text".encode("utf-16"), "utf16: not a text in UTF-8"),
+            ("zero", b"ab\0c", "zero: no text .it has zero bytes"),
             ("empty", b"", "empty: no text in it"),
             ("mark", b"\xef\xbb\xbf", "mark: no text in it"),
-            ("utf16le", "text".encode("utf-16-le"), "utf16le: not a text in UTF-8"),
+            ("utf16le", "text".encode("utf-16-le"), "utf16le: no text .it has zero bytes, and no byte order mark.; convert it"),
         ],
     )
     def test_refused(self, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
@@ -110,16 +110,41 @@ class TestText:
 
     def test_empty_folder(self, tmp_path: Path) -> None:
         """A folder without texts is said."""
-        with pytest.raises(DataError, match=r"the folder holds no \.txt file"):
+        with pytest.raises(DataError, match=r"the folder holds no \.txt or \.md file; give one that does"):
             read(tmp_path)
 
-    def test_unknown_characters_are_reported(self, tmp_path: Path) -> None:
-        """How many, their share and the commonest of them."""
-        (tmp_path / "a").write_text("ééé日abcdef", encoding="utf-8")
-        corpus = read_texts([str(tmp_path / "a")], name="x")
+    @pytest.mark.parametrize(
+        ("text", "fold", "expected"),
+        [
+            ("ééé日abcdef", True, "folded to ASCII: 3 ('é' 3); unknown, read as <?>: 1 (10.00%: '日' 1)"),
+            ("ééé日abcdef", False, "unknown, read as <?>: 4 (40.00%: 'é' 3, '日' 1)"),
+            ("It’s", True, "capitals become small letters; folded to ASCII: 1 ('’' 1); no character unknown"),
+            ("Abc", True, "capitals become small letters; no character unknown"),
+            ("abc", True, "every character known"),
+        ],
+        ids=["both", "no fold", "folded alone", "capitals", "all known"],
+    )
+    def test_what_becomes_of_characters(self, tmp_path: Path, text: str, fold: bool, expected: str) -> None:
+        """Folded and unknown characters are counted, the commonest named; lost capitals are no "every character known"."""
+        (tmp_path / "a").write_text(text, encoding="utf-8")
 
-        assert corpus.describe_unknown() == "4 characters unknown to the tokenizer (40.00%; commonest: 'é' 3, '日' 1)"
-        assert Corpus(name="x", ids=corpus.ids, unknown=Counter()).describe_unknown() == "every character known"
+        assert str(read_texts([str(tmp_path / "a")], name="x", fold=fold).tally) == expected
+
+    def test_mostly_unknown_is_rejected(self, tmp_path: Path) -> None:
+        """A text above half unknown is rejected; above a hundredth it is warned of, with what follows; below that nothing is said."""
+        notices: list[str] = []
+        for name, text in {"most": "日本語x", "some": "日" + "x" * 98, "few": "日" + "x" * 100}.items():
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        tallies = {name: read_texts([str(tmp_path / name)], name=name).tally for name in ("most", "some", "few")}
+
+        with pytest.raises(DataError, match=r"most: 75% of its characters are unknown \('日' 1, '本' 1, '語' 1\)"):
+            check_unknown("most", tallies["most"], notices.append)
+        check_unknown("some", tallies["some"], notices.append)
+        check_unknown("few", tallies["few"], notices.append)
+        check_unknown("begun", tallies["most"], notices.append, reject=False)
+        assert [notice[:34] for notice in notices] == ["warning: some: 1.0% of its charact", "warning: begun: 75.0% of its chara"]
+        assert "loss comes out too low" in notices[0]
+        assert "never drawn" in notices[0]
 
     def test_long_text_lies_in_a_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A text too long for the memory is the same one, mapped from a file that has no name, and gives the same batches."""
@@ -127,14 +152,15 @@ class TestText:
         path.write_text("".join(f"line {i} é\n" for i in range(2000)), encoding="utf-8")
         whole = read_texts([str(path)], name="x")
         monkeypatch.setattr("picogpt.data.text.IN_MEMORY", 1000)
-        monkeypatch.setattr("picogpt.data.text._BLOCK_CHARS", 300)
+        monkeypatch.setattr("picogpt.data.text._BLOCK", 300)
         mapped = read_texts([str(path)], name="x", scratch=tmp_path)
         sources = [TextSource(corpus, roll_len=50, batch_size=3, seed=0) for corpus in (whole, mapped)]
 
         assert mapped.mapped is not None
         assert whole.mapped is None
         assert mapped.fingerprint == whole.fingerprint
-        assert mapped.unknown == whole.unknown == {"é": 2000}
+        assert mapped.tally == whole.tally
+        assert whole.tally.folded == {"é": 2000}
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
         for k in range(30):
             one, other = (source.train_batch(k).inputs for source in sources)
@@ -148,7 +174,7 @@ class TestText:
         path = tmp_path / "a"
         path.write_text("some more text\n" * 400_000)
         monkeypatch.setattr("picogpt.data.text.IN_MEMORY", 1000)
-        monkeypatch.setattr("picogpt.data.text._BLOCK_CHARS", 1 << 18)
+        monkeypatch.setattr("picogpt.data.text._BLOCK", 1 << 18)
         corpus = read_texts([str(path)], name="x", scratch=tmp_path)
         source = TextSource(corpus, roll_len=1000, batch_size=8, seed=0)
         assert corpus.fingerprint
@@ -313,7 +339,7 @@ class TestCorpora:
         lines = [line.strip().lower() for speech in speeches for line in speech.split("\n")[1:]]
 
         assert len(corpus.ids) >= 80_000
-        assert corpus.unknown == {}
+        assert not corpus.tally.unknown
         assert all(re.fullmatch(r"[A-Z][A-Z -]+:\n[^\n]+(\n[^\n]+)*", speech) for speech in speeches)
         assert len(set(lines)) == len(lines)
 
@@ -378,10 +404,10 @@ class TestBatches:
         with pytest.raises(DataError, match="tiny: too short, 30 characters where rolls of 80 need at least 91"):
             tiny_source(config, n_chars=30)
         with pytest.raises(DataError, match="too short, 1 characters where rolls of 80 need at least 91"):
-            TextSource(Corpus(name="x", ids=np.ones(1, np.uint8), unknown=Counter()), roll_len=80, batch_size=1, seed=0)
+            TextSource(Corpus(name="x", ids=np.ones(1, np.uint8)), roll_len=80, batch_size=1, seed=0)
         ids = np.ones(91, dtype=np.uint8)
 
-        assert TextSource(Corpus(name="x", ids=ids, unknown=Counter()), roll_len=80, batch_size=1, seed=0).train_batch(3)
+        assert TextSource(Corpus(name="x", ids=ids), roll_len=80, batch_size=1, seed=0).train_batch(3)
 
 
 def corpora_share() -> float:

@@ -110,12 +110,13 @@ def test_other_text(run: RunFolder, text_file: Path, capsys: Capture) -> None:
     assert "numbers.txt, all of it: 249 rolls of 24 characters from 63 of 63 stretches" in err
     assert "n-gram counted on numbers.txt: 6,000 characters" in err
 
-    Path("other.txt").write_text("another text altogether, é\n" * 40)
-    assert evaluate("--text", "other.txt", "other.txt") == 0
+    Path("other.txt").write_text("another text altogether, and some more of it after that: é日\n" * 40)
+    Path("third.txt").write_text("a third text, in capitals and small letters\n" * 200)
+    assert evaluate("--text", "other.txt", "third.txt") == 0
     err = capsys.readouterr().err
     assert "other.txt and 1 more, all of it" in err
     assert "warning" not in err
-    assert "80 characters unknown to the tokenizer" in err
+    assert "unknown, read as <?>: 80 (" in err
     assert "n-gram counted on the first nine tenths of numbers: 5,400 characters" in err
 
 

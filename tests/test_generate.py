@@ -13,13 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from picogpt.config import SampleConfig
+from picogpt.config import SampleConfig, TextConfig
 from picogpt.generate import (
     StopWatcher,
     filters_of,
     generate,
     make_generator,
     min_p_filter,
+    never_drawn,
     sample_ids,
     temperature_filter,
     top_k_filter,
@@ -84,15 +85,26 @@ def test_rows_are_filtered_each_by_itself() -> None:
         np.testing.assert_array_equal(apply(both)[1], apply(FOUR[:, ::-1].copy())[0])
 
 
-def test_what_is_no_text_is_never_drawn() -> None:
-    """Unknown and spare ids are not drawn, however likely the model finds them."""
+@pytest.mark.parametrize(
+    ("text", "chat", "expected"),
+    [
+        (None, False, set(range(1, 75))),
+        (None, True, set(range(1, 82))),
+        (TextConfig(fold=True, ids=(0, 5, 7, 70)), False, {5, 7, 70}),
+        (TextConfig(fold=True, ids=(0, 5, 7, 70)), True, {5, 7, 70, *range(75, 82)}),
+        (TextConfig(fold=True, ids=(5, 78, 79, 80, 81)), False, {5}),
+    ],
+    ids=["nothing known", "nothing known, chat", "three characters", "three characters, chat", "questions and answers"],
+)
+def test_only_what_the_text_held_is_drawn(text: TextConfig | None, chat: bool, expected: set[int]) -> None:
+    """Unknown, spare ids, and what the text did not hold are not drawn, however likely; special tokens in a chat only."""
     logits = np.zeros((1, 88), np.float32)
-    logits[0, [0, 82, 87]] = 100
+    logits[0, [0, 82, 87, *(() if text is None else range(1, 5))]] = 100
     generator = make_generator(0)
-    drawn = {int(sample_ids(logits, [], [generator])[0]) for _ in range(2000)}
+    filters = filters_of(SampleConfig(temperature=1.0), never_drawn(text, chat=chat))
+    drawn = {int(sample_ids(logits, filters, [generator])[0]) for _ in range(2000)}
 
-    assert drawn <= set(range(1, 82))
-    assert len(drawn) > 70
+    assert drawn == expected
 
 
 def test_large_seeds_are_told_apart() -> None:
@@ -127,7 +139,8 @@ def run(
     watchers = [StopWatcher(stops or []) for _ in range(batch)]
     generators = [make_generator(seed, i) for i in range(batch)]
     config = SampleConfig(temperature=temperature)
-    steps = generate(Counting(), logits, n_new, config=config, generators=generators, watchers=watchers)
+    never = never_drawn(None)
+    steps = generate(Counting(), logits, n_new, config=config, generators=generators, watchers=watchers, never=never)
     parts = list(itertools.islice(steps, 100))
     return [[token for part in parts for token in part[i]] for i in range(batch)]
 

@@ -45,7 +45,11 @@ def build_parser() -> Parser:
         help="a data set as in picogpt-train: all of a text, or a stream's articles for validation (default: the run's)",
     )
     text.add_argument(
-        "--text", metavar="PATH", nargs="+", default=[], help="files, folders of .txt, or - for stdin: all of it (default: none)"
+        "--text",
+        metavar="PATH",
+        nargs="+",
+        default=[],
+        help="files, folders of .txt and .md, or - for stdin: all of it (default: none)",
     )
     group.add_argument("--text-column", metavar="NAME", help="column of a streamed data set that holds the text (default: text)")
     group.add_argument(

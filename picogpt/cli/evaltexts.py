@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from picogpt.cli.common import notice
-from picogpt.config import RunSettings, check_text_column
+from picogpt.config import RunSettings, TextConfig, check_text_column
 from picogpt.errors import ConfigError, DataError, RunError
 from picogpt.wording import plural
 
@@ -34,6 +34,8 @@ class Trained:
     run: RunFolder
     settings: RunSettings | None
     """None where the model lies without a config.json beside it."""
+    text: TextConfig | None = None
+    """The text that the model was trained on, where its file names it."""
 
     @property
     def chars(self) -> int | None:
@@ -42,6 +44,13 @@ class Trained:
             return None
         train = self.settings.train
         return self.settings.schedule.total_steps * train.batch_size * train.windows * self.settings.model.context_len
+
+    @property
+    def fold(self) -> bool:
+        """Whether texts are folded for it, as in training; a model of before there was folding is scored as it always was."""
+        if self.text is not None:
+            return self.text.fold
+        return self.settings is not None and self.settings.data.fold
 
     @property
     def seed(self) -> int:
@@ -55,13 +64,13 @@ class Trained:
         Raises:
             RunError: its config is damaged.
         """
-        from picogpt.run import RunFolder
+        from picogpt.run import RunFolder, load_text_config
 
-        run = RunFolder(path.parent)
+        run, text = RunFolder(path.parent), load_text_config(path)
         if not run.has_config():
-            return cls(run, None)
+            return cls(run, None, text)
         try:
-            return cls(run, RunSettings.from_dict(run.read_config()))
+            return cls(run, RunSettings.from_dict(run.read_config()), text)
         except ConfigError as error:
             raise RunError(f"{run.path / 'config.json'}: {error}; move it away and name a text with --text") from error
 
@@ -103,11 +112,11 @@ def find_eval_text(
     if dataset is not None and streamed:
         return _streamed_text(trained, dataset, text_column, roll_len, chars)
     if text:
-        corpus = read_texts(text, name=_name(text), scratch=trained.run.path)
+        corpus = read_texts(text, name=_name(text), scratch=trained.run.path, fold=trained.fold, notify=notice)
     else:
         with DownloadBar("Tiny Shakespeare") as bar:
             corpus = load_dataset(dataset or "auto", notify=notice, progress=bar)
-    notice(f"{corpus.name}: {len(corpus.ids):,} characters; {corpus.describe_unknown()}")
+    _announce(corpus)
     known = trained.settings is not None and corpus.fingerprint == trained.settings.data.sha256
     if known:
         notice(f"warning: {corpus.name}: the run was trained on nine tenths of this text; without --text only the rest is scored")
@@ -125,7 +134,7 @@ def find_ngram_text(trained: Trained, evaluated: EvalText, paths: Sequence[str])
     from picogpt.data import read_texts, split_text
 
     if paths:
-        corpus = read_texts(paths, name=_name(paths), scratch=trained.run.path)
+        corpus = read_texts(paths, name=_name(paths), scratch=trained.run.path, fold=trained.fold, notify=notice)
         return corpus.name, corpus.ids
     if evaluated.shards is not None:
         ids = _streamed_training(trained, evaluated.shards)
@@ -160,9 +169,17 @@ def _own_text(trained: Trained, roll_len: int) -> EvalText:
         articles = cut_stretches(run.load_validation(), roll_len)
         return EvalText(settings.data.name, "the validation text of the run", articles, "stretches")
     corpus = _read_own(settings, run.path, local=False)
-    notice(f"{corpus.name}: {len(corpus.ids):,} characters; {corpus.describe_unknown()}")
+    _announce(corpus)
     articles = cut_stretches(split_text(corpus.ids)[1], roll_len)
     return EvalText(corpus.name, "the last tenth, which the run has not trained on", articles, "stretches", corpus)
+
+
+def _announce(corpus: Corpus) -> None:
+    """Say what a text is made of, and warn of many unknown characters."""
+    from picogpt.data import check_unknown
+
+    notice(f"{corpus.name}: {len(corpus.ids):,} characters; {corpus.tally}")
+    check_unknown(corpus.name, corpus.tally, notice, reject=False)
 
 
 def _read_own(settings: RunSettings, scratch: Path, *, local: bool) -> Corpus:
@@ -182,7 +199,7 @@ def _read_own(settings: RunSettings, scratch: Path, *, local: bool) -> Corpus:
     if "-" in data.text:
         raise DataError("the run's text came through standard input and was not kept; give it with --text or --ngram-text")
     if data.text:
-        corpus = read_texts(data.text, name=data.name, scratch=scratch)
+        corpus = read_texts(data.text, name=data.name, scratch=scratch, fold=data.fold, notify=notice)
     elif local and data.dataset == "tinyshakespeare" and not (DATASET_FOLDER / "tinyshakespeare.txt").exists():
         raise DataError(f"{DATASET_FOLDER / 'tinyshakespeare.txt'} is not there; name a text with --ngram-text")
     else:
@@ -195,7 +212,7 @@ def _read_own(settings: RunSettings, scratch: Path, *, local: bool) -> Corpus:
 
 def _streamed_text(trained: Trained, dataset: str, text_column: str | None, roll_len: int, chars: int) -> EvalText:
     """The first articles for validation of a stream, at the run's own commit if it is the run's stream."""
-    from picogpt.data import ArticleReader, Shards, find_shards, resolve_stream
+    from picogpt.data import ArticleReader, Shards, check_unknown, find_shards, resolve_stream
 
     spec = resolve_stream(dataset, text_column)
     stored = trained.settings.data if trained.settings else None
@@ -210,7 +227,10 @@ def _streamed_text(trained: Trained, dataset: str, text_column: str | None, roll
     where = f"at commit {shards.commit[:12]}" if shards.commit else "in this folder"
     files = plural(len(shards.files), "file")
     notice(f"{spec.path}: {files} {where}; the articles that no run on it is trained on, one in twenty")
-    articles = list(validation_articles(ArticleReader(shards, 0, notice), roll_len, chars))
+    reader = ArticleReader(shards, 0, notice, fold=trained.fold)
+    articles = list(validation_articles(reader, roll_len, chars))
+    notice(f"{spec.path}: of the first {reader.tally.characters:,} characters: {reader.tally}")
+    check_unknown(spec.path, reader.tally, notice, reject=False)
     part = f"the first articles for validation of over {roll_len:,} characters"
     return EvalText(spec.short_name, part, articles, "articles", shards=shards if own else None)
 
@@ -223,7 +243,7 @@ def _streamed_training(trained: Trained, shards: Shards) -> Ids:
 
     chars = min(NGRAM_CHARS, trained.chars or NGRAM_CHARS)
     notice(f"reading {chars:,} characters of the articles for training, to count the n-gram on")
-    return join_articles(ArticleReader(shards, trained.seed, notice), chars, for_validation=False)
+    return join_articles(ArticleReader(shards, trained.seed, notice, fold=trained.fold), chars, for_validation=False)
 
 
 def validation_articles(reader: ArticleReader, roll_len: int, chars: int) -> Iterator[Ids]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from picogpt.cli.common import Parser, StopRequest, add_model, count, notice, run_command
-from picogpt.config import GenerateConfig, SampleConfig, check_threads, parse_new_tokens
+from picogpt.config import GenerateConfig, SampleConfig, TextConfig, check_threads, parse_new_tokens
+from picogpt.encodings import decode_text, unify_text
 from picogpt.errors import ConfigError, DataError
-from picogpt.wording import plural
 
 if TYPE_CHECKING:
     from picogpt.engine import Engine
-    from picogpt.tokenizer import CharTokenizer
 
 __all__ = ["build_parser", "main"]
 
@@ -120,14 +120,15 @@ def _generate(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"{name} needs a prompt: give one with -p, -f or through a pipe", name)
     from picogpt.engine import Engine
     from picogpt.find import find_model
-    from picogpt.tokenizer import CharTokenizer
+    from picogpt.run import load_text_config
 
     if sys.stdout is None:
         raise DataError("standard output is closed; there is nowhere to write to")
     path, chosen = find_model(arguments.model, arguments.logs_dir)
     engine = Engine.load(path, threads=check_threads(arguments.threads), texts=make.num_samples)
     notice(f"{chosen}, seed {draw.seed}, threads {engine.threads}")
-    writer = _Writer(engine, CharTokenizer(), draw, make, make.hop_for(engine.config.context_len), chat=arguments.chat)
+    hop = make.hop_for(engine.config.context_len)
+    writer = _Writer(engine, load_text_config(path), draw, make, hop, chat=arguments.chat)
     if at_terminal:
         return _loop(writer)
     prompt = _read_prompt(arguments)
@@ -144,17 +145,27 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _read_prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt is not None:
-        return str(arguments.prompt)
+        return _typed(arguments.prompt)
+    source = "the prompt"
     if arguments.prompt_file not in {None, _STDIN}:
+        source = arguments.prompt_file
         try:
             content = Path(arguments.prompt_file).read_bytes()
         except (OSError, ValueError) as error:
             raise DataError(f"{arguments.prompt_file}: cannot be read ({error}); check the path of --prompt-file") from error
     else:
         content = b"" if sys.stdin is None else sys.stdin.buffer.read()
-    text = content.decode("utf-8-sig", errors="replace")
     # As in training, and without the newline that editors and echo put at the end.
-    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+    return decode_text(content, name=source, notify=notice).removesuffix("\n")
+
+
+def _typed(text: str) -> str:
+    """A prompt from the command line or the terminal, read as a file with these bytes is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Python stands surrogates for bytes that are not UTF-8
+        return decode_text(os.fsencode(text), name="the prompt", notify=notice)
+    return unify_text(text)
 
 
 def _ask() -> str:
@@ -182,7 +193,7 @@ def _loop(writer: _Writer) -> int:
     _edit_lines()
     while True:
         try:
-            prompt = _ask().replace("\r", "\n")
+            prompt = _typed(_ask())
         except EOFError:
             print()
             return 0
@@ -199,27 +210,35 @@ class _Writer:
     """Turns prompts into texts, as the flags say."""
 
     engine: Engine
-    tokenizer: CharTokenizer
+    text: TextConfig | None
+    """The text that the model was trained on, where its file names it."""
     draw: SampleConfig
     make: GenerateConfig
     hop: int
     chat: bool
 
     def __post_init__(self) -> None:
-        from picogpt.tokenizer import SPECIAL_IDS, UNKNOWN_ID
+        from picogpt.generate import never_drawn
+        from picogpt.tokenizer import SPECIAL_IDS, UNKNOWN_ID, CharTokenizer, TextEncoder
 
+        self.tokenizer = CharTokenizer()
+        # A model of an earlier version has read as <?> what is folded now. It knows the letters all the same.
+        self._encoder = TextEncoder(fold=self.text is None or self.text.fold)
+        self._never = never_drawn(self.text, chat=self.chat)
+        if self.chat and (self.text is None or SPECIAL_IDS["<A>"] not in self.text.ids):
+            notice("warning: --chat: this model is not known to be trained on questions and answers, so expect no answers of it")
         self._conversation: list[int] = []
         self._turns = 0
-        self._stops = [self.tokenizer.encode(stop).tolist() for stop in self.make.stop]
+        self._stops = [self._encoder.encode(_typed(stop)).tolist() for stop in self.make.stop]
         for stop, ids in zip(self.make.stop, self._stops, strict=True):
-            if UNKNOWN_ID in ids:
+            if UNKNOWN_ID in ids or not ids:
                 raise ConfigError(f"stop must be made of characters that the model knows, got {stop!r}", "stop")
         if self.chat:
             self._stops.append([SPECIAL_IDS["</A>"]])
 
     def shown(self, prompt: str) -> str:
         """The prompt as the model sees it."""
-        return self.tokenizer.decode(self.tokenizer.encode(prompt))
+        return self.tokenizer.decode(self._encoder.encode(prompt))
 
     def write(self, prompt: str, *, echo: bool, stop: StopRequest | None = None) -> None:
         """Write one text to stdout, character by character, until `stop` says so at the latest."""
@@ -263,17 +282,26 @@ class _Writer:
         generators = [make_generator(self.draw.seed, self._turns * self.make.num_samples + i) for i in range(count)]
         watchers = [StopWatcher(self._stops) for _ in range(count)]
         self._turns += 1
-        for parts in generate(roll, logits, self.make.max_new_tokens, config=self.draw, generators=generators, watchers=watchers):
+        made = generate(
+            roll,
+            logits,
+            self.make.max_new_tokens,
+            config=self.draw,
+            generators=generators,
+            watchers=watchers,
+            never=self._never,
+        )
+        for parts in made:
             yield parts, [watcher.stopped for watcher in watchers]
 
     def _prompt_ids(self, prompt: str) -> Sequence[int]:
         """The ids to read before the first new one: the end of the prompt, or of the conversation with a new question."""
-        unknown = self.tokenizer.unknown_characters(prompt)
-        if unknown:
-            commonest = ", ".join(repr(character) for character, _ in unknown.most_common(5))
-            becomes = "is unknown to the model and becomes" if unknown.total() == 1 else "are unknown to the model and become"
-            notice(f"{plural(unknown.total(), 'character')} of the prompt {becomes} <?>: {commonest}")
-        ids: list[int] = self.tokenizer.encode(prompt).tolist()
+        from picogpt.tokenizer import Tally
+
+        self._encoder.tally = Tally()
+        ids: list[int] = self._encoder.encode(prompt).tolist()
+        if losses := self._encoder.tally.losses():
+            notice(f"prompt: {'; '.join(losses)}")
         newline = self.tokenizer.encode("\n").tolist()
         if self.chat:
             from picogpt.tokenizer import SPECIAL_IDS

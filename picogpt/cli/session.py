@@ -212,7 +212,7 @@ class Session:
         """Save an imported run as it came, with a best loss on this text, which is what later ones are compared with."""
         told = describe_losses(log)
         log.best_loss = self.trainer.validate(self.schedule.val_steps)
-        self.run.save_model(self.trainer.model.arrays(), self.trainer.model.config)
+        self.run.save_model(self.trainer.model.arrays(), self.trainer.model.config, self._source.text)
         self.trainer.save(self.run)
         self.run.write_log(log)
         notice(
@@ -321,7 +321,7 @@ class Session:
         """A text that the trainer's model writes after a newline, the same draws every time."""
         from picogpt.config import GenerateConfig, SampleConfig
         from picogpt.engine import Engine
-        from picogpt.generate import Roll, StopWatcher, generate, make_generator
+        from picogpt.generate import Roll, StopWatcher, generate, make_generator, never_drawn
         from picogpt.tokenizer import CharTokenizer
 
         tokenizer = CharTokenizer()
@@ -332,6 +332,12 @@ class Session:
         roll = Roll(engine, GenerateConfig().hop_for(engine.config.context_len))
         logits = roll.read(tokenizer.encode("\n")[None])
         made = generate(
-            roll, logits, SAMPLE_CHARS, config=SampleConfig(), generators=[make_generator(0)], watchers=[StopWatcher([])]
+            roll,
+            logits,
+            SAMPLE_CHARS,
+            config=SampleConfig(),
+            generators=[make_generator(0)],
+            watchers=[StopWatcher([])],
+            never=never_drawn(self._source.text),
         )
         return "".join(tokenizer.decode(ids) for (ids,) in made)

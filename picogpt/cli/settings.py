@@ -71,6 +71,8 @@ class Request:
     dataset: str | None
     text_column: str | None
     text: tuple[str, ...]
+    fold: bool | None
+    """Whether characters outside ASCII are folded; None leaves that to the run."""
     threads: int | None
     device: str | None
     dtype: str | None
@@ -97,6 +99,7 @@ class Request:
             dataset=arguments.dataset,
             text_column=arguments.text_column,
             text=tuple(path if path == "-" else str(Path(path).absolute()) for path in arguments.text or ()),
+            fold=arguments.fold,
             threads=check_threads(arguments.threads),
             device=check_device(arguments.device),
             dtype=check_dtype(arguments.dtype),
@@ -209,6 +212,8 @@ class Request:
                 asdict(stored.train), {**asdict(self.train(stored)), "recipe": self.given.get("recipe", stored.train.recipe)}
             ),
         ]
+        if self.fold is not None and self.fold != stored.data.fold:
+            changes.append(("folding", _yes(stored.data.fold), _yes(self.fold)))
         if data.sha256 != stored.data.sha256:
             changes.append(("text", _tell(stored.data), _tell(data)))
         refused = [f"{name} is {now} and was {before}" for name, before, now in changes if name not in _CHANGEABLE]
@@ -216,6 +221,10 @@ class Request:
             raise RunError(f"run {run}: {'; '.join(refused)}; choose another --run, or --fresh to start over")
         for name, before, now in changes:
             notice(f"{name} is {now} from here on and was {before}")
+
+
+def _yes(value: bool) -> str:
+    return "on" if value else "off"
 
 
 def _tell(data: DataConfig) -> str:

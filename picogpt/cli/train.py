@@ -39,8 +39,18 @@ def build_parser() -> Parser:
         "with picogpt), tinyshakespeare; streamed from the hub: wikipedia, tinytextbook, openorca, ORG/NAME[:CONFIG]; or a "
         "folder laid out like the hub's (default: auto)",
     )
-    text.add_argument("--text", metavar="PATH", nargs="+", help="your own text instead: files, folders of .txt, or - for stdin")
+    text.add_argument(
+        "--text", metavar="PATH", nargs="+", help="your own text instead: files, folders of .txt and .md, or - for stdin"
+    )
     parser.add_argument("--text-column", metavar="NAME", help="column of a streamed data set that holds the text (default: text)")
+    parser.add_argument(
+        "--no-fold",
+        dest="fold",
+        action="store_const",
+        const=False,
+        help="read all characters outside ASCII as <?>, as the original does (default: curly quotes become quotes, dashes -, "
+        "letters lose their accents; docs/texts.md)",
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--run", metavar="NAME", help="folder under the logs folder (default: the text's name)")
     run.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
@@ -212,8 +222,9 @@ def _locate(request: Request) -> tuple[RunFolder, RunSettings | None, Text]:
     text = find_text(request, None)
     run = _default_run(request.logs_dir / text.name)
     stored = _stored(run, request)
-    # A stream keeps to the commit of its run, which is known only now; nothing was asked of the hub yet.
-    return run, stored, find_text(request, stored) if stored and stored.data.files else text
+    # A stream keeps to the commit of its run, and a text is folded as its run has it, which is known only now; nothing was
+    # asked of the hub and no file was read yet.
+    return run, stored, find_text(request, stored) if stored else text
 
 
 def _check_new_name(run: RunFolder) -> None:

@@ -5,7 +5,7 @@ from picogpt.data.batches import Batch, RepeatedSource, Source, Stop, TextSource
 from picogpt.data.corpora import DATASETS, load_dataset
 from picogpt.data.hub import NAMED_STREAMS, Shards, StreamSpec, find_shards, resolve_stream
 from picogpt.data.stream import StreamSource, download_bytes
-from picogpt.data.text import Corpus, read_texts
+from picogpt.data.text import Corpus, check_unknown, read_texts
 
 __all__ = [
     "DATASETS",
@@ -22,6 +22,7 @@ __all__ = [
     "TextSource",
     "ValidationStore",
     "WaitInterrupted",
+    "check_unknown",
     "download_bytes",
     "draw_validation",
     "find_shards",

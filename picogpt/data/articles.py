@@ -16,11 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from picogpt.config import TextConfig
 from picogpt.data.batches import Stop, WaitInterrupted
 from picogpt.data.hub import Row, Shards, explain, read_rows, remedy
 from picogpt.data.outage import Closed, Outage
+from picogpt.encodings import unify_text
 from picogpt.errors import DataError
-from picogpt.tokenizer import SPECIAL_IDS, CharTokenizer
+from picogpt.tokenizer import SPECIAL_IDS, TEXT_IDS, CharTokenizer, Tally, TextEncoder
 
 __all__ = ["SEPARATOR", "Article", "ArticleReader", "Ids", "Place", "draw_validation", "join_articles"]
 
@@ -35,6 +37,8 @@ ONE_IN = 20
 READ_AHEAD = 1 << 24
 """Characters that wait between the reader and training, a byte each: a network may be gone while they last."""
 
+_QUESTION_TOKENS = ("<Q>", "</Q>", "<A>", "</A>")
+"""Special tokens around a question and its answer."""
 _STREAM_SHARDS = 3
 """Number of the random stream that orders the files."""
 
@@ -69,16 +73,28 @@ class ArticleReader:
         seed: of the order of its files.
         notify: told in a line of every wait.
         read: rows of a file from a row on.
+        fold: whether characters outside ASCII are folded (`picogpt.folding`).
     """
 
-    def __init__(self, shards: Shards, seed: int, notify: Notify, read: Read | None = None) -> None:
-        self._shards, self._seed = shards, seed
+    def __init__(self, shards: Shards, seed: int, notify: Notify, read: Read | None = None, *, fold: bool = True) -> None:
+        self._shards, self._seed, self._fold = shards, seed, fold
         self._read: Read = read or (lambda file, row: read_rows(shards, file, row))
-        self._tokenizer = CharTokenizer()
+        self._encoder = TextEncoder(fold=fold)
         self._buffer = _Buffer()
         self._closed = threading.Event()
         self._outage = Outage(notify, self._closed.wait)
         self._thread: threading.Thread | None = None
+
+    @property
+    def text(self) -> TextConfig:
+        """How the articles become ids, and which ones they can hold; an article of two columns holds special tokens too."""
+        specials = [] if len(self._shards.columns) == 1 else [SPECIAL_IDS[token] for token in _QUESTION_TOKENS]
+        return TextConfig(fold=self._fold, ids=(*TEXT_IDS, *specials))
+
+    @property
+    def tally(self) -> Tally:
+        """What encoding changed in the articles that were read so far."""
+        return self._encoder.tally
 
     def start(self, place: Place) -> None:
         """Begin to read at `place`."""
@@ -170,12 +186,12 @@ class ArticleReader:
 
     def _encode(self, columns: Row) -> Ids:
         """One column is a text; two are a question and its answer, wrapped in their tokens."""
-        if len(columns) == 1:
-            return self._tokenizer.encode(columns[0])
-        question, answer = map(self._tokenizer.encode, columns)
-        mark = {token: np.array([i], np.uint8) for token, i in SPECIAL_IDS.items()}
-        newline = self._tokenizer.encode("\n")
-        return np.concatenate((mark["<Q>"], question, mark["</Q>"], newline, mark["<A>"], answer, mark["</A>"]))
+        texts = [self._encoder.encode(unify_text(column)) for column in columns]
+        if len(texts) == 1:
+            return texts[0]
+        question, answer = texts
+        mark = {token: np.array([SPECIAL_IDS[token]], np.uint8) for token in _QUESTION_TOKENS}
+        return np.concatenate((mark["<Q>"], question, mark["</Q>"], _NEWLINE, mark["<A>"], answer, mark["</A>"]))
 
 
 class _Buffer:
@@ -253,5 +269,6 @@ def draw_validation(reader: ArticleReader, characters: int = VALIDATION_CHARS) -
     return ids
 
 
-SEPARATOR = CharTokenizer().encode("\n\n")
+_NEWLINE = CharTokenizer().encode("\n")
+SEPARATOR = np.concatenate((_NEWLINE, _NEWLINE))
 """What stands between two articles."""

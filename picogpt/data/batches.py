@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from picogpt.config import TextConfig
 from picogpt.data.text import Corpus
 from picogpt.errors import DataError
+from picogpt.tokenizer import VOCAB_SIZE
 
 __all__ = [
     "Batch",
@@ -31,6 +32,8 @@ Stop = Callable[[], bool]
 TRAIN_SHARE = 0.9
 """Share of a text that is trained on; the rest, at its end, is for validation."""
 
+_COUNTED = 1 << 22
+"""Characters that are counted at once."""
 _STREAM_ORDER = 1
 """Number of the random stream that orders the text; other uses of a run's seed take other numbers."""
 
@@ -55,6 +58,10 @@ class ValidationStore(Protocol):
 
 class Source(Protocol):
     """What training needs of its data."""
+
+    @property
+    def text(self) -> TextConfig:
+        """How the text became ids, and which ones are in it."""
 
     def train_batch(self, k: int, stop: Stop = ...) -> Batch:
         """Batch of step k; steps are asked for in order. May raise `WaitInterrupted` once `stop` says so."""
@@ -118,6 +125,15 @@ class TextSource:
         self._slack = n_train - 1 - self._rolls_per_pass * roll_len
         self._starts_of_pass = functools.lru_cache(maxsize=2)(self._draw_starts)
 
+    @functools.cached_property
+    def text(self) -> TextConfig:
+        """How the text became ids, and which ones its training part holds."""
+        counts = np.zeros(VOCAB_SIZE, np.int64)
+        for start in range(0, len(self.train_ids), _COUNTED):
+            counts += np.bincount(self.train_ids[start : start + _COUNTED], minlength=VOCAB_SIZE)
+            self._corpus.forget()
+        return TextConfig(fold=self._corpus.fold, ids=tuple(np.flatnonzero(counts).tolist()))
+
     def _draw_starts(self, number: int) -> npt.NDArray[np.int64]:
         """Where each roll of pass `number` starts, in the order in which they are read."""
         # A counter-based generator: any pass is drawn without those before it (Salmon et al., 2011).
@@ -166,7 +182,7 @@ class RepeatedSource(TextSource):
         # Long enough for a whole batch of validation rolls in its last tenth.
         size = 10 * (batch_size * roll_len + 2)
         ids = np.random.Generator(np.random.Philox(0)).integers(1, 75, size, dtype=np.uint8)
-        super().__init__(Corpus(name="noise", ids=ids, unknown=Counter()), roll_len=roll_len, batch_size=batch_size, seed=0)
+        super().__init__(Corpus(name="noise", ids=ids), roll_len=roll_len, batch_size=batch_size, seed=0)
 
 
 def even_rolls(ids: npt.NDArray[np.uint8], roll_len: int, batch_size: int, most: int) -> Iterator[Batch]:

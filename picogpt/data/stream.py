@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from picogpt.config import TextConfig
 from picogpt.data.articles import ONE_IN, READ_AHEAD, SEPARATOR, Article, ArticleReader, Ids, Place
 from picogpt.data.batches import Batch, Stop, ValidationStore, even_rolls
 from picogpt.wording import plural
@@ -89,6 +90,11 @@ class StreamSource:
         self._carry = np.zeros(0, np.uint8)  # text that is not yet a sequence
         self._place = Place(0, 0, 0)
         self._usage = Usage()
+
+    @property
+    def text(self) -> TextConfig:
+        """How the articles become ids, and which ones they can hold."""
+        return self._reader.text
 
     def begin(self, run: ValidationStore) -> None:
         """Begin with the data set's first article; `run` keeps the validation text."""

@@ -1,37 +1,41 @@
-"""Text files into one array of ids, a block at a time: files, folders of .txt, or stdin."""
+"""Texts into one array of ids, a block at a time: files, folders of texts, or stdin."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import itertools
 import mmap
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from picogpt.data.paths import STDIN, find_files
+from picogpt.encodings import decode_stream
 from picogpt.errors import DataError
 from picogpt.files import unnamed_file
-from picogpt.tokenizer import CharTokenizer
+from picogpt.tokenizer import Tally, TextEncoder, list_commonest
 
-__all__ = ["STDIN", "Corpus", "read_texts"]
+__all__ = ["Corpus", "check_unknown", "read_texts"]
 
 Ids = npt.NDArray[np.uint8]
-
-STDIN = "-"
-"""The path that means standard input."""
+Notify = Callable[[str], None]
 
 IN_MEMORY = 1 << 26
 """Characters of the longest text that is held in memory; a longer one lies in a file beside the runs, as ids."""
 
-_BLOCK_CHARS = 1 << 22
+_BLOCK = 1 << 22
+"""Bytes that are read, and ids that are hashed, at once."""
+
+MOST_UNKNOWN = 0.5
+"""Share of unknown characters above which a text is rejected."""
+WORTH_WARNING = 0.01
+"""Share of unknown characters above which a text is warned of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +46,10 @@ class Corpus:
     """Short name; the default name of a run on it."""
     ids: npt.NDArray[np.uint8]
     """Token ids of the whole text, shape (characters,)."""
-    unknown: Counter[str]
-    """How often each character occurs that the tokenizer does not know."""
+    tally: Tally = field(default_factory=Tally)
+    """What encoding changed in the text."""
+    fold: bool = True
+    """Whether it was folded."""
     mapped: mmap.mmap | None = None
     """The file that `ids` lie in, of a text too long for the memory."""
 
@@ -51,8 +57,8 @@ class Corpus:
     def fingerprint(self) -> str:
         """SHA-256 of the ids, in hexadecimal: equal for the same text, so that a resumed run notices another one."""
         digest = hashlib.sha256()
-        for start in range(0, len(self.ids), _BLOCK_CHARS):
-            digest.update(self.ids[start : start + _BLOCK_CHARS].data)
+        for start in range(0, len(self.ids), _BLOCK):
+            digest.update(self.ids[start : start + _BLOCK].data)
             self.forget()
         return digest.hexdigest()
 
@@ -61,32 +67,52 @@ class Corpus:
         if self.mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             self.mapped.madvise(mmap.MADV_DONTNEED)
 
-    def describe_unknown(self, most: int = 5) -> str:
-        """How many characters have no id, the commonest first."""
-        total = self.unknown.total()
-        if not total:
-            return "every character known"
-        commonest = ", ".join(f"{c!r} {n:,}" for c, n in self.unknown.most_common(most))
-        return f"{total:,} characters unknown to the tokenizer ({total / len(self.ids):.2%}; commonest: {commonest})"
+
+def check_unknown(name: str, tally: Tally, notify: Notify, *, reject: bool = True) -> None:
+    """Reject a text that is mostly unknown characters, and warn of one with many of them.
+
+    Args:
+        name: what the text is called.
+        tally: the counts of the text, or of its beginning.
+        notify: told the warning.
+        reject: whether to reject; where not, there is a warning only.
+
+    Raises:
+        DataError: more than half of the text is unknown.
+    """
+    share = tally.unknown_share
+    if reject and share > MOST_UNKNOWN:
+        raise DataError(
+            f"{name}: {share:.0%} of its characters are unknown ({list_commonest(tally.unknown)}), so there is hardly anything "
+            "to learn; the model knows ASCII, and folds to it what is near (docs/texts.md)"
+        )
+    if share > WORTH_WARNING:
+        notify(
+            f"warning: {name}: {share:.1%} of its characters are unknown and read as <?>, which is easy to predict, so that the "
+            "loss comes out too low, and never drawn, so that generated texts go astray where it would stand"
+        )
 
 
-def read_texts(paths: Sequence[str], *, name: str, scratch: Path = Path()) -> Corpus:
-    """Read text files, folders of `.txt` files (searched to the bottom, in the order of their names) and stdin (`-`).
+def read_texts(
+    paths: Sequence[str], *, name: str, scratch: Path = Path(), fold: bool = True, notify: Notify = lambda _: None
+) -> Corpus:
+    """Read text files, folders of texts (`picogpt.data.paths`) and stdin (`-`), in whatever encoding (`picogpt.encodings`).
 
-    UTF-8; a byte order mark is dropped, line ends become newlines, bytes that are not UTF-8 become U+FFFD, which the
-    tokenizer does not know and so counts. Texts are joined by a newline.
+    A byte order mark is dropped and line ends become newlines. Texts are joined by a newline.
 
     Args:
         paths: what to read.
         name: the corpus's name.
         scratch: folder for the ids of a text longer than `IN_MEMORY`.
+        fold: whether characters outside ASCII are folded (`picogpt.folding`).
+        notify: told in a line what was found, passed over, or read in another encoding than UTF-8.
 
     Raises:
         DataError: a path is missing or unreadable, a folder holds no text, a file is not text, all of it is empty, or
             there is no room for the ids of a long text.
     """
-    unknown: Counter[str] = Counter()
-    blocks = _encoded(paths, unknown)
+    encoder = TextEncoder(fold=fold)
+    blocks = _encoded(find_files(paths, notify), encoder, notify)
     parts: list[Ids] = []
     while sum(map(len, parts)) <= IN_MEMORY:
         ids = next(blocks, None)
@@ -95,21 +121,17 @@ def read_texts(paths: Sequence[str], *, name: str, scratch: Path = Path()) -> Co
         parts.append(ids)
     else:
         mapped = _map(itertools.chain(parts, blocks), scratch)
-        return Corpus(name=name, ids=np.frombuffer(mapped, np.uint8), unknown=unknown, mapped=mapped)
+        return Corpus(name=name, ids=np.frombuffer(mapped, np.uint8), tally=encoder.tally, fold=fold, mapped=mapped)
     if not parts:
         raise DataError(f"{' '.join(paths)}: no text in it; give a file with at least a few thousand characters")
-    return Corpus(name=name, ids=np.concatenate(parts), unknown=unknown)
+    return Corpus(name=name, ids=np.concatenate(parts), tally=encoder.tally, fold=fold)
 
 
-def _encoded(paths: Sequence[str], unknown: Counter[str]) -> Iterator[Ids]:
-    """The ids of all texts, a block at a time; counts what the tokenizer does not know."""
-    tokenizer = CharTokenizer()
-    for i, path in enumerate(_expand(paths)):
-        for block in _blocks(path) if i == 0 else _after_newline(_blocks(path)):
-            ids = tokenizer.encode(block)
-            if not ids.all():
-                unknown.update(tokenizer.unknown_characters(block))
-            yield ids
+def _encoded(files: Sequence[str], encoder: TextEncoder, notify: Notify) -> Iterator[Ids]:
+    """The ids of all texts, a block at a time."""
+    for i, path in enumerate(files):
+        blocks = _blocks(path, notify)
+        yield from map(encoder.encode, blocks if i == 0 else _after_newline(blocks))
 
 
 def _map(blocks: Iterable[Ids], scratch: Path) -> mmap.mmap:
@@ -129,40 +151,21 @@ def _after_newline(blocks: Iterator[str]) -> Iterator[str]:
         yield "\n" + block if i == 0 else block
 
 
-def _expand(paths: Sequence[str]) -> Iterator[str]:
-    """The files that `paths` stand for, in order."""
-    for path in paths:
-        if path == STDIN or not Path(path).is_dir():
-            yield path
-            continue
-        found = sorted(str(file) for file in Path(path).rglob("*.txt") if file.is_file())
-        if not found:
-            raise DataError(f"{path}: the folder holds no .txt file; give a folder of .txt files, or the files themselves")
-        yield from found
-
-
-def _blocks(path: str) -> Iterator[str]:
-    """The text of one file, in blocks of a few million characters."""
+def _blocks(path: str, notify: Notify) -> Iterator[str]:
+    """The text of one file, in blocks of a few million bytes."""
     try:
         with _open(path) as stream:
-            while block := stream.read(_BLOCK_CHARS):
-                if "\0" in block:
-                    raise DataError(f"{path}: not a text in UTF-8 (it has zero bytes); convert it, or leave it out")
-                yield block
+            yield from decode_stream(stream, name=path, notify=notify, block_bytes=_BLOCK)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path of --text") from error
 
 
 @contextlib.contextmanager
-def _open(path: str) -> Iterator[TextIO]:
+def _open(path: str) -> Iterator[BinaryIO]:
     if path != STDIN:
-        with Path(path).open(encoding="utf-8-sig", errors="replace") as stream:
+        with Path(path).open("rb") as stream:
             yield stream
         return
     if sys.stdin is None:
         raise DataError("--text -: standard input is closed; pipe a text in, or name a file")
-    wrapper = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", errors="replace")
-    try:
-        yield wrapper
-    finally:
-        wrapper.detach()
+    yield sys.stdin.buffer
