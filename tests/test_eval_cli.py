@@ -279,7 +279,7 @@ def test_model_without_a_run(run: RunFolder, text_file: Path, capsys: Capture) -
         (["--windows", "1"], 2, "--windows must be a whole number of at least 2, got 1"),
         (["--batch-size", "0"], 2, "--batch-size must be"),
         (["--threads", "0"], 2, "--threads must be from 1 to 1024, got 0"),
-        (["-o", "x.png"], 2, "--output must end in .jpg, got 'x.png'"),
+        (["-o", "x.gif"], 2, "--output must end in .jpg or .png, got 'x.gif'"),
         (["-o", "nowhere/x.jpg"], 2, "--output: there is no folder nowhere; make it first"),
         (["--text-column", "x"], 2, "--text-column is for a streamed data set; name one with --dataset, or leave it out"),
         (["--model", "nowhere"], 1, "nowhere: no such file, and no run of that name"),
