@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -16,6 +16,8 @@ from picogpt.errors import ConfigError
 
 __all__ = [
     "RECIPES",
+    "RECIPE_BUDGETS",
+    "SUITABLE_RULE",
     "X_AXES",
     "Budget",
     "DataConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "check_x_axis",
     "parse_count",
     "parse_new_tokens",
+    "suitable_chars",
 ]
 
 Decay = Literal["linear", "cosine"]
@@ -55,6 +58,8 @@ X_AXES: Mapping[str, str] = MappingProxyType(
 """What the x axis of a loss curve can count, and its label."""
 MAX_THREADS = 1024
 MAX_MUON_INTERVAL = 100
+MAX_LR, MAX_MUON_LR = 0.1, 1.0
+"""Thirty and fifty times the defaults: what is above them is a slip, a share of the rate for instance, and no rate."""
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -64,6 +69,18 @@ VAL_SHARE = 0.2
 """Validation batches for each step, where their number is not given."""
 EPOCHS_OF_A_BUDGET = 20
 """A run on a budget is cut into about as many, so that a curve, a sample and a checkpoint come early."""
+SHARE_OF_EPOCH_ENDS = 0.25
+"""Most of a run on a budget of minutes that the ends of its epochs take; a short run has fewer of them for that."""
+
+SUITABLE_PASSES = 4
+MIN_SUITABLE_CHARS = 1_000_000
+MAX_SUITABLE_PASSES = 20
+MAX_SUITABLE_CHARS = 20_000_000
+SUITABLE_RULE = (
+    f"without a length {SUITABLE_PASSES} passes over the text, at least {MIN_SUITABLE_CHARS:,} characters but no more than "
+    f"{MAX_SUITABLE_PASSES} passes, and at most {MAX_SUITABLE_CHARS:,} characters, as many as of a stream"
+)
+"""See `suitable_chars`."""
 
 
 def _require(ok: bool, name: str, allowed: str, value: object) -> None:
@@ -276,9 +293,9 @@ class TrainConfig:
         _require_whole("sync_every", self.sync_every, 0)
         if self.decay_steps is not None:
             _require_whole("decay_steps", self.decay_steps, 1)
-        _require_between("lr", self.lr, 1e-9, 1.0, "a rate from 1e-9 to 1")
+        _require_between("lr", self.lr, 1e-9, MAX_LR, f"a rate from 1e-9 to {MAX_LR:g}")
         _require_between("min_lr", self.min_lr, 0.0, self.lr, f"from 0 to lr ({self.lr:g})")
-        _require_between("muon_lr", self.muon_lr, 1e-9, 10.0, "a rate from 1e-9 to 10")
+        _require_between("muon_lr", self.muon_lr, 1e-9, MAX_MUON_LR, f"a rate from 1e-9 to {MAX_MUON_LR:g}")
         _require_whole("muon_interval", self.muon_interval, 1)
         _require(self.muon_interval <= MAX_MUON_INTERVAL, "muon_interval", f"at most {MAX_MUON_INTERVAL}", self.muon_interval)
         for name in ("beta1", "beta2", "momentum"):
@@ -323,14 +340,19 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """What each recipe sets differently from the field defaults of `TrainConfig`."""
+RECIPE_BUDGETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"seed": MappingProxyType({"epochs": 300})})
+"""The length of each recipe that has one of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """A run in whole steps: what a `Budget` comes to on this machine. Stored with the run, which it makes reproducible.
 
+    A run on a budget of minutes is re-planned as it goes (`picogpt.pacing`); each plan is a schedule, and the last three fields
+    say where it took over from the one before.
+
     Raises:
-        ConfigError: a field is below 1.
+        ConfigError: a field is out of its range.
     """
 
     total_steps: int
@@ -339,10 +361,32 @@ class Schedule:
     """Steps between two entries of the loss log; the last epoch may be shorter."""
     val_steps: int
     """Batches of validation text an epoch; fewer where the validation text is shorter."""
+    epoch_start: int = 0
+    """Step from which epochs of this length are counted."""
+    decay_start: int | None = None
+    """Step at which the decay of the learning rate begins, or takes another slope; None means after the warm-up."""
+    decay_done: float = 0.0
+    """Share of the decay that was done by `decay_start`, in [0, 1]."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            _require_whole(field.name, getattr(self, field.name), 1)
+        for name in ("total_steps", "steps_per_epoch", "val_steps"):
+            _require_whole(name, getattr(self, name), 1)
+        _require_whole("epoch_start", self.epoch_start, 0)
+        if self.decay_start is not None:
+            _require_whole("decay_start", self.decay_start, 0)
+        _require_between("decay_done", self.decay_done, 0.0, 1.0, "a share from 0 to 1")
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch ends with `step` steps taken."""
+        return (step - self.epoch_start) % self.steps_per_epoch == 0 or step >= self.total_steps
+
+    def epochs_left(self, step: int) -> int:
+        """Ends of epochs that come after `step` steps taken."""
+        if step >= self.total_steps:
+            return 0
+        return (
+            -(-(self.total_steps - self.epoch_start) // self.steps_per_epoch) - (step - self.epoch_start) // self.steps_per_epoch
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,42 +400,74 @@ class Pace:
     seconds_per_epoch_end: float
     """What comes after an epoch's validation: saving, the sample and the picture."""
     seconds_spent: float = 0.0
-    """Seconds that the run has trained already."""
+    """Seconds of the budget that have passed: those of earlier starts, and of this one since the command began."""
+
+
+def suitable_chars(train_chars: int | None) -> int:
+    """Characters to train on where no length is given.
+
+    A first rule, not tuned yet: four passes over a text; at least a million characters, as a short text takes more passes, but
+    no more than 20 of them; at most 20 million, as many as of a stream. docs/training.md gives the reasons.
+
+    Args:
+        train_chars: length of the text that is trained on; None for a stream, which has no end.
+    """
+    if train_chars is None:
+        return MAX_SUITABLE_CHARS
+    wanted = max(SUITABLE_PASSES * train_chars, MIN_SUITABLE_CHARS)
+    return min(wanted, MAX_SUITABLE_PASSES * train_chars, MAX_SUITABLE_CHARS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How long to train: epochs of a fixed number of steps, or minutes, or characters.
+    """How long to train: epochs of a fixed number of steps, or minutes, or characters; or what suits the text.
 
     Raises:
         ConfigError: a field is out of its range, or both minutes and characters are given.
     """
 
-    epochs: int = 300
-    """Epochs, where neither minutes nor characters are given."""
+    epochs: int | None = None
+    """Epochs, where neither minutes nor characters are given; None means `suitable_chars`."""
     steps_per_epoch: int | None = None
-    """Steps an epoch; None means 500, or about a twentieth of a run on a budget."""
+    """Steps an epoch; None means 500 with `epochs`, else about a twentieth of the run."""
     val_steps: int | None = None
     """Validation batches an epoch; None means a fifth of the steps, which takes under a tenth of the time."""
     minutes: float | None = None
-    """Training time, measured on a few steps and then fixed as a number of steps."""
+    """Minutes on the clock from the start of the command to its end, over all starts of the run."""
     chars: int | None = None
     """Characters to train on, rounded up to whole steps."""
 
     def __post_init__(self) -> None:
-        _require_whole("epochs", self.epochs, 1)
-        for name in ("steps_per_epoch", "val_steps", "chars"):
+        for name in ("epochs", "steps_per_epoch", "val_steps", "chars"):
             if getattr(self, name) is not None:
                 _require_whole(name, getattr(self, name), 1)
         if self.minutes is not None:
             _require(math.isfinite(self.minutes) and self.minutes > 0, "minutes", "a number above 0", self.minutes)
         _require(self.minutes is None or self.chars is None, "minutes", "given without chars", self.minutes)
 
-    def schedule(self, *, chars_per_step: int, pace: Pace | None = None, steps_done: int = 0) -> Schedule:
+    @classmethod
+    def from_recipe(cls, recipe: str, given: Mapping[str, Any]) -> Budget:
+        """The budget of `recipe`, or with `given` fields instead.
+
+        Raises:
+            ConfigError: a value is out of its range.
+        """
+        lengths = {"epochs", "minutes", "chars"}
+        return cls(**({} if lengths & given.keys() else RECIPE_BUDGETS.get(recipe, {})), **given)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no length is given."""
+        return self.epochs is None and self.minutes is None and self.chars is None
+
+    def schedule(
+        self, *, chars_per_step: int, train_chars: int | None = None, pace: Pace | None = None, steps_done: int = 0
+    ) -> Schedule:
         """Turn the budget into steps.
 
         Args:
             chars_per_step: characters in one optimizer step.
+            train_chars: length of the text that is trained on; None for a stream.
             pace: how fast this machine trains; needed for minutes.
             steps_done: steps that the run has taken already; they count, as do the seconds of `pace`.
         """
@@ -400,18 +476,17 @@ class Budget:
             assert pace is not None
             left = max(0.0, self.minutes * 60 - pace.seconds_spent)
             step, end = self._with_share_of_validation(pace)
-            # A short run has fewer epochs, so that their ends take at most a quarter of it.
-            n_epochs = max(1, min(n_epochs, int(left / 4 / end)))
+            n_epochs = max(1, min(n_epochs, int(SHARE_OF_EPOCH_ENDS * left / end), int(left / step / MIN_STEPS_PER_EPOCH)))
             if self.steps_per_epoch is not None:
                 steps = round(left / (step + end / self.steps_per_epoch))
             else:
                 steps = round((left - n_epochs * end) / step)
             total = steps_done + max(steps, 0 if steps_done else 1)
-        elif self.chars is not None:
-            total = math.ceil(self.chars / chars_per_step)
-        else:
+        elif self.chars is None and self.epochs is not None:
             steps = self.steps_per_epoch or 500
             return self._with_validation(self.epochs * steps, steps)
+        else:
+            total = math.ceil((self.chars or suitable_chars(train_chars)) / chars_per_step)
         share = max(MIN_STEPS_PER_EPOCH, math.ceil(total / n_epochs))
         return self._with_validation(total, self.steps_per_epoch or share)
 

@@ -43,11 +43,22 @@ def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> None:
         OSError: the disk is full, read-only or broken; `path`, which the error names, is as it was and nothing is left beside it.
     """
     chunks = (content,) if isinstance(content, bytes) else content
-    with _temporary_file(path) as (descriptor, temporary):
+    with _telling_need(content), _temporary_file(path) as (descriptor, temporary):
         for chunk in chunks:
             _write_all(descriptor, chunk, path)
         _flush(descriptor, path)
         replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _telling_need(content: bytes | Iterable[bytes]) -> Iterator[None]:
+    """Add to the error of a full disk how much space the file needs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT} and isinstance(content, bytes):
+            error.strerror = f"{error.strerror}, the file needs {len(content) / 1e6:,.1f} MB"
+        raise
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from picogpt.config import Pace, Schedule
 
-__all__ = ["Forecast", "format_bytes", "format_seconds", "seconds_to_finish"]
+__all__ = ["Forecast", "format_bytes", "format_passes", "format_seconds", "seconds_to_finish"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +16,12 @@ class Forecast:
 
     chars: int
     """Characters of the whole run, those of earlier starts included."""
+    passes: float | None
+    """How many times these are the text; None for a stream."""
     seconds: float
-    """On the clock, from the first step of this start to the end: steps, validation, saving, samples and pictures."""
+    """On the clock, from the start of the command to its end: loading, steps, validation, saving, samples and pictures."""
+    elapsed: float
+    """Seconds of these that have passed."""
     memory: int
     """Peak memory of the process in bytes."""
     disk: int
@@ -27,19 +31,25 @@ class Forecast:
 
     def __str__(self) -> str:
         network = f"about {format_bytes(self.network)}" if self.network else "none"
+        passes = "" if self.passes is None else f" ({format_passes(self.passes)})"
         return (
-            f"forecast: {self.chars:,} characters in all, {format_seconds(self.seconds)} to finish; peak memory "
-            f"{format_bytes(self.memory)}, disk {format_bytes(self.disk)}, network {network}"
+            f"forecast: {self.chars:,} characters in all{passes}, {format_seconds(self.seconds - self.elapsed)} to go, "
+            f"{format_seconds(self.seconds)} from start to end; peak memory {format_bytes(self.memory)}, "
+            f"disk {format_bytes(self.disk)}, network {network}"
         )
 
 
 def seconds_to_finish(schedule: Schedule, pace: Pace, *, step: int, val_batches: int) -> float:
     """Seconds from `step` steps taken to the end of `schedule`, with `val_batches` validation batches an epoch."""
     steps = max(0, schedule.total_steps - step)
-    # Epochs end where the number of steps is a multiple; the last one may be shorter.
-    epochs = -(-schedule.total_steps // schedule.steps_per_epoch) - step // schedule.steps_per_epoch if steps else 0
     per_epoch = val_batches * pace.seconds_per_val_batch + pace.seconds_per_epoch_end
-    return steps * pace.seconds_per_step + epochs * per_epoch
+    return steps * pace.seconds_per_step + schedule.epochs_left(step) * per_epoch
+
+
+def format_passes(passes: float) -> str:
+    """So many passes over the text, with a digit after the point below 10."""
+    number = f"{passes:,.0f}" if passes >= 9.95 else f"{passes:.1f}" if passes >= 0.095 else f"{passes:.2g}"
+    return f"{number} pass{'' if number == '1' else 'es'} over the text"
 
 
 def format_bytes(number: int) -> str:

@@ -19,7 +19,7 @@ from picogpt.device import CPU, choose_device, flush_denormals, keep_freed_memor
 from picogpt.errors import RanksError, TrainingError
 from picogpt.kernels.compiled import Kernels, choose_kernels, kernels_name
 from picogpt.model import GPT
-from picogpt.optim import OuterOptimizer, build_optimizers, set_learning_rate
+from picogpt.optim import Muon, OuterOptimizer, build_optimizers, set_learning_rate, share_of_peak
 from picogpt.ranks import ALONE, Ranks, reaching
 from picogpt.run import Checkpoint, Tensors
 
@@ -189,7 +189,7 @@ class Replica:
                 f"step {self.step + 1}: the loss is {mean} and the gradient's norm {mean_norm}; the last finite state is "
                 "kept; start again with a smaller --lr and --fresh, or --dtype float32"
             )
-        set_learning_rate(self.optimizers, rate / self.config.lr)
+        set_learning_rate(self.optimizers, share_of_peak(rate, self.config))
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
@@ -251,6 +251,19 @@ class Replica:
                 for key, value in optimizer.state[parameter].items():
                     tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().numpy()
         return tensors
+
+    def checkpoint_bytes(self) -> int:
+        """Bytes of all ranks' tensors in a checkpoint, those included that the optimizers make in their first step."""
+        weights = sum(parameter.numel() for parameter in self.model.parameters())
+        moments = 0
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    # Muon keeps a mean square for each neuron, AdamW for each weight.
+                    squares = max(parameter.shape) if isinstance(optimizer, Muon) else parameter.numel()
+                    moments += parameter.numel() + squares + 1
+        own, common = weights + moments, 2 * weights if self.outer is not None else 0
+        return 4 * (own * (self.ranks.count if self.outer is not None else 1) + common)
 
     def common_tensors(self) -> Tensors:
         """Those that all ranks have in common while they train by themselves: of the outer optimizer."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +19,8 @@ from picogpt.data import Source, Stop, WaitInterrupted
 from picogpt.device import CPU
 from picogpt.errors import DataError, TrainingError
 from picogpt.kernels.compiled import Kernels
-from picogpt.optim import learning_rate
+from picogpt.optim import rate_of, share_of_peak
+from picogpt.pacing import Pacer
 from picogpt.ranks import ALONE, Kind, Ranks
 from picogpt.replica import Replica, pack_step, under
 from picogpt.run import Checkpoint, LossLog, RunFolder, Tensors, pack, unpack
@@ -81,6 +82,12 @@ class Trainer(Replica):
         self.log = LossLog()
         self.seconds = 0.0
         """Seconds spent training, validation included, over all starts of the run."""
+        self.schedule: Schedule | None = None
+        """The run's length, as planned now."""
+        self.pacer: Pacer | None = None
+        """Changes the plan as the run goes, where it is to end by the clock."""
+        self.stored_plan: dict[str, Any] | None = None
+        """Plan and measurements of such a run when it was saved."""
         self._steps_before, self._chars_before = 0, 0
         self._epoch_loss, self._epoch_steps = 0.0, 0
         self._others: list[Tensors] = []  # what ranks 1, 2, ... are to begin with, where that is not what this one has
@@ -100,7 +107,7 @@ class Trainer(Replica):
 
         Args:
             run: the run's folder, made and locked.
-            schedule: how many steps, and how they divide into epochs.
+            schedule: how many steps, and how they divide into epochs; a `pacer` changes that as the run goes.
             observer: told what happens.
             stop: asked after every step and validation batch; once it says True, the run is saved and the loop ends.
 
@@ -113,20 +120,23 @@ class Trainer(Replica):
             RanksError: another rank is gone; the checkpoint before stands.
             OSError: something cannot be saved.
         """
-        stop = self.ranks.attending(stop)
+        self.schedule, pacer = schedule, self.pacer
+        stop = self.ranks.attending(pacer.listening(stop) if pacer else stop)
         start, before = time.perf_counter(), self.seconds
         saved_at = start
-        while self.step < schedule.total_steps or self.epoch_is_open:
-            if self._epoch_is_full(schedule):
-                finished = self._finish_epoch(run, schedule, stop)
+        while self.step < self.schedule.total_steps or self.epoch_is_open:
+            if self.epoch_is_open and self.schedule.ends_epoch(self.step):
+                finished = self._finish_epoch(run, self.schedule.val_steps, stop)
                 saved_at = time.perf_counter()
                 if finished:
-                    observer.on_epoch(self)
+                    self._show_epoch(run, self.schedule, observer)
             else:
-                report = self._train_step(run, schedule, stop)
+                report = self._train_step(run, rate_of(self.step, self.schedule, self.config), stop)
                 if report is None:
                     return False
                 observer.on_step(report)
+                if pacer:
+                    self.schedule = pacer.step_taken(self.schedule, self.step)
             self.seconds = before + time.perf_counter() - start
             if stop():
                 self.save(run)
@@ -136,14 +146,10 @@ class Trainer(Replica):
                 saved_at = time.perf_counter()
         return True
 
-    def _epoch_is_full(self, schedule: Schedule) -> bool:
-        at_end = self.step % schedule.steps_per_epoch == 0 or self.step >= schedule.total_steps
-        return self.epoch_is_open and at_end
-
-    def _train_step(self, run: RunFolder, schedule: Schedule, stop: Stop) -> StepReport | None:
+    def _train_step(self, run: RunFolder, rate: float, stop: Stop) -> StepReport | None:
         """One step, or None if a stop came while it waited for its data; what ends the run is raised after saving."""
         try:
-            loss = self.update(learning_rate(self.step, schedule.total_steps, self.config), stop)
+            loss = self.update(rate, stop)
         except WaitInterrupted:
             self.save(run)
             return None
@@ -156,14 +162,21 @@ class Trainer(Replica):
         return StepReport(step=self.step, loss=loss, chars=self.chars_per_step)
 
     def update(self, rate: float, stop: Stop = lambda: False) -> float:
-        """Take one optimizer step with learning rate `rate`; return the batch's mean loss in nats per character.
+        """Take one optimizer step; return the batch's mean loss in nats per character.
+
+        Args:
+            rate: learning rate, from 0 to the config's `lr`, the highest one; other groups of parameters, which have highest
+                rates of their own, take the same share of these. It is no share itself.
+            stop: asked while the data are waited for.
 
         Raises:
+            ConfigError: `rate` is out of its range.
             TrainingError: loss or gradient are not finite; the weights are as they were.
             DataError: there are no more data; the weights are as they were.
             WaitInterrupted: `stop` said so while the data were waited for; likewise.
             RanksError: another rank is gone; likewise.
         """
+        share_of_peak(rate, self.config)  # before any rank is told of the step
         if not self.is_together:
             self._bring_together()
         batch = self.source.train_batch(self.step, stop)
@@ -199,13 +212,13 @@ class Trainer(Replica):
             count += batch.targets.size
         return total / count
 
-    def _finish_epoch(self, run: RunFolder, schedule: Schedule, stop: Stop) -> bool:
+    def _finish_epoch(self, run: RunFolder, val_steps: int, stop: Stop) -> bool:
         """Validate, enter the epoch into the log and save; False if stopped before that."""
         if self.local_steps:
             self.take_outer_step()
         if not run.has_checkpoint():
             self.save(run)  # before there is a model, which alone would be taken for a run that cannot be gone on with
-        val_loss = self.validate(schedule.val_steps, stop)
+        val_loss = self.validate(val_steps, stop)
         if val_loss is None:
             return False
         log = self.log
@@ -218,8 +231,19 @@ class Trainer(Replica):
             log.best_loss = val_loss
             if self._is_finite():
                 run.save_model(self.model.arrays(), self.model.config, self.source.text)
+        if self.pacer is not None and self.schedule is not None:
+            self.schedule = self.pacer.epoch_validated(self.schedule, self.step)
         self.save(run)
         return True
+
+    def _show_epoch(self, run: RunFolder, schedule: Schedule, observer: Observer) -> None:
+        """Tell the observer of an epoch, and have the plan fitted to the time that took."""
+        observer.on_epoch(self)
+        if self.pacer is None:
+            return
+        self.schedule = self.pacer.epoch_over(schedule, self.step)
+        if schedule.total_steps > self.step >= self.schedule.total_steps:
+            self.save(run)  # the time is up, which was not known when the epoch was saved
 
     def save(self, run: RunFolder) -> None:
         """Write a checkpoint of everything that is needed to go on.
@@ -251,6 +275,8 @@ class Trainer(Replica):
             "seconds": self.seconds,
             "log": self.log.to_dict(),
         }
+        if self.pacer is not None and self.schedule is not None:
+            state["plan"] = {"schedule": asdict(self.schedule), "pacer": self.pacer.state()}
         run.save_checkpoint(Checkpoint(tensors=tensors, state=state))
 
     def _collect(self) -> list[Tensors]:
@@ -289,7 +315,7 @@ class Trainer(Replica):
         self.log = LossLog.from_dict(state["log"])
         self._steps_before, self._chars_before = int(state["steps_before"]), int(state["chars_before"])
         self._epoch_loss, self._epoch_steps = float(state["epoch_loss"]), int(state["epoch_steps"])
-        self.seconds = float(state["seconds"])
+        self.seconds, self.stored_plan = float(state["seconds"]), state.get("plan")
 
     def _spread(self, saved: list[Tensors]) -> list[Tensors]:
         """What ranks 1, 2, ... begin with, given what each rank had that was saved.

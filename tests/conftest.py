@@ -98,8 +98,8 @@ def _only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 def _untimed_epoch_ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run in this process rehearses no end of an epoch for its forecast, but where that is tested: it would take longer than the run."""
     if request.module.__name__ != "tests.test_forecast":
-        known = forecast.EpochEnd(seconds_per_val_batch=0.001, seconds=0.05, disk=1_000_000)
-        monkeypatch.setattr(forecast, "time_epoch_end", lambda *_: known)
+        known = forecast.EpochEnd(seconds_per_val_batch=0.001, seconds=0.05)
+        monkeypatch.setattr(forecast, "time_epoch_end", lambda *_, **__: known)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,12 +13,12 @@ import picogpt
 PACKAGE = Path(picogpt.__file__).parent
 LAYERS = [
     {"errors", "threads", "wording"},
-    {"roll", "config", "files", "dropout", "scores", "device", "folding", "encodings"},
+    {"roll", "config", "files", "uptime", "dropout", "scores", "device", "folding", "encodings"},
     {"attention", "kernels"},
     {"model", "tokenizer"},
     {"run", "data", "optim", "memory", "forecast", "baselines"},
     {"engine", "original", "find", "ranks"},
-    {"replica"},
+    {"replica", "pacing"},
     {"train", "follow", "generate", "evaluate", "reference", "plot"},
     {"cli"},
 ]

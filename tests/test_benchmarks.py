@@ -20,7 +20,7 @@ from picogpt.config import GPTConfig, TrainConfig
 from picogpt.train import Trainer
 from tests.conftest import TINY, needs_compiler, tiny_source
 
-CONFIG = TrainConfig(optimizer="adamw", batch_size=2, windows=3)
+CONFIG = TrainConfig(optimizer="adamw", batch_size=2, windows=3, lr=1e-2)
 
 
 def test_plain_loop_learns_the_same() -> None:

@@ -27,7 +27,7 @@ from picogpt.cli import common, generate, plot, progress, train
 from picogpt.cli import eval as evaluation
 from picogpt.cli.download import DownloadBar
 from picogpt.cli.settings import Request
-from picogpt.config import GPTConfig
+from picogpt.config import GPTConfig, Schedule
 from picogpt.data import read_texts
 from picogpt.engine.window import processes_for
 from picogpt.errors import Interrupted, PicoGPTError
@@ -68,7 +68,8 @@ class TestTrain:
         assert train.main(training(text_file)) == 0
         out, err = capsys.readouterr()
 
-        assert len(re.findall(r"^epoch \d of 2: train \d\.\d{4}, val \d\.\d{4} nats per character", out, re.M)) == 2
+        line = r"^epoch \d of 2, [\d.]+ passes over the text: train \d\.\d{4}, val \d\.\d{4} nats per character"
+        assert len(re.findall(line, out, re.M)) == 2
         assert "6,000 characters, 5,400 to train on and 600 to validate; every character known" in err
         assert "computing in float32" in err
         names = {path.name for path in Path("logs/numbers").iterdir()}
@@ -83,7 +84,7 @@ class TestTrain:
         }
         config = json.loads(Path("logs/numbers/config.json").read_text())
         assert config["model"]["n_embd"] == 16
-        assert config["schedule"] == {"total_steps": 6, "steps_per_epoch": 3, "val_steps": 2}
+        assert Schedule(**config["schedule"]) == Schedule(total_steps=6, steps_per_epoch=3, val_steps=2)
         assert set(config["versions"]) == {"python", "torch", "numpy", "safetensors"}
 
     def test_goes_on(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +105,7 @@ class TestTrain:
         assert "the run has done 6 steps and this length is 1; give a larger one" in capsys.readouterr().err
         assert Path("logs/numbers/config.json").read_text() == before
         assert train.main(["--run", "numbers", "--epochs", "4", "--steps-per-epoch", "2"]) == 0
-        assert "epoch 3 of 3: " in capsys.readouterr().out
+        assert "epoch 3 of 3, " in capsys.readouterr().out
 
     def test_lower_rate_of_recipe_seed(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """The floor of the rate comes down with it."""
@@ -284,7 +285,7 @@ class TestTrain:
             (["--recipe", "slow"], 2, "--recipe must be one of fast, seed, got 'slow'"),
             (["--batch-size", "0"], 2, "--batch-size must be"),
             (["--windows", "-1"], 2, "--windows must be"),
-            (["--lr", "-1"], 2, "--lr must be a rate from 1e-9 to 1, got -1.0"),
+            (["--lr", "-1"], 2, "--lr must be a rate from 1e-9 to 0.1, got -1.0"),
             (["--optimizer", "sgd"], 2, "--optimizer must be muon or adamw, got 'sgd'"),
             (["--weight-decay", "-1"], 2, "--weight-decay must be"),
             (["--grad-clip", "inf"], 2, "--grad-clip must be"),
@@ -418,7 +419,7 @@ class TestTrain:
     )
     def test_run_is_named_after_the_text(self, path: str, name: str) -> None:
         """The name of a run on the user's own text is one that a run can have."""
-        request = Request.from_flags(train.build_parser().parse([]))
+        request = Request.from_flags(train.build_parser().parse([]), began=0.0)
 
         assert request.text_name([path]) == name
 

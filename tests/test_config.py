@@ -21,6 +21,7 @@ from picogpt.config import (
     check_threads,
     parse_count,
     parse_new_tokens,
+    suitable_chars,
 )
 from picogpt.errors import ConfigError
 
@@ -43,15 +44,20 @@ from picogpt.errors import ConfigError
         (TrainConfig, {"sync_every": -1}, "sync_every must be a whole number of at least 0"),
         (TrainConfig, {"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0"),
         (TrainConfig, {"decay_steps": 0}, "decay_steps must be a whole number of at least 1"),
-        (TrainConfig, {"lr": 0.0}, "lr must be a rate from 1e-9 to 1, got 0.0"),
+        (TrainConfig, {"lr": 0.0}, "lr must be a rate from 1e-9 to 0.1, got 0.0"),
         (TrainConfig, {"lr": float("inf")}, "lr must be a rate"),
+        (TrainConfig, {"lr": 1.0}, "lr must be a rate from 1e-9 to 0.1, got 1.0"),
+        (TrainConfig, {"muon_lr": 1.5}, "muon_lr must be a rate from 1e-9 to 1, got 1.5"),
+        (Schedule, {"total_steps": 0, "steps_per_epoch": 1, "val_steps": 1}, "total_steps must be a whole number of at least 1"),
+        (Schedule, {"total_steps": 1, "steps_per_epoch": 1, "val_steps": 1, "epoch_start": -1}, "epoch_start must be"),
+        (Schedule, {"total_steps": 1, "steps_per_epoch": 1, "val_steps": 1, "decay_start": -1}, "decay_start must be"),
+        (Schedule, {"total_steps": 1, "steps_per_epoch": 1, "val_steps": 1, "decay_done": 1.1}, "decay_done must be a share"),
         (TrainConfig, {"min_lr": 1.0}, r"min_lr must be from 0 to lr \(0.003\), got 1.0"),
         (TrainConfig, {"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
         (TrainConfig, {"weight_decay": -0.1}, "weight_decay must be a number of at least 0"),
         (TrainConfig, {"grad_clip": float("nan")}, "grad_clip must be a number of at least 0"),
         (TrainConfig, {"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         (TrainConfig, {"seed": 2**63}, r"seed must be below 2\*\*63"),
-        (Schedule, {"total_steps": 0, "steps_per_epoch": 1, "val_steps": 1}, "total_steps must be a whole number of at least 1"),
         (Budget, {"epochs": 0}, "epochs must be a whole number of at least 1"),
         (Budget, {"minutes": 0.0}, "minutes must be a number above 0, got 0.0"),
         (Budget, {"minutes": float("inf")}, "minutes must be a number above 0, got inf"),
@@ -113,7 +119,10 @@ PACE = Pace(seconds_per_step=0.4, seconds_per_val_batch=0.5, seconds_per_epoch_e
 @pytest.mark.parametrize(
     ("budget", "pace", "expected"),
     [
-        (Budget(), None, (150_000, 500, 100)),
+        (Budget.from_recipe("seed", {}), None, (150_000, 500, 100)),
+        # A million characters, in 20 epochs.
+        (Budget(), None, (100, 5, 1)),
+        (Budget(steps_per_epoch=50), None, (100, 50, 10)),
         (Budget(epochs=3, steps_per_epoch=7, val_steps=2), None, (21, 7, 2)),
         (Budget(chars=1_000_000), None, (100, 5, 1)),
         (Budget(chars=1_000_001), None, (101, 6, 1)),
@@ -131,9 +140,48 @@ PACE = Pace(seconds_per_step=0.4, seconds_per_val_batch=0.5, seconds_per_epoch_e
 )
 def test_schedule(budget: Budget, pace: Pace | None, expected: tuple[int, int, int]) -> None:
     """A budget in steps, steps an epoch and validation batches."""
-    schedule = budget.schedule(chars_per_step=10_000, pace=pace)
+    schedule = budget.schedule(chars_per_step=10_000, train_chars=100_000, pace=pace)
 
     assert (schedule.total_steps, schedule.steps_per_epoch, schedule.val_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("train_chars", "expected"),
+    [
+        (2_700, 54_000),  # 20 passes
+        (50_000, 1_000_000),
+        (116_136, 1_000_000),  # the sample play, 8.6 passes
+        (250_000, 1_000_000),
+        (1_003_854, 4_015_416),  # Tiny Shakespeare, 4 passes
+        (5_000_000, 20_000_000),
+        (100_000_000, 20_000_000),  # a fifth of the text
+        (None, 20_000_000),  # a stream
+    ],
+)
+def test_suitable_length(train_chars: int | None, expected: int) -> None:
+    """Passes over a short, a middling and a long text, in characters."""
+    assert suitable_chars(train_chars) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "is_open"), [({}, True), ({"chars": 5}, False), ({"minutes": 1.0}, False), ({"epochs": 2}, False)]
+)
+def test_length_of_a_recipe(given: dict[str, int], is_open: bool) -> None:
+    """The original's 300 epochs, unless a length is given; recipe fast has none of its own."""
+    assert Budget.from_recipe("fast", given).is_open is is_open
+    assert Budget.from_recipe("seed", given).epochs == (300 if is_open else given.get("epochs"))
+
+
+@pytest.mark.parametrize(
+    ("step", "ends", "left"),
+    [(7, True, 3), (8, False, 3), (16, False, 3), (17, True, 2), (27, True, 1), (29, False, 1), (30, True, 0)],
+)
+def test_epochs_counted_from_a_step(step: int, ends: bool, left: int) -> None:
+    """Epochs of 10 steps from step 7 on: they end with 17, 27 and the run's 30."""
+    schedule = Schedule(total_steps=30, steps_per_epoch=10, val_steps=1, epoch_start=7)
+
+    assert schedule.ends_epoch(step) is ends
+    assert schedule.epochs_left(step) == left
 
 
 def test_schedule_of_a_run_that_goes_on() -> None:

@@ -147,3 +147,16 @@ def test_file_systems_without_unnamed_files(tmp_path: Path, monkeypatch: pytest.
 
         assert stream.read() == b"ab"
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_names_file_and_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The error of a full disk says which file did not fit, and how large it is."""
+
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("picogpt.files.os.write", fail)
+    with pytest.raises(OSError, match=r"the file needs 2.5 MB") as caught:
+        atomic_write(tmp_path / "a", bytes(2_500_000))
+    assert caught.value.filename == str(tmp_path / "a")

@@ -9,25 +9,27 @@ import pytest
 import torch
 
 from picogpt.config import TrainConfig
+from picogpt.errors import ConfigError
 from picogpt.model import GPT
-from picogpt.optim import Muon, build_optimizers, learning_rate, orthogonalize, set_learning_rate
-from tests.conftest import TINY
+from picogpt.optim import Muon, build_optimizers, learning_rate, orthogonalize, set_learning_rate, share_of_peak
+from picogpt.train import Trainer
+from tests.conftest import TINY, tiny_source
 
-FAST = TrainConfig(lr=1.0, warmup_steps=10)
+FAST = TrainConfig(lr=0.1, warmup_steps=10)
 SEED = TrainConfig.from_recipe("seed", {})
 
 
 @pytest.mark.parametrize(
     ("config", "step", "total", "expected"),
     [
-        (FAST, 0, 1000, 1 / 11),
-        (FAST, 9, 1000, 10 / 11),
-        (FAST, 10, 1000, 1.0),
-        (FAST, 505, 1000, 0.5),
-        (FAST, 999, 1000, 1 / 990),
+        (FAST, 0, 1000, 0.1 / 11),
+        (FAST, 9, 1000, 1 / 11),
+        (FAST, 10, 1000, 0.1),
+        (FAST, 505, 1000, 0.05),
+        (FAST, 999, 1000, 0.1 / 990),
         (FAST, 1000, 1000, 0.0),
-        (FAST, 0, 1, 1.0),  # a run of one step has no warm-up
-        (FAST, 1, 20, 2 / 3),  # warm-up is at most a tenth: 2 steps of 20
+        (FAST, 0, 1, 0.1),  # a run of one step has no warm-up
+        (FAST, 1, 20, 0.2 / 3),  # warm-up is at most a tenth: 2 steps of 20
         (SEED, 0, 10, 6e-4 / 2001),
         (SEED, 2000, 10, 6e-4),
         (SEED, 301_000, 10, 3.3e-4),
@@ -38,6 +40,42 @@ SEED = TrainConfig.from_recipe("seed", {})
 def test_learning_rate(config: TrainConfig, step: int, total: int, expected: float) -> None:
     """Step, length of the run and rate, worked out by hand."""
     assert learning_rate(step, total, config) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("step", "start", "done", "expected"),
+    [
+        (20, 20, 0.25, 0.075),  # a quarter of the decay was done by step 20
+        (60, 20, 0.25, 0.0375),  # half way from there to step 100
+        (99, 20, 0.25, 0.1 * 0.75 / 80),
+        (100, 20, 0.25, 0.0),
+        (4, 9, 0.0, 0.05),  # the warm-up of a plan that was changed during it
+        (9, 9, 0.0, 0.1),
+    ],
+)
+def test_learning_rate_of_a_changed_plan(step: int, start: int, done: float, expected: float) -> None:
+    """From where the plan was changed the rate falls in a straight line to zero at step 100."""
+    assert learning_rate(step, 100, FAST, decay_start=start, decay_done=done) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("rate", [1.0, 3.1e-3, -1e-9, math.nan, math.inf])
+def test_a_share_is_no_rate(rate: float) -> None:
+    """A rate above the highest one, such as a share of it, is rejected before it reaches the weights."""
+    config = TrainConfig(batch_size=2, windows=3)
+    trainer = Trainer(TINY, config, tiny_source(config), torch.float32)
+    before = {name: array.copy() for name, array in trainer.model.arrays().items()}
+
+    with pytest.raises(
+        ConfigError, match=r"learning rate of a step must be from 0 to the config's lr \(0.003\), got .* not a share"
+    ):
+        trainer.update(rate)
+    assert all((before[name] == array).all() for name, array in trainer.model.arrays().items())
+
+
+def test_share_of_peak() -> None:
+    """Half of the highest rate is half of every group's; the highest one is all of it."""
+    assert share_of_peak(1.5e-3, TrainConfig()) == 0.5
+    assert share_of_peak(3e-3, TrainConfig()) == 1.0
 
 
 def test_every_parameter_has_one_optimizer() -> None:

@@ -409,11 +409,11 @@ def test_local_steps(outer_trainers: tuple[Trainer, Trainer]) -> None:
     before = {name: array.copy() for name, array in without.model.arrays().items()}
     for trainer in outer_trainers:
         for _ in range(3):
-            trainer.update(1e-2)
+            trainer.update(1e-3)
     assert all(np.array_equal(array, without.model.arrays()[name]) for name, array in with_outer.model.arrays().items())
     assert with_outer.local_steps == 3
     for trainer in outer_trainers:
-        trainer.update(1e-2)
+        trainer.update(1e-3)
 
     assert with_outer.local_steps == without.local_steps == 0
     for name, array in with_outer.model.arrays().items():
@@ -426,7 +426,7 @@ def test_outer_step_before_its_time(outer_trainers: tuple[Trainer, Trainer], tmp
     alone, _ = outer_trainers
     before = {name: array.copy() for name, array in alone.model.arrays().items()}
     for _ in range(3):
-        alone.update(1e-2)
+        alone.update(1e-3)
     run = RunFolder(tmp_path)
     alone.save(run)
     two = Trainer(TINY, alone.config, tiny_source(alone.config), torch.float32, ranks=Ranks(0, 2))

@@ -26,15 +26,15 @@ class ProgressBar:
         unit: of the amount, `char` or `B`.
         done: amount that was done before.
         label: words in front.
+        leave: whether it stays when the work is done.
     """
 
-    def __init__(self, total: int, unit: str, *, done: int = 0, label: str | None = None) -> None:
+    def __init__(self, total: int, unit: str, *, done: int = 0, label: str | None = None, leave: bool = True) -> None:
         self._bar: _Bar | None = None
         if sys.stderr is None or not sys.stderr.isatty():
             return
-        self._bar = _Bar(
-            **_width(), file=_Stderr(), desc=label, total=total, initial=done, unit=unit, unit_scale=True, smoothing=0.05
-        )
+        scale: dict[str, Any] = {"unit": unit, "unit_scale": True, "smoothing": 0.05}
+        self._bar = _Bar(**_width(), **scale, file=_Stderr(), desc=label, total=total, initial=done, leave=leave)
         # The clock on the wall can jump; this one cannot.
         self._bar._time = time.perf_counter  # type: ignore[attr-defined]
         self._bar.start_t = self._bar.last_print_t = time.perf_counter()

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from picogpt.cli.bar import ProgressBar
+from picogpt.cli.common import notice
 from picogpt.config import GPTConfig, Pace, Schedule, TrainConfig
 from picogpt.data import RepeatedSource
 from picogpt.files import TEMPORARY_SUFFIX
@@ -17,13 +19,14 @@ from picogpt.memory import peak_memory
 from picogpt.plot import draw_losses
 from picogpt.run import LossLog, RunFolder
 from picogpt.train import Observer, StepReport, Trainer, seconds_of
+from picogpt.wording import plural
 
 __all__ = ["EpochEnd", "Forecaster", "ForecastingObserver", "rehearse", "time_epoch_end"]
 
 TIMED_STEPS = 6
 """Steps that are timed, after a first one that makes buffers and kernels; an even number, as every second one may take longer."""
-SMALL_FILES = 400_000
-"""Bytes for config, loss log, its picture, and the validation text of a stream."""
+LINE_INTERVAL = 10.0
+"""Seconds between lines about the timing where stderr is no terminal."""
 
 Sampler = Callable[[Trainer], str]
 
@@ -35,14 +38,12 @@ class EpochEnd:
     seconds_per_val_batch: float
     seconds: float
     """Saving model and checkpoint, the sample and the picture."""
-    disk: int
-    """Bytes of a run's folder."""
 
 
-def time_epoch_end(trainer: Trainer, parent: Path, sample: Sampler) -> EpochEnd:
+def time_epoch_end(trainer: Trainer, parent: Path, sample: Sampler, *, warm_up: bool = True) -> EpochEnd:
     """Time one end of an epoch in a folder under `parent` that is then removed.
 
-    The first of two is not counted: it loads libraries, which happens once a run.
+    With `warm_up` the first of two is not counted: it loads libraries, which happens once a run.
     """
     trainer.validate(1)
     validation = seconds_of(lambda: trainer.validate(1))
@@ -55,22 +56,68 @@ def time_epoch_end(trainer: Trainer, parent: Path, sample: Sampler) -> EpochEnd:
             sample(trainer)
             draw_losses({"pace": LossLog(train=[1.0], val=[1.0], chars=[1], seconds=[1.0])})
 
-        end()
-        seconds = seconds_of(end)
-        disk = SMALL_FILES + sum(path.stat().st_size for path in folder.path.iterdir())
-    return EpochEnd(validation, seconds, disk)
+        if warm_up:
+            end()
+        return EpochEnd(validation, seconds_of(end))
 
 
 def rehearse(
-    model: GPTConfig, config: TrainConfig, make: Callable[[RepeatedSource], Trainer], parent: Path, sample: Sampler
+    model: GPTConfig,
+    config: TrainConfig,
+    make: Callable[[RepeatedSource], Trainer],
+    parent: Path,
+    sample: Sampler,
+    *,
+    limit: float | None = None,
 ) -> tuple[float, EpochEnd]:
-    """Seconds of a step, and what the end of an epoch takes, measured on noise and a model that is thrown away."""
-    trainer = make(RepeatedSource(roll_len=config.windows * model.context_len, batch_size=config.batch_size))
-    trainer.update(config.lr)
-    step = statistics.median(seconds_of(lambda: trainer.update(config.lr)) for _ in range(TIMED_STEPS))
-    if config.sync_every:
-        step += seconds_of(trainer.take_outer_step) / config.sync_every
-    return step, time_epoch_end(trainer, parent, sample)
+    """Seconds of a step, and what the end of an epoch takes, measured on noise and a model that is thrown away.
+
+    Args:
+        model: shape of the model.
+        config: how it is trained.
+        make: makes a trainer.
+        parent: folder to save into; it is left as it was.
+        sample: makes a sample of text.
+        limit: seconds after which no further step is timed and nothing is done twice; None for no limit.
+    """
+    began = time.perf_counter()
+    seconds: list[float] = []
+    with _TimingDisplay() as shown:
+        trainer = make(RepeatedSource(roll_len=config.windows * model.context_len, batch_size=config.batch_size))
+        for _ in range(1 + TIMED_STEPS):
+            seconds.append(seconds_of(lambda: trainer.update(config.lr)))
+            shown.advance()
+            if limit is not None and time.perf_counter() - began > limit:
+                break
+        step = statistics.median(seconds[1:] or seconds)
+        if config.sync_every:
+            step += seconds_of(trainer.take_outer_step) / config.sync_every
+        return step, time_epoch_end(trainer, parent, sample, warm_up=limit is None)
+
+
+class _TimingDisplay:
+    """Shows that steps are being timed: a bar on a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
+        notice("timing a few steps")
+        self._bar = ProgressBar(1 + TIMED_STEPS, " steps", label="timing", leave=False)
+        self._done, self._began = 0, time.perf_counter()
+        self._last_line = self._began
+
+    def __enter__(self) -> _TimingDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        """One more step was timed."""
+        self._done += 1
+        self._bar.advance(1)
+        now = time.perf_counter()
+        if not self._bar.is_shown and now - self._last_line >= LINE_INTERVAL:
+            self._last_line = now
+            notice(f"timed {plural(self._done, 'step')} in {format_seconds(now - self._began)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,32 +125,46 @@ class Forecaster:
     """Turns times into a forecast of one run.
 
     Args:
-        schedule: the run's length.
+        schedule: the run's length as planned now.
         chars_per_step: characters of a step.
-        first_step: steps taken when this start began.
+        train_chars: length of the text that is trained on; None for a stream.
         val_batches: validation batches an epoch.
+        disk: bytes of the run's folder.
         network: bytes to fetch for the characters that are left.
+        began: when the command was started, on the clock of `time.perf_counter`.
+        seconds: of this start, where the run is to end by the clock; None where steps decide.
     """
 
-    schedule: Schedule
+    schedule: Callable[[], Schedule]
     chars_per_step: int
-    first_step: int
+    train_chars: int | None
     val_batches: int
+    disk: int
     network: int
+    began: float
+    seconds: float | None
 
-    def forecast(self, seconds_per_step: float, end: EpochEnd, *, step: int, seconds_before: float = 0.0) -> Forecast:
-        """The forecast at `step` steps, `seconds_before` after the start."""
+    def forecast(self, seconds_per_step: float, end: EpochEnd, *, step: int, elapsed: float | None = None) -> Forecast:
+        """The forecast with `step` steps taken, `elapsed` seconds after the start of the command (None: now)."""
+        schedule = self.schedule()
         pace = Pace(
             seconds_per_step=seconds_per_step,
             seconds_per_val_batch=end.seconds_per_val_batch,
             seconds_per_epoch_end=end.seconds,
         )
-        left = seconds_to_finish(self.schedule, pace, step=step, val_batches=self.val_batches)
+        elapsed = time.perf_counter() - self.began if elapsed is None else elapsed
+        ends = elapsed + seconds_to_finish(schedule, pace, step=step, val_batches=self.val_batches)
+        if self.seconds is not None:
+            # The plan is fitted to the minutes, but for what a step and one end of an epoch take beyond them.
+            ends = max(self.seconds, min(ends, elapsed + seconds_per_step + end.seconds))
+        chars = schedule.total_steps * self.chars_per_step
         return Forecast(
-            chars=self.schedule.total_steps * self.chars_per_step,
-            seconds=seconds_before + left,
+            chars=chars,
+            passes=chars / self.train_chars if self.train_chars else None,
+            seconds=ends,
+            elapsed=elapsed,
             memory=peak_memory(),
-            disk=end.disk,
+            disk=self.disk,
             network=self.network,
         )
 
@@ -122,9 +183,9 @@ class ForecastingObserver:
         self, shown: Observer, tell: Callable[[str], None], forecaster: Forecaster, time_end: Callable[[], EpochEnd]
     ) -> None:
         self._shown, self._tell, self._forecaster, self._time_end = shown, tell, forecaster, time_end
-        self._start = self._last = time.perf_counter()
+        self._last = time.perf_counter()
         self._seconds: list[float] = []
-        self._step = forecaster.first_step
+        self._step = 0
         self._forecast: Forecast | None = None
 
     def on_step(self, report: StepReport) -> None:
@@ -147,16 +208,15 @@ class ForecastingObserver:
             return
         end = self._time_end()
         step = statistics.median(self._seconds[1:] or self._seconds)
-        before = time.perf_counter() - self._start
-        self._forecast = self._forecaster.forecast(step, end, step=self._step, seconds_before=before)
+        self._forecast = self._forecaster.forecast(step, end, step=self._step)
         self._tell(str(self._forecast))
 
     def say_outcome(self) -> None:
         """Say what the run took, beside what was forecast."""
         if self._forecast is None:
             return
-        took = format_seconds(time.perf_counter() - self._start)
+        took, forecast = format_seconds(time.perf_counter() - self._forecaster.began), self._forecast
         self._tell(
-            f"took {took}, forecast {format_seconds(self._forecast.seconds)}; peak memory {format_bytes(peak_memory())}, "
-            f"forecast {format_bytes(self._forecast.memory)}"
+            f"took {took} from start to end, forecast {format_seconds(forecast.seconds)}; peak memory "
+            f"{format_bytes(peak_memory())}, forecast {format_bytes(forecast.memory)}"
         )

@@ -81,9 +81,11 @@ class Request:
     gradient_checkpointing: bool
     init_from: str | None
     import_original: Path | None
+    began: float
+    """When the command was started, on the clock of `time.perf_counter`."""
 
     @classmethod
-    def from_flags(cls, arguments: argparse.Namespace) -> Request:
+    def from_flags(cls, arguments: argparse.Namespace, began: float) -> Request:
         """Take the parsed flags, refusing what is wrong before anything is read or written.
 
         Raises:
@@ -108,6 +110,7 @@ class Request:
             gradient_checkpointing=arguments.gradient_checkpointing,
             init_from=arguments.init_from,
             import_original=arguments.import_original,
+            began=began,
         )
         request.model(None), request.train(None)
         if not request.imports_only:
@@ -165,10 +168,13 @@ class Request:
 
     def budget(self, stored: RunSettings | None) -> Budget:
         """How long to train: as the run was to, unless another length is given."""
-        fields = asdict(stored.budget) if stored else {}
+        given = _pick(self.given, (*_LENGTHS, "steps_per_epoch", "val_steps"))
+        if stored is None:
+            return Budget.from_recipe(self.given.get("recipe", "fast"), given)
+        fields = asdict(stored.budget)
         if any(name in self.given for name in _LENGTHS):
             fields = {name: value for name, value in fields.items() if name not in _LENGTHS}
-        return Budget(**{**fields, **_pick(self.given, (*_LENGTHS, "steps_per_epoch", "val_steps"))})
+        return Budget(**{**fields, **given})
 
     def refuse_other_origin(self, stored: RunSettings, asked: Path | None) -> None:
         """Refuse to begin a run that has begun already from something else.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -13,8 +15,9 @@ from picogpt.cli.common import Parser, StopRequest, count, end_process, notice, 
 from picogpt.cli.session import Origin, Session
 from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, Request
 from picogpt.cli.texts import Text, find_text
-from picogpt.config import RECIPES, Budget, GPTConfig, RunSettings, TrainConfig
+from picogpt.config import RECIPE_BUDGETS, RECIPES, SUITABLE_RULE, GPTConfig, RunSettings, TrainConfig
 from picogpt.errors import ConfigError, RanksError, RunError
+from picogpt.uptime import process_seconds
 
 if TYPE_CHECKING:
     from picogpt.ranks import Ranks
@@ -113,12 +116,20 @@ def build_parser() -> Parser:
 def _add_budget(parser: Parser) -> None:
     group = parser.add_argument_group("length")
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--epochs", metavar="N", type=count, help=f"epochs (default: {Budget().epochs})")
-    length.add_argument("--minutes", metavar="M", type=float, help="train for about so many minutes instead (default: none)")
     length.add_argument(
-        "--chars", metavar="N", type=count, help="train on so many characters instead, such as 2000000 or 2M (default: none)"
+        "--minutes",
+        metavar="M",
+        type=float,
+        help="minutes on the clock from the start of the command to its end (default: none)",
     )
-    _add(group, "steps_per_epoch", int, "steps an epoch (default: 500; with --minutes or --chars a twentieth of the run)")
+    length.add_argument("--chars", metavar="N", type=count, help="characters to train on, such as 2000000 or 2M (default: none)")
+    length.add_argument(
+        "--epochs",
+        metavar="N",
+        type=count,
+        help=f"epochs (default: none; {SUITABLE_RULE}; recipe seed: {RECIPE_BUDGETS['seed']['epochs']} epochs)",
+    )
+    _add(group, "steps_per_epoch", int, "steps an epoch (default: a twentieth of the run; with --epochs 500)")
     _add(
         group, "val_steps", int, "validation batches an epoch, at most all of the validation text (default: a fifth of the steps)"
     )
@@ -136,7 +147,8 @@ def _recipe_default(name: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command on `argv` (None: the process's own arguments) and return its exit code."""
-    return run_command(_train, build_parser(), argv)
+    began = time.perf_counter() - (process_seconds() if argv is None else 0.0)
+    return run_command(functools.partial(_train, began=began), build_parser(), argv)
 
 
 def command() -> NoReturn:
@@ -144,8 +156,8 @@ def command() -> NoReturn:
     end_process(main())
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    request = Request.from_flags(arguments)
+def _train(arguments: argparse.Namespace, *, began: float) -> int:
+    request = Request.from_flags(arguments, began)
     if request.imports_only:
         from picogpt.cli.bringover import bring_over
 

@@ -63,6 +63,10 @@ class Source(Protocol):
     def text(self) -> TextConfig:
         """How the text became ids, and which ones are in it."""
 
+    @property
+    def train_chars(self) -> int | None:
+        """Characters that are trained on in one pass over the text; None for a stream, which has no end."""
+
     def train_batch(self, k: int, stop: Stop = ...) -> Batch:
         """Batch of step k; steps are asked for in order. May raise `WaitInterrupted` once `stop` says so."""
 
@@ -133,6 +137,11 @@ class TextSource:
             counts += np.bincount(self.train_ids[start : start + _COUNTED], minlength=VOCAB_SIZE)
             self._corpus.forget()
         return TextConfig(fold=self._corpus.fold, ids=tuple(np.flatnonzero(counts).tolist()))
+
+    @property
+    def train_chars(self) -> int:
+        """Characters of the part that is trained on."""
+        return len(self.train_ids)
 
     def _draw_starts(self, number: int) -> npt.NDArray[np.int64]:
         """Where each roll of pass `number` starts, in the order in which they are read."""

@@ -96,6 +96,11 @@ class StreamSource:
         """How the articles become ids, and which ones they can hold."""
         return self._reader.text
 
+    @property
+    def train_chars(self) -> int | None:
+        """None: a stream has no end."""
+        return None
+
     def begin(self, run: ValidationStore) -> None:
         """Begin with the data set's first article; `run` keeps the validation text."""
         run.save_validation(self.val_ids)
