@@ -19,7 +19,7 @@ from benchmarks.common import ROOT, ROUNDS, in_turns
 from picogpt.config import GenerateConfig, GPTConfig, SampleConfig
 from picogpt.engine import Engine
 from picogpt.find import find_model
-from picogpt.generate import Reader, Roll, StopWatcher, generate, make_generator, never_drawn
+from picogpt.generate import OneByOne, Reader, RollingDecoder, Sampler, StopWatcher, generate, make_generator, never_drawn
 from picogpt.model import GPT
 from picogpt.reference import ReferenceModel
 from picogpt.run import RunFolder
@@ -37,17 +37,15 @@ def ids_of(length: int, batch: int = 1) -> npt.NDArray[np.uint8]:
 
 def speed(reader: Reader, prompt: npt.NDArray[np.uint8], count: int, batch: int = 1) -> float:
     """Characters a second, of all texts together, that are drawn and read behind `prompt`."""
-    logits = reader.read(prompt)
-    if isinstance(reader, Roll) and batch > 1:
+    logits = reader.prefill(prompt)
+    if isinstance(reader, RollingDecoder) and batch > 1:
         reader, logits = reader.fork(batch), np.repeat(logits, batch, axis=0)
-    generators, watchers = [make_generator(0, i) for i in range(batch)], [StopWatcher([]) for _ in range(batch)]
-    made = generate(
-        reader, logits, count + 2, config=SampleConfig(), generators=generators, watchers=watchers, never=never_drawn(None)
-    )
+    sampler = Sampler(SampleConfig(), [make_generator(0, i) for i in range(batch)], never_drawn(None))
+    made = generate(reader, logits, count + 1, sampler=sampler, watchers=[StopWatcher([]) for _ in range(batch)])
     next(made)  # drawn from the prompt's own logits
     start = time.perf_counter()
-    for _ in range(count):
-        next(made)
+    for _ in made:
+        pass
     return count * batch / (time.perf_counter() - start)
 
 
@@ -104,19 +102,19 @@ def generation(arguments: argparse.Namespace) -> None:
 
 def compare_with_reference(path: Path) -> None:
     """Print characters a second of both at several lengths of text, and their ratio."""
-    engine, reference = Engine.load(path, threads=None), ReferenceModel.load(path).model
+    engine, reference = Engine.load(path), ReferenceModel.load(path).model
     hop = GenerateConfig().hop_for(engine.config.context_len)
-    print(f"hop {hop}, engine on {engine.threads} processes\n")
+    print(f"hop {hop}, {engine.dtype} on {engine.threads} threads\n")
     print("| text | engine, characters/s | reference, characters/s | ratio |\n|---|---|---|---|")
     for length in LENGTHS:
         prompt = ids_of(length)
         slow_count = 10 if length <= 640 else 4
 
         def fast(prompt: npt.NDArray[np.uint8] = prompt) -> float:
-            return speed(Roll(engine, hop), prompt, 360)
+            return speed(RollingDecoder(engine, hop), prompt, 360)
 
         def slow(prompt: npt.NDArray[np.uint8] = prompt, count: int = slow_count) -> float:
-            return speed(ReferenceModel(reference), prompt, count)
+            return speed(OneByOne(ReferenceModel(reference).prefill), prompt, count)
 
         ours, theirs = in_turns(fast, slow)
         ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
@@ -125,15 +123,17 @@ def compare_with_reference(path: Path) -> None:
 
 def many_and_long(path: Path) -> None:
     """Print what many samples at once gain, and what a long text costs."""
-    engine = Engine.load(path, threads=None, texts=SAMPLES)
+    engine = Engine.load(path)
     hop = GenerateConfig().hop_for(engine.config.context_len)
     one, many = in_turns(
-        lambda: speed(Roll(engine, hop), ids_of(128), 360), lambda: speed(Roll(engine, hop), ids_of(128), 120, SAMPLES)
+        lambda: speed(RollingDecoder(engine, hop), ids_of(128), 360),
+        lambda: speed(RollingDecoder(engine, hop), ids_of(128), 120, SAMPLES),
     )
     ratio = statistics.median(b / a for a, b in zip(one, many, strict=True))
     print(f"\n{SAMPLES} samples at once: {statistics.median(many):,.0f} characters/s, {ratio:.1f} times those of one")
     early, late = in_turns(
-        lambda: speed(Roll(engine, hop), ids_of(1000), 1000), lambda: speed(Roll(engine, hop), ids_of(9000), 1000)
+        lambda: speed(RollingDecoder(engine, hop), ids_of(1000), 1000),
+        lambda: speed(RollingDecoder(engine, hop), ids_of(9000), 1000),
     )
     ratio = statistics.median(b / a for a, b in zip(early, late, strict=True))
     print(f"characters 9,000-10,000: {statistics.median(late):,.0f} characters/s, {ratio:.2f} of those over 1,000-2,000")

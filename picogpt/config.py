@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from picogpt.errors import ConfigError
 
 __all__ = [
+    "ENGINE_DTYPES",
     "RECIPES",
     "RECIPE_BUDGETS",
     "SUITABLE_RULE",
@@ -22,6 +23,7 @@ __all__ = [
     "Budget",
     "DataConfig",
     "Decay",
+    "EngineDType",
     "EvalConfig",
     "GPTConfig",
     "GenerateConfig",
@@ -45,9 +47,12 @@ __all__ = [
 
 Decay = Literal["linear", "cosine"]
 OptimizerName = Literal["muon", "adamw"]
+EngineDType = Literal["auto", "float32", "bfloat16", "int8"]
 
 DTYPES = ("auto", "float32", "bfloat16")
 """Types of the matrix products; auto is the faster one on this machine."""
+ENGINE_DTYPES = ("auto", "float32", "bfloat16", "int8")
+"""Types of the weights that text is generated with; auto is bfloat16, in which the bundled models are stored."""
 DEVICES = ("auto", "cpu", "cuda", "mps")
 """Where training computes; auto is a CUDA GPU if there is one, else the CPU."""
 KERNELS = ("auto", "c", "torch")

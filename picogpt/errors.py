@@ -42,10 +42,6 @@ class RanksError(PicoGPTError):
     """The processes that train together have lost one of them."""
 
 
-class EngineError(PicoGPTError):
-    """Generation cannot go on, because a process that computes a part of it has ended."""
-
-
 class Interrupted(PicoGPTError):
     """A signal asked the work to end; everything worth keeping is saved."""
 

@@ -6,6 +6,7 @@ Ids in, ids out; knows no characters, no files and no torch.
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -14,19 +15,20 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.config import SampleConfig, TextConfig
-from picogpt.engine import Engine, Window
+from picogpt.engine import Engine, NativeWindow, Sampling, Window
 from picogpt.tokenizer import SPECIAL_IDS, TEXT_IDS, UNKNOWN_ID, VOCAB_SIZE
 
 __all__ = [
+    "OneByOne",
     "Reader",
-    "Roll",
+    "RollingDecoder",
+    "Sampler",
     "StopWatcher",
     "filters_of",
     "generate",
     "make_generator",
     "min_p_filter",
     "never_drawn",
-    "sample_ids",
     "temperature_filter",
     "top_k_filter",
     "top_p_filter",
@@ -40,16 +42,37 @@ Filter = Callable[[Scores], Scores]
 ROLL_WINDOWS = 10
 """Windows of a prompt that are read, counted from its end: as many as training rolls over."""
 
+_SHOWN_EVERY = 0.02
+"""Seconds in which what is drawn at once should be done: text is to appear smoothly, and Ctrl-C to be heard."""
+
 
 class Reader(Protocol):
     """A model that reads B texts side by side and predicts what follows."""
 
-    def read(self, ids: Ids) -> Floats:
+    def prefill(self, ids: Ids) -> Floats:
         """Read ids (B, k) behind those read before; return the logits (B, V) of the characters after them."""
 
+    def decode(self, ids: Ids, sampler: Sampler, most: int) -> Ids:
+        """Read ids (B,), draw the next ones, and so on up to `most` times; return what was drawn (n, B), n from 1 to `most`."""
 
-class Roll:
-    """The rolling text: cached windows, each beginning `hop` characters after the one before it.
+
+class OneByOne:
+    """A `Reader` made of a model that only predicts: ids are drawn in numpy.
+
+    Args:
+        prefill: the model's; see `Reader`.
+    """
+
+    def __init__(self, prefill: Callable[[Ids], Floats]) -> None:
+        self.prefill = prefill
+
+    def decode(self, ids: Ids, sampler: Sampler, most: int) -> Ids:  # noqa: ARG002 (one is allowed)
+        """See `Reader`."""
+        return sampler.draw(self.prefill(ids[:, None]))[None]
+
+
+class RollingDecoder:
+    """The rolling text: windows with a KV cache, each beginning `hop` characters after the one before it.
 
     A window fills character by character. When it is full the next one begins `hop` characters further on: what the two
     have in common, the newest characters, is read again in one go. Its context vector is that of an earlier window up to
@@ -68,24 +91,39 @@ class Roll:
         self._context_len = engine.config.context_len
         assert 1 <= hop <= self._context_len, hop
         self._hop = hop
-        self._window = Window(engine, batch)
+        self._window: Window = engine.window(batch)
         self._recent = np.zeros((batch, self._context_len), np.uint8)  # the window's characters
         self._contexts: deque[Floats] = deque()  # for the windows to come
         # Of each window the mean up to here is kept; of the first one also those of the hops on the way.
         self._kept_at = self._context_len // hop * hop
         self._next_kept = hop
 
-    def read(self, ids: Ids) -> Floats:
+    def prefill(self, ids: Ids) -> Floats:
         """Read ids (B, k), k >= 1; return the logits (B, V) of the characters after them."""
-        return [self._window.extend(part) for part in self._parts(ids)][-1]
+        return [self._window.prefill(part) for part in self._parts(ids)][-1]
 
-    def read_every(self, ids: Ids) -> Floats:
+    def prefill_every(self, ids: Ids) -> Floats:
         """Read ids (B, k), k >= 1; return the logits (B, k, V) after each of them."""
-        return np.concatenate([self._window.extend(part, every=True) for part in self._parts(ids)], axis=1)
+        return np.concatenate([self._window.prefill(part, every=True) for part in self._parts(ids)], axis=1)
 
-    def fork(self, batch: int) -> Roll:
-        """`batch` texts that all go on from this one (B = 1)."""
-        other = Roll.__new__(Roll)
+    def decode(self, ids: Ids, sampler: Sampler, most: int) -> Ids:
+        """Read ids (B,), draw the next ones, and so on up to `most` times, within one window.
+
+        Returns:
+            The ids drawn (n, B), n from 1 to `most`, of which the last have not been read.
+        """
+        if not isinstance(self._window, NativeWindow):
+            return OneByOne(self.prefill).decode(ids, sampler, most)
+        n = min(most, self._make_space())
+        drawn = self._window.decode(ids, sampler.numbers(n), sampler.native)
+        end = len(self._window)
+        self._recent[:, end - n : end] = np.concatenate((ids[None], drawn[:-1])).T
+        self._keep_context()
+        return drawn
+
+    def fork(self, batch: int) -> RollingDecoder:
+        """`batch` texts that all continue this one (B = 1)."""
+        other = RollingDecoder.__new__(RollingDecoder)
         other.__dict__.update(self.__dict__)
         other._window = self._window.fork(batch)
         other._recent = np.repeat(self._recent, batch, axis=0)
@@ -94,27 +132,32 @@ class Roll:
 
     def _parts(self, ids: Ids) -> Iterator[Ids]:
         """Cut `ids` where a window is full or a mean is to be kept; the caller reads each part before asking for the next."""
-        window = self._window
         start = 0
         while start < ids.shape[1]:
-            if window.room == 0:
-                self._begin_next()
-            n = len(window)
-            k = min(ids.shape[1] - start, window.room, self._next_kept - n if n < self._next_kept else self._context_len)
-            part = ids[:, start : start + k]
-            self._recent[:, n : n + k] = part
+            part = ids[:, start : start + self._make_space()]
+            n = len(self._window)
+            self._recent[:, n : n + part.shape[1]] = part
             yield part
-            start += k
-            if len(window) == self._next_kept:
-                self._contexts.append(window.context())
-                self._next_kept = min(self._next_kept + self._hop, self._context_len + 1)
+            start += part.shape[1]
+            self._keep_context()
+
+    def _make_space(self) -> int:
+        """How many characters can be read before a window is full or a mean is to be kept; at least one."""
+        if self._window.free == 0:
+            self._begin_next()
+        n = len(self._window)
+        return min(self._window.free, self._next_kept - n if n < self._next_kept else self._context_len)
+
+    def _keep_context(self) -> None:
+        if len(self._window) == self._next_kept:
+            self._contexts.append(self._window.context())
+            self._next_kept = min(self._next_kept + self._hop, self._context_len + 1)
 
     def _begin_next(self) -> None:
-        window = self._window
-        window.restart(self._contexts.popleft())
+        self._window.reset(self._contexts.popleft())
         kept = self._recent[:, self._hop :].copy()
         if kept.size:
-            window.extend(kept)
+            self._window.prefill(kept)
             self._recent[:, : kept.shape[1]] = kept
         self._next_kept = self._kept_at
 
@@ -208,15 +251,41 @@ def make_generator(seed: int, stream: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, stream], np.uint64)))
 
 
-def sample_ids(logits: Floats, filters: Sequence[Filter], generators: Sequence[np.random.Generator]) -> npt.NDArray[np.intp]:
-    """Draw an id for each row of `logits` (B, V), each with one number of its own generator."""
-    scores = logits.astype(np.float64)
-    for apply in filters:
-        scores = apply(scores)
-    cumulative = np.exp(scores - scores.max(axis=-1, keepdims=True)).cumsum(axis=-1)
-    draws = np.array([generator.random() for generator in generators]) * cumulative[:, -1]
-    drawn: npt.NDArray[np.intp] = (cumulative > draws[:, None]).argmax(axis=-1)
-    return drawn
+class Sampler:
+    """Draws ids, each with one number of its own text's generator.
+
+    Args:
+        config: how.
+        generators: one for each of B texts; see `make_generator`.
+        never: ids that are not drawn (`never_drawn`).
+    """
+
+    def __init__(
+        self,
+        config: SampleConfig,
+        generators: Sequence[np.random.Generator],
+        never: npt.NDArray[np.intp] | None = None,
+    ) -> None:
+        self._filters, self._generators = filters_of(config, never), generators
+        allowed = np.zeros(VOCAB_SIZE)
+        allowed[[] if never is None else never] = -np.inf
+        self.native = Sampling(config.temperature, config.top_k, config.top_p, config.min_p, allowed)
+        """The same for the functions in C, which come to the same ids."""
+
+    def numbers(self, count: int) -> Scores:
+        """The next `count` numbers of each generator, (count, B)."""
+        numbers: Scores = np.stack([generator.random(count) for generator in self._generators], axis=1)
+        return numbers
+
+    def draw(self, logits: Floats) -> npt.NDArray[np.intp]:
+        """An id for each row of `logits` (B, V)."""
+        scores = logits.astype(np.float64)
+        for apply in self._filters:
+            scores = apply(scores)
+        cumulative = np.exp(scores - scores.max(axis=-1, keepdims=True)).cumsum(axis=-1)
+        draws = self.numbers(1)[0] * cumulative[:, -1]
+        drawn: npt.NDArray[np.intp] = (cumulative > draws[:, None]).argmax(axis=-1)
+        return drawn
 
 
 class StopWatcher:
@@ -255,35 +324,40 @@ class StopWatcher:
 
 
 def generate(
-    reader: Reader,
-    logits: Floats,
-    n_new: int | None,
-    *,
-    config: SampleConfig,
-    generators: Sequence[np.random.Generator],
-    watchers: Sequence[StopWatcher],
-    never: npt.NDArray[np.intp],
+    reader: Reader, logits: Floats, n_new: int | None, *, sampler: Sampler, watchers: Sequence[StopWatcher]
 ) -> Iterator[list[list[int]]]:
-    """Go on with B texts until each has `n_new` characters or a stop text.
+    """Continue B texts until each has `n_new` characters or a stop text.
 
     Args:
         reader: the model, which has read the prompt.
         logits: what it predicts after the prompt (B, V).
         n_new: characters of each text; None for no end.
-        config: how they are drawn.
-        generators: B generators.
+        sampler: how they are drawn.
         watchers: B watchers for stop texts.
-        never: ids that are not drawn (`never_drawn`).
 
     Yields:
-        After each character, for each text the ids that are now certain to be part of it.
+        Several times a second, for each text the ids that are now certain to be part of it.
     """
-    filters = filters_of(config, never)
-    made, ids = 0, None
-    while (n_new is None or made < n_new) and not all(watcher.stopped for watcher in watchers):
-        if ids is not None:
-            logits = reader.read(ids[:, None])
-        ids = sample_ids(logits, filters, generators)
-        made += 1
-        yield [[] if watcher.stopped else watcher.pass_on(token) for watcher, token in zip(watchers, ids.tolist(), strict=True)]
+    left = math.inf if n_new is None else n_new
+    drawn: Ids = sampler.draw(logits)[None] if left else np.empty((0, len(watchers)), np.intp)
+    at_once = 1
+    while len(drawn):
+        left -= len(drawn)
+        yield [_pass_on(watcher, ids) for watcher, ids in zip(watchers, drawn.T.tolist(), strict=True)]
+        if not left or all(watcher.stopped for watcher in watchers):
+            break
+        start = time.perf_counter()
+        drawn = reader.decode(drawn[-1], sampler, int(min(left, at_once)))
+        seconds = (time.perf_counter() - start) / len(drawn)
+        at_once = max(1, min(2 * at_once, int(_SHOWN_EVERY / seconds)))
     yield [watcher.finish() for watcher in watchers]
+
+
+def _pass_on(watcher: StopWatcher, ids: Sequence[int]) -> list[int]:
+    """The ids that are certain once `ids` have come, up to a stop text."""
+    certain: list[int] = []
+    for token in ids:
+        if watcher.stopped:
+            break
+        certain += watcher.pass_on(token)
+    return certain

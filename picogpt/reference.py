@@ -20,7 +20,7 @@ __all__ = ["ReferenceModel"]
 
 
 class ReferenceModel:
-    """The torch model as a `picogpt.generate.Reader`."""
+    """The torch model; `picogpt.generate.OneByOne` makes a reader of it."""
 
     def __init__(self, model: GPT) -> None:
         self.model = model.eval()
@@ -39,7 +39,7 @@ class ReferenceModel:
         return cls(model)
 
     @torch.no_grad()
-    def read(self, ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
+    def prefill(self, ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
         """Read ids (B, k) behind those read before; return the logits (B, V) of the characters after them."""
         new = torch.from_numpy(ids.astype(np.int64))
         self._ids = new if self._ids is None else torch.cat((self._ids, new), dim=1)

@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import pickle
+import struct
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -32,7 +33,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, deserialize, safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load as tensors_of
 from safetensors.numpy import save as serialize
 
@@ -49,6 +50,7 @@ __all__ = [
     "load_model",
     "load_text_config",
     "model_metadata",
+    "open_model",
     "pack",
     "read_log",
     "unpack",
@@ -319,7 +321,8 @@ class RunFolder:
             RunError: it is missing or damaged.
         """
         path = self.path / _VALIDATION
-        metadata, tensors = _read_tensors(path)
+        with _open_tensors(path) as stored:
+            metadata, tensors = stored.metadata, dict(stored)
         if metadata.get("sha256") != _digest(tensors, ""):
             raise RunError(f"{path}: damaged (its SHA-256 does not match); start over with --fresh, the folder is kept")
         return tensors["ids"]
@@ -345,8 +348,8 @@ def load_text_config(path: Path) -> TextConfig | None:
     Raises:
         RunError: the file is missing or damaged.
     """
-    with _opened(path) as (_, metadata):
-        stored = metadata.get("text")
+    with _open_tensors(path) as tensors:
+        stored = tensors.metadata.get("text")
     if stored is None:
         return None
     try:
@@ -356,18 +359,31 @@ def load_text_config(path: Path) -> TextConfig | None:
         raise RunError(f"{path}: damaged (what its metadata says of the text is not valid)") from error
 
 
-def load_model(path: Path) -> tuple[GPTConfig, Tensors]:
-    """Shape and weights, in float32, from a `.safetensors` file of picogpt; it may hold them in bfloat16.
+@contextlib.contextmanager
+def open_model(path: Path) -> Iterator[tuple[GPTConfig, Mapping[str, npt.NDArray[Any]]]]:
+    """Shape and weights of a `.safetensors` file of picogpt; each weight is read, in float32, when it is asked for.
 
     Raises:
         RunError: there is no model, or it is damaged or of another kind.
     """
-    metadata, tensors = _read_tensors(path)
-    try:
-        config = GPTConfig(**json.loads(metadata["config"]))
-    except (KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
-        raise RunError(f"{path}: no picogpt model (its metadata has no valid config); train one with picogpt-train") from error
-    return config, tensors
+    with _open_tensors(path) as tensors:
+        try:
+            config = GPTConfig(**json.loads(tensors.metadata["config"]))
+        except (KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
+            raise RunError(
+                f"{path}: no picogpt model (its metadata has no valid config); train one with picogpt-train"
+            ) from error
+        yield config, tensors
+
+
+def load_model(path: Path) -> tuple[GPTConfig, Tensors]:
+    """Shape and weights, in float32, from a `.safetensors` file of picogpt; it may hold them in bfloat16.
+
+    Raises:
+        RunError: see `open_model`.
+    """
+    with open_model(path) as (config, tensors):
+        return config, dict(tensors)
 
 
 def read_log(path: Path) -> LossLog:
@@ -394,7 +410,8 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:
-    metadata, tensors = _read_tensors(path)
+    with _open_tensors(path) as stored:
+        metadata, tensors = stored.metadata, dict(stored)
     state = metadata.get("state", "")
     if metadata.get("sha256") != _digest(tensors, state):
         raise RunError(f"{path}: damaged (its SHA-256 does not match)")
@@ -402,42 +419,71 @@ def _read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(tensors=tensors, state=json.loads(state))
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, str], Tensors]:
-    """Metadata and tensors of a safetensors file, which can hold nothing else."""
-    with _opened(path) as (stream, metadata):
-        names = list(stream.keys())
-        if any(stream.get_slice(name).get_dtype() == _BFLOAT16 for name in names):
-            tensors = {name: _widen(part) for name, part in deserialize(path.read_bytes())}  # type: ignore[no-untyped-call]
-        else:
-            tensors = {name: stream.get_tensor(name) for name in names}
-    return metadata, tensors
+class _StoredTensors(Mapping[str, npt.NDArray[Any]]):
+    """Tensors of a safetensors file, which can hold nothing else; each is read when it is asked for.
+
+    Args:
+        path: the file.
+        stream: the same, opened and checked by the library.
+    """
+
+    def __init__(self, path: Path, stream: safe_open) -> None:
+        self.metadata: dict[str, str] = stream.metadata() or {}  # type: ignore[no-untyped-call]
+        self._path, self._stream, self._names = path, stream, list(stream.keys())  # type: ignore[no-untyped-call]
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        if name not in self._names:
+            raise KeyError(name)
+        with _reading(self._path):
+            if self._stream.get_slice(name).get_dtype() == _BFLOAT16:  # type: ignore[no-untyped-call]
+                return self._widened(name)
+            tensor: npt.NDArray[Any] = self._stream.get_tensor(name)  # type: ignore[no-untyped-call]
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _widened(self, name: str) -> npt.NDArray[np.float32]:
+        """The float32 numbers of a tensor of bfloat16, a type that numpy lacks: they are the upper halves of float32."""
+        with self._path.open("rb") as stream:
+            # The length of the header, the header, and the tensors.
+            (length,) = struct.unpack("<Q", stream.read(8))
+            entry = json.loads(stream.read(length))[name]
+            first, end = entry["data_offsets"]
+            stream.seek(8 + length + first)
+            halves = np.frombuffer(stream.read(end - first), "<u2").astype(np.uint32)
+        halves <<= 16
+        floats: npt.NDArray[np.float32] = halves.view(np.float32).reshape(entry["shape"])
+        return floats
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
-    """A safetensors file that is open, and its metadata, of a format that this version reads."""
+def _open_tensors(path: Path) -> Iterator[_StoredTensors]:
+    """The tensors of a safetensors file of this version.
+
+    Raises:
+        RunError: it cannot be read, is damaged or of a later version.
+    """
+    with contextlib.ExitStack() as stack:
+        with _reading(path):
+            tensors = _StoredTensors(path, stack.enter_context(safe_open(path, framework="numpy")))
+        version = tensors.metadata.get("format", "0")
+        _check_version(path, int(version) if version.isdigit() else None)
+        yield tensors
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Report whatever is wrong with a file as a `RunError`."""
     try:
-        with safe_open(path, framework="numpy") as stream:
-            metadata = stream.metadata() or {}
-            _check_version(path, int(metadata.get("format", "0")) if metadata.get("format", "0").isdigit() else None)
-            yield stream, metadata
+        yield
     except FileNotFoundError as error:
         raise RunError(f"{path}: there is no such file; train a model with picogpt-train, or name one with --model") from error
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise RunError(f"{path}: cannot be read as safetensors ({error})") from error
-
-
-def _widen(part: Mapping[str, Any]) -> npt.NDArray[np.float32]:
-    """The float32 numbers of a tensor of bfloat16, a type that numpy lacks: they are the upper halves of float32.
-
-    Raises:
-        TypeError: the tensor is of another type.
-    """
-    if part["dtype"] != _BFLOAT16:
-        raise TypeError(f"a tensor of {part['dtype']} among others of {_BFLOAT16}")
-    halves = np.frombuffer(part["data"], "<u2").astype(np.uint32)
-    floats: npt.NDArray[np.float32] = (halves << 16).view(np.float32).reshape(part["shape"])
-    return floats
 
 
 def _serialize(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:

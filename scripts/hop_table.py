@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from picogpt.data import TextSource, read_texts
 from picogpt.engine import Engine
 from picogpt.find import find_model
-from picogpt.generate import Roll
+from picogpt.generate import RollingDecoder
 
 HOPS = (128, 120, 112, 96, 64, 32, 16, 1)
 ROLL = 1280
@@ -40,25 +40,25 @@ def nats(logits: npt.NDArray[np.float32], targets: npt.NDArray[np.uint8]) -> npt
 
 def score(engine: Engine, texts: npt.NDArray[np.uint8], hop: int) -> npt.NDArray[np.float64]:
     """Mean loss of each text's second half (B,)."""
-    roll = Roll(engine, hop, batch=len(texts))
+    roll = RollingDecoder(engine, hop, batch=len(texts))
     half = texts.shape[1] // 2
     losses = []
     for start in range(0, texts.shape[1] - 1, 64):
         inputs = texts[:, start : min(start + 64, texts.shape[1] - 1)]
         targets = texts[:, start + 1 : start + 1 + inputs.shape[1]]
-        losses.append(nats(roll.read_every(inputs), targets))
+        losses.append(nats(roll.prefill_every(inputs), targets))
     means: npt.NDArray[np.float64] = np.concatenate(losses, axis=1)[:, half:].mean(axis=1)
     return means
 
 
 def speed(engine: Engine, text: npt.NDArray[np.uint8], hop: int) -> float:
     """Characters a second of one text read character by character."""
-    roll = Roll(engine, hop)
+    roll = RollingDecoder(engine, hop)
     count = TIMED if hop > 1 else 64
-    roll.read(text[None, :256])
+    roll.prefill(text[None, :256])
     start = time.perf_counter()
     for i in range(256, 256 + count):
-        roll.read(text[None, i : i + 1])
+        roll.prefill(text[None, i : i + 1])
     return count / (time.perf_counter() - start)
 
 

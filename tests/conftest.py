@@ -19,6 +19,7 @@ from picogpt.cli import forecast
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Corpus, TextSource
 from picogpt.device import instruction_set
+from picogpt.engine import Backend, find_backend
 from picogpt.kernels.compiled import INSTRUCTIONS
 from picogpt.train import StepReport, Trainer
 from tests.hub import Hub, free_port
@@ -107,6 +108,12 @@ def _usual_signals() -> None:
     """Where the tests run in the background some signals are ignored, and what they start would go on ignoring them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compiled_backend() -> Backend:
+    """The inference engine's functions in C, compiled before any test looks at what a command writes."""
+    return find_backend()
 
 
 @pytest.fixture(autouse=True)

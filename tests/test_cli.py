@@ -21,24 +21,21 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-import picogpt.generate as generate_module
 from picogpt import find
 from picogpt.cli import common, generate, plot, progress, train
 from picogpt.cli import eval as evaluation
 from picogpt.cli.download import DownloadBar
 from picogpt.cli.settings import Request
-from picogpt.config import GPTConfig, Schedule
+from picogpt.config import Schedule
 from picogpt.data import read_texts
-from picogpt.engine.window import processes_for
 from picogpt.errors import Interrupted, PicoGPTError
+from picogpt.generate import RollingDecoder
 from picogpt.kernels.compiled import Kernels
 from picogpt.run import RunFolder
+from picogpt.threads import choose_threads
 from picogpt.tokenizer import CharTokenizer
 from picogpt.train import Trainer
 from tests.conftest import TINY_FLAGS, needs_compiler
-
-THREADS = processes_for(GPTConfig(n_layer=1, n_head=2, n_embd=16, context_len=8), None)
-"""Processes that generate with a tiny model here."""
 
 RUN = [sys.executable, "-m", "picogpt.cli.train"]
 
@@ -525,7 +522,7 @@ class TestGenerate:
 
         assert out.startswith("one and")
         assert len(re.sub("<.{1,3}>", "x", out)) == len("one and") + 20 + 1
-        assert err == f"model logs/numbers/model.safetensors, seed 3, threads {THREADS}\n"
+        assert err == f"model logs/numbers/model.safetensors, seed 3, bfloat16, threads {choose_threads().count}\n"
         assert generate.main(["-p", "One and", "-n", "20", "-s", "3", "-m", "numbers"]) == 0
         assert capsys.readouterr().out == out
 
@@ -563,14 +560,13 @@ class TestGenerate:
     def test_chat(self, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         """A question is wrapped in its tokens, only the answer is shown, and the conversation is kept."""
         seen: list[str] = []
-        read = generate_module.Roll.read
+        prefill = RollingDecoder.prefill
 
-        def spy(self: generate_module.Roll, ids: Any) -> Any:
-            if ids.shape[1] > 1:
-                seen.append(CharTokenizer().decode(ids[0]))
-            return read(self, ids)
+        def spy(self: RollingDecoder, ids: Any) -> Any:
+            seen.append(CharTokenizer().decode(ids[0]))
+            return prefill(self, ids)
 
-        monkeypatch.setattr(generate_module.Roll, "read", spy)
+        monkeypatch.setattr(RollingDecoder, "prefill", spy)
         lines = iter(["Who?", "Why?"])
 
         def line(_: str = "") -> str:
@@ -644,7 +640,7 @@ class TestGenerate:
         done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, timeout=60)
 
         assert len(done.stdout) == 10
-        assert done.stderr == f"model logs/numbers/model.safetensors, seed 1, threads {THREADS}\n"
+        assert done.stderr == f"model logs/numbers/model.safetensors, seed 1, bfloat16, threads {choose_threads().count}\n"
 
     def test_full_disk_is_one_line(self, trained: Path) -> None:
         """`picogpt-generate > /dev/full` says so, without a traceback."""

@@ -1,4 +1,4 @@
-"""The numpy engine against the torch model and the vectors."""
+"""The engine, in numpy and in C, against the torch model and the vectors."""
 
 from __future__ import annotations
 
@@ -11,39 +11,60 @@ import pytest
 import torch
 
 from picogpt.config import GPTConfig
-from picogpt.engine import Engine, Window
+from picogpt.engine import Backend, Engine
 from picogpt.engine import weights as weights_module
+from picogpt.engine.engine import NUMPY
+from picogpt.engine.tensors import Tensors
 from picogpt.errors import RunError
-from picogpt.generate import Roll
+from picogpt.generate import RollingDecoder
 from picogpt.model import GPT
+from tests.conftest import needs_any_compiler
 
 Vectors = dict[str, npt.NDArray[Any]]
 SMALL = GPTConfig(n_layer=2, n_head=4, n_embd=32, context_len=16)
 
 
-@pytest.fixture(scope="module")
-def engine(roll_vectors: Vectors) -> Engine:
-    """The model of the vectors."""
-    return Engine(SMALL, {name.removeprefix("w/"): array for name, array in roll_vectors.items() if name.startswith("w/")})
+@pytest.fixture(scope="module", params=["numpy", pytest.param("c", marks=needs_any_compiler)])
+def backend(request: pytest.FixtureRequest, compiled_backend: Backend) -> Backend:
+    """Both ways to compute."""
+    return compiled_backend if request.param == "c" else NUMPY
 
 
-@pytest.fixture(scope="module")
-def rough() -> tuple[GPT, Engine]:
-    """A model of another shape whose every weight, norms and biases too, is far from its first value."""
+def engine_of(model: GPT, backend: Backend, threads: int = 2) -> Engine:
+    """The engine of a torch model, in float32."""
+    return Engine(model.config, model.arrays(), backend=backend, threads=threads, dtype="float32")
+
+
+def rough_model(config: GPTConfig, scale: float = 0.3) -> GPT:
+    """A model whose every weight, norms and biases too, is far from its first value."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=3, n_head=3, n_embd=48, context_len=12))
+    model = GPT(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model.eval(), Engine(model.config, model.arrays())
+            parameter.add_(torch.randn_like(parameter), alpha=scale)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def engine(roll_vectors: Vectors, backend: Backend) -> Engine:
+    """The model of the vectors."""
+    weights = {name.removeprefix("w/"): array for name, array in roll_vectors.items() if name.startswith("w/")}
+    return Engine(SMALL, weights, backend=backend, threads=2, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def rough(backend: Backend) -> tuple[GPT, Engine]:
+    """A model of another shape, whose heads are as long as no vector."""
+    model = rough_model(GPTConfig(n_layer=3, n_head=3, n_embd=60, context_len=12))
+    return model, engine_of(model, backend)
 
 
 @pytest.mark.parametrize("n", [1, 7, 16, 17, 32, 53])
 def test_hop_1_is_the_original(engine: Engine, roll_vectors: Vectors, n: int) -> None:
     """With hop 1 every character is predicted as if the text had been cut anew for it."""
     ids = roll_vectors[f"idx/{n}"][:1]
-    roll = Roll(engine, 1)
-    logits = np.concatenate([roll.read(ids[:, i : i + 1]) for i in range(n)])
+    roll = RollingDecoder(engine, 1)
+    logits = np.concatenate([roll.prefill(ids[:, i : i + 1]) for i in range(n)])
 
     np.testing.assert_allclose(logits, roll_vectors[f"prefix_logits/{n}"], atol=1e-4, rtol=0)
 
@@ -53,8 +74,8 @@ def test_hop_1_is_the_original(engine: Engine, roll_vectors: Vectors, n: int) ->
 def test_full_hop_is_the_plain_roll(engine: Engine, roll_vectors: Vectors, n: int, at_once: int) -> None:
     """With the hop of a whole window the predictions are those of training, however many characters are read at once."""
     ids = roll_vectors[f"idx/{n}"]
-    roll = Roll(engine, 16, batch=2)
-    logits = np.concatenate([roll.read_every(ids[:, i : i + at_once]) for i in range(0, n, at_once)], axis=1)
+    roll = RollingDecoder(engine, 16, batch=2)
+    logits = np.concatenate([roll.prefill_every(ids[:, i : i + at_once]) for i in range(0, n, at_once)], axis=1)
 
     np.testing.assert_allclose(logits, roll_vectors[f"logits/{n}"], atol=1e-4, rtol=0)
 
@@ -62,8 +83,8 @@ def test_full_hop_is_the_plain_roll(engine: Engine, roll_vectors: Vectors, n: in
 @pytest.mark.parametrize("n", [1, 7, 16])
 def test_context_vector(engine: Engine, roll_vectors: Vectors, n: int) -> None:
     """The mean over a window's slots, the context slot included."""
-    window = Window(engine, 2)
-    window.extend(roll_vectors[f"idx/{n}"])
+    window = engine.window(2)
+    window.prefill(roll_vectors[f"idx/{n}"])
 
     np.testing.assert_allclose(window.context(), roll_vectors[f"context/{n}"][:, 0], atol=1e-4, rtol=0)
 
@@ -74,9 +95,9 @@ def test_every_weight_counts(rough: tuple[GPT, Engine]) -> None:
     ids = np.arange(1, 37)[None] % 80
     with torch.no_grad():
         expected = model(torch.from_numpy(ids), torch.from_numpy(ids))[0].numpy()
-    at_once = Roll(engine, 12).read_every(ids)
-    roll = Roll(engine, 12)
-    one_by_one = np.concatenate([roll.read_every(ids[:, i : i + 1]) for i in range(36)], axis=1)
+    at_once = RollingDecoder(engine, 12).prefill_every(ids)
+    roll = RollingDecoder(engine, 12)
+    one_by_one = np.concatenate([roll.prefill_every(ids[:, i : i + 1]) for i in range(36)], axis=1)
 
     scale = np.abs(expected).max()
     np.testing.assert_allclose(at_once / scale, expected / scale, atol=2e-5, rtol=0)
@@ -110,8 +131,8 @@ def test_any_hop(rough: tuple[GPT, Engine], hop: int) -> None:
     """Every hop, dividing the window or not, does what its definition says."""
     model, engine = rough
     ids = [(i * i) % 79 + 1 for i in range(50)]
-    roll = Roll(engine, hop)
-    found = np.concatenate([roll.read(np.array([[token]])) for token in ids])
+    roll = RollingDecoder(engine, hop)
+    found = np.concatenate([roll.prefill(np.array([[token]])) for token in ids])
     expected = np.array(hop_by_definition(model, ids, hop))
 
     scale = np.abs(expected).max()
@@ -122,14 +143,14 @@ def test_fork(rough: tuple[GPT, Engine]) -> None:
     """Texts that go on from one prompt predict what each would by itself, over several hops."""
     engine = rough[1]
     prompt, tails = np.arange(1, 20)[None], np.arange(60).reshape(3, 20) + 1
-    roll = Roll(engine, 5)
-    roll.read(prompt)
+    roll = RollingDecoder(engine, 5)
+    roll.prefill(prompt)
     forked = roll.fork(3)
-    together = np.stack([forked.read(tails[:, i : i + 1]) for i in range(20)], axis=1)
+    together = np.stack([forked.prefill(tails[:, i : i + 1]) for i in range(20)], axis=1)
     for row, tail in zip(together, tails, strict=True):
-        alone = Roll(engine, 5)
-        alone.read(prompt)
-        expected = np.concatenate([alone.read(tail[None, i : i + 1]) for i in range(20)])
+        alone = RollingDecoder(engine, 5)
+        alone.prefill(prompt)
+        expected = np.concatenate([alone.prefill(tail[None, i : i + 1]) for i in range(20)])
         np.testing.assert_allclose(row, expected, atol=1e-3, rtol=1e-4)
 
     assert together.shape == (3, 20, 88)
@@ -137,10 +158,10 @@ def test_fork(rough: tuple[GPT, Engine]) -> None:
 
 def test_memory_does_not_grow(engine: Engine) -> None:
     """However long the text, a roll holds the same number of context vectors."""
-    roll = Roll(engine, 3)
+    roll = RollingDecoder(engine, 3)
     held = set()
     for i in range(200):
-        roll.read(np.array([[i % 80]]))
+        roll.prefill(np.array([[i % 80]]))
         if i > 60:
             held.add(len(roll._contexts))
 
@@ -159,29 +180,29 @@ def test_gelu_table() -> None:
     np.testing.assert_allclose(found, expected, atol=1e-6, rtol=1e-7)
 
 
-def test_gelu_table_is_long_enough(rough: tuple[GPT, Engine]) -> None:
+def test_gelu_table_is_long_enough() -> None:
     """The largest input is bounded by the weights: no input of the right norm goes beyond the table."""
-    engine = rough[1]
+    model = rough_model(GPTConfig(n_layer=3, n_head=3, n_embd=48, context_len=12))
+    weights = weights_module.Weights(Tensors(model.config, model.arrays()))
     n = np.random.default_rng(0).normal(size=(1000, 48)).astype(np.float32)
     n *= math.sqrt(48) / np.linalg.norm(n, axis=1, keepdims=True)
 
-    for layer in engine.weights.layers:
+    for layer in weights.layers:
         worst = layer.fc[:-1].T * math.sqrt(48) / np.linalg.norm(layer.fc[:-1], axis=0)[:, None]
         for inputs in (n, worst):
-            assert (inputs @ layer.fc[:-1] + layer.fc[-1]).max() < len(engine.weights.gelu_values)
+            assert (inputs @ layer.fc[:-1] + layer.fc[-1]).max() < len(weights.gelu_values)
 
 
-def test_large_scores_are_done_carefully() -> None:
-    """Scores too large for a plain exponential still give finite logits, equal to the model's."""
+def test_large_scores(backend: Backend) -> None:
+    """Scores too large for a plain exponential, as trained models have them, still give the model's logits."""
     torch.manual_seed(0)
     model = GPT(SMALL).eval()
     with torch.no_grad():
         for block in model.transformer.h:
             block.attn.c_attn.weight *= 600  # type: ignore[union-attr, operator]
-    engine = Engine(SMALL, model.arrays())
     ids = np.arange(1, 11)[None]
-    roll = Roll(engine, 16)
-    found = np.concatenate([roll.read(ids[:, i : i + 1]) for i in range(10)])
+    roll = RollingDecoder(engine_of(model, backend), 16)
+    found = np.concatenate([roll.prefill(ids[:, i : i + 1]) for i in range(10)])
     with torch.no_grad():
         expected = model(torch.from_numpy(ids), torch.from_numpy(ids))[0][0].numpy()
 
@@ -189,12 +210,12 @@ def test_large_scores_are_done_carefully() -> None:
     np.testing.assert_allclose(found, expected, atol=1e-3, rtol=0)
 
 
-def test_without_biases() -> None:
+def test_without_biases(backend: Backend) -> None:
     """A model without biases runs too."""
     config = GPTConfig(n_layer=1, n_head=2, n_embd=16, context_len=8, bias=False)
     model = GPT(config).eval()
     ids = np.arange(1, 9)[None]
-    found = Roll(Engine(config, model.arrays()), 8).read(ids)
+    found = RollingDecoder(engine_of(model, backend), 8).prefill(ids)
 
     np.testing.assert_allclose(found[:, None], model(torch.from_numpy(ids))[0].detach().numpy(), atol=1e-5)
 
@@ -208,13 +229,15 @@ def test_without_biases() -> None:
         ("transformer.h.1.ln_2.bias", np.zeros(3, np.float32), r"ln_2.bias should have shape \(32,\), got \(3,\)"),
     ],
 )
-def test_other_weights_are_refused(roll_vectors: Vectors, name: str, array: npt.NDArray[Any] | None, message: str) -> None:
+def test_other_weights_are_refused(
+    roll_vectors: Vectors, backend: Backend, name: str, array: npt.NDArray[Any] | None, message: str
+) -> None:
     """A weight that is missing or of another shape is named."""
     weights = {key.removeprefix("w/"): value for key, value in roll_vectors.items() if key.startswith("w/")}
     del weights[name]
 
     with pytest.raises(RunError, match=message):
-        Engine(SMALL, weights if array is None else {**weights, name: array})
+        Engine(SMALL, weights if array is None else {**weights, name: array}, backend=backend)
 
 
 def test_other_vocabulary_is_refused() -> None:

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from picogpt.config import SampleConfig, TextConfig
 from picogpt.generate import (
+    OneByOne,
+    Sampler,
     StopWatcher,
     filters_of,
     generate,
     make_generator,
     min_p_filter,
     never_drawn,
-    sample_ids,
     temperature_filter,
     top_k_filter,
     top_p_filter,
@@ -100,9 +101,8 @@ def test_only_what_the_text_held_is_drawn(text: TextConfig | None, chat: bool, e
     """Unknown, spare ids, and what the text did not hold are not drawn, however likely; special tokens in a chat only."""
     logits = np.zeros((1, 88), np.float32)
     logits[0, [0, 82, 87, *(() if text is None else range(1, 5))]] = 100
-    generator = make_generator(0)
-    filters = filters_of(SampleConfig(temperature=1.0), never_drawn(text, chat=chat))
-    drawn = {int(sample_ids(logits, filters, [generator])[0]) for _ in range(2000)}
+    sampler = Sampler(SampleConfig(temperature=1.0), [make_generator(0)], never_drawn(text, chat=chat))
+    drawn = {int(sampler.draw(logits)[0]) for _ in range(2000)}
 
     assert drawn == expected
 
@@ -116,8 +116,8 @@ def test_large_seeds_are_told_apart() -> None:
 
 def test_draws_follow_the_distribution() -> None:
     """Ten thousand draws come out in proportion."""
-    generator = make_generator(0)
-    counts = np.bincount([sample_ids(FOUR.astype(np.float32), [], [generator])[0] for _ in range(10_000)])
+    sampler = Sampler(SampleConfig(temperature=1.0), [make_generator(0)])
+    counts = np.bincount([sampler.draw(FOUR.astype(np.float32))[0] for _ in range(10_000)])
 
     np.testing.assert_allclose(counts / 10_000, [0.1, 0.2, 0.3, 0.4], atol=0.015)
 
@@ -125,7 +125,7 @@ def test_draws_follow_the_distribution() -> None:
 class Counting:
     """A model that always predicts the next id of 1 to 50."""
 
-    def read(self, ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
+    def prefill(self, ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
         """The next one's logit is 20, the others' 0."""
         logits: npt.NDArray[np.float32] = 20 * np.eye(88, dtype=np.float32)[ids[:, -1] % 50 + 1]
         return logits
@@ -135,12 +135,11 @@ def run(
     n_new: int | None, *, stops: list[list[int]] | None = None, batch: int = 1, seed: int = 0, temperature: float = 0.0
 ) -> list[list[int]]:
     """All ids of each text that goes on from id 1."""
-    logits = Counting().read(np.ones((batch, 1), dtype=np.int64))
+    logits = Counting().prefill(np.ones((batch, 1), dtype=np.int64))
     watchers = [StopWatcher(stops or []) for _ in range(batch)]
     generators = [make_generator(seed, i) for i in range(batch)]
-    config = SampleConfig(temperature=temperature)
-    never = never_drawn(None)
-    steps = generate(Counting(), logits, n_new, config=config, generators=generators, watchers=watchers, never=never)
+    sampler = Sampler(SampleConfig(temperature=temperature), generators, never_drawn(None))
+    steps = generate(OneByOne(Counting().prefill), logits, n_new, sampler=sampler, watchers=watchers)
     parts = list(itertools.islice(steps, 100))
     return [[token for part in parts for token in part[i]] for i in range(batch)]
 
@@ -197,6 +196,6 @@ def test_reference_is_the_model(tmp_path: Path) -> None:
     folder.save_model(model.arrays(), TINY)
     ids = np.array([[i % 70 + 1 for i in range(30)]])
     reference = ReferenceModel.load(tmp_path / "model.safetensors")
-    reference.read(ids[:, :11])
+    reference.prefill(ids[:, :11])
 
-    np.testing.assert_array_equal(reference.read(ids[:, 11:]), model(torch.from_numpy(ids))[0][:, 0].detach().numpy())
+    np.testing.assert_array_equal(reference.prefill(ids[:, 11:]), model(torch.from_numpy(ids))[0][:, 0].detach().numpy())

@@ -26,7 +26,7 @@ from picogpt.cli.bringover import describe_losses
 from picogpt.config import GPTConfig
 from picogpt.engine import Engine
 from picogpt.errors import RunError
-from picogpt.generate import Roll
+from picogpt.generate import RollingDecoder
 from picogpt.model import GPT
 from picogpt.original import read_original
 from picogpt.plot import draw_losses
@@ -68,8 +68,8 @@ def test_import_and_go_on(
         context.setattr("picogpt.train.Trainer.fit", lambda *_: True)
         assert train.main([*flags, "--epochs", "2"]) == 0
     assert "brought over 1,500 steps, best loss 2.5000 there; its loss on this text is " in capsys.readouterr().err
-    engine = Engine.load(Path("logs/old/model.safetensors"))
-    np.testing.assert_allclose(Roll(engine, 1).read(expected["idx"]), expected["last_logits"], atol=1e-4, rtol=0)
+    engine = Engine.load(Path("logs/old/model.safetensors"), dtype="float32")
+    np.testing.assert_allclose(RollingDecoder(engine, 1).prefill(expected["idx"]), expected["last_logits"], atol=1e-4, rtol=0)
     before = load_model(Path("logs/old/model.safetensors"))[1]
 
     assert train.main([*flags, "--steps-per-epoch", "10"]) == 0
@@ -389,8 +389,8 @@ def test_import_alone(
         f"logs/old: 1,500 steps of {SEED_LOG}, best loss 2.5000; picogpt-generate -m old writes with it, picogpt-train "
         "--init-from old trains on from it"
     )
-    engine = Engine.load(Path("logs/old/model.safetensors"))
-    np.testing.assert_allclose(Roll(engine, 1).read(expected["idx"]), expected["last_logits"], atol=1e-4, rtol=0)
+    engine = Engine.load(Path("logs/old/model.safetensors"), dtype="float32")
+    np.testing.assert_allclose(RollingDecoder(engine, 1).prefill(expected["idx"]), expected["last_logits"], atol=1e-4, rtol=0)
     assert RunFolder(Path("logs/old")).read_log().val == [3.0, 2.7, 2.5]
     assert Path("logs/old/log.jpg").exists()
     assert generate.main(["-m", "old", "a", "-n", "1"]) == 0

@@ -10,7 +10,7 @@ import pytest
 
 from picogpt.engine import Engine
 from picogpt.find import PRETRAINED, find_model
-from picogpt.generate import Roll
+from picogpt.generate import RollingDecoder
 from picogpt.run import RunFolder
 from picogpt.tokenizer import CharTokenizer
 
@@ -30,7 +30,7 @@ def test_a_model(run: RunFolder) -> None:
     """It knows English, has nothing to go on from, and its card has the loss of its log."""
     engine = Engine.load(run.path / "model.safetensors")
     ids = CharTokenizer().encode("the king and his brother went down to the sea, and there they found that the ship was gone.")
-    logits = Roll(engine, engine.config.context_len).read_every(ids[None, :-1])[0].astype(np.float64)
+    logits = RollingDecoder(engine, engine.config.context_len).prefill_every(ids[None, :-1])[0].astype(np.float64)
     chosen = logits[np.arange(len(ids) - 1), ids[1:]]
 
     assert (np.log(np.exp(logits).sum(axis=1)) - chosen).mean() < 1.7

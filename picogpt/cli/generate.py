@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from picogpt.cli.common import Parser, StopRequest, add_model, count, notice, run_command
-from picogpt.config import GenerateConfig, SampleConfig, TextConfig, check_threads, parse_new_tokens
+from picogpt.config import ENGINE_DTYPES, GenerateConfig, SampleConfig, TextConfig, check_threads, parse_new_tokens
 from picogpt.encodings import decode_text, unify_text
 from picogpt.errors import ConfigError, DataError
 
@@ -54,7 +54,14 @@ def build_parser() -> Parser:
         help="characters from window to window; fewer is slower (default: 15/16 of one)",
     )
     model.add_argument(
-        "--threads", metavar="N", type=count, help="processes that compute the model together (default: one a core, at most 2)"
+        "--threads", metavar="N", type=count, help="threads, which change the speed and not the text (default: one a core)"
+    )
+    model.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        choices=ENGINE_DTYPES,
+        default="auto",
+        help=f"type of the weights: {', '.join(ENGINE_DTYPES)}; auto is bfloat16 (default: auto)",
     )
     sampling = parser.add_argument_group("sampling")
     number = _adder(sampling)
@@ -125,8 +132,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     if sys.stdout is None:
         raise DataError("standard output is closed; there is nowhere to write to")
     path, chosen = find_model(arguments.model, arguments.logs_dir)
-    engine = Engine.load(path, threads=check_threads(arguments.threads), texts=make.num_samples)
-    notice(f"{chosen}, seed {draw.seed}, threads {engine.threads}")
+    engine = Engine.load(path, threads=check_threads(arguments.threads), dtype=arguments.dtype, notify=notice)
+    notice(f"{chosen}, seed {draw.seed}, {engine.dtype}, threads {engine.threads}")
     hop = make.hop_for(engine.config.context_len)
     writer = _Writer(engine, load_text_config(path), draw, make, hop, chat=arguments.chat)
     if at_terminal:
@@ -271,27 +278,19 @@ class _Writer:
         """New ids of `count` texts after `ids` as they become certain, and which texts have come to a stop."""
         import numpy as np
 
-        from picogpt.generate import Roll, StopWatcher, generate, make_generator
+        from picogpt.generate import RollingDecoder, Sampler, StopWatcher, generate, make_generator
 
-        roll = Roll(self.engine, self.hop)
-        logits = roll.read(np.array([ids], dtype=np.uint8))
+        decoder = RollingDecoder(self.engine, self.hop)
+        logits = decoder.prefill(np.array([ids], dtype=np.uint8))
         if count > 1:
-            roll, logits = roll.fork(count), np.repeat(logits, count, axis=0)
+            decoder, logits = decoder.fork(count), np.repeat(logits, count, axis=0)
         assert self.draw.seed is not None
         # Each turn of a loop has draws of its own.
         generators = [make_generator(self.draw.seed, self._turns * self.make.num_samples + i) for i in range(count)]
         watchers = [StopWatcher(self._stops) for _ in range(count)]
         self._turns += 1
-        made = generate(
-            roll,
-            logits,
-            self.make.max_new_tokens,
-            config=self.draw,
-            generators=generators,
-            watchers=watchers,
-            never=self._never,
-        )
-        for parts in made:
+        sampler = Sampler(self.draw, generators, self._never)
+        for parts in generate(decoder, logits, self.make.max_new_tokens, sampler=sampler, watchers=watchers):
             yield parts, [watcher.stopped for watcher in watchers]
 
     def _prompt_ids(self, prompt: str) -> Sequence[int]:

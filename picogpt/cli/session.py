@@ -400,24 +400,17 @@ class Session:
     def _sample(self, trainer: Trainer) -> str:
         """A text that the trainer's model writes after a newline, the same draws every time."""
         from picogpt.config import GenerateConfig, SampleConfig
-        from picogpt.engine import Engine
-        from picogpt.generate import Roll, StopWatcher, generate, make_generator, never_drawn
+        from picogpt.engine import Engine, find_backend
+        from picogpt.generate import RollingDecoder, Sampler, StopWatcher, generate, make_generator, never_drawn
         from picogpt.tokenizer import CharTokenizer
 
         tokenizer = CharTokenizer()
         try:
-            engine = Engine(trainer.model.config, trainer.model.arrays())
+            engine = Engine(trainer.model.config, trainer.model.arrays(), backend=find_backend(notice))
         except PicoGPTError as error:
             return f"(no sample: {error})"
-        roll = Roll(engine, GenerateConfig().hop_for(engine.config.context_len))
-        logits = roll.read(tokenizer.encode("\n")[None])
-        made = generate(
-            roll,
-            logits,
-            SAMPLE_CHARS,
-            config=SampleConfig(),
-            generators=[make_generator(0)],
-            watchers=[StopWatcher([])],
-            never=never_drawn(self._source.text),
-        )
+        decoder = RollingDecoder(engine, GenerateConfig().hop_for(engine.config.context_len))
+        logits = decoder.prefill(tokenizer.encode("\n")[None])
+        sampler = Sampler(SampleConfig(), [make_generator(0)], never_drawn(self._source.text))
+        made = generate(decoder, logits, SAMPLE_CHARS, sampler=sampler, watchers=[StopWatcher([])])
         return "".join(tokenizer.decode(ids) for (ids,) in made)

@@ -1,5 +1,7 @@
-"""The model in numpy alone, cached, on one process or several: what generation runs on."""
+"""The inference engine: prefill, decode and scoring with a KV cache, in C or numpy, without torch."""
 
-from picogpt.engine.window import Engine, Window
+from picogpt.engine.engine import Backend, Engine, find_backend
+from picogpt.engine.native_window import NativeWindow, Sampling
+from picogpt.engine.window import Ids, Window
 
-__all__ = ["Engine", "Window"]
+__all__ = ["Backend", "Engine", "Ids", "NativeWindow", "Sampling", "Window", "find_backend"]

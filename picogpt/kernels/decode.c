@@ -1,0 +1,505 @@
+/* The model in C, for reading and writing text: prefill of many characters, decode of one after the other, and losses.
+
+   Shapes come at run time, so one library serves all models. L layers, B texts side by side, k new slots of each, R = B k rows, H
+   heads of D entries, C = n_embd, S slots of a window, V ids. Everything that vectors run over is padded with zeros to a multiple of
+   PANEL: C, 4 C, V, and D, which is then DP. The output of all heads is H DP wide, and their q, k and v 3 H DP, head by head.
+
+   Every number of every result is computed by one thread, in an order that does not depend on how many there are. */
+
+#define HEAD 16 /* for vectors.h: vectors as long as the processor has them */
+#define WIDTH 16
+#include "vectors.h"
+#include "panels.h"
+#include "sampling.h"
+#include "threads.h"
+
+#define EPSILON 1e-5f
+
+/* ---- The structures of `picogpt.engine.layout`, field by field ---- */
+
+struct layer {
+    const float *gain_1, *bias_1; /* (C) of the LayerNorm before the attention */
+    struct matrix qkv, proj;
+    const float *gain_2, *bias_2;
+    struct matrix fc, out;
+};
+
+struct model {
+    const float *tokens;    /* (V, C) */
+    const float *positions; /* (S, C) */
+    const struct layer *layers;
+    const float *final_gain, *final_bias;
+    struct matrix head;
+    int32_t n_layer, n_head, head_size, n_embd, slots, vocab_size;
+};
+
+/* Windows of B texts: the KV cache, and the sum over slots that the next context vector is made of.
+   Keys stand in columns, so that the scores of neighbouring slots are one vector. */
+struct windows {
+    float *keys;     /* (L, B, H, D, SP), SP = S padded */
+    float *values;   /* (L, B, H, S, DP) */
+    float *sums;     /* (B, C) of the final LayerNorm's outputs */
+    float *contexts; /* (B, C), which stand in the first slot */
+    int32_t texts, filled;
+};
+
+/* Reads ids that follow in the windows. */
+struct prefill {
+    const struct model *model;
+    struct windows *windows;
+    const int32_t *ids; /* (B, k) */
+    float *logits;      /* (B, V) after the last of them, or (B, k, V) after each for `every` */
+    void *workspace;
+    int32_t length, every, threads, reserved;
+};
+
+/* Reads an id of each text and draws the next, `count` times. */
+struct decode {
+    const struct model *model;
+    struct windows *windows;
+    const struct sampling *sampling;
+    const int32_t *ids;    /* (B), drawn before and not read yet */
+    const double *numbers; /* (count, B) from 0 to 1 */
+    int32_t *drawn;        /* (count, B) */
+    void *workspace;
+    int32_t count, threads;
+};
+
+/* Losses of whole windows, each by itself, from its context vector. */
+struct scoring {
+    const struct model *model;
+    const int32_t *ids;    /* (windows, length + 1): what is read, and what should follow */
+    const float *contexts; /* (windows, C) */
+    float *losses;         /* (windows, length) in nats */
+    float *means;          /* (windows, C): the context vectors for the windows behind these */
+    void *workspace;
+    int32_t windows, length, threads, reserved;
+};
+
+static inline long padded(long count) { return UP(count, PANEL); }
+
+/* The longest row that is multiplied with a matrix. */
+static inline long most_inputs(const struct model *m) {
+    const long hidden = padded(4L * m->n_embd), heads = m->n_head * padded(m->head_size);
+    return hidden > heads ? hidden : heads;
+}
+
+/* ---- Memory ---- */
+
+/* What threads share, for R rows, and what one thread has to itself. */
+struct activations {
+    float *x, *normed, *qkv, *heads, *hidden; /* (R, C), (R, C), (R, 3 H DP), (R, H DP), (R, 4 C) */
+    float *logits;                            /* (R, V) */
+};
+
+struct scratch {
+    float *normed, *scores, *panels; /* (C), (SP), (TILE_PANELS, most_inputs, PANEL) */
+    struct quantized fours;
+    double *chances; /* (V) */
+    int *order;      /* (V) */
+};
+
+/* Memory that is taken piece by piece, each on cache lines of its own; where there is none it is only counted. */
+struct arena {
+    char *memory;
+    long taken;
+};
+
+static void *take(struct arena *arena, long bytes) {
+    void *piece = arena->memory ? arena->memory + arena->taken : 0;
+    arena->taken += UP(bytes, 64);
+    return piece;
+}
+
+static struct activations take_activations(const struct model *m, struct arena *arena, long rows) {
+    const long C = padded(m->n_embd), heads = m->n_head * padded(m->head_size);
+    struct activations activations;
+    activations.x = take(arena, 4 * rows * C);
+    activations.normed = take(arena, 4 * rows * C);
+    activations.qkv = take(arena, 4 * rows * 3 * heads);
+    activations.heads = take(arena, 4 * rows * heads);
+    activations.hidden = take(arena, 4 * rows * padded(4L * m->n_embd));
+    activations.logits = take(arena, 4 * rows * padded(m->vocab_size));
+    return activations;
+}
+
+static struct scratch take_scratch(const struct model *m, struct arena *arena) {
+    const long inputs = UP(most_inputs(m), GROUP);
+    struct scratch scratch;
+    scratch.normed = take(arena, 4 * padded(m->n_embd));
+    scratch.scores = take(arena, 4 * padded(m->slots));
+    scratch.panels = take(arena, 4L * TILE_PANELS * inputs * PANEL);
+    scratch.fours.units = take(arena, inputs);
+    scratch.fours.scales = take(arena, 4 * inputs / GROUP);
+    scratch.fours.offsets = take(arena, 4 * inputs / GROUP);
+    scratch.chances = take(arena, 8L * m->vocab_size);
+    scratch.order = take(arena, 4L * m->vocab_size);
+    return scratch;
+}
+
+/* ---- One pass of all layers, as one worker sees it ---- */
+
+struct pass {
+    const struct model *model;
+    const struct windows *windows;
+    struct activations activations;
+    struct scratch scratch;
+    struct worker worker;
+    int filled, length; /* slots of a window before this pass, and k */
+    int one_layer;      /* whether all layers use one layer's cache, as nothing is read after this pass */
+};
+
+static inline int rows_of(const struct pass *pass) { return pass->windows->texts * pass->length; }
+
+/* (x - mean) / sqrt(variance + epsilon) * gain + bias; what is beyond C stays zero, as gain and bias are. */
+static void normalize_row(const struct model *m, const float *x, const float *gain, const float *bias, float *out) {
+    const int C = m->n_embd;
+    vector sum = {0}, squares = {0};
+    for (int c = 0; c < C; c += LANES) sum += load_float(x + c);
+    const float mean = sum_of(sum) / (float)C;
+    integers lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    for (int c = 0; c < C; c += LANES) {
+        vector distance = load_float(x + c) - mean;
+        if (c + LANES > C) distance = choose(lane < C - c, distance, (vector){0});
+        squares += distance * distance;
+    }
+    const float scale = 1 / sqrtf(sum_of(squares) / (float)C + EPSILON);
+    for (int c = 0; c < C; c += LANES) {
+        store_float(out + c, (load_float(x + c) - mean) * scale * load_float(gain + c) + load_float(bias + c));
+    }
+}
+
+/* A LayerNorm of all rows. One row every worker normalizes for itself, which takes less time than to meet. */
+static const float *normalize(struct pass *pass, const float *gain, const float *bias) {
+    const struct model *m = pass->model;
+    const long C = padded(m->n_embd), rows = rows_of(pass);
+    if (rows == 1) {
+        normalize_row(m, pass->activations.x, gain, bias, pass->scratch.normed);
+        return pass->scratch.normed;
+    }
+    const long first = first_of(rows, pass->worker.index, pass->worker.count);
+    const long end = first_of(rows, pass->worker.index + 1, pass->worker.count);
+    for (long r = first; r < end; r++) normalize_row(m, pass->activations.x + r * C, gain, bias, pass->activations.normed + r * C);
+    meet(pass->worker);
+    return pass->activations.normed;
+}
+
+/* Panels from `first` to `end` of rows x matrix. */
+static void multiply(struct pass *pass, const struct matrix *matrix, struct rows rows, enum use use, int first, int end) {
+    if (rows.count > 1) {
+        multiply_rows(matrix, rows, use, first, end, pass->scratch.panels);
+        return;
+    }
+    if (matrix->type == INT8_FOURS && first < end) quantize(rows.x, matrix->n_in, pass->scratch.fours);
+    multiply_row(matrix, rows.x, pass->scratch.fours, rows.out, use, first, end);
+}
+
+/* This worker's share of the panels. */
+static void multiply_share(struct pass *pass, const struct matrix *matrix, struct rows rows, enum use use) {
+    const struct worker worker = pass->worker;
+    const long panels = matrix->n_out / PANEL;
+    multiply(pass, matrix, rows, use, (int)first_of(panels, worker.index, worker.count),
+             (int)first_of(panels, worker.index + 1, worker.count));
+}
+
+/* ---- Attention ---- */
+
+/* A head of one text in one layer: its keys (D, SP) and values (S, DP). */
+struct head {
+    float *keys, *values;
+    int entries, entries_padded, slots_padded;
+};
+
+static struct head head_of(const struct pass *pass, int layer, int text, int index) {
+    const struct model *m = pass->model;
+    struct head head = {.entries = m->head_size, .entries_padded = (int)padded(m->head_size)};
+    head.slots_padded = (int)padded(m->slots);
+    const long at = ((long)(pass->one_layer ? 0 : layer) * pass->windows->texts + text) * m->n_head + index;
+    head.keys = pass->windows->keys + at * head.entries * head.slots_padded;
+    head.values = pass->windows->values + at * m->slots * head.entries_padded;
+    return head;
+}
+
+/* Scores of a query against `count` slots, in powers of two, and -inf up to the next multiple of 4 LANES; return the largest. */
+static float score_slots(const float *query, struct head head, int count, float *scores) {
+    const float by = 1.44269504f / sqrtf((float)head.entries);
+    integers lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    vector largest = (vector){0} + (float)NOTHING;
+    for (int s = 0; s < count; s += LANES) {
+        vector sums[2] = {0};
+        const float *keys = head.keys + s;
+        int d = 0;
+        for (; d + 2 <= head.entries; d += 2) {
+            sums[0] += load_float(keys + (long)d * head.slots_padded) * query[d];
+            sums[1] += load_float(keys + (long)(d + 1) * head.slots_padded) * query[d + 1];
+        }
+        if (d < head.entries) sums[0] += load_float(keys + (long)d * head.slots_padded) * query[d];
+        vector score = (sums[0] + sums[1]) * by;
+        if (s + LANES > count) score = choose(lane < count - s, score, (vector){0} + (float)NOTHING);
+        store_float(scores + s, score);
+        largest = choose(score > largest, score, largest);
+    }
+    return largest_of(largest);
+}
+
+/* The output of one head for a query that sees `count` slots. */
+static void attend(const float *query, struct head head, int count, float *scores, float *out) {
+    const float most = score_slots(query, head, count, scores);
+    vector total = {0};
+    for (int s = 0; s < count; s += LANES) {
+        vector weight = exponential_2(load_float(scores + s) - most);
+        if (s + LANES > count) {
+            for (int i = count - s; i < LANES; i++) weight[i] = 0;
+        }
+        store_float(scores + s, weight);
+        total += weight;
+    }
+    const float by = 1 / sum_of(total);
+    for (int d = 0; d < head.entries_padded; d += LANES) {
+        vector sums[4] = {0};
+        const float *values = head.values + d;
+        int s = 0;
+        for (; s + 4 <= count; s += 4) {
+            for (int i = 0; i < 4; i++) sums[i] += load_float(values + (long)(s + i) * head.entries_padded) * scores[s + i];
+        }
+        for (; s < count; s++) sums[0] += load_float(values + (long)s * head.entries_padded) * scores[s];
+        store_float(out + d, ((sums[0] + sums[1]) + (sums[2] + sums[3])) * by);
+    }
+}
+
+/* Keys and values of new slots go to the cache, and every query looks at what stands up to its own slot. */
+static void attend_rows(struct pass *pass, int layer, int text, int index) {
+    const struct head head = head_of(pass, layer, text, index);
+    const long width = (long)pass->model->n_head * head.entries_padded;
+    const int filled = pass->filled;
+    for (int i = 0; i < pass->length; i++) {
+        const long row = (long)text * pass->length + i;
+        const float *query = pass->activations.qkv + (row * pass->model->n_head + index) * 3 * head.entries_padded;
+        const float *key = query + head.entries_padded, *value = key + head.entries_padded;
+        for (int d = 0; d < head.entries; d++) head.keys[(long)d * head.slots_padded + filled + i] = key[d];
+        memcpy(head.values + (long)(filled + i) * head.entries_padded, value, 4UL * head.entries_padded);
+        attend(query, head, filled + i + 1, pass->scratch.scores, pass->activations.heads + row * width + (long)index * head.entries_padded);
+    }
+}
+
+static void run_layer(struct pass *pass, int index) {
+    const struct model *m = pass->model;
+    const struct layer *layer = m->layers + index;
+    const struct worker worker = pass->worker;
+    const struct activations a = pass->activations;
+    const long C = padded(m->n_embd), hidden = padded(4L * m->n_embd), DP = padded(m->head_size), heads = m->n_head * DP;
+    const int rows = rows_of(pass), panels = (int)(3 * DP / PANEL);
+    const int first = (int)first_of(m->n_head, worker.index, worker.count);
+    const int end = (int)first_of(m->n_head, worker.index + 1, worker.count);
+
+    const float *normed = normalize(pass, layer->gain_1, layer->bias_1);
+    multiply(pass, &layer->qkv, (struct rows){normed, a.qkv, C, 3 * heads, rows}, WRITE, first * panels, end * panels);
+    for (int text = 0; text < pass->windows->texts; text++) {
+        for (int head = first; head < end; head++) attend_rows(pass, index, text, head);
+    }
+    meet(worker);
+    multiply_share(pass, &layer->proj, (struct rows){a.heads, a.x, heads, C, rows}, ADD);
+    meet(worker);
+    normed = normalize(pass, layer->gain_2, layer->bias_2);
+    multiply_share(pass, &layer->fc, (struct rows){normed, a.hidden, C, hidden, rows}, GELU);
+    meet(worker);
+    multiply_share(pass, &layer->out, (struct rows){a.hidden, a.x, hidden, C, rows}, ADD);
+    meet(worker);
+}
+
+/* ---- From ids to logits ---- */
+
+/* Whether a pass begins with the slot of the context vector. */
+static inline int has_context(const struct pass *pass) { return pass->filled == 0; }
+
+/* This worker's rows: ids (B, k) or (B, k - 1) behind the context vector, at their positions. */
+static void embed(struct pass *pass, const int32_t *ids) {
+    const struct model *m = pass->model;
+    const long C = padded(m->n_embd), rows = rows_of(pass), begins = has_context(pass);
+    const long end = first_of(rows, pass->worker.index + 1, pass->worker.count);
+    for (long r = first_of(rows, pass->worker.index, pass->worker.count); r < end; r++) {
+        const long text = r / pass->length, i = r % pass->length;
+        const float *what = pass->windows->contexts + text * C, *position = m->positions + (pass->filled + i) * C;
+        if (i >= begins) what = m->tokens + ids[text * (pass->length - begins) + i - begins] * C;
+        for (long c = 0; c < C; c += LANES) store_float(pass->activations.x + r * C + c, load_float(what + c) + load_float(position + c));
+    }
+}
+
+/* The final LayerNorm of all rows; it is also added to the windows' sums, each column by one worker. */
+static const float *finish(struct pass *pass) {
+    const struct model *m = pass->model;
+    const struct worker worker = pass->worker;
+    const long C = padded(m->n_embd), vectors = C / LANES;
+    const float *normed = normalize(pass, m->final_gain, m->final_bias);
+    const long first = first_of(vectors, worker.index, worker.count) * LANES;
+    const long end = first_of(vectors, worker.index + 1, worker.count) * LANES;
+    for (long r = 0; r < rows_of(pass); r++) {
+        float *sums = pass->windows->sums + r / pass->length * C;
+        for (long c = first; c < end; c += LANES) accumulate(sums + c, load_float(normed + r * C + c));
+    }
+    return normed;
+}
+
+/* Logits, for rows of `every` id (B, k, V) or after the last one (B, V), from what `finish` returned. */
+static void predict(struct pass *pass, const float *normed, int every, float *logits) {
+    const struct model *m = pass->model;
+    const long C = padded(m->n_embd), V = padded(m->vocab_size), begins = has_context(pass), texts = pass->windows->texts;
+    if (!every) {
+        const float *last = normed + (pass->length - 1) * C;
+        multiply_share(pass, &m->head, (struct rows){last, logits, pass->length * C, V, (int)texts}, WRITE);
+        return;
+    }
+    const int count = pass->length - (int)begins;
+    for (long text = 0; text < texts; text++) {
+        const float *first = normed + (text * pass->length + begins) * C;
+        multiply_share(pass, &m->head, (struct rows){first, logits + text * count * V, C, V, count}, WRITE);
+    }
+}
+
+/* All layers for the rows that have been embedded; workers have met before. */
+static const float *run_layers(struct pass *pass) {
+    for (int i = 0; i < pass->model->n_layer; i++) run_layer(pass, i);
+    return finish(pass);
+}
+
+static void prefill_job(void *job, struct worker worker) {
+    struct prefill *p = job;
+    const int begins = p->windows->filled == 0;
+    struct pass pass = {.model = p->model, .windows = p->windows, .worker = worker, .filled = p->windows->filled};
+    pass.length = p->length + begins;
+    struct arena arena = {.memory = p->workspace};
+    pass.activations = take_activations(p->model, &arena, rows_of(&pass));
+    for (int i = 0; i <= worker.index; i++) pass.scratch = take_scratch(p->model, &arena);
+    embed(&pass, p->ids);
+    meet(worker);
+    const float *normed = run_layers(&pass);
+    predict(&pass, normed, p->every, p->logits);
+}
+
+/* ---- Decode ---- */
+
+static void decode_job(void *job, struct worker worker) {
+    struct decode *d = job;
+    const struct model *m = d->model;
+    struct pass pass = {.model = m, .windows = d->windows, .worker = worker, .filled = d->windows->filled, .length = 1};
+    const int texts = d->windows->texts;
+    const int first = (int)first_of(texts, worker.index, worker.count), end = (int)first_of(texts, worker.index + 1, worker.count);
+    struct arena arena = {.memory = d->workspace};
+    pass.activations = take_activations(m, &arena, texts);
+    for (int i = 0; i <= worker.index; i++) pass.scratch = take_scratch(m, &arena);
+    embed(&pass, d->ids);
+    for (int i = 0; i < d->count; i++) {
+        meet(worker);
+        predict(&pass, run_layers(&pass), 0, pass.activations.logits);
+        meet(worker);
+        pass.filled++;
+        int32_t *drawn = d->drawn + (long)i * texts;
+        for (int text = first; text < end; text++) {
+            const float *logits = pass.activations.logits + text * padded(m->vocab_size);
+            const double number = d->numbers[(long)i * texts + text];
+            drawn[text] = draw(d->sampling, logits, m->vocab_size, number, pass.scratch.chances, pass.scratch.order);
+        }
+        if (i + 1 < d->count) embed(&pass, drawn);
+    }
+}
+
+/* ---- Losses ---- */
+
+struct scoring_job {
+    struct scoring *scoring;
+    atomic_int next; /* window that nobody has taken */
+};
+
+/* Of -log softmax(logits)[target]. */
+static float loss_of(const float *logits, int count, int target) {
+    float most = logits[0];
+    double sum = 0;
+    for (int v = 1; v < count; v++) most = logits[v] > most ? logits[v] : most;
+    for (int v = 0; v < count; v += LANES) {
+        vector e = exponential(load_float(logits + v) - most);
+        for (int lane = 0; lane < LANES && v + lane < count; lane++) sum += e[lane];
+    }
+    return (float)log(sum) + most - logits[target];
+}
+
+static void score_window(struct pass *pass, const struct scoring *s, int window) {
+    const struct model *m = pass->model;
+    const long C = padded(m->n_embd), V = padded(m->vocab_size);
+    const int32_t *ids = s->ids + (long)window * (s->length + 1);
+    float *sums = pass->windows->sums;
+    memset(sums, 0, 4UL * C);
+    embed(pass, ids);
+    predict(pass, run_layers(pass), 1, pass->activations.logits);
+    for (int i = 0; i < s->length; i++) {
+        s->losses[(long)window * s->length + i] = loss_of(pass->activations.logits + i * V, m->vocab_size, ids[i + 1]);
+    }
+    for (long c = 0; c < C; c++) s->means[window * C + c] = sums[c] / (float)(s->length + 1);
+}
+
+static long cache_floats(const struct model *m, int values) {
+    const long slots = values ? m->slots : padded(m->slots), entries = values ? padded(m->head_size) : m->head_size;
+    return (long)m->n_head * slots * entries;
+}
+
+/* Each worker takes whole windows, and has all that they need to itself. */
+static void scoring_job(void *job, struct worker worker) {
+    struct scoring_job *all = job;
+    const struct scoring *s = all->scoring;
+    const struct model *m = s->model;
+    struct windows windows = {.texts = 1};
+    struct pass pass = {.model = m, .windows = &windows, .worker = {0, 1}, .length = s->length + 1, .one_layer = 1};
+    struct arena arena = {.memory = s->workspace};
+    for (int i = 0; i <= worker.index; i++) {
+        windows.keys = take(&arena, 4 * cache_floats(m, 0));
+        windows.values = take(&arena, 4 * cache_floats(m, 1));
+        windows.sums = take(&arena, 4 * padded(m->n_embd));
+        pass.activations = take_activations(m, &arena, pass.length);
+        pass.scratch = take_scratch(m, &arena);
+    }
+    for (int window; (window = atomic_fetch_add(&all->next, 1)) < s->windows;) {
+        windows.contexts = (float *)s->contexts + window * padded(m->n_embd);
+        score_window(&pass, s, window);
+    }
+}
+
+/* ---- What Python calls ---- */
+
+/* Bytes that `threads` threads need for passes of `rows` rows. */
+long workspace_bytes(const struct model *model, int rows, int threads) {
+    struct arena arena = {0};
+    take_activations(model, &arena, rows);
+    for (int i = 0; i < threads; i++) take_scratch(model, &arena);
+    return arena.taken;
+}
+
+/* Bytes that `threads` threads need for scoring windows of `length` ids. */
+long scoring_bytes(const struct model *model, int length, int threads) {
+    struct arena arena = {0};
+    for (int i = 0; i < threads; i++) {
+        take(&arena, 4 * cache_floats(model, 0));
+        take(&arena, 4 * cache_floats(model, 1));
+        take(&arena, 4 * padded(model->n_embd));
+        take_activations(model, &arena, length + 1);
+        take_scratch(model, &arena);
+    }
+    return arena.taken;
+}
+
+void prefill(struct prefill *prefill) { run_job(prefill_job, prefill, prefill->threads); }
+void decode(struct decode *decode) { run_job(decode_job, decode, decode->threads); }
+
+void score(struct scoring *scoring) {
+    struct scoring_job job = {.scoring = scoring};
+    run_job(scoring_job, &job, scoring->threads);
+}
+
+/* Rows of a matrix (count, in) in float32 into their panels, which are zero before. */
+void pack(const struct matrix *matrix, const float *rows, int count, int in) {
+    for (int o = 0; o < count; o++) pack_row(rows + (long)o * in, matrix, o, in);
+}
+
+/* Sizes of the structures, in the order of `picogpt.engine.layout.STRUCTURES`. */
+const int32_t structure_sizes[] = {sizeof(struct matrix),  sizeof(struct layer),  sizeof(struct model),  sizeof(struct windows),
+                                   sizeof(struct sampling), sizeof(struct prefill), sizeof(struct decode), sizeof(struct scoring)};

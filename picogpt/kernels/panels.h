@@ -1,0 +1,340 @@
+/* Matrices in panels, and their products with one row of numbers or with many.
+
+   A packed matrix (out, in) stands in panels of PANEL outputs, and in a panel input after input, as it is read. A line of a panel
+   is 64 bytes, as a cache's: PANEL floats of one input, pairs of bfloat16 of two, or four bytes of four. So one packed copy serves
+   one row, which reads it from memory in its order, and many rows, for which a panel is widened to float32 first.
+
+   In int8 a weight is a byte, 128 more than it stands for, and the row that it multiplies has seven bits and a sign: the two
+   products that AVX2 adds up in 16 bits then always fit, and every processor comes to the same sums. */
+
+#define PANEL 16
+#define LINE_VECTORS (PANEL / LANES)
+#define GROUP 64 /* inputs of an int8 product that have one scale in the row */
+#define LINES_AHEAD 32
+
+enum number_type { FLOAT32, BFLOAT16_PAIRS, INT8_FOURS };
+
+/* Outputs and inputs are multiples of PANEL; what goes beyond the model's own is zero. A panel has `lines` lines. */
+struct matrix {
+    const void *packed;
+    const float *scales; /* (n_out), in int8 */
+    const float *bias;   /* (n_out) */
+    int32_t type, n_out, n_in, lines;
+};
+
+/* A row in int8: units of four, the scale of each group, and 128 times the group's sum. */
+struct quantized {
+    int32_t *units;
+    float *scales;
+    int32_t *offsets;
+};
+
+/* What becomes of a product: it is written, added to what is there, or its GELU is written. */
+enum use { WRITE, ADD, GELU };
+
+typedef uint32_t words __attribute__((vector_size(4 * LANES), may_alias));
+
+static inline vector load_line(const void *line, int v) { return ((const vector *)line)[v]; }
+static inline words load_words(const void *line, int v) { return ((const words *)line)[v]; }
+
+/* x times the chance that a normal variable is less than x. The chance of less than -|x| is e^(-x^2 / 2) t P(t), t = 1 / (1 +
+   0.3 |x|), with a polynomial fitted to 1.5e-7 of the chance itself for |x| up to 13. */
+static inline vector gelu_of(vector x) {
+    const int32_t sign = INT32_MIN;
+    vector size = (vector)((integers)x & ~sign), t = 1.0f / (size * 0.3f + 1.0f);
+    vector p = t * 0.0356748769f - 0.157203499f;
+    p = p * t + 0.206354196f;
+    p = p * t - 0.0536842455f;
+    p = p * t + 0.128561924f;
+    p = p * t + 0.0999134088f;
+    p = p * t + 0.120753968f;
+    p = p * t + 0.119629298f;
+    vector below = p * t * exponential_2(x * x * -0.72134752f);
+    return x * choose(x < 0.0f, below, 1.0f - below);
+}
+
+static inline void put_product(float *out, vector sum, enum use use) {
+    if (use == GELU) sum = gelu_of(sum);
+    if (use == ADD) sum += load_float(out);
+    store_float(out, sum);
+}
+
+/* ---- One row ---- */
+
+/* Sums of a panel are kept eight times, or what of them depends on the one before would wait for it. */
+#define UNROLL (8 / LINE_VECTORS)
+
+static inline void add_chains(vector sums[UNROLL][LINE_VECTORS]) {
+    for (int width = UNROLL / 2; width; width /= 2) {
+        for (int u = 0; u < width; u++) {
+            for (int v = 0; v < LINE_VECTORS; v++) sums[u][v] += sums[u + width][v];
+        }
+    }
+}
+
+static inline void multiply_line_float32(vector sums[LINE_VECTORS], const char *line, const float *x) {
+    for (int v = 0; v < LINE_VECTORS; v++) sums[v] += load_line(line, v) * x[0];
+}
+
+static inline void multiply_line_bfloat16(vector sums[2][LINE_VECTORS], const char *line, const float *x) {
+    for (int v = 0; v < LINE_VECTORS; v++) {
+        words pair = load_words(line, v);
+        sums[0][v] += (vector)(pair << 16) * x[0];
+        sums[1][v] += (vector)(pair & 0xffff0000u) * x[1];
+    }
+}
+
+static inline void multiply_panel_float32(const char *panel, int lines, const float *x, vector out[LINE_VECTORS]) {
+    vector sums[UNROLL][LINE_VECTORS] = {0};
+    for (int k = 0; k < lines; k += UNROLL) {
+#pragma GCC unroll 8
+        for (int u = 0; u < UNROLL; u++) {
+            __builtin_prefetch(panel + 64L * (k + u + LINES_AHEAD));
+            multiply_line_float32(sums[u], panel + 64L * (k + u), x + k + u);
+        }
+    }
+    add_chains(sums);
+    for (int v = 0; v < LINE_VECTORS; v++) out[v] = sums[0][v];
+}
+
+static inline void multiply_panel_bfloat16(const char *panel, int lines, const float *x, vector out[LINE_VECTORS]) {
+    vector sums[UNROLL][LINE_VECTORS] = {0};
+    for (int k = 0; k < lines; k += UNROLL / 2) {
+#pragma GCC unroll 4
+        for (int u = 0; u < UNROLL / 2; u++) {
+            __builtin_prefetch(panel + 64L * (k + u + LINES_AHEAD));
+            multiply_line_bfloat16(sums + 2 * u, panel + 64L * (k + u), x + 2 * (k + u));
+        }
+    }
+    add_chains(sums);
+    for (int v = 0; v < LINE_VECTORS; v++) out[v] = sums[0][v];
+}
+
+/* sums + four bytes of w x four signed bytes of x, lane by lane. */
+static inline integers plus_fours(integers sums, words w, int32_t x) {
+#if LANES == 16 && defined(__AVX512VNNI__)
+    return (integers)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(x));
+#elif LANES == 16 && defined(__AVX512BW__)
+    __m512i twos = _mm512_maddubs_epi16((__m512i)w, _mm512_set1_epi32(x));
+    return sums + (integers)_mm512_madd_epi16(twos, _mm512_set1_epi16(1));
+#elif LANES == 8 && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return (integers)_mm256_dpbusd_epi32((__m256i)sums, (__m256i)w, _mm256_set1_epi32(x));
+#elif LANES == 8
+    __m256i twos = _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x));
+    return sums + (integers)_mm256_madd_epi16(twos, _mm256_set1_epi16(1));
+#else
+    for (int byte = 0; byte < 4; byte++) sums += (integers)(w >> 8 * byte & 255u) * (int32_t)(int8_t)(x >> 8 * byte);
+    return sums;
+#endif
+}
+
+static inline void multiply_panel_int8(const char *panel, int lines, struct quantized x, vector out[LINE_VECTORS]) {
+    enum { CHAINS = UNROLL / 2 > 0 ? UNROLL / 2 : 1 };
+    for (int v = 0; v < LINE_VECTORS; v++) out[v] = (vector){0};
+    for (int group = 0; group * (GROUP / 4) < lines; group++) {
+        integers sums[CHAINS][LINE_VECTORS] = {0};
+        for (int v = 0; v < LINE_VECTORS; v++) sums[0][v] -= x.offsets[group];
+        const int first = group * (GROUP / 4);
+        for (int k = first; k < first + GROUP / 4; k += CHAINS) {
+#pragma GCC unroll 4
+            for (int u = 0; u < CHAINS; u++) {
+                const char *line = panel + 64L * (k + u);
+                __builtin_prefetch(line + 64L * LINES_AHEAD);
+                for (int v = 0; v < LINE_VECTORS; v++) sums[u][v] = plus_fours(sums[u][v], load_words(line, v), x.units[k + u]);
+            }
+        }
+        for (int v = 0; v < LINE_VECTORS; v++) {
+            for (int u = 1; u < CHAINS; u++) sums[0][v] += sums[u][v];
+            out[v] += __builtin_convertvector(sums[0][v], vector) * x.scales[group];
+        }
+    }
+}
+
+/* x (in), in groups that are each scaled to at most 63. */
+static void quantize(const float *x, int in, struct quantized out) {
+    for (int group = 0; group * GROUP < in; group++) {
+        const int first = group * GROUP, end = first + GROUP < in ? first + GROUP : in;
+        vector largest = {0};
+        for (int i = first; i < end; i += LANES) {
+            vector size = (vector)((integers)load_float(x + i) & INT32_MAX);
+            largest = choose(size > largest, size, largest);
+        }
+        const float most = largest_of(largest), by = most > 0 ? 63 / most : 0;
+        int8_t *bytes = (int8_t *)(out.units + first / 4);
+        integers sum = {0};
+        memset(bytes, 0, GROUP);
+        for (int i = first; i < end; i += LANES) {
+            vector scaled = load_float(x + i) * by;
+            integers whole = __builtin_convertvector(scaled + choose(scaled < 0.0f, (vector){0} - 0.5f, (vector){0} + 0.5f), integers);
+            sum += whole;
+            for (int lane = 0; lane < LANES; lane++) bytes[i - first + lane] = (int8_t)whole[lane];
+        }
+        int32_t total = 0;
+        for (int lane = 0; lane < LANES; lane++) total += sum[lane];
+        out.scales[group] = most / 63;
+        out.offsets[group] = 128 * total;
+    }
+}
+
+/* Panels from `first` to `end` of out = matrix x row + bias; `fours` is the row in int8, where the matrix is. */
+static void multiply_row(const struct matrix *matrix, const float *x, struct quantized fours, float *out, enum use use, int first,
+                         int end) {
+    for (int p = first; p < end; p++) {
+        const char *panel = (const char *)matrix->packed + 64L * p * matrix->lines;
+        vector sums[LINE_VECTORS];
+        if (matrix->type == INT8_FOURS) multiply_panel_int8(panel, matrix->lines, fours, sums);
+        else if (matrix->type == BFLOAT16_PAIRS) multiply_panel_bfloat16(panel, matrix->lines, x, sums);
+        else multiply_panel_float32(panel, matrix->lines, x, sums);
+        for (int v = 0; v < LINE_VECTORS; v++) {
+            const int at = p * PANEL + v * LANES;
+            if (matrix->type == INT8_FOURS) sums[v] *= load_float(matrix->scales + at);
+            put_product(out + at, sums[v] + load_float(matrix->bias + at), use);
+        }
+    }
+}
+
+/* ---- Many rows ---- */
+
+#define TILE_PANELS (LANES == 16 ? 2 : 1)
+#define TILE_VECTORS (TILE_PANELS * LINE_VECTORS)
+#define TILE_ROWS (REGISTERS / TILE_VECTORS)
+
+/* Rows of numbers, `stride` apart, and where the rows of their product go. */
+struct rows {
+    const float *x;
+    float *out;
+    long x_stride, out_stride;
+    int count;
+};
+
+/* A panel (in, PANEL) in float32. */
+static void widen_panel(const struct matrix *matrix, int p, float *out) {
+    const char *panel = (const char *)matrix->packed + 64L * p * matrix->lines;
+    const int fours = matrix->type == INT8_FOURS;
+    const int per_line = fours ? 4 : 2;
+    vector scales[LINE_VECTORS];
+    for (int v = 0; fours && v < LINE_VECTORS; v++) scales[v] = load_float(matrix->scales + p * PANEL + v * LANES);
+    for (int k = 0; k < matrix->n_in / per_line; k++) {
+        for (int v = 0; v < LINE_VECTORS; v++) {
+            words line = load_words(panel + 64L * k, v);
+            float *to = out + (long)k * per_line * PANEL + v * LANES;
+            if (!fours) {
+                store_float(to, (vector)(line << 16));
+                store_float(to + PANEL, (vector)(line & 0xffff0000u));
+            }
+            for (int byte = 0; fours && byte < 4; byte++) {
+                integers weight = (integers)(line >> 8 * byte & 255u) - 128;
+                store_float(to + byte * PANEL, __builtin_convertvector(weight, vector) * scales[v]);
+            }
+        }
+    }
+}
+
+/* Rows and the panels that they are multiplied with at once. */
+struct tile {
+    const struct matrix *matrix;
+    struct rows rows;
+    const float *panels[TILE_PANELS];
+    int column;
+    enum use use;
+};
+
+/* `count` rows from `row` on x `panels` panels; called with constants, so that the sums stay in registers. */
+static inline __attribute__((always_inline)) void multiply_tile_of(int count, int panels, const struct tile *tile, int row) {
+    const int vectors = panels * LINE_VECTORS, in = tile->matrix->n_in;
+    const long stride = tile->rows.x_stride;
+    const float *x = tile->rows.x + row * stride, *bias = tile->matrix->bias + tile->column;
+    vector sums[TILE_ROWS][TILE_VECTORS];
+    for (int r = 0; r < count; r++) {
+        for (int v = 0; v < vectors; v++) sums[r][v] = load_float(bias + v * LANES);
+    }
+    for (int k = 0; k < in; k++) {
+        vector line[TILE_VECTORS];
+        for (int v = 0; v < vectors; v++) line[v] = load_line(tile->panels[v / LINE_VECTORS] + (long)k * PANEL, v % LINE_VECTORS);
+        for (int r = 0; r < count; r++) {
+            for (int v = 0; v < vectors; v++) sums[r][v] += line[v] * x[r * stride + k];
+        }
+    }
+    for (int r = 0; r < count; r++) {
+        float *out = tile->rows.out + (row + r) * tile->rows.out_stride + tile->column;
+        for (int v = 0; v < vectors; v++) put_product(out + v * LANES, sums[r][v], tile->use == ADD ? ADD : WRITE);
+    }
+}
+
+static void gelu_of_rows(const struct rows *rows, int row, int count, int column, int width) {
+    for (int r = row; r < row + count; r++) {
+        float *out = rows->out + r * rows->out_stride + column;
+        for (int c = 0; c < width; c += LANES) store_float(out + c, gelu_of(load_float(out + c)));
+    }
+}
+
+static __attribute__((noinline)) void multiply_tile(int count, int panels, const struct tile *tile, int row) {
+#define ROWS_CASE(n)                                                                                                             \
+    case n:                                                                                                                      \
+        if (n > TILE_ROWS) break;                                                                                                \
+        if (panels == TILE_PANELS) multiply_tile_of(n > TILE_ROWS ? 1 : n, TILE_PANELS, tile, row);                              \
+        else multiply_tile_of(n > TILE_ROWS ? 1 : n, 1, tile, row);                                                              \
+        break;
+    switch (count) {
+        ROWS_CASE(1)
+        ROWS_CASE(2)
+        ROWS_CASE(3)
+        ROWS_CASE(4)
+        ROWS_CASE(5)
+        ROWS_CASE(6)
+        ROWS_CASE(7)
+        ROWS_CASE(8)
+        ROWS_CASE(9)
+        ROWS_CASE(10)
+        ROWS_CASE(11)
+        ROWS_CASE(12)
+    }
+    if (tile->use == GELU) gelu_of_rows(&tile->rows, row, count, tile->column, panels * PANEL);
+}
+
+/* Panels from `first` to `end` of out = rows x matrix + bias; `scratch` (TILE_PANELS, in, PANEL) is the thread's own. */
+static void multiply_rows(const struct matrix *matrix, struct rows rows, enum use use, int first, int end, float *scratch) {
+    struct tile tile = {.matrix = matrix, .rows = rows, .use = use};
+    const int tiles = (rows.count + TILE_ROWS - 1) / TILE_ROWS;
+    for (int p = first, panels; p < end; p += panels) {
+        panels = p + TILE_PANELS <= end ? TILE_PANELS : 1;
+        tile.column = p * PANEL;
+        for (int i = 0; i < panels; i++) {
+            float *wide = scratch + (long)i * matrix->n_in * PANEL;
+            if (matrix->type != FLOAT32) widen_panel(matrix, p + i, wide);
+            else wide = (float *)matrix->packed + (long)(p + i) * matrix->n_in * PANEL;
+            tile.panels[i] = wide;
+        }
+        /* Tiles of as equal a height as can be: a low one takes nearly as long as a high one. */
+        for (int t = 0; t < tiles; t++) {
+            const int row = (int)first_of(rows.count, t, tiles), next = (int)first_of(rows.count, t + 1, tiles);
+            multiply_tile(next - row, panels, &tile, row);
+        }
+    }
+}
+
+/* ---- Packing ---- */
+
+static uint32_t bfloat16_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+/* Row `o` of a matrix, `in` finite floats, into its place in the panels, which are zero before; in int8 also its scale. */
+static void pack_row(const float *row, const struct matrix *to, int o, int in) {
+    uint32_t *line = (uint32_t *)to->packed + (long)(o / PANEL) * to->lines * PANEL + o % PANEL;
+    float most = 0;
+    for (int k = 0; k < in; k++) most = fabsf(row[k]) > most ? fabsf(row[k]) : most;
+    const float by = most > 0 ? 127 / most : 0;
+    if (to->type == INT8_FOURS) ((float *)to->scales)[o] = most / 127;
+    const int per_line = to->type == INT8_FOURS ? 4 : to->type == BFLOAT16_PAIRS ? 2 : 1;
+    for (int k = 0; k < to->lines * per_line; k++) {
+        const float x = k < in ? row[k] : 0;
+        uint32_t *word = line + (long)(k / per_line) * PANEL, bits;
+        if (to->type == INT8_FOURS) bits = (uint32_t)(128 + (int)lrintf(x * by)) << 8 * (k % 4);
+        else if (to->type == BFLOAT16_PAIRS) bits = bfloat16_of(x) << 16 * (k % 2);
+        else memcpy(&bits, &x, 4);
+        *word |= bits;
+    }
+}
