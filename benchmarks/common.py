@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_info
 
+from picogpt.attention import choose_attention
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Source
 from picogpt.device import CPU, choose_dtype, flush_denormals, instruction_set, keep_freed_memory
@@ -78,4 +79,7 @@ def full_trainer(config: TrainConfig, source: Source, *, dtype: str = "auto", ke
     flush_denormals()
     keep_freed_memory()
     chosen = computing(dtype, kernels)
-    return Trainer(GPTConfig(), config, source, chosen.dtype, kernels=chosen.kernels)
+    trainer = Trainer(GPTConfig(), config, source, chosen.dtype, kernels=chosen.kernels)
+    if chosen.kernels is None:
+        trainer.model.transformer.attention, _ = choose_attention(GPTConfig(), config.batch_size, chosen.dtype, CPU)
+    return trainer

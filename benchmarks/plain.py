@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Batch, Source
-from picogpt.model import GPT, Block, CausalSelfAttention
+from picogpt.model import GPT
 
 __all__ = ["PlainLoop"]
-
-
-class _PlainAttention(CausalSelfAttention):
-    """Torch's own attention in place of ours."""
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG002 (is_causal says the same)
-        """(B, S, C) -> (B, S, C)."""
-        B, S, C = x.shape
-        q, k, v = (part.view(B, S, self.n_head, C // self.n_head).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, S, D)
-        out: Tensor = self.c_proj(y.transpose(1, 2).contiguous().view(B, S, C))
-        return out
 
 
 class PlainLoop:
@@ -38,11 +25,7 @@ class PlainLoop:
     def __init__(self, model_config: GPTConfig, config: TrainConfig, source: Source) -> None:
         torch.manual_seed(config.seed)
         self.model = GPT(model_config)
-        for block in self.model.transformer.h:
-            assert isinstance(block, Block)
-            attention = _PlainAttention(model_config)
-            attention.load_state_dict(block.attn.state_dict())
-            block.attn = attention
+        self.model.transformer.attention = "fused"
         parameters = list(self.model.parameters())
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},

@@ -1,97 +1,94 @@
-"""Causal attention for short windows and small heads on a CPU, its backward pass written by hand.
+"""Causal attention by torch, in two forms, and the choice between them.
 
-With 129 slots and heads of 32, torch's fused attention takes five times as long in bfloat16 as what is done here, and 1.4 times
-in float32 (forward and backward, two cores with AVX-512). Here are plain batched products. In float32 they come in two halves,
-by rows: the first half of the slots looks at half of the keys only, which saves a quarter of the products, of the softmax and of
-what is kept for the backward pass. In bfloat16 products this small cost by their number and not by their size, so there is one
-of each: 0.54 ms instead of 0.79 with two rolls, 1.05 instead of 1.14 with four. Gradients are written where they belong, with
-nothing concatenated.
+`fused` is torch's `scaled_dot_product_attention`. `products` are two batched products of matrices with a softmax between them:
+on a CPU that computes in bfloat16 the fused one's backward pass can take several times as long. In float32 the two are close.
 
-Dimensions: B rolls in a batch, S slots of a window, C = n_embd, H = n_head, D = C / H.
+Dimensions: B sequences in a batch, S slots of a window, C = n_embd, H = n_head, D = C / H.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+import time
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from picogpt.config import GPTConfig
 from picogpt.dropout import keep_mask
 
-__all__ = ["causal_attention"]
+__all__ = ["causal_attention", "causal_mask", "choose_attention"]
+
+_WORTHWHILE = 1.3
+"""How many times as fast the products have to be, so that two starts on one machine choose alike."""
+_CALLS, _WHILE = 6, 0.1
+"""How often each form is timed at least, and for how many seconds both."""
 
 
-class _CausalAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D) + mask) v, for all heads; with dropout some weights of the softmax are left out."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, mask: Tensor, n_head: int, dropout: float) -> Tensor:
-        B, S, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-        heads = qkv.view(B, S, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4).reshape(3, B * n_head, S, C // n_head)
-        q, k, v = heads.unbind()
-        y, weights, kept = torch.empty_like(q), [], []
-        for start, end in _parts(S, qkv.dtype):
-            seen = mask[start:end, :end]
-            scores = torch.baddbmm(seen, q[:, start:end], k[:, :end].mT, alpha=1 / math.sqrt(C // n_head))
-            weights.append(scores.softmax(dim=-1))
-            if dropout:
-                kept.append(keep_mask(scores, dropout))
-            torch.bmm(weights[-1] * kept[-1] if dropout else weights[-1], v[:, :end], out=y[:, start:end])
-        ctx.save_for_backward(heads, *weights, *kept)
-        return y.view(B, n_head, S, C // n_head).transpose(1, 2).reshape(B, S, C)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        heads, *saved = ctx.saved_tensors
-        _, rows, S, D = heads.shape
-        parts = _parts(S, grad.dtype)
-        B, n_head = grad.size(0), rows // grad.size(0)
-        q, k, v = heads.unbind()
-        dy = grad.view(B, S, n_head, D).transpose(1, 2).reshape(rows, S, D)
-        gradient = torch.empty_like(heads)
-        dq, dk, dv = gradient.unbind()
-        # The second half first: it reaches all keys and values, so it is written, and the first half's part is added.
-        for i, (start, end) in reversed(list(enumerate(parts))):
-            q_rows, dy_rows = q[:, start:end], dy[:, start:end]
-            read = weight = saved[i]
-            d_weight = torch.bmm(dy_rows, v[:, :end].mT)
-            if len(saved) > len(parts):
-                keep = saved[len(parts) + i]
-                read = weight * keep
-                d_weight *= keep
-            d_scores = torch.ops.aten._softmax_backward_data(d_weight, weight, -1, weight.dtype)
-            torch.bmm(d_scores, k[:, :end], out=dq[:, start:end])
-            if end == S:
-                torch.bmm(read.mT, dy_rows, out=dv)
-                torch.bmm(d_scores.mT, q_rows, out=dk)
-            else:
-                dv[:, :end] += torch.bmm(read.mT, dy_rows)
-                dk[:, :end] += torch.bmm(d_scores.mT, q_rows)
-        gradient[:2] *= 1 / math.sqrt(D)
-        return gradient.view(3, B, n_head, S, D).permute(1, 3, 0, 2, 4).reshape(B, S, -1), None, None, None
-
-
-def _parts(n_slots: int, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """The rows that are computed together: in bfloat16 all, else two halves, or one where the window is a single slot."""
-    middle = (n_slots + 1) // 2
-    return [(0, n_slots)] if dtype == torch.bfloat16 or middle == n_slots else [(0, middle), (middle, n_slots)]
-
-
-def causal_attention(qkv: Tensor, mask: Tensor, n_head: int, dropout: float = 0.0) -> Tensor:
+def causal_attention(qkv: Tensor, mask: Tensor | None, n_head: int, dropout: float = 0.0) -> Tensor:
     """Let every slot attend to itself and those before it.
 
     Args:
         qkv: queries, keys and values of all heads beside each other (B, S, 3 * C).
-        mask: (S, S), 0 where a row may look and -inf elsewhere.
+        mask: None for the fused form; `causal_mask` (S, S) for the products.
         n_head: H.
-        dropout: chance that a weight is left out, in [0, 1).
+        dropout: probability that an attention weight is dropped, in [0, 1).
 
     Returns:
-        What the heads read, beside each other (B, S, C), in the type of `qkv`.
+        Outputs of all heads beside each other (B, S, C), in the type of `qkv`.
     """
-    # On a GPU autocast makes a softmax float32, and the backward pass, which knows no autocast, would have two types to multiply.
-    with torch.autocast(qkv.device.type, enabled=False):
-        read: Tensor = _CausalAttention.apply(qkv, mask.to(qkv.dtype), n_head, dropout)  # type: ignore[no-untyped-call]
-    return read
+    B, S, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+    q, k, v = (part.view(B, S, n_head, C // n_head).transpose(1, 2) for part in qkv.chunk(3, dim=2))  # (B, H, S, D)
+    if mask is None:
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, S, D)
+    else:
+        q, k, v = (part.reshape(B * n_head, S, C // n_head) for part in (q, k, v))
+        y = _by_products(q, k, v, mask, dropout).view(B, n_head, S, C // n_head)
+    return y.transpose(1, 2).reshape(B, S, C)
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
+    """Attention of each (S, D) of q, k and v (B * H, S, D)."""
+    scores = torch.baddbmm(mask.to(q.dtype), q * (1 / math.sqrt(q.size(-1))), k.mT)  # (B * H, S, S)
+    weights = scores.softmax(dim=-1)
+    if dropout:
+        weights = weights * keep_mask(weights, dropout)
+    return torch.bmm(weights, v)
+
+
+def causal_mask(n_slots: int) -> Tensor:
+    """(S, S), 0 where the slot of a row attends to that of a column, -inf elsewhere."""
+    return torch.full((n_slots, n_slots), -torch.inf).triu(1)
+
+
+def choose_attention(config: GPTConfig, sequences: int, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """Choose one of `picogpt.config.ATTENTIONS` for training, and give the reason in a few words.
+
+    On a CPU the clock decides, on one layer with so many `sequences` of a step, forward and backward in `dtype`.
+    """
+    if config.dropout:
+        return "products", "which drop weights fast"
+    if device.type != "cpu":
+        return "products", "whose gradients are reproducible on a GPU"
+    ratio = _times_as_fast(config, sequences, dtype)
+    if ratio >= _WORTHWHILE:
+        return "products", f"{ratio:.1f} times as fast as torch's fused function"
+    return "fused", f"products of matrices run at {ratio:.1f} times its speed"
+
+
+def _times_as_fast(config: GPTConfig, sequences: int, dtype: torch.dtype) -> float:
+    """How many times as fast the products are as the fused form, by the shortest time of each; they take turns."""
+    n_slots = config.context_len + 1
+    qkv = torch.ones(sequences, n_slots, 3 * config.n_embd, dtype=dtype, requires_grad=True)
+    forms = (None, causal_mask(n_slots))
+    seconds: list[list[float]] = [[], []]
+    start = time.perf_counter()
+    while len(seconds[0]) < _CALLS or time.perf_counter() - start < _WHILE:
+        for found, mask in zip(seconds, forms, strict=True):
+            before = time.perf_counter()
+            y = causal_attention(qkv, mask, config.n_head)
+            torch.autograd.grad(y, qkv, torch.ones_like(y))
+            found.append(time.perf_counter() - before)
+    fused, products = (min(found[1:]) for found in seconds)  # the first one warms up
+    return fused / products

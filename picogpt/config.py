@@ -61,6 +61,8 @@ X_AXES: Mapping[str, str] = MappingProxyType(
     {"epochs": "epoch", "characters": "characters trained on (millions)", "seconds": "seconds of training"}
 )
 """What the x axis of a loss curve can count, and its label."""
+ATTENTIONS = ("fused", "products")
+"""Forms of attention where torch computes the blocks: its fused function, or batched products of matrices."""
 MAX_THREADS = 1024
 MAX_MUON_INTERVAL = 100
 MAX_LR, MAX_MUON_LR = 0.1, 1.0
@@ -149,6 +151,16 @@ def check_kernels(name: str | None) -> str | None:
         ConfigError: there are no such functions.
     """
     _require(name is None or name in KERNELS, "kernels", f"one of {', '.join(KERNELS)}", name)
+    return name
+
+
+def check_attention(name: str | None) -> str | None:
+    """Return `name` if it is one of `ATTENTIONS` or None.
+
+    Raises:
+        ConfigError: there is no such form.
+    """
+    _require(name is None or name in ATTENTIONS, "attention", f"one of {', '.join(ATTENTIONS)}", name)
     return name
 
 
@@ -656,6 +668,8 @@ class RunSettings:
     """Whether the blocks are compiled by torch, which rounds otherwise."""
     kernels: str = "torch"
     """What computes the blocks, c or torch; they round otherwise."""
+    attention: str | None = None
+    """Form of attention where torch computes it, one of `ATTENTIONS`; None in C, and where a run is older than the forms."""
     origin: str | None = None
     """Absolute path of the model that the run began from, or of the original's log; None where it began from nothing."""
 
@@ -680,6 +694,7 @@ class RunSettings:
                 device=str(content.get("device", "cpu")),
                 compile=bool(content.get("compile", False)),
                 kernels=str(check_kernels(content.get("kernels", "torch"))),
+                attention=check_attention(content.get("attention")),
                 origin=content.get("origin"),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from picogpt.attention import causal_attention
+from picogpt.attention import causal_attention, causal_mask
 from picogpt.config import GPTConfig
 from picogpt.dropout import Dropout
 from picogpt.errors import RunError
@@ -43,8 +43,8 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.resid_dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Take x (B, S, C) and mask (S, S), 0 where a row may look and -inf elsewhere; return (B, S, C)."""
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Take x (B, S, C), and mask (S, S) or None as `causal_attention` does; return (B, S, C)."""
         qkv = self.c_attn(x)  # (B, S, 3C)
         y = causal_attention(qkv, mask, self.n_head, self.dropout if self.training else 0.0)  # (B, S, C)
         out: Tensor = self.resid_dropout(self.c_proj(y))
@@ -76,8 +76,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Take x (B, S, C) and mask (S, S); return (B, S, C)."""
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Take x (B, S, C), and mask (S, S) or None as `causal_attention` does; return (B, S, C)."""
         x = x + self.attn(self.ln_1(x), mask)
         out: Tensor = x + self.mlp(self.ln_2(x))
         return out
@@ -95,14 +95,15 @@ class _Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         # Whether blocks are computed again in the backward pass instead of kept: the same numbers (Chen et al., 2016).
         self.gradient_checkpointing = False
+        # Form of attention where torch computes the blocks, one of `picogpt.config.ATTENTIONS`.
+        self.attention = "products" if config.dropout else "fused"
         # What computes the blocks instead of torch's functions, compiled for this shape.
         self.kernels: Kernels | None = None
         # The blocks that have memory for a step; what comes in between, as validation does, leaves it to them.
         self._fused: FusedBlocks | None = None
         self._draws = config.dropout > 0
-        n_slots = config.context_len + 1
         self.mask: Tensor
-        self.register_buffer("mask", torch.full((n_slots, n_slots), -torch.inf).triu(1), persistent=False)
+        self.register_buffer("mask", causal_mask(config.context_len + 1), persistent=False)
 
     def blocks(self, rolls: int, slots: Sequence[int]) -> Callable[[Tensor], Tensor]:
         """What takes x (B, S, C) through all blocks, in one window after the other of a text, with so many `slots` each."""
@@ -117,7 +118,7 @@ class _Transformer(nn.Module):
         return fused.begin([list(block.parameters()) for block in self.h])
 
     def _through_modules(self, x: Tensor) -> Tensor:
-        mask = self.mask[: x.size(1), : x.size(1)]
+        mask = self.mask[: x.size(1), : x.size(1)] if self.attention == "products" else None
         for block in self.h:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=self._draws)

@@ -42,6 +42,7 @@ class _Plan:
     threads: int
     compiled: bool
     kernels: str
+    attention: str
     gradient_checkpointing: bool
     step: int
     local_steps: int
@@ -102,6 +103,7 @@ class Replica:
             threads=torch.get_num_threads(),
             compiled=self._compiled,
             kernels=kernels_name(self.model.transformer.kernels),
+            attention=self.model.transformer.attention,
             gradient_checkpointing=self.model.transformer.gradient_checkpointing,
             step=self.step,
             local_steps=self.local_steps,
@@ -129,6 +131,7 @@ class Replica:
         replica = cls(model, TrainConfig(**plan.train), dtype, device=device, ranks=ranks, kernels=kernels)
         if plan.compiled:
             replica.compile_blocks()
+        replica.model.transformer.attention = plan.attention
         replica.model.transformer.gradient_checkpointing = plan.gradient_checkpointing
         replica.load_tensors(checkpoint.tensors)
         replica.step, replica.local_steps = plan.step, plan.local_steps

@@ -378,7 +378,7 @@ class TestTrain:
         assert capsys.readouterr().err.splitlines()[-1] == f"picogpt-train: {obstacle}"
         assert train.main(["--run", "numbers", "--epochs", "3", "--kernels", "torch"]) == 0
         err = capsys.readouterr().err
-        assert "blocks by functions in torch (as the run or its flags say)\n" in err
+        assert "blocks by functions in torch (as the run or its flags say), attention fused (" in err
         assert "kernels is torch and was c: the run goes on, but not byte for byte as it would have\n" in err
 
     def test_kernels_and_compile(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -388,6 +388,40 @@ class TestTrain:
         message = "picogpt-train: --kernels c and --compile exclude each other, take --no-compile: torch cannot compile what is compiled already"
         assert capsys.readouterr().err.splitlines()[-1] == message
         assert not Path("logs").exists()
+
+    def test_attention(self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without C its form is chosen by the clock, said and stored; a resumed run keeps it, whatever the clock would choose."""
+        used: list[str] = []
+        take_step = Trainer.take_step
+
+        def watched(self: Trainer, *given: Any) -> float:
+            used.append(self.model.transformer.attention)
+            return take_step(self, *given)
+
+        monkeypatch.setattr(Trainer, "take_step", watched)
+        monkeypatch.setattr("picogpt.attention._times_as_fast", lambda *_: 2.0)
+        assert train.main(training(text_file)) == 0
+        assert "attention products (2.0 times as fast as torch's fused function)\n" in capsys.readouterr().err
+        monkeypatch.setattr("picogpt.attention._times_as_fast", lambda *_: 0.5)
+        assert train.main(["--run", "numbers", "--epochs", "3"]) == 0
+
+        err = capsys.readouterr().err
+        assert "attention products (as the run was begun)\n" in err
+        assert "byte for byte" not in err
+        assert set(used) == {"products"}
+        assert json.loads(Path("logs/numbers/config.json").read_text())["attention"] == "products"
+
+    def test_attention_of_an_older_run(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A run begun before there were forms is resumed with one of today's, which is said."""
+        assert train.main(training(text_file)) == 0
+        path = Path("logs/numbers/config.json")
+        content = json.loads(path.read_text())
+        del content["attention"]
+        path.write_text(json.dumps(content))
+        capsys.readouterr()
+
+        assert train.main(["--run", "numbers", "--epochs", "3"]) == 0
+        assert "attention is fused and was an older form: the run goes on, but not byte for byte" in capsys.readouterr().err
 
     def test_gradient_checkpointing(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """It is said, and the weights are those of a run without it."""

@@ -217,9 +217,16 @@ def test_settings_round_trip() -> None:
 def test_settings_of_an_older_run() -> None:
     """What was not there when a run was begun stays out of it."""
     content = asdict(run_settings())
-    del content["train"]["muon_interval"]
+    del content["train"]["muon_interval"], content["attention"]
+    settings = RunSettings.from_dict(content)
 
-    assert RunSettings.from_dict(content).train.muon_interval == 1
+    assert (settings.train.muon_interval, settings.attention) == (1, None)
+
+
+def test_settings_of_an_unknown_attention() -> None:
+    """A form of attention that is none is named, with those there are."""
+    with pytest.raises(ConfigError, match="attention must be one of fused, products, got 'flash'"):
+        RunSettings.from_dict({**asdict(run_settings()), "attention": "flash"})
 
 
 @pytest.mark.parametrize("content", [{}, {"model": {"n_layers": 3}}, {"model": 5}], ids=["empty", "unknown field", "no dict"])

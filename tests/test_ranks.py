@@ -368,6 +368,16 @@ def test_other_version() -> None:
         Replica.from_plan(Checkpoint(tensors={}, state={"version": "0.0"}), ALONE, None)
 
 
+@pytest.mark.parametrize("form", ["fused", "products"])
+def test_attention_of_rank_0(form: str) -> None:
+    """The other ranks compute attention as rank 0 does, whatever is fast on their machines."""
+    leader = Replica(TINY, TrainConfig(), torch.float32)
+    leader.model.transformer.attention = form
+    follower = Replica.from_plan(leader.plan(leader.own_tensors()), ALONE, 1)
+
+    assert follower.model.transformer.attention == form
+
+
 def test_messages() -> None:
     """What is sent is what arrives: a batch, and a state with its tensors."""
     config = TrainConfig(batch_size=2, windows=3)

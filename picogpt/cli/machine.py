@@ -32,6 +32,9 @@ class Machine:
     kernels: Kernels | None
     """None where torch computes the blocks."""
     kernels_reason: str
+    attention: str | None
+    """Form of attention, one of `picogpt.config.ATTENTIONS`; None where it is computed in C."""
+    attention_reason: str
     compile: bool
     """Whether torch.compile translates the blocks."""
 
@@ -62,6 +65,10 @@ class Machine:
         if request.kernels is None and (compiled or device.type != "cpu"):
             wanted = "torch"  # a run that was begun in C goes on elsewhere, which is said, as it was not asked for by name
         kernels, kernels_reason = _kernels(wanted, model, dtype, device, compiled=compiled)
+        attention, attention_reason = None, ""
+        if kernels is None:
+            sequences = config.batch_size // ranks.count
+            attention, attention_reason = _attention(stored, model, sequences, dtype, device)
         return cls(
             device=device,
             device_reason=device_reason,
@@ -71,6 +78,8 @@ class Machine:
             dtype_reason=dtype_reason,
             kernels=kernels,
             kernels_reason=kernels_reason,
+            attention=attention,
+            attention_reason=attention_reason,
             compile=compiled,
         )
 
@@ -95,8 +104,15 @@ class Machine:
             ("dtype", stored.dtype, self.dtype_name),
             ("compile", stored.compile, self.compile),
             ("kernels", stored.kernels, self.kernels_name),
+            ("attention", *self._attention_then_and_now(stored)),
         )
         return [(name, before, now) for name, before, now in now_and_before if before != now]
+
+    def _attention_then_and_now(self, stored: RunSettings) -> tuple[str | None, str | None]:
+        """Alike where other kernels compute it now, which is a change of its own."""
+        if stored.kernels != self.kernels_name:
+            return self.attention, self.attention
+        return (stored.attention or "an older form" if self.attention else None), self.attention
 
     def description(self) -> str:
         """What computes, in a line."""
@@ -104,8 +120,19 @@ class Machine:
             f"computing in {self.dtype_name} ({self.dtype_reason}) with {plural(self.threads, 'thread')} ({self.threads_reason})"
         )
         if self.compile:
-            return f"{said}, blocks compiled by torch (the first steps take longer)"
-        return f"{said}, blocks by functions in {'torch' if self.kernels is None else 'C'} ({self.kernels_reason})"
+            said += ", blocks compiled by torch (the first steps take longer)"
+        else:
+            said += f", blocks by functions in {'torch' if self.kernels is None else 'C'} ({self.kernels_reason})"
+        return said if self.attention is None else f"{said}, attention {self.attention} ({self.attention_reason})"
+
+
+def _attention(stored: RunSettings | None, model: GPTConfig, sequences: int, dtype: DType, device: Device) -> tuple[str, str]:
+    """Form of attention of a run in torch and the reason for it: the one it was begun with, or what is fast here."""
+    from picogpt.attention import choose_attention
+
+    if stored is not None and stored.attention is not None:
+        return stored.attention, "as the run was begun"
+    return choose_attention(model, sequences, dtype, device)
 
 
 def _kernels(wanted: str, model: GPTConfig, dtype: DType, device: Device, *, compiled: bool) -> tuple[Kernels | None, str]:

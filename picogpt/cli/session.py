@@ -187,6 +187,8 @@ class Session:
         trainer = Trainer(model, config, source, machine.dtype, device=machine.device, ranks=self._ranks, kernels=machine.kernels)
         if machine.compile:
             trainer.compile_blocks()
+        if machine.attention is not None:
+            trainer.model.transformer.attention = machine.attention
         trainer.model.transformer.gradient_checkpointing = self.request.gradient_checkpointing
         return trainer
 
@@ -203,6 +205,7 @@ class Session:
             device=self._machine.device.type,
             compile=self._machine.compile,
             kernels=self._machine.kernels_name,
+            attention=self._machine.attention,
             origin=self._origin_path(),
         )
 
