@@ -193,7 +193,8 @@ class Muon(torch.optim.Optimizer):
         for part, mean in zip(parts, stack, strict=True):
             torch.lerp(part.gradient, part.momentum, group["momentum"], out=mean)
         for part, direction in zip(parts, orthogonalize(stack, self._dtype), strict=True):
-            part.weights.mul_(keep)
+            if keep != 1:
+                part.weights.mul_(keep)
             part.weights.addcmul_(direction, _evened_out(direction, part.mean_square, group["beta2"]), value=-length)
 
     def _update_by_kernels(self, kernels: Kernels, parts: Sequence[_Part], group: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from picogpt import __version__
+from picogpt.concurrent import groups_for, set_gradient
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Batch
 from picogpt.device import CPU, choose_device, flush_denormals, keep_freed_memory, set_threads
@@ -176,11 +177,27 @@ class Replica:
         if self.model.config.dropout:
             self._seed_dropout()
         rolls = slice(self.ranks.rank * self._rolls_each, (self.ranks.rank + 1) * self._rolls_each)
-        loss = self.loss(Batch(batch.inputs[rolls], batch.targets[rolls]))
+        share = Batch(batch.inputs[rolls], batch.targets[rolls])
         self.model.zero_grad(set_to_none=True)
+        if self._groups > 1:
+            return self.apply_gradient(rate, set_gradient(self.loss, list(self.model.parameters()), share, self._groups))
+        loss = self.loss(share)
         with reaching():
             loss.backward()  # type: ignore[no-untyped-call]
         return self.apply_gradient(rate, loss.item())
+
+    @property
+    def _groups(self) -> int:
+        """Groups of threads that take sequences of their own.
+
+        The native kernels divide a step's work better; draws of dropout and gradients that are averaged with other ranks'
+        on their way have an order to keep.
+        """
+        by_torch = self.model.transformer.kernels is None and self.device.type == "cpu" and not self._compiled
+        if not by_torch or self.model.config.dropout or self._trained is not self.model:
+            return 1
+        shape = self.model.config
+        return groups_for(self._rolls_each, torch.get_num_threads(), (shape.context_len + 1) * shape.n_embd)
 
     def apply_gradient(self, rate: float, loss: float) -> float:
         """Update the weights by the gradient that they have, unless it is not finite; return the ranks' mean `loss`."""
