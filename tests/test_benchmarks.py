@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,10 +15,12 @@ from benchmarks import common
 from benchmarks.common import in_turns, machine
 from benchmarks.kernels import comparing
 from benchmarks.learn import follow
-from benchmarks.plain import PlainLoop
+from benchmarks.peaks import compile_source, disturbances, measure_peaks, peak_flops
+from benchmarks.plain import NanoGPTLoop, PlainLoop
 from benchmarks.ranks import launch
-from benchmarks.train import flops_per_char
+from benchmarks.train import Row, flops_per_char, report
 from picogpt.config import GPTConfig, TrainConfig
+from picogpt.data import Batch, RepeatedSource
 from picogpt.train import Trainer
 from tests.conftest import TINY, needs_compiler, tiny_source
 
@@ -29,6 +33,129 @@ def test_plain_loop_learns_the_same() -> None:
     plain = PlainLoop(TINY, CONFIG, tiny_source(CONFIG))
 
     assert [plain.update(1e-2) for _ in range(4)] == pytest.approx([ours.update(1e-2) for _ in range(4)], abs=1e-4)
+
+
+def nanogpt() -> tuple[NanoGPTLoop, RepeatedSource]:
+    """Its loop on windows of noise, three a step, and where they come from."""
+    source = RepeatedSource(roll_len=TINY.context_len, batch_size=3)
+    return NanoGPTLoop(TINY, source), source
+
+
+def test_nanogpt_reads_each_window_alone() -> None:
+    """A window's loss does not depend on the others of its batch, and is that of the model without a context slot."""
+    loop, source = nanogpt()
+    inputs, targets = source.train_batch(0)
+    alone = [loop.loss(Batch(inputs[i : i + 1], targets[i : i + 1])).item() for i in range(3)]
+    body, ids = loop.model.transformer, torch.from_numpy(inputs[:1].copy())
+    x = body.wte(ids) + body.wpe.weight[: TINY.context_len]
+    for block in body.h:
+        x = block(x, torch.full((TINY.context_len, TINY.context_len), -torch.inf).triu(1))
+    expected = torch.nn.functional.cross_entropy(loop.model.lm_head(body.ln_f(x))[0], torch.from_numpy(targets[0].copy()))
+
+    assert alone[0] == pytest.approx(expected.item())
+    assert loop.loss(Batch(inputs, targets)).item() == pytest.approx(sum(alone) / 3)
+
+
+def test_nanogpt_settings() -> None:
+    """AdamW's weight decay is 0.1 on matrices and embeddings alone and its betas 0.9 and 0.99; it learns."""
+    loop, source = nanogpt()
+    batch = source.train_batch(0)
+    before = loop.loss(batch).item()
+    loop.update(1e-3)
+    groups = loop.optimizer.param_groups
+
+    assert {(p.dim() >= 2, group["weight_decay"], group["betas"]) for group in groups for p in group["params"]} == {
+        (True, 0.1, (0.9, 0.99)),
+        (False, 0.0, (0.9, 0.99)),
+    }
+    assert loop.loss(batch).item() < before
+    assert loop.chars_per_step == 3 * TINY.context_len
+
+
+def test_nanogpt_clips_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient's norm is brought down to 1."""
+    seen: list[float] = []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda _parameters, most: seen.append(most))
+    nanogpt()[0].update(1e-3)
+
+    assert seen == [1.0]
+
+
+@needs_compiler
+def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply-adds and reads with one thread and with all, and both kinds of products, at rates a second."""
+    monkeypatch.setattr("benchmarks.peaks._WHILE", 0.0)
+    monkeypatch.setattr("benchmarks.peaks._BYTES", 2**22)
+    monkeypatch.setattr("benchmarks.peaks._PRODUCTS", ((64, 64, 64),))
+    peaks = measure_peaks()
+    threads = torch.get_num_threads()
+    all_threads = [] if threads == 1 else [f"FMA, {threads} threads", f"memory, {threads} threads"]
+
+    assert sorted(peaks) == sorted(["FMA, 1 thread", "memory, 1 thread", *all_threads, "float32", "bfloat16"])
+    assert all(1e6 < rate < 1e15 for rate in peaks.values())
+
+
+@needs_compiler
+def test_peaks_count_their_work() -> None:
+    """12 chains of a vector's lanes, two operations each; and four bytes a float, in whole steps."""
+    library = compile_source()
+    assert library is not None
+    lanes = {"AVX512": 16, "AVX2": 8}[torch.backends.cpu.get_cpu_capability()]
+    floats, found = np.arange(12 * lanes * 3, dtype=np.float32), ctypes.c_float()
+    read = library.read_floats(ctypes.c_void_p(floats.ctypes.data), ctypes.c_long(floats.size), ctypes.byref(found))
+
+    assert (read, found.value) == (floats.nbytes, floats.sum())
+    assert library.multiply_add(ctypes.c_long(3), ctypes.byref(found)) == 2 * 3 * 12 * lanes
+    assert found.value == 12 * lanes * 1.75  # 0, 1, 1.5, 1.75
+
+
+def test_peaks_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What needs one is left out."""
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setattr("benchmarks.peaks._WHILE", 0.0)
+    monkeypatch.setattr("benchmarks.peaks._PRODUCTS", ((64, 64, 64),))
+
+    assert list(measure_peaks()) == ["float32", "bfloat16"]
+
+
+def test_peak_of_a_type() -> None:
+    """Products in float32 can at best be as fast as multiply-adds; those in bfloat16 have a limit of their own."""
+    peaks = {"FMA, 1 thread": 1.0, "FMA, 2 threads": 2.0, "memory, 2 threads": 9.0, "float32": 1.5, "bfloat16": 8.0}
+
+    assert (peak_flops(peaks, "float32"), peak_flops(peaks, "bfloat16")) == (2.0, 8.0)
+    assert peak_flops({"float32": 1.5, "bfloat16": 8.0}, "float32") == 1.5
+
+
+def test_disturbances() -> None:
+    """A limit that has changed by more than a tenth, down or up, shows that the machine had other work."""
+    before = {"a": 100.0, "b": 100.0, "c": 100.0}
+
+    assert disturbances(before, {"a": 91.0, "b": 89.0, "c": 111.0}) == ["b", "c"]
+
+
+def test_report() -> None:
+    """Ratios are medians over turns, against the faster nanoGPT way; a machine that was not quiet is said to be one."""
+    flops = flops_per_char(GPTConfig())
+    limits = {"FMA, 2 threads": 1000 * flops, "memory, 2 threads": 2e10, "float32": 800 * flops, "bfloat16": 1.0}
+    rows = [
+        Row("ours", "float32", [600.0, 500.0, 100.0], 700.0),
+        Row("plain", "float32", [300.0, 250.0, 100.0], 900.0),
+        Row("nanoGPT, 20 windows", "float32", [100.0, 100.0, 100.0], 900.0),
+        Row("nanoGPT, 64 windows", "float32", [400.0, 400.0, 100.0], 900.0),
+    ]
+    text = report(rows, limits, limits)
+
+    assert "times nanoGPT: against nanoGPT, 64 windows" in text
+    assert "| ours | float32 | 500 | 1.25 | 2.00 | 50% | 700 |" in text
+    assert "| memory, 2 threads | 20.0 GB/s | 20.0 GB/s |" in text
+    assert "DISTURBED" not in text
+    assert "no C compiler" not in text
+    assert "no C compiler: multiply-adds and memory reads are not measured" in report(
+        rows, *[{"float32": 1.0, "bfloat16": 1.0}] * 2
+    )
+    assert "DISTURBED: not the same before and after: memory, 2 threads;" in report(
+        rows, limits, {**limits, "memory, 2 threads": 1e10}
+    )
 
 
 def test_flops() -> None:

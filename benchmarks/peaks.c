@@ -1,0 +1,41 @@
+/* Two limits of the machine, for benchmarks/peaks.py: fused multiply-adds in registers, and reads of memory.
+
+   WIDTH is the size of a vector in bytes, as given by the compiler's command line. Each function runs on the thread that calls it. */
+
+enum { CHAINS = 12 }; /* sums that do not wait for each other: two units of four or five cycles' latency, and AVX2 has 16 registers */
+
+typedef float vector __attribute__((vector_size(WIDTH)));
+typedef float unaligned __attribute__((vector_size(WIDTH), aligned(4)));
+
+static float total(const vector *sums)
+{
+    vector all = sums[0];
+    for (int i = 1; i < CHAINS; i++) all += sums[i];
+    float result = 0;
+    for (int lane = 0; lane < WIDTH / 4; lane++) result += all[lane];
+    return result;
+}
+
+/* Take `rounds` multiply-adds on each chain; write to `sink`, so that none can be left out, and return the operations. */
+double multiply_add(long rounds, float *sink)
+{
+    vector sums[CHAINS] = {{0}}, half = {0}, one = {0};
+    half += 0.5f, one += 1.0f; /* x / 2 + 1 stays below 2: neither denormal nor infinite */
+    for (long round = 0; round < rounds; round++)
+#pragma GCC unroll 12
+        for (int i = 0; i < CHAINS; i++) sums[i] = sums[i] * half + one;
+    *sink = total(sums);
+    return 2.0 * rounds * CHAINS * (WIDTH / 4);
+}
+
+/* Read `count` floats, add them up into `sink`, and return the bytes read. */
+double read_floats(const float *from, long count, float *sink)
+{
+    vector sums[CHAINS] = {{0}};
+    const long step = CHAINS * (WIDTH / 4), blocks = count / step;
+    for (long block = 0; block < blocks; block++)
+#pragma GCC unroll 12
+        for (int i = 0; i < CHAINS; i++) sums[i] += *(const unaligned *)(from + block * step + i * (WIDTH / 4));
+    *sink = total(sums);
+    return 4.0 * blocks * step;
+}
