@@ -10,7 +10,8 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator
+import urllib.parse
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,8 +35,12 @@ class Hub:
         self.faults: list[Any] = []
         """For the requests of data that come next: a status, "reset", "cut" (less than was promised), "short" (less, and no
         more promised), "junk" (other bytes), "hang", or "loop" (redirected for ever); None is an answer."""
+        self.fault_of: Callable[[int], Any] = lambda _: None
+        """The fault of each request of any kind, by its number from 0 on; None is an answer."""
         self.released = threading.Event()
         """Ends what hangs."""
+        self.data = ".parquet"
+        """How the names of files end whose requests `faults` are for."""
         self.down = False
         """Whether every connection is refused."""
         self.requests: list[str] = []
@@ -64,6 +69,7 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
+    fault: Any = None
 
     def setup(self) -> None:
         super().setup()
@@ -84,11 +90,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         hub = self.hub
-        path = self.path.partition("?")[0]
+        path = urllib.parse.unquote(self.path.partition("?")[0])
         hub.requests.append(f"{self.command} {path}")
-        if hub.down:
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
+        self.fault = "reset" if hub.down else hub.fault_of(len(hub.requests) - 1)
+        if self._fails_whole(self.fault):
             return
         resolve = re.fullmatch(rf"/datasets/{hub.repository}/resolve/([^/]+)/(.*)", path)
         tree = re.fullmatch(rf"/api/datasets/{hub.repository}/tree/{hub.commit}/?(.*)", path)
@@ -122,20 +127,12 @@ class _Handler(BaseHTTPRequestHandler):
         if not body:
             self._send(200, b"", {**headers, "Content-Length": str(len(content))})
             return
-        fault = self.hub.faults.pop(0) if self.hub.faults and name.endswith(".parquet") else None
-        if fault == "loop" or self.path.endswith("again"):
+        if self.fault is None and self.hub.faults and name.endswith(self.hub.data):
+            self.fault = self.hub.faults.pop(0)
+        if self.fault == "loop" or self.path.endswith("again"):
             self._send(302, b"", {"Location": f"{self.path.partition('?')[0]}?again"})
             return
-        if fault == "hang":
-            self.close_connection = True
-            self.hub.released.wait(30)
-            return
-        if isinstance(fault, int):
-            self._send(fault, b"", {"Retry-After": "0"})
-            return
-        if fault == "reset":
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
+        if self._fails_whole(self.fault):
             return
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         status, part = 200, content
@@ -143,23 +140,40 @@ class _Handler(BaseHTTPRequestHandler):
             end = min(int(asked[2] or len(content) - 1), len(content) - 1)
             status, part = 206, content[int(asked[1]) : end + 1]
             headers["Content-Range"] = f"bytes {asked[1]}-{end}/{len(content)}"
-        if fault in {"junk", "short"}:
-            part = bytes(len(part)) if fault == "junk" else part[: len(part) // 2]
-        if fault == "cut":
-            self._send(status, part[: len(part) // 2], {**headers, "Content-Length": str(len(part))})
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
         self._send(status, part, headers)
 
+    def _fails_whole(self, fault: Any) -> bool:
+        """Do what a fault of a whole request is; False if there is none."""
+        if isinstance(fault, int):
+            self._send(fault, b"", {"Retry-After": "0"})
+            return True
+        if fault not in {"hang", "reset"}:
+            return False
+        self.close_connection = True
+        if fault == "hang":
+            self.hub.released.wait(30)
+        else:
+            self.connection.shutdown(socket.SHUT_RDWR)
+        return True
+
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        half, promised = content[: len(content) // 2], len(content)
+        if self.fault == "junk":
+            content = bytes(len(content))
+        elif self.fault == "short":
+            content, promised = half, len(half)
+        elif self.fault == "cut":
+            content = half
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+        for name, value in {"Content-Length": str(promised), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content)
             self.hub.bytes_sent += len(content)
+        if self.fault == "cut":
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Server(ThreadingHTTPServer):

@@ -19,7 +19,7 @@ from picogpt.cli import eval as evaluation
 from picogpt.cli import evaltexts
 from picogpt.cli.report import Report
 from picogpt.config import Budget, DataConfig, RunSettings, Schedule, TrainConfig
-from picogpt.data import articles, hub, read_texts
+from picogpt.data import Shards, articles, read_texts
 from picogpt.model import GPT
 from picogpt.run import RunFolder
 from picogpt.scores import Scores
@@ -142,9 +142,9 @@ def test_validation_text_of_a_stream(run: RunFolder, text_file: Path, capsys: Ca
 def test_articles_of_a_stream(run: RunFolder, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Articles for validation that are long enough, at the run's commit, until there are enough characters."""
     of(run, dataset="org/name", characters=None, commit="c" * 40, files=("file",), format="parquet", text_column="body")
-    asked: list[hub.Shards] = []
+    asked: list[Shards] = []
 
-    def rows(shards: hub.Shards, file: str, start: int) -> Iterator[tuple[str]]:
+    def rows(shards: Shards, file: str, start: int) -> Iterator[tuple[str]]:
         asked.append(shards)
         yield from (("short",) if i % 2 else (f"article {i} " * 10,) for i in range(start, 500))
 
@@ -190,8 +190,8 @@ def test_ngram_of_a_stream(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> N
 def test_articles_of_another_stream(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """That the run may have read them elsewhere is said, and its n-gram is not counted on what it has not read."""
     of(run, dataset="org/other", characters=None, commit="d" * 40, files=("x",), format="parquet")
-    shards = hub.Shards(files=("one",), format="parquet", columns=("text",), commit="c" * 40)
-    monkeypatch.setattr("picogpt.data.find_shards", lambda _: shards)
+    shards = Shards(files=("one",), format="parquet", columns=("text",), commit="c" * 40)
+    monkeypatch.setattr("picogpt.data.find_shards", lambda *_: shards)
     monkeypatch.setattr(articles, "read_rows", lambda _shards, file, start: ((f"{file} {i}. " * 9,) for i in range(start, 99)))
     assert evaluate("--dataset", "org/name", "--chars", "100") == 0
     err = capsys.readouterr().err
@@ -204,9 +204,10 @@ def test_a_stream_of_short_articles(run: RunFolder, monkeypatch: pytest.MonkeyPa
     """It is not searched without end for articles of enough length."""
     of(run, dataset="org/name", characters=None, commit="c" * 40, files=("one",), format="parquet")
     monkeypatch.setattr(evaltexts, "MOST_READ", 1000)
+    monkeypatch.setattr(articles, "READ_AHEAD", 2000)
     asked: list[int] = []
 
-    def rows(_shards: hub.Shards, _file: str, start: int) -> Iterator[tuple[str]]:
+    def rows(_shards: Shards, _file: str, start: int) -> Iterator[tuple[str]]:
         for i in range(start, 9999):
             asked.append(i)
             yield ("short",)
@@ -215,7 +216,7 @@ def test_a_stream_of_short_articles(run: RunFolder, monkeypatch: pytest.MonkeyPa
 
     assert evaluate("--dataset", "org/name") == 1
     assert "too short to evaluate: it takes two articles of at least 25 characters" in capsys.readouterr().err
-    assert len(asked) == 201
+    assert 200 < len(asked) < 9999
 
 
 def test_ngram_without_a_text(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

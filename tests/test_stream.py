@@ -43,8 +43,8 @@ from picogpt.data import (
     stream,
 )
 from picogpt.data.articles import Article, Place
-from picogpt.data.hub import Row
 from picogpt.data.outage import Outage
+from picogpt.data.shards import Row
 from picogpt.errors import ConfigError, DataError
 from picogpt.run import RunFolder
 from picogpt.tokenizer import CharTokenizer
@@ -263,7 +263,7 @@ def test_outages_are_waited_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert found == expected
     assert len(notices) == 24
-    assert re.fullmatch(r"file-\d, row \d+: ConnectionError: reset; no answer for 0 s, trying on for 86,400 s more", notices[0])
+    assert re.fullmatch(r"file-\d, row \d+: ConnectionError: reset; no answer for 0 s, retrying for 86,400 s more", notices[0])
     assert notices[1] == "the stream is back after 0 s"
 
 
@@ -302,9 +302,11 @@ def test_hours_of_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.waits[:8] == [1, 2, 4, 8, 16, 32, 60, 60]
     assert times[0] == 0
     assert all(60 <= later - earlier <= 120 for earlier, later in itertools.pairwise(times[:-1]))
-    assert notices[1][1].startswith("f, row 3: ConnectionError: down; no answer for 63 s, trying on for 86,337 s more")
+    assert notices[1][1].startswith("f, row 3: ConnectionError: down; no answer for 63 s, retrying for 86,337 s more")
     assert notices[-1] == (clock.now, f"the stream is back after {clock.now:,.0f} s")
-    with pytest.raises(DataError, match=r"f, row 3: no answer for 86,4\d\d s \(reset\); the same command goes on"):
+    with pytest.raises(
+        DataError, match=r"f, row 3: no answer for 86,4\d\d s \(reset\); check the network, then start the same command again"
+    ):
         wait_for_ever(waiting)
 
 
@@ -327,7 +329,9 @@ def test_gives_up_after_a_stated_time(monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_source(read=Broken([ConnectionError("down")] * 10**6, every=1))
     source.begin(NOWHERE)
 
-    with pytest.raises(DataError, match=r"no answer for \d s \(ConnectionError: down\); the same command goes on"):
+    with pytest.raises(
+        DataError, match=r"no answer for \d s \(ConnectionError: down\); check the network, then start the same command again"
+    ):
         source.train_batch(0)
     source.close()
 
@@ -365,10 +369,9 @@ def test_articles_of_all_sizes() -> None:
 def test_a_column_of_numbers(here: Path) -> None:
     """A column that holds no text is one line, and not waited for."""
     pq.write_table(pa.table({"text": list(range(50))}), here / "train.parquet")
-    shards = find_shards(StreamSpec(name="x", path=str(here)))
 
     with pytest.raises(DataError, match="train.parquet: column text holds int, not text; name another one with --text-column"):
-        next(ArticleReader(shards, 0, lambda _: None).articles(Place(0, 0, 0)))
+        find_shards(StreamSpec(name="x", path=str(here)))
 
 
 def test_folder_without_a_part_for_training(here: Path) -> None:
@@ -416,7 +419,7 @@ def test_too_small_for_validation() -> None:
     only = next(file for file in FILES if not articles._is_for_validation(file, 0))
     reader = ArticleReader(SHARDS, 7, lambda _: None, lambda file, row: iter([("one",)] if file == only else []))
 
-    with pytest.raises(DataError, match="the data set is too small"):
+    with pytest.raises(DataError, match="file-0 and 2 more files: too small, not one article in it is for validation"):
         draw_validation(reader)
 
 
@@ -433,12 +436,13 @@ def test_stop_while_waiting() -> None:
     straight.begin(NOWHERE)
     expected = batches(straight, range(200))
     straight.close()
-    source = make_source(read=stuck)
+    notices: list[str] = []
+    source = make_source(read=stuck, notify=notices.append)
     source.begin(NOWHERE)
     k = 0
     with contextlib.suppress(WaitInterrupted):
         for k in range(1000):
-            source.train_batch(k, lambda: True)
+            source.train_batch(k, lambda: bool(notices) and not source._reader._buffer._items)
     assert 0 < k < 180
     arrays, plain = source.snapshot()
     source.close()
@@ -728,7 +732,7 @@ def test_going_on_without_the_hub(hub: Hub, here: Path) -> None:
     assert offline[0] == changed[0] == 1
     assert "unset HF_HUB_OFFLINE to go on" in offline[2]
     assert re.search(rf"wikipedia@{COMMIT}/.*parquet: cannot be read \(.*\); .*--fresh starts over", changed[2])
-    assert re.search(r"train-0000\d-of-00003.parquet, row \d+: ConnectError: .*refused; no answer for 0 s, trying on", failed)
+    assert re.search(r"train-0000\d-of-00003.parquet, row \d+: ConnectError: .*refused; no answer for 0 s, retrying for", failed)
     assert (code, out.count("epoch 3 of 3")) == (0, 1), err
     assert "the stream is back after" in err
     assert not [request for request in hub.requests if "README" in request]
@@ -740,7 +744,7 @@ def test_going_on_without_the_hub(hub: Hub, here: Path) -> None:
         (["--dataset", "nobody/nothing"], {}, "nobody/nothing: no such data set on the hub, or one that needs permission"),
         (["--dataset", "wikimedia/wikipedia:20231101.xx"], {}, "BuilderConfig '20231101.xx' not found"),
         (["--text-column", "body"], {}, "wikimedia/wikipedia: it has no column body; name one of id, text with --text-column"),
-        ([], {"HF_HUB_OFFLINE": "1"}, "wikimedia/wikipedia: the hub cannot be reached"),
+        ([], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, and a stream needs the hub; unset HF_HUB_OFFLINE to go on"),
     ],
     ids=["wrong name", "wrong part", "missing column", "offline"],
 )

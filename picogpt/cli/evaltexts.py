@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -212,18 +213,19 @@ def _read_own(settings: RunSettings, scratch: Path, *, local: bool) -> Corpus:
 
 def _streamed_text(trained: Trained, dataset: str, text_column: str | None, roll_len: int, chars: int) -> EvalText:
     """The first articles for validation of a stream, at the run's own commit if it is the run's stream."""
-    from picogpt.data import ArticleReader, Shards, check_unknown, find_shards, resolve_stream
+    from picogpt.data import ArticleReader, Shards, check_environment, check_unknown, find_shards, resolve_stream
 
     spec = resolve_stream(dataset, text_column)
     stored = trained.settings.data if trained.settings else None
-    own = stored is not None and stored.dataset in {spec.name, spec.path}
+    own = stored is not None and stored.dataset in {spec.name, spec.address}
     if stored is not None and stored.characters is None and not own:
         notice(f"warning: the run was trained on another stream, {stored.dataset}; it may have read some of these articles there")
     if stored is not None and stored.commit and stored.format and stored.dataset == spec.name and text_column is None:
         spec = replace(spec, columns=(stored.text_column,) if stored.text_column else spec.columns)
         shards = Shards(files=stored.files, format=stored.format, columns=spec.columns, commit=stored.commit)
+        check_environment()
     else:
-        shards = find_shards(spec)
+        shards = find_shards(spec, notice)
     where = f"at commit {shards.commit[:12]}" if shards.commit else "in this folder"
     files = plural(len(shards.files), "file")
     notice(f"{spec.path}: {files} {where}; the articles that no run on it is trained on, one in twenty")
@@ -251,15 +253,14 @@ def validation_articles(reader: ArticleReader, roll_len: int, chars: int) -> Ite
 
     After `MOST_READ` characters it ends with what there is.
     """
-    from picogpt.data.articles import Place
-
     total = count = read = 0
-    for article in reader.articles(Place(0, 0, 0)):
-        if article.place.epoch > 0 or (total >= chars and count >= 2) or read >= MOST_READ:
-            return
-        read += len(article.ids)
-        rolls = (len(article.ids) - 1) // roll_len
-        if article.for_validation and rolls:
-            total += rolls * roll_len
-            count += 1
-            yield article.ids
+    with contextlib.closing(reader.taken()) as taken:
+        for article in taken:
+            if article.place.epoch > 0 or (total >= chars and count >= 2) or read >= MOST_READ:
+                return
+            read += len(article.ids)
+            rolls = (len(article.ids) - 1) // roll_len
+            if article.for_validation and rolls:
+                total += rolls * roll_len
+                count += 1
+                yield article.ids

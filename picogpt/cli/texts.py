@@ -103,18 +103,19 @@ class _Streamed:
     @functools.cached_property
     def _shards(self) -> Shards:
         """The files: those of the run's commit, which need no network to be named, or the newest ones."""
-        from picogpt.data import Shards, find_shards
+        from picogpt.data import Shards, check_environment, find_shards
 
         stored = self._stored
         if stored is None or stored.commit is None or stored.format is None or stored.dataset != self._spec.name:
-            return find_shards(self._spec)
+            return find_shards(self._spec, notice)
+        check_environment()
         return Shards(files=stored.files, format=stored.format, columns=self._spec.columns, commit=stored.commit)
 
     def describe(self) -> DataConfig:
         """Its commit, its files and their fingerprint."""
         shards = self._shards
         return DataConfig(
-            dataset=self._spec.name if shards.commit else self._spec.path,
+            dataset=self._spec.address,
             name=self.name,
             characters=None,
             sha256=shards.fingerprint,
@@ -132,26 +133,27 @@ class _Streamed:
         where = f"at commit {self._shards.commit[:12]}" if self._shards.commit else "in this folder"
         files = plural(len(self._shards.files), "file")
         notice(f"{self._spec.path}: {files} {where}, streamed; one article in twenty is for validation")
-        val_ids = run.load_validation() if run else self._draw_validation(config.seed)
+        roll_len = config.windows * model.context_len
+        val_ids = run.load_validation() if run else self._draw_validation(config.seed, roll_len)
         notice(f"validation text: {len(val_ids):,} characters, the same for the whole run")
         return StreamSource(
             ArticleReader(self._shards, config.seed, notice, fold=self._fold),
             val_ids,
-            roll_len=config.windows * model.context_len,
+            roll_len=roll_len,
             batch_size=config.batch_size,
             seed=config.seed,
         )
 
-    def _draw_validation(self, seed: int) -> Ids:
+    def _draw_validation(self, seed: int, roll_len: int) -> Ids:
         """The validation text; the articles that are read for it show what the stream's characters are.
 
         Raises:
-            DataError: there is none, or most of these articles' characters are unknown.
+            DataError: there is none, the stream is too short, or most of these articles' characters are unknown.
         """
-        from picogpt.data import ArticleReader, check_unknown, draw_validation
+        from picogpt.data import START_PATIENCE, ArticleReader, check_unknown, draw_validation
 
-        reader = ArticleReader(self._shards, seed, notice, fold=self._fold)
-        ids = draw_validation(reader)
+        reader = ArticleReader(self._shards, seed, notice, fold=self._fold, patience=START_PATIENCE)
+        ids = draw_validation(reader, roll_len=roll_len)
         notice(f"{self._spec.path}: of its first {reader.tally.characters:,} characters: {reader.tally}")
         check_unknown(self._spec.path, reader.tally, notice)
         return ids

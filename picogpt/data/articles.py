@@ -6,10 +6,12 @@ where it stands, is for validation. What was read ahead is no state: whoever goe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,13 +20,15 @@ import numpy.typing as npt
 
 from picogpt.config import TextConfig
 from picogpt.data.batches import Stop, WaitInterrupted
-from picogpt.data.hub import Row, Shards, explain, read_rows, remedy
+from picogpt.data.hub import read_rows
+from picogpt.data.network import explain, is_network, remedy
 from picogpt.data.outage import Closed, Outage
+from picogpt.data.shards import Row, Shards
 from picogpt.encodings import unify_text
 from picogpt.errors import DataError
 from picogpt.tokenizer import SPECIAL_IDS, TEXT_IDS, CharTokenizer, Tally, TextEncoder
 
-__all__ = ["SEPARATOR", "Article", "ArticleReader", "Ids", "Place", "draw_validation", "join_articles"]
+__all__ = ["SEPARATOR", "Article", "ArticleReader", "Ids", "PassLength", "Place", "draw_validation", "join_articles"]
 
 Ids = npt.NDArray[np.uint8]
 Notify = Callable[[str], None]
@@ -35,10 +39,14 @@ VALIDATION_CHARS = 256_000
 ONE_IN = 20
 """One article in so many is for validation."""
 READ_AHEAD = 1 << 24
-"""Characters that wait between the reader and training, a byte each: a network may be gone while they last."""
+"""Bytes, one a character, that wait between the reader and training: a network may be gone while they last."""
 
 _QUESTION_TOKENS = ("<Q>", "</Q>", "<A>", "</A>")
 """Special tokens around a question and its answer."""
+_ARTICLE_SIZE = 500
+"""Bytes that an article takes beside its characters: of articles of a few characters each, millions would be read ahead."""
+_LITTLE_AHEAD = 1 << 20
+"""Bytes read ahead where only the first articles are wanted."""
 _STREAM_SHARDS = 3
 """Number of the random stream that orders the files."""
 
@@ -74,15 +82,25 @@ class ArticleReader:
         notify: told in a line of every wait.
         read: rows of a file from a row on.
         fold: whether characters outside ASCII are folded (`picogpt.folding`).
+        patience: seconds of failures after which to give up; None for `picogpt.data.outage.PATIENCE`.
     """
 
-    def __init__(self, shards: Shards, seed: int, notify: Notify, read: Read | None = None, *, fold: bool = True) -> None:
+    def __init__(
+        self,
+        shards: Shards,
+        seed: int,
+        notify: Notify,
+        read: Read | None = None,
+        *,
+        fold: bool = True,
+        patience: float | None = None,
+    ) -> None:
         self._shards, self._seed, self._fold = shards, seed, fold
         self._read: Read = read or (lambda file, row: read_rows(shards, file, row))
         self._encoder = TextEncoder(fold=fold)
         self._buffer = _Buffer()
         self._closed = threading.Event()
-        self._outage = Outage(notify, self._closed.wait)
+        self._outage = Outage(notify, self._closed.wait, patience=patience)
         self._thread: threading.Thread | None = None
 
     @property
@@ -96,6 +114,12 @@ class ArticleReader:
         """What encoding changed in the articles that were read so far."""
         return self._encoder.tally
 
+    @property
+    def name(self) -> str:
+        """The data set, by its files."""
+        first, *others = self._shards.files
+        return f"{first} and {len(others)} more files" if others else first
+
     def start(self, place: Place) -> None:
         """Begin to read at `place`."""
         self._thread = threading.Thread(target=self._run, args=(place,), name="articles", daemon=True)
@@ -107,30 +131,48 @@ class ArticleReader:
         self._buffer.close()
         if self._thread is not None:
             # A read that hangs ends by itself later, or with the process.
-            self._thread.join(timeout=1)
+            self._thread.join(timeout=0.3)
 
     def take(self, stop: Stop) -> Article:
         """The next article.
 
         Raises:
-            WaitInterrupted: `stop` said so while none was there.
+            WaitInterrupted: `stop` said so.
             DataError: there will be no more.
         """
-        while (item := self._buffer.get(timeout=0.2)) is None:
+        item = None
+        while item is None:
+            # Asked for every article, not only where there is none: a pool can take minutes to fill.
             if stop():
                 raise WaitInterrupted
-        if isinstance(item, DataError):
-            raise item
-        return item
+            item = self._buffer.get(timeout=0.2)
+        if isinstance(item, Article):
+            return item
+        raise item
+
+    def taken(self) -> Generator[Article, None, None]:
+        """All articles from the first one on, read in the thread, so that Ctrl-C is heard whatever a library waits for.
+
+        Raises:
+            DataError: there will be no more.
+        """
+        self._buffer = _Buffer(_LITTLE_AHEAD)
+        self.start(Place(0, 0, 0))
+        try:
+            while True:
+                yield self.take(lambda: False)
+        finally:
+            self.close()
 
     def _run(self, place: Place) -> None:
         try:
             for article in self.articles(place):
                 self._buffer.put(article)
-        except DataError as error:
-            self._buffer.put(error)
         except Closed:
             pass
+        except Exception as error:
+            with contextlib.suppress(Closed):
+                self._buffer.put(error)
 
     def articles(self, place: Place) -> Iterator[Article]:
         """All articles from `place` on, pass after pass, without end; waits out failures.
@@ -140,7 +182,7 @@ class ArticleReader:
         """
         empty = 0
         found = True
-        while True:
+        while not self._closed.is_set():
             if place.file == 0 and place.row == 0:
                 if not found:
                     raise DataError(f"{self._shards.files[0]}: no text in the whole data set; check --text-column")
@@ -175,7 +217,7 @@ class ArticleReader:
             except Exception as error:  # the libraries below raise nearly anything when a connection breaks
                 if advice := remedy(error):
                     raise DataError(f"{file}: cannot be read ({explain(error)}); {advice}") from error
-                self._outage.wait(f"{file.rpartition('/')[2]}, row {row:,}", explain(error))
+                self._outage.wait(f"{file.rpartition('/')[2]}, row {row:,}", explain(error), damaged=not is_network(error))
                 rows = self._read(file, row)
                 continue
             self._outage.over()
@@ -195,29 +237,30 @@ class ArticleReader:
 
 
 class _Buffer:
-    """What was read and not yet taken: up to `READ_AHEAD` characters, and whatever their number one article."""
+    """Articles that were read and not yet taken: up to `READ_AHEAD` bytes, or `limit`, and whatever its length one article."""
 
-    def __init__(self) -> None:
-        self._items: deque[Article | DataError] = deque()
+    def __init__(self, limit: float = math.inf) -> None:
+        self._limit = limit
+        self._items: deque[Article | Exception] = deque()
         self._size = 0
         self._closed = False
         self._changed = threading.Condition()
 
-    def put(self, item: Article | DataError) -> None:
+    def put(self, item: Article | Exception) -> None:
         """Add `item` once there is room.
 
         Raises:
             Closed: nobody takes it any more.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._size < READ_AHEAD)
+            self._changed.wait_for(lambda: self._closed or self._size < min(READ_AHEAD, self._limit))
             if self._closed:
                 raise Closed
             self._items.append(item)
             self._size += _size(item)
             self._changed.notify()
 
-    def get(self, timeout: float) -> Article | DataError | None:
+    def get(self, timeout: float) -> Article | Exception | None:
         """The oldest item, or None if none comes within `timeout` seconds."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._items, timeout):
@@ -234,13 +277,13 @@ class _Buffer:
             self._changed.notify_all()
 
 
-def _size(item: Article | DataError) -> int:
-    return len(item.ids) if isinstance(item, Article) else 0
+def _size(item: Article | Exception) -> int:
+    return _ARTICLE_SIZE + len(item.ids) if isinstance(item, Article) else 0
 
 
 def _is_for_validation(file: str, row: int) -> bool:
     """By a hash of file and row, so that an article is always on the same side."""
-    digest = hashlib.sha256(f"{file.rpartition('/')[2]}:{row}".encode()).digest()
+    digest = hashlib.sha256(f"{file.rpartition('/')[2]}:{row}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "little") % ONE_IN == 0
 
 
@@ -248,25 +291,73 @@ def join_articles(reader: ArticleReader, characters: int, *, for_validation: boo
     """The first articles of one side, joined, until they have so many characters or the data set is at its end; may be empty."""
     parts: list[Ids] = []
     total = 0
-    for article in reader.articles(Place(0, 0, 0)):
-        if article.place.epoch > 0 or total >= characters:
-            break
-        if article.for_validation is for_validation:
-            parts += [article.ids, SEPARATOR]
-            total += len(article.ids) + len(SEPARATOR)
+    with contextlib.closing(reader.taken()) as taken:
+        for article in taken:
+            if article.place.epoch > 0 or total >= characters:
+                break
+            if article.for_validation is for_validation:
+                parts += [article.ids, SEPARATOR]
+                total += len(article.ids) + len(SEPARATOR)
     return np.concatenate(parts)[:characters] if parts else np.zeros(0, np.uint8)
 
 
-def draw_validation(reader: ArticleReader, characters: int = VALIDATION_CHARS) -> Ids:
-    """The first articles for validation, joined (`join_articles`).
+def draw_validation(reader: ArticleReader, characters: int | None = None, *, roll_len: int = 0) -> Ids:
+    """The first articles for validation, joined.
+
+    Args:
+        reader: where articles come from; not started, and closed afterwards.
+        characters: how many to draw; None for `VALIDATION_CHARS`.
+        roll_len: characters in a sequence, of which the other articles must make one at least.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no article for validation, or the data set is too short to train on.
     """
-    ids = join_articles(reader, characters, for_validation=True)
-    if len(ids) < 2:
-        raise DataError("the data set is too small: not one article in it is for validation; use --text for small texts")
-    return ids
+    wanted = VALIDATION_CHARS if characters is None else characters
+    parts: list[Ids] = []
+    drawn, left = 0, PassLength(reader.name, roll_len, Place(0, 0, 0))
+    with contextlib.closing(reader.taken()) as taken:
+        for article in taken:
+            left.count(article)
+            if article.place.epoch > 0 or drawn >= wanted:
+                break
+            if article.for_validation:
+                parts += [article.ids, SEPARATOR]
+                drawn += len(article.ids) + len(SEPARATOR)
+    if drawn < 2:
+        raise DataError(f"{reader.name}: too small, not one article in it is for validation; use --text for small texts")
+    return np.concatenate(parts)[:wanted]
+
+
+class PassLength:
+    """Checks that each pass over a data set has text for one sequence at least, so that nobody turns in it for ever.
+
+    Args:
+        name: of the data set.
+        roll_len: characters in a sequence.
+        begun: the place of the first article that is counted.
+    """
+
+    def __init__(self, name: str, roll_len: int, begun: Place) -> None:
+        self._name, self._roll_len = name, roll_len
+        self._epoch, self._from_start = begun.epoch, begun[1:] == (0, 0)
+        self._chars = 0
+
+    def count(self, article: Article) -> None:
+        """Add the next article.
+
+        Raises:
+            DataError: it begins a pass, and all of the pass before had too little text to train on.
+        """
+        if article.place.epoch != self._epoch:
+            if self._from_start and self._chars <= self._roll_len:
+                raise DataError(
+                    f"{self._name}: too short, {self._chars:,} characters to train on where a sequence takes "
+                    f"{self._roll_len + 1:,} (one article in {ONE_IN} is for validation); give more text, smaller --windows or "
+                    "--context-len, or a small text with --text"
+                )
+            self._epoch, self._from_start, self._chars = article.place.epoch, True, 0
+        if not article.for_validation:
+            self._chars += len(article.ids) + len(SEPARATOR)
 
 
 _NEWLINE = CharTokenizer().encode("\n")

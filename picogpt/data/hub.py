@@ -1,4 +1,4 @@
-"""Data sets of the hub, and folders laid out like them, file by file: the one place that touches `datasets`.
+"""Data sets of the hub, and folders laid out like them (`picogpt.data.local`): the one place that touches `datasets`.
 
 Nothing is downloaded as a whole. The list of files is fixed by a commit, which belongs to the run; each file is then streamed
 on its own, so that the order of files and the place in them are ours to keep.
@@ -6,18 +6,20 @@ on its own, so that the order of files and the place in them are ours to keep.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from picogpt.data.local import find_local, read_local
+from picogpt.data.network import check_environment, connect_once, explain, first_line, is_network, remedy
+from picogpt.data.outage import START_PATIENCE, Outage, in_background
+from picogpt.data.shards import Row, Shards, as_row
 from picogpt.errors import ConfigError, DataError
 
-__all__ = ["NAMED_STREAMS", "Shards", "StreamSpec", "explain", "find_shards", "read_rows", "remedy", "resolve_stream"]
-
-Row = tuple[str, ...]
+__all__ = ["NAMED_STREAMS", "StreamSpec", "find_shards", "read_rows", "resolve_stream"]
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
@@ -37,9 +39,19 @@ class StreamSpec:
     """The column that holds the text, or those of question and answer."""
 
     @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder of this computer."""
+        return Path(self.path).is_absolute()
+
+    @property
+    def address(self) -> str:
+        """A name for it that means the same from any folder."""
+        return (self.path + (f":{self.config}" if self.config else "")) if self.is_folder else self.name
+
+    @property
     def short_name(self) -> str:
         """The last part of its name, as a run can be called."""
-        last = self.name.partition(":")[0].rstrip("/").rpartition("/")[2]
+        last = Path(self.path).name if self.is_folder else self.name.partition(":")[0].rpartition("/")[2]
         return re.sub(r"[^A-Za-z0-9._-]", "-", last).lstrip("._-")[:64] or "stream"
 
 
@@ -51,28 +63,8 @@ NAMED_STREAMS = {
 """Data sets with a name of their own."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shards:
-    """The files of a data set at one commit."""
-
-    files: tuple[str, ...]
-    """Their addresses, in the data set's own order."""
-    format: str
-    """Name of the reader: parquet, json, text, ..."""
-    columns: tuple[str, ...]
-    """Columns to read."""
-    commit: str | None
-    """The hub's commit; None for a folder."""
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the columns and of what the files are called and, in a folder, how long they are."""
-        sizes = [Path(file).stat().st_size if self.commit is None else 0 for file in self.files]
-        return hashlib.sha256(repr((self.columns, list(zip(self.files, sizes, strict=True)))).encode()).hexdigest()
-
-
 def resolve_stream(name: str, text_column: str | None) -> StreamSpec:
-    """The data set that `name` means: a name of `NAMED_STREAMS`, a folder, or the hub's ORG/NAME[:CONFIG].
+    """The data set that `name` means: a name of `NAMED_STREAMS`, a folder, FOLDER:CONFIG, or the hub's ORG/NAME[:CONFIG].
 
     Raises:
         ConfigError: it is none of these.
@@ -81,8 +73,15 @@ def resolve_stream(name: str, text_column: str | None) -> StreamSpec:
     if name in NAMED_STREAMS:
         named = NAMED_STREAMS[name]
         return named if text_column is None else replace(named, columns=columns)
-    if Path(name).is_dir():
-        return StreamSpec(name=name, path=str(Path(name).absolute()), columns=columns)
+    # A folder called `d:e` is itself, and not the part `e` of `d`.
+    folder, _, part = name.rpartition(":")
+    for path, config in ((name, None), (folder, part)):
+        if path and Path(path).is_dir():
+            return StreamSpec(name=name, path=str(Path(path).absolute()), config=config, columns=columns)
+    if Path(name).exists():
+        raise ConfigError(f"dataset {name} is a file; name the folder that it is in, or give a plain text with --text", "dataset")
+    if Path(name).is_absolute() or name.startswith((".", "~")):
+        raise ConfigError(f"dataset {name}: there is no such folder", "dataset")
     if _HUB_NAME.fullmatch(name):
         path, _, config = name.partition(":")
         return StreamSpec(name=name, path=path, config=config or None, columns=columns)
@@ -92,70 +91,121 @@ def resolve_stream(name: str, text_column: str | None) -> StreamSpec:
     )
 
 
-def find_shards(spec: StreamSpec) -> Shards:
+def find_shards(spec: StreamSpec, notify: Callable[[str], None] = lambda _: None) -> Shards:
     """Ask the hub, or look into the folder, for the files of `spec`'s part `train` at the newest commit.
 
+    A hub that does not answer is asked again for `picogpt.data.outage.START_PATIENCE` seconds.
+
+    Args:
+        spec: the data set.
+        notify: told in a line of every wait.
+
     Raises:
-        DataError: the data set, its part or its column is not there, or the hub cannot be reached.
+        DataError: the data set, its part or its column is not there, a file of a folder cannot be read, a variable of the
+            environment is malformed, or the hub does not answer.
     """
+    if spec.is_folder:
+        return find_local(Path(spec.path), spec.config, spec.columns)
+    return in_background(lambda pause: _find_on_hub(spec, Outage(notify, pause, patience=START_PATIENCE)))
+
+
+def _find_on_hub(spec: StreamSpec, outage: Outage) -> Shards:
+    while True:
+        try:
+            return _ask_hub(spec)
+        except DataError:  # noqa: PERF203 - a try that fails waits for a second at least
+            raise
+        except Exception as error:  # the libraries below raise nearly anything when a connection breaks
+            if advice := remedy(error):
+                raise DataError(f"{spec.path}: the hub cannot be reached ({explain(error)}); {advice}") from error
+            outage.wait(spec.path, explain(error), damaged=not is_network(error))
+
+
+def _ask_hub(spec: StreamSpec) -> Shards:
+    """The list of files and the names of the columns, as of now."""
     datasets = _library()
     try:
         builder = datasets.load_dataset_builder(spec.path, spec.config)
     except datasets.exceptions.DatasetNotFoundError as error:
+        if is_network(error):
+            raise
         raise DataError(
-            f"{spec.path}: no such data set on the hub, or one that needs permission (set HF_TOKEN); {_first_line(error)}"
+            f"{spec.path}: no such data set on the hub, or one that needs permission (set HF_TOKEN); {first_line(error)}"
         ) from error
+    except (datasets.data_files.EmptyDatasetError, datasets.exceptions.DataFilesNotFoundError) as error:
+        raise DataError(f"{spec.path}: there is no file of a data set in it ({first_line(error)})") from error
     except ValueError as error:
-        raise DataError(f"{spec.path}: {_first_line(error)}; name one of these as {spec.path}:CONFIG") from error
-    except OSError as error:
-        raise DataError(
-            f"{spec.path}: the hub cannot be reached ({_first_line(error)}); check the network and HF_HUB_OFFLINE, or use --text"
-        ) from error
+        if "onfig" not in first_line(error):
+            raise
+        raise DataError(f"{spec.path}: {first_line(error)}; name one of these as {spec.path}:CONFIG") from error
     found = dict(builder.config.data_files or {})
     files = tuple(str(file) for file in found.get("train", ()))
     if not files or builder.name is None:
         raise DataError(f"{spec.path}: it has no files of a part named train; there are {', '.join(map(str, found)) or 'none'}")
     commit = _COMMIT.search(files[0])
-    shards = Shards(files=files, format=builder.name, columns=spec.columns, commit=commit[1] if commit else None)
-    _check_columns(spec, shards)
+    assert commit is not None, files[0]
+    shards = Shards(files=files, format=builder.name, columns=spec.columns, commit=commit[1])
+    names = _column_names(shards)
+    missing = [column for column in spec.columns if column not in names]
+    if missing:
+        raise DataError(f"{spec.path}: it has no column {missing[0]}; name one of {', '.join(names)} with --text-column")
     return shards
 
 
-def _check_columns(spec: StreamSpec, shards: Shards) -> None:
+def _column_names(shards: Shards) -> list[str]:
+    """The columns of the first file; those of a CSV or a text are known only once a row has been read."""
+    rows = _open(shards, shards.files[0])
+    if rows.column_names is not None:
+        return list(rows.column_names)
+    iterator = iter(rows)
     try:
-        names = _open(shards, shards.files[0]).column_names
-    except OSError as error:
-        raise DataError(f"{shards.files[0]}: cannot be read ({explain(error)}); check the network") from error
-    missing = [column for column in spec.columns if column not in (names or ())]
-    if missing:
-        raise DataError(f"{spec.path}: it has no column {missing[0]}; name one of {', '.join(names or ())} with --text-column")
+        return list(next(iterator, {}))
+    finally:
+        iterator.close()
 
 
+@functools.cache
 def _library() -> Any:
     """`datasets`, told to leave waiting, and talking about it, to us: by itself it would be silent for minutes, then give up."""
+    check_environment()
     import datasets
     import huggingface_hub
 
     datasets.disable_progress_bars()
+    # What another service of the hub may know of the data set is of no use here, and could keep a start waiting.
+    datasets.config.USE_PARQUET_EXPORT = False
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
     for name in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN"):
         setattr(datasets.config, f"STREAMING_{name}_RETRY_INTERVAL", 0)
     for logging in (datasets.logging, huggingface_hub.logging):
         logging.set_verbosity(logging.CRITICAL)
+    connect_once()
     return datasets
 
 
 def _open(shards: Shards, file: str, **options: Any) -> Any:
-    return _library().load_dataset(shards.format, data_files={"train": [file]}, split="train", streaming=True, **options)
+    """The rows of one file, whose name is taken as it is: `load_dataset` would take it for a pattern."""
+    datasets = _library()
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    if shards.format == "csv":
+        # A text may be the word NA. Tables of tabs are read as csv too, which the list of files does not keep.
+        options |= {"keep_default_na": False, "sep": "\t" if ".tsv" in file else ","}
+    builder_class = datasets.load.import_main_class(_PACKAGED_DATASETS_MODULES[shards.format][0])
+    files = datasets.data_files.DataFilesDict({"train": datasets.data_files.DataFilesList([file], [(file,)])})
+    return builder_class(data_files=files, dataset_name=shards.format, **options).as_streaming_dataset(split="train")
 
 
 def read_rows(shards: Shards, file: str, start: int) -> Iterator[Row]:
     """The columns of each row of one file, from row `start` on; null is an empty text.
 
     Raises:
-        DataError: a column holds something else than text.
-        Exception: whatever the libraries raise where the file cannot be read.
+        DataError: a column holds something else than text, or a local file cannot be read.
+        Exception: whatever the libraries raise where a file of the hub cannot be read.
     """
+    if shards.commit is None:
+        yield from read_local(shards, file, start)
+        return
     columns = list(shards.columns)
     # Of a parquet file no more than these columns is downloaded.
     rows = _open(shards, file, **({"columns": columns} if shards.format == "parquet" else {})).select_columns(columns)
@@ -164,46 +214,7 @@ def read_rows(shards: Shards, file: str, start: int) -> Iterator[Row]:
     iterator = iter(rows)
     try:
         for row in iterator:
-            yield tuple(_text(row[column], column, file) for column in columns)
+            yield as_row(columns, row, file)
     finally:
         # A reader that is left open goes on reading.
         iterator.close()
-
-
-def _text(value: Any, column: str, file: str) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    raise DataError(f"{file}: column {column} holds {type(value).__name__}, not text; name another one with --text-column")
-
-
-def remedy(error: BaseException) -> str | None:
-    """What to do about an error that waiting does not mend; None where it may."""
-    for cause in _causes(error):
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if type(cause).__name__ == "OfflineModeIsEnabled":
-            return "unset HF_HUB_OFFLINE to go on"
-        if isinstance(cause, PermissionError) or status in {401, 403}:
-            return "set HF_TOKEN to one that may read it"
-        if isinstance(cause, FileNotFoundError) or status in {404, 410, 416}:
-            return "it is there no more, or not at the run's commit; --fresh starts over with the newest"
-    return None
-
-
-def explain(error: BaseException) -> str:
-    """What happened, on one line, as the innermost error tells it."""
-    *_, innermost = _causes(error)
-    return f"{type(innermost).__name__}: {_first_line(innermost)[:200]}"
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, what it was raised from, and so on."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.config import TextConfig
-from picogpt.data.articles import ONE_IN, READ_AHEAD, SEPARATOR, Article, ArticleReader, Ids, Place
+from picogpt.data.articles import ONE_IN, READ_AHEAD, SEPARATOR, Article, ArticleReader, Ids, PassLength, Place
 from picogpt.data.batches import Batch, Stop, ValidationStore, even_rolls
 from picogpt.wording import plural
 
@@ -104,6 +104,10 @@ class StreamSource:
     def begin(self, run: ValidationStore) -> None:
         """Begin with the data set's first article; `run` keeps the validation text."""
         run.save_validation(self.val_ids)
+        self._start_reading()
+
+    def _start_reading(self) -> None:
+        self._pass = PassLength(self._reader.name, self._roll_len, self._place)
         self._reader.start(self._place)
 
     def close(self) -> None:
@@ -114,8 +118,8 @@ class StreamSource:
         """The batch of step k; steps are asked for in order.
 
         Raises:
-            WaitInterrupted: `stop` said so while the stream had nothing; nothing is lost.
-            DataError: the stream has ended for good.
+            WaitInterrupted: `stop` said so before the batch was whole; nothing is lost.
+            DataError: the stream has ended for good, or is too short to train on.
         """
         missing = len(self._pool) - self._filled if self._filled < len(self._pool) else self._batch_size
         while len(self._fresh) < missing:
@@ -153,6 +157,7 @@ class StreamSource:
         """Take articles until one more sequence can be cut, and cut it."""
         while len(self._carry) <= self._roll_len:
             article = self._reader.take(stop)
+            self._pass.count(article)
             self._place = article.after
             self._usage.count(article)
             if not article.for_validation:
@@ -193,4 +198,4 @@ class StreamSource:
         self._carry = arrays["carry"].copy()
         self._fresh = list(zip(arrays["fresh"].copy(), plain["fresh"], strict=True))
         self._place, self._usage = Place(*plain["place"]), Usage(**plain["usage"])
-        self._reader.start(self._place)
+        self._start_reading()
