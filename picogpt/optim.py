@@ -19,7 +19,7 @@ from torch import Tensor
 
 from picogpt.config import Schedule, TrainConfig
 from picogpt.errors import ConfigError
-from picogpt.kernels.compiled import Kernels, addresses
+from picogpt.kernels.compiled import Kernels, MuonStep
 from picogpt.model import GPT
 
 __all__ = [
@@ -200,16 +200,11 @@ class Muon(torch.optim.Optimizer):
     def _update_by_kernels(self, kernels: Kernels, parts: Sequence[_Part], group: Mapping[str, Any]) -> None:
         """The same for any number of them."""
         rows, columns = parts[0].shape
-        settings = (
-            group["momentum"],
-            group["beta2"],
-            *_step_of(group, rows, columns),
-            _MARGIN,
-            *itertools.chain(*_POLAR_EXPRESS),
-        )
+        decay, length = _step_of(group, rows, columns)
+        reuse = _in_a_row(rows, columns, self._dtype)
+        step = MuonStep(group["momentum"], group["beta2"], decay, length, _MARGIN, _POLAR_EXPRESS, reuse)
         assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for part in parts for tensor in part)
-        table = addresses(itertools.chain(*parts))
-        kernels.update_matrices(table, settings, _in_a_row(rows, columns, self._dtype), rows, columns)
+        kernels.update_matrices([part._asdict() for part in parts], step)
         # So that autograd notices it where the weights are needed as they were.
         torch.autograd.graph.increment_version([part.weights for part in parts])
 

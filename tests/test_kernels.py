@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import os
 import re
 import shutil
-import types
 import weakref
+from collections.abc import Callable
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ import torch
 from picogpt.config import GPTConfig, Schedule, TrainConfig
 from picogpt.device import has_matrix_tiles, instruction_set
 from picogpt.errors import TrainingError
-from picogpt.kernels import build, compiled
+from picogpt.kernels import bindings, build, compiled
 from picogpt.kernels.block import FusedBlocks
 from picogpt.kernels.compiled import Kernels, addresses, choose_kernels, compile_kernels
 from picogpt.model import GPT, Block
@@ -181,7 +184,7 @@ def test_recomputing_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def bytes_of_room(fused: FusedBlocks) -> int:
     """Of all memory that is held for the blocks."""
-    values = [tensor for blocks in fused._room.values for values in blocks for tensor in values]
+    values = [tensor for blocks in fused._workspace.windows for block in blocks for tensor in block.values()]
     storages = {tensor.untyped_storage() for tensor in values}
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -207,15 +210,54 @@ def test_scores_beyond_all_numbers(shape: str, dtype: torch.dtype) -> None:
     assert all(map(math.isnan, losses))
 
 
+@needs_compiler
 def test_another_shape() -> None:
     """Functions for another model are refused before they could write where nothing is theirs."""
-    numbers = {"uses_matrix_tiles": lambda: 0, "panel_columns": lambda: 8}
-    library = types.SimpleNamespace(room_units=types.SimpleNamespace(), **numbers)
-    for name in compiled._ARGUMENTS:
-        setattr(library, name, types.SimpleNamespace())
-    kernels = Kernels(library, SHAPES["heads of 16"], torch.float32, "cc")  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="compiled for another model"):
-        make_trainer(kernels)
+        make_trainer(kernels_for("heads of 16"))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda fields: (fields[1], fields[0], *fields[2:]), r"\('pass.activations', 0, 8\), \('pass.activations', 8, 8\)"),
+        (lambda fields: fields[:-1], r"\('pass.keep', 32, 4\)"),
+        (lambda fields: (*fields[:-1], ("keep", ctypes.c_int64)), r"\('pass.keep', 32, 4\), \('pass.keep', 32, 8\)"),
+        (lambda fields: (*fields[:-1], ("kept", ctypes.c_int32)), r"\('pass.keep', 32, 4\), \('pass.kept', 32, 4\)"),
+    ],
+    ids=["swapped", "missing", "longer", "renamed"],
+)
+def test_layouts_that_differ(
+    change: Callable[[tuple[Any, ...]], tuple[Any, ...]], difference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A structure that is not the same on both sides is noticed when the library is loaded, and named."""
+    other = type("Pass", (ctypes.Structure,), {"_fields_": change(tuple(bindings.Pass._fields_))})
+    library = kernels_for("heads of 8")._library
+    bindings.check_layout(library)
+    monkeypatch.setitem(bindings._STRUCTURES, "pass", other)
+
+    with pytest.raises(AssertionError, match=rf"^bindings.h and bindings.py differ: \[.*{difference}"):
+        bindings.check_layout(library)
+
+
+@needs_compiler
+def test_constants_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is a constant that has another value."""
+    monkeypatch.setitem(bindings._CONSTANTS, "GRADS", IntEnum("Other", {"PER_WINDOW": 1, "DEFERRED": 0}))
+
+    with pytest.raises(AssertionError, match=r"\('GRADS_DEFERRED', 0, 0\), \('GRADS_DEFERRED', 1, 0\)"):
+        bindings.check_layout(kernels_for("heads of 8")._library)
+
+
+def test_fields_by_name() -> None:
+    """A structure is filled by name, and with contiguous tensors alone."""
+    tensors = {name: torch.zeros(2, 3) for name, *_ in bindings.MuonMatrix._fields_}
+    assert compiled.structure_of(bindings.MuonMatrix, tensors).momentum == tensors["momentum"].data_ptr()
+    with pytest.raises(AssertionError, match="MuonMatrix has .*'mean_square'.*, got .*'mean'"):
+        compiled.structure_of(bindings.MuonMatrix, {**dict(list(tensors.items())[:3]), "mean": torch.zeros(1)})
+    with pytest.raises(AssertionError):
+        compiled.structure_of(bindings.MuonMatrix, {**tensors, "momentum": torch.zeros(3, 2).T})
 
 
 @needs_compiler
@@ -456,7 +498,7 @@ def test_more_threads(threads: int, dtype: torch.dtype) -> None:
     kernels, model = kernels_for(shape, dtype), model_of(shape)
     shared = copy.copy(kernels)
     shared.threads = threads
-    shared.__dict__.pop("room", None)  # is as large as its threads need
+    shared.__dict__.pop("workspace", None)  # is as large as its threads need
     _, one = loss_and_gradients(model, kernels, 300, dtype)
     for again in (False, True):
         model.transformer.gradient_checkpointing = again

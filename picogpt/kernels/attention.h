@@ -2,29 +2,44 @@
 
 #define NEVER (-INFINITY)
 
-/* Which of the entries from j on row i sees. Entries are masked rather than overwritten one by one: a vector that is read
-   right after parts of it were written waits for them. */
-static inline integers seen(int i, int j) {
+/* Which of the scores from column j on belong to row i: those of slots up to its own. Entries are masked rather than overwritten one
+   by one: a vector that is read right after parts of it were written waits for them. */
+static inline integers causal_mask(int i, int j) {
     integers lane;
     for (int k = 0; k < LANES; k++) lane[k] = k;
     return lane <= i - j;
 }
 
-static inline vector only(integers where, vector x) { return (vector)((integers)x & where); }
+static inline vector mask_and(integers mask, vector x) { return (vector)((integers)x & mask); }
 
-static inline float largest(const float *x, int i) {
+/* The largest of row i's scores. */
+static inline float row_max_of(const float *scores, int i) {
     vector found = {0};
     int j = 0;
     for (found += NEVER; j + LANES <= i + 1; j += LANES) {
-        vector next = load_float(x + j);
+        vector next = load_float(scores + j);
         found = choose(next < found, found, next);
     }
     if (j <= i) {
-        vector next = load_float(x + j);
-        found = choose(seen(i, j) & ~(next < found), next, found);
+        vector next = load_float(scores + j);
+        found = choose(causal_mask(i, j) & ~(next < found), next, found);
     }
     return largest_of(found);
 }
+
+/* One head of one roll, in one window. In a row of qkv, (slots, 3C), are q of all heads, then k, then v. */
+struct head {
+    number *qkv;    /* its q in the first row; the backward pass writes the gradient over it */
+    number *out;    /* its output in the first row of (slots, C): written by the forward pass */
+    float *row_max; /* (slots) of each row of scores: written by the forward pass */
+    float *inv_sum; /* (slots) 1 / the sum of the exponentials of score - row_max; likewise */
+    int slots;
+};
+
+/* A row's softmax is inv_sum x e^(scale x score - row_max). */
+struct softmax_row {
+    float scale, row_max, inv_sum;
+};
 
 #if defined(MATRIX_TILES) && HEAD % 32 == 0
 #include "attention_tiles.h"
@@ -32,25 +47,23 @@ static inline float largest(const float *x, int i) {
 #include "attention_vectors.h"
 #endif
 
-/* A share of the heads, of all rolls one after the other: what they read of qkv (R, 3C), in `out` (R, C), and of their
-   scores 2 R H statistics: the largest of each slot, and then 1 over the sum of their exponentials, each less that largest. */
-static void attention(const number *qkv, number *out, float *statistics, struct share share) {
-    const long slots = share.slots;
-    float *tops = statistics, *shares = statistics + share.rows * HEADS;
-    for (long n = share.first_head; n < share.end_head; n++) {
-        long first = n / HEADS * slots * WIDTH, column = n % HEADS * HEAD;
-        attend(&own, qkv + 3 * first + column, out + first + column, tops + n * slots, shares + n * slots, slots);
-    }
+/* Head n, counted over all rolls, of qkv (R, 3C), out (R, C) and the softmax's statistics (2, rolls, H, slots). */
+static struct head head_of(number *qkv, number *out, float *stats, const struct work *work, long n) {
+    const long row = n / HEADS * work->slots * WIDTH, column = n % HEADS * HEAD;
+    float *row_max = stats + n * work->slots, *inv_sum = row_max + work->rows * HEADS;
+    return (struct head){qkv + 3 * row + column, out + row + column, row_max, inv_sum, work->slots};
 }
 
-/* The gradient of qkv is written over it; that of its bias is added to `sums`, a row for each roll. */
-static void attention_backward(const number *gradient, number *qkv, const number *out, const float *statistics, float *sums,
-                               struct share share) {
-    const long slots = share.slots;
-    const float *tops = statistics, *shares = statistics + share.rows * HEADS;
-    for (long n = share.first_head; n < share.end_head; n++) {
-        long first = n / HEADS * slots * WIDTH, column = n % HEADS * HEAD;
-        attend_backward(&own, gradient + first + column, qkv + 3 * first + column, out + first + column, tops + n * slots,
-                        shares + n * slots, sums + n / HEADS * 3 * WIDTH + column, slots);
+/* A thread's heads, forward: qkv is read, the other two are written. */
+static void attention(number *qkv, number *out, float *stats, struct work work) {
+    for (long n = work.first_head; n < work.end_head; n++) attend(&tls_buffers, head_of(qkv, out, stats, &work, n));
+}
+
+/* Backward: d_out (R, C) is the gradient of `out`; that of qkv is written over it, and that of its bias is added to `bias_grad`, a
+   row for each roll. */
+static void attention_backward(const number *d_out, const struct activations *a, float *bias_grad, struct work work) {
+    for (long n = work.first_head; n < work.end_head; n++) {
+        struct head head = head_of(a->qkv, a->att_out, a->softmax_stats, &work, n);
+        attend_backward(&tls_buffers, head, d_out + (head.out - a->att_out), bias_grad + n / HEADS * 3 * WIDTH + n % HEADS * HEAD);
     }
 }

@@ -10,10 +10,11 @@ typedef unit columns_of_head[HEAD / 2][SIDE] __attribute__((aligned(64))); /* th
 typedef unit pairs_of_head[HEAD / 32][SIDE / 2][32]
     __attribute__((aligned(64))); /* entries of one slot and the next are a unit */
 
-struct head {
-    rows_of_head q, gradient;
+/* Everything of one head, of the slots of a window. */
+struct buffers {
+    rows_of_head q, d_out;
     columns_of_head k_columns, v_columns;
-    pairs_of_head q_pairs, k_pairs, v_pairs, gradient_pairs;
+    pairs_of_head q_pairs, k_pairs, v_pairs, d_out_pairs;
     /* Of 32 rows: */
     float scores[32][SIDE] __attribute__((aligned(64))), d_weights[32][SIDE] __attribute__((aligned(64)));
     number weights[32][SIDE] __attribute__((aligned(64))), d_scores[32][SIDE] __attribute__((aligned(64)));
@@ -21,7 +22,7 @@ struct head {
     float d_k[SIDE][HEAD] __attribute__((aligned(64))), d_v[SIDE][HEAD] __attribute__((aligned(64)));
 };
 
-static _Thread_local struct head own;
+static _Thread_local struct buffers tls_buffers;
 
 /* 16 units of slot i, or zeros beyond the last slot. */
 static inline units of_slot(const number *from, long stride, int i, int slots) {
@@ -53,7 +54,7 @@ static void read_pairs(pairs_of_head to, const number *from, long stride, int sl
 /* 32 rows of scores, or gradients of weights, from row `first` on: rows x columns, as far as the last of them sees. */
 static inline void multiply_rows_with_columns(float scores[32][SIDE], rows_of_head rows, columns_of_head columns, int first) {
     for (int j = 0; j <= first; j += 32) {
-        multiply_tiles(1, &scores[0][j], SIDE, 0, (struct tiles){rows[first], 2 * HEAD, 64},
+        multiply_tiles(32, &scores[0][j], SIDE, WRITE_TO, (struct tiles){rows[first], 2 * HEAD, 64},
                        (struct tiles){&columns[0][j], 4 * SIDE, 64 * SIDE}, HEAD / 32);
     }
 }
@@ -61,7 +62,7 @@ static inline void multiply_rows_with_columns(float scores[32][SIDE], rows_of_he
 /* (32, HEAD) = weights x those rows, given in pairs, that are seen by the last of the 32 from `first` on. */
 static inline void multiply_with_pairs(float result[32][HEAD], number weights[32][SIDE], pairs_of_head pairs, int first) {
     for (int d = 0; d < HEAD; d += 32) {
-        multiply_tiles(1, &result[0][d], HEAD, 0, (struct tiles){weights, 2 * SIDE, 64}, tiles_of_panel(pairs[d / 32][0]),
+        multiply_tiles(32, &result[0][d], HEAD, WRITE_TO, (struct tiles){weights, 2 * SIDE, 64}, tiles_of_panel(pairs[d / 32][0]),
                        first / 32 + 1);
     }
 }
@@ -73,19 +74,19 @@ static inline void add_transposed_product(float sums[SIDE][HEAD], number weights
         pack_left(&weights[0][j], columns[0], SIDE, 32, 32, 16);
         for (int d = 0; d < HEAD; d += 32) {
             struct tiles left = {columns, 64, 0}, right = tiles_of_panel(pairs[d / 32][first / 2]);
-            if (j < first) multiply_tiles(1, &sums[j][d], HEAD, 1, left, right, 1);
-            else multiply_tiles(1, &sums[j][d], HEAD, 0, left, right, 1);
+            if (j < first) multiply_tiles(32, &sums[j][d], HEAD, ADD_TO, left, right, 1);
+            else multiply_tiles(32, &sums[j][d], HEAD, WRITE_TO, left, right, 1);
         }
     }
 }
 
-/* share x e^(scale x score - top) for what row i sees, and zeros up to `end`; returns their sum. */
-static inline float weigh(number *weights, const float *scores, int i, int end, float scale, float top, float share) {
+/* The softmax of row i, rounded, and zeros up to `end`; returns the sum. */
+static inline float exponentiate(number *weights, const float *scores, int i, int end, struct softmax_row row) {
     vector sum = {0};
     int j = 0;
     for (; j <= i; j += LANES) {
-        vector found = exponential(load_float(scores + j) * scale - top) * share;
-        if (j + LANES > i + 1) found = only(seen(i, j), found);
+        vector found = exponential(load_float(scores + j) * row.scale - row.row_max) * row.inv_sum;
+        if (j + LANES > i + 1) found = mask_and(causal_mask(i, j), found);
         store(weights + j, found);
         sum += found;
     }
@@ -93,42 +94,45 @@ static inline float weigh(number *weights, const float *scores, int i, int end, 
     return sum_of(sum);
 }
 
-static void attend(struct head *head, const number *qkv, number *out, float *tops, float *shares, int slots) {
+static void attend(struct buffers *b, struct head head) {
     const long row = 3 * WIDTH;
+    const int slots = head.slots;
     const float scale = 1 / sqrtf(HEAD);
-    read_rows(head->q, qkv, row, slots);
-    read_columns(head->k_columns, qkv + WIDTH, row, slots);
-    read_pairs(head->v_pairs, qkv + 2 * WIDTH, row, slots);
+    read_rows(b->q, head.qkv, row, slots);
+    read_columns(b->k_columns, head.qkv + WIDTH, row, slots);
+    read_pairs(b->v_pairs, head.qkv + 2 * WIDTH, row, slots);
     for (int first = 0; first < slots; first += 32) {
         int count = slots - first < 32 ? slots - first : 32;
-        multiply_rows_with_columns(head->scores, head->q, head->k_columns, first);
+        multiply_rows_with_columns(b->scores, b->q, b->k_columns, first);
         for (int r = 0; r < count; r++) {
             int i = first + r;
-            tops[i] = scale * largest(head->scores[r], i);
-            shares[i] = 1 / weigh(head->weights[r], head->scores[r], i, first + 32, scale, tops[i], 1);
+            head.row_max[i] = scale * row_max_of(b->scores[r], i);
+            struct softmax_row softmax = {scale, head.row_max[i], 1};
+            head.inv_sum[i] = 1 / exponentiate(b->weights[r], b->scores[r], i, first + 32, softmax);
         }
-        multiply_with_pairs(head->result, head->weights, head->v_pairs, first);
+        multiply_with_pairs(b->result, b->weights, b->v_pairs, first);
         for (int r = 0; r < count; r++) {
-            for (int d = 0; d < HEAD; d += LANES)
-                store(out + (long)(first + r) * WIDTH + d, load_float(&head->result[r][d]) * shares[first + r]);
+            number *to = head.out + (long)(first + r) * WIDTH;
+            for (int d = 0; d < HEAD; d += LANES) store(to + d, load_float(&b->result[r][d]) * head.inv_sum[first + r]);
         }
     }
 }
 
-/* Weights of row i, and the gradient of its scores, scale and all. */
-static inline void weigh_backward(struct head *head, int r, int i, int end, float scale, float top, float share, float mean) {
-    float *scores = head->scores[r], *d_weights = head->d_weights[r];
+/* The softmax of row i, r of the 32, and the gradient of its scores, scale and all; zeros from slot i on, up to `end`. `mean` is that
+   of the softmax's gradient. */
+static inline void softmax_backward(struct buffers *b, int r, int i, int end, struct softmax_row row, float mean) {
+    float *scores = b->scores[r], *d_weights = b->d_weights[r];
     int j = 0;
     for (; j <= i; j += LANES) {
-        vector weights = exponential(load_float(scores + j) * scale - top) * share;
-        vector d_scores = weights * (load_float(d_weights + j) - mean) * scale;
-        if (j + LANES > i + 1) weights = only(seen(i, j), weights), d_scores = only(seen(i, j), d_scores);
-        store(head->weights[r] + j, weights);
-        store(head->d_scores[r] + j, d_scores);
+        vector weights = exponential(load_float(scores + j) * row.scale - row.row_max) * row.inv_sum;
+        vector d_scores = weights * (load_float(d_weights + j) - mean) * row.scale;
+        if (j + LANES > i + 1) weights = mask_and(causal_mask(i, j), weights), d_scores = mask_and(causal_mask(i, j), d_scores);
+        store(b->weights[r] + j, weights);
+        store(b->d_scores[r] + j, d_scores);
     }
     for (; j < end; j += LANES) {
-        store(head->weights[r] + j, (vector){0});
-        store(head->d_scores[r] + j, (vector){0});
+        store(b->weights[r] + j, (vector){0});
+        store(b->d_scores[r] + j, (vector){0});
     }
 }
 
@@ -145,35 +149,46 @@ static inline void put_rows(number *out, long stride, float *sums, float rows[][
     }
 }
 
-static void attend_backward(struct head *head, const number *gradient, number *qkv, const number *out, const float *tops,
-                            const float *shares, float *sums, int slots) {
+/* What the backward pass multiplies with, in each order that it is needed in. */
+static void read_for_backward(struct buffers *b, struct head head, const number *d_out) {
     const long row = 3 * WIDTH;
+    read_rows(b->q, head.qkv, row, head.slots);
+    read_pairs(b->q_pairs, head.qkv, row, head.slots);
+    read_columns(b->k_columns, head.qkv + WIDTH, row, head.slots);
+    read_pairs(b->k_pairs, head.qkv + WIDTH, row, head.slots);
+    read_columns(b->v_columns, head.qkv + 2 * WIDTH, row, head.slots);
+    read_rows(b->d_out, d_out, WIDTH, head.slots);
+    read_pairs(b->d_out_pairs, d_out, WIDTH, head.slots);
+}
+
+/* d_out is the gradient of the head's output, in rows of C; the gradient of its part of qkv's bias is added to `bias_grad` (3C). */
+static void attend_backward(struct buffers *b, struct head head, const number *d_out, float *bias_grad) {
+    const long row = 3 * WIDTH;
+    const int slots = head.slots;
     const float scale = 1 / sqrtf(HEAD);
-    read_rows(head->q, qkv, row, slots);
-    read_pairs(head->q_pairs, qkv, row, slots);
-    read_columns(head->k_columns, qkv + WIDTH, row, slots);
-    read_pairs(head->k_pairs, qkv + WIDTH, row, slots);
-    read_columns(head->v_columns, qkv + 2 * WIDTH, row, slots);
-    read_rows(head->gradient, gradient, WIDTH, slots);
-    read_pairs(head->gradient_pairs, gradient, WIDTH, slots);
+    read_for_backward(b, head, d_out);
     for (int first = 0; first < slots; first += 32) {
         int count = slots - first < 32 ? slots - first : 32;
-        multiply_rows_with_columns(head->scores, head->q, head->k_columns, first);
-        multiply_rows_with_columns(head->d_weights, head->gradient, head->v_columns, first);
+        multiply_rows_with_columns(b->scores, b->q, b->k_columns, first);
+        multiply_rows_with_columns(b->d_weights, b->d_out, b->v_columns, first);
         for (int r = 0; r < 32; r++) {
             int i = first + r;
             vector products = {0};
             for (int d = 0; r < count && d < HEAD; d += LANES) {
-                products += load(out + (long)i * WIDTH + d) * load(gradient + (long)i * WIDTH + d);
+                products += load(head.out + (long)i * WIDTH + d) * load(d_out + (long)i * WIDTH + d);
             }
-            if (r < count) weigh_backward(head, r, i, first + 32, scale, tops[i], shares[i], sum_of(products));
-            else weigh_backward(head, r, -1, first + 32, 0, 0, 0, 0);
+            struct softmax_row none = {0};
+            if (r >= count) softmax_backward(b, r, -1, first + 32, none, 0);
+            else {
+                struct softmax_row softmax = {scale, head.row_max[i], head.inv_sum[i]};
+                softmax_backward(b, r, i, first + 32, softmax, sum_of(products));
+            }
         }
-        multiply_with_pairs(head->result, head->d_scores, head->k_pairs, first);
-        put_rows(qkv + first * row, row, sums, head->result, count);
-        add_transposed_product(head->d_k, head->d_scores, head->q_pairs, first);
-        add_transposed_product(head->d_v, head->weights, head->gradient_pairs, first);
+        multiply_with_pairs(b->result, b->d_scores, b->k_pairs, first);
+        put_rows(head.qkv + first * row, row, bias_grad, b->result, count);
+        add_transposed_product(b->d_k, b->d_scores, b->q_pairs, first);
+        add_transposed_product(b->d_v, b->weights, b->d_out_pairs, first);
     }
-    put_rows(qkv + WIDTH, row, sums + WIDTH, head->d_k, slots);
-    put_rows(qkv + 2 * WIDTH, row, sums + 2 * WIDTH, head->d_v, slots);
+    put_rows(head.qkv + WIDTH, row, bias_grad + WIDTH, b->d_k, slots);
+    put_rows(head.qkv + 2 * WIDTH, row, bias_grad + 2 * WIDTH, b->d_v, slots);
 }

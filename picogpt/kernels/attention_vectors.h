@@ -8,13 +8,15 @@
 #define COLUMNS UP(SLOTS, (TILE_COLUMNS * LANES))
 #define PADDED UP(SLOTS, TILE_ROWS)
 
-struct head {
-    vector q[PADDED][VECTORS], k[PADDED][VECTORS], v[PADDED][VECTORS], gradient[PADDED][VECTORS];
-    vector columns[HEAD][COLUMNS / LANES]; /* keys or values, transposed */
-    float weights[PADDED][COLUMNS] __attribute__((aligned(64))), scores[PADDED][COLUMNS] __attribute__((aligned(64)));
+/* Everything of one head, of the slots of a window. */
+struct buffers {
+    vector q[PADDED][VECTORS], k[PADDED][VECTORS], v[PADDED][VECTORS], d_out[PADDED][VECTORS];
+    vector columns[HEAD][COLUMNS / LANES];                        /* keys or values, transposed */
+    float weights[PADDED][COLUMNS] __attribute__((aligned(64)));  /* the backward pass's softmax */
+    float scores[PADDED][COLUMNS] __attribute__((aligned(64)));   /* and then the softmax or the gradient of the scores */
 };
 
-static _Thread_local struct head own;
+static _Thread_local struct buffers tls_buffers;
 
 /* Rows beyond the last slot are zero, as tiles reach beyond it. */
 static void read_rows(vector to[PADDED][VECTORS], const number *from, long stride, float scale, int slots) {
@@ -55,49 +57,68 @@ static void multiply_causal(float scores[PADDED][COLUMNS], vector rows[PADDED][V
     }
 }
 
-/* out[r] = shares[r] x sum over k of factors[r * row_step + k * step] x rows[k], for `count` rows r, and added to `total`; it
-   is called with a constant there, so that the sums stay in registers. */
-static inline __attribute__((always_inline)) void combine(int count, number *out, long stride, vector total[VECTORS],
-                                                          const float *shares, const float *factors, int row_step, int step,
-                                                          vector rows[PADDED][VECTORS], int first, int end) {
+/* Rows of an output, `stride` apart, with the sum of all of them. */
+struct out_rows {
+    number *at;
+    long stride;
+    vector *total; /* (VECTORS) added to */
+};
+
+/* Factors of a sum over rows k: factor k of output row r is at[r * row_step + k * step]. */
+struct factors {
+    const float *at;
+    int row_step, step, first, end; /* k from `first` to `end` */
+};
+
+/* out[r] = inv_sum[r], if there is one, x the sum over k of factor k x rows[k], for `count` rows r; it is called with a constant
+   there, so that the sums stay in registers. */
+static inline __attribute__((always_inline)) void combine(int count, struct out_rows out, const float *inv_sum, struct factors f,
+                                                          vector rows[PADDED][VECTORS]) {
     vector sums[ROWS][VECTORS] = {0};
-    for (int k = first; k < end; k++) {
+    for (int k = f.first; k < f.end; k++) {
         for (int r = 0; r < count; r++) {
-            for (int v = 0; v < VECTORS; v++) sums[r][v] += factors[r * row_step + k * step] * rows[k][v];
+            for (int v = 0; v < VECTORS; v++) sums[r][v] += f.at[r * f.row_step + k * f.step] * rows[k][v];
         }
     }
     for (int r = 0; r < count; r++) {
         for (int v = 0; v < VECTORS; v++) {
-            if (shares) sums[r][v] *= shares[r];
-            store(out + r * stride + v * LANES, sums[r][v]);
-            total[v] += sums[r][v];
+            if (inv_sum) sums[r][v] *= inv_sum[r];
+            store(out.at + r * out.stride + v * LANES, sums[r][v]);
+            out.total[v] += sums[r][v];
         }
     }
 }
 
-/* Each row i of `factors` times those `rows` that it sees, up to its own; the sum of all that in `sums`, if there is one. */
-static inline void combine_seen(number *out, long stride, float *sums, const float *shares, float factors[PADDED][COLUMNS],
-                                vector rows[PADDED][VECTORS], int slots) {
+/* The causal product of factors (slots, slots) and rows: row i is summed over k <= i. With `sums`, the sum of all output rows is added
+   to it. */
+static inline void causal_product(number *out, long stride, float *sums, const float *inv_sum, float factors[PADDED][COLUMNS],
+                                  vector rows[PADDED][VECTORS], int slots) {
     vector total[VECTORS] = {0};
     int i = 0;
     for (; i + ROWS <= slots; i += ROWS) {
-        combine(ROWS, out + i * stride, stride, total, shares ? shares + i : 0, factors[i], COLUMNS, 1, rows, 0, i + ROWS);
+        struct factors f = {factors[i], COLUMNS, 1, 0, i + ROWS};
+        combine(ROWS, (struct out_rows){out + i * stride, stride, total}, inv_sum ? inv_sum + i : 0, f, rows);
     }
     for (; i < slots; i++) {
-        combine(1, out + i * stride, stride, total, shares ? shares + i : 0, factors[i], COLUMNS, 1, rows, 0, i + 1);
+        struct factors f = {factors[i], COLUMNS, 1, 0, i + 1};
+        combine(1, (struct out_rows){out + i * stride, stride, total}, inv_sum ? inv_sum + i : 0, f, rows);
     }
     for (int v = 0; sums && v < VECTORS; v++) accumulate(sums + v * LANES, total[v]);
 }
 
-/* Each column j of `factors` times those `rows` that see it, from its own on; the sum of all that in `sums`. */
-static void combine_seeing(number *out, long stride, float *sums, float factors[PADDED][COLUMNS], vector rows[PADDED][VECTORS],
-                           int slots) {
+/* The same of the factors transposed: row j is summed over k >= j. */
+static inline void causal_product_transposed(number *out, long stride, float *sums, float factors[PADDED][COLUMNS],
+                                             vector rows[PADDED][VECTORS], int slots) {
     vector total[VECTORS] = {0};
     int j = 0;
     for (; j + ROWS <= slots; j += ROWS) {
-        combine(ROWS, out + j * stride, stride, total, 0, &factors[0][j], 1, COLUMNS, rows, j, slots);
+        struct factors f = {&factors[0][j], 1, COLUMNS, j, slots};
+        combine(ROWS, (struct out_rows){out + j * stride, stride, total}, 0, f, rows);
     }
-    for (; j < slots; j++) combine(1, out + j * stride, stride, total, 0, &factors[0][j], 1, COLUMNS, rows, j, slots);
+    for (; j < slots; j++) {
+        struct factors f = {&factors[0][j], 1, COLUMNS, j, slots};
+        combine(1, (struct out_rows){out + j * stride, stride, total}, 0, f, rows);
+    }
     for (int v = 0; v < VECTORS; v++) accumulate(sums + v * LANES, total[v]);
 }
 
@@ -107,60 +128,65 @@ static inline int end_of(int row) {
     return end < COLUMNS ? end : COLUMNS;
 }
 
-/* Scores of row i to share x e^(score - top), and to zero beyond what it sees; returns their sum. */
-static inline float weigh(float *scores, int i, float top, float share) {
+/* Scores of row i, scaled before, become their softmax, and zero beyond slot i; returns the sum. */
+static inline float exponentiate(float *scores, int i, struct softmax_row row) {
     vector sum = {0};
     for (int j = 0; j < end_of(i); j += LANES) {
-        vector weights = exponential(load_float(scores + j) - top) * share;
-        if (j + LANES > i + 1) weights = only(seen(i, j), weights);
+        vector weights = exponential(load_float(scores + j) - row.row_max) * row.inv_sum;
+        if (j + LANES > i + 1) weights = mask_and(causal_mask(i, j), weights);
         store_float(scores + j, weights);
         sum += weights;
     }
     return sum_of(sum);
 }
 
-static void attend(struct head *head, const number *qkv, number *out, float *tops, float *shares, int slots) {
+static void attend(struct buffers *b, struct head head) {
     const long row = 3 * WIDTH;
-    read_rows(head->q, qkv, row, 1 / sqrtf(HEAD), slots);
-    read_rows(head->k, qkv + WIDTH, row, 1, slots);
-    read_rows(head->v, qkv + 2 * WIDTH, row, 1, slots);
-    transpose(head->columns, head->k, slots);
-    multiply_causal(head->scores, head->q, head->columns, slots);
+    const int slots = head.slots;
+    read_rows(b->q, head.qkv, row, 1 / sqrtf(HEAD), slots);
+    read_rows(b->k, head.qkv + WIDTH, row, 1, slots);
+    read_rows(b->v, head.qkv + 2 * WIDTH, row, 1, slots);
+    transpose(b->columns, b->k, slots);
+    multiply_causal(b->scores, b->q, b->columns, slots);
     for (int i = 0; i < slots; i++) {
-        tops[i] = largest(head->scores[i], i);
-        shares[i] = 1 / weigh(head->scores[i], i, tops[i], 1);
+        head.row_max[i] = row_max_of(b->scores[i], i);
+        head.inv_sum[i] = 1 / exponentiate(b->scores[i], i, (struct softmax_row){1, head.row_max[i], 1});
     }
-    combine_seen(out, WIDTH, 0, shares, head->scores, head->v, slots);
+    causal_product(head.out, WIDTH, 0, head.inv_sum, b->scores, b->v, slots);
 }
 
-static void attend_backward(struct head *head, const number *gradient, number *qkv, const number *out, const float *tops,
-                            const float *shares, float *sums, int slots) {
+/* The gradient of row i's scores: softmax x (its own gradient - their mean), with the mean known from output and gradient. */
+static inline void softmax_backward(struct buffers *b, struct head head, int i) {
+    float *weights = b->weights[i], *scores = b->scores[i];
+    vector products = {0};
+    for (int v = 0; v < VECTORS; v++) products += load(head.out + (long)i * WIDTH + v * LANES) * b->d_out[i][v];
+    float mean = sum_of(products);
+    exponentiate(weights, i, (struct softmax_row){1, head.row_max[i], head.inv_sum[i]});
+    for (int j = 0; j < end_of(i); j += LANES) {
+        vector difference = load_float(scores + j) - mean;
+        if (j + LANES > i + 1) difference = mask_and(causal_mask(i, j), difference);
+        store_float(scores + j, load_float(weights + j) * difference);
+    }
+}
+
+/* d_out is the gradient of the head's output, in rows of C; the gradient of its part of qkv's bias is added to `bias_grad` (3C). */
+static void attend_backward(struct buffers *b, struct head head, const number *d_out, float *bias_grad) {
     const long row = 3 * WIDTH;
+    const int slots = head.slots;
     const float scale = 1 / sqrtf(HEAD);
-    read_rows(head->q, qkv, row, scale, slots);
-    read_rows(head->k, qkv + WIDTH, row, 1, slots);
-    read_rows(head->v, qkv + 2 * WIDTH, row, 1, slots);
-    read_rows(head->gradient, gradient, WIDTH, 1, slots);
-    transpose(head->columns, head->k, slots);
-    multiply_causal(head->weights, head->q, head->columns, slots);
-    transpose(head->columns, head->v, slots);
-    multiply_causal(head->scores, head->gradient, head->columns, slots);
+    read_rows(b->q, head.qkv, row, scale, slots);
+    read_rows(b->k, head.qkv + WIDTH, row, 1, slots);
+    read_rows(b->v, head.qkv + 2 * WIDTH, row, 1, slots);
+    read_rows(b->d_out, d_out, WIDTH, 1, slots);
+    transpose(b->columns, b->k, slots);
+    multiply_causal(b->weights, b->q, b->columns, slots);
+    transpose(b->columns, b->v, slots);
+    multiply_causal(b->scores, b->d_out, b->columns, slots); /* the gradient of the softmax */
+    for (int i = 0; i < slots; i++) softmax_backward(b, head, i);
     for (int i = 0; i < slots; i++) {
-        float *weights = head->weights[i], *scores = head->scores[i];
-        vector products = {0};
-        for (int v = 0; v < VECTORS; v++) products += load(out + (long)i * WIDTH + v * LANES) * head->gradient[i][v];
-        float mean = sum_of(products);
-        weigh(weights, i, tops[i], shares[i]);
-        for (int j = 0; j < end_of(i); j += LANES) {
-            vector difference = load_float(scores + j) - mean;
-            if (j + LANES > i + 1) difference = only(seen(i, j), difference);
-            store_float(scores + j, load_float(weights + j) * difference);
-        }
+        for (int v = 0; v < VECTORS; v++) b->k[i][v] *= scale;
     }
-    for (int i = 0; i < slots; i++) {
-        for (int v = 0; v < VECTORS; v++) head->k[i][v] *= scale;
-    }
-    combine_seen(qkv, row, sums, 0, head->scores, head->k, slots);
-    combine_seeing(qkv + WIDTH, row, sums + WIDTH, head->scores, head->q, slots);
-    combine_seeing(qkv + 2 * WIDTH, row, sums + 2 * WIDTH, head->weights, head->gradient, slots);
+    causal_product(head.qkv, row, bias_grad, 0, b->scores, b->k, slots);
+    causal_product_transposed(head.qkv + WIDTH, row, bias_grad + WIDTH, b->scores, b->q, slots);
+    causal_product_transposed(head.qkv + 2 * WIDTH, row, bias_grad + 2 * WIDTH, b->weights, b->d_out, slots);
 }

@@ -1,132 +1,158 @@
-/* The blocks of the model, forward and backward, for one window of all rolls.
+/* The blocks of the model, forward and backward, for one window of all rolls; and Muon's updates of their matrices.
 
-   `picogpt.kernels.compiled` has this compiled for one shape of model; vectors.h says how. Every thread has a share of the
-   rows, and another of the heads. They wait for each other only where they need each other's rows: where rolls are not dealt
-   out evenly, and for gradients of matrices that are added up window by window.
+   `picogpt.kernels.compiled` has this compiled for one shape of model; vectors.h says how. Every thread works on rows of its own, and
+   on heads of its own. Threads wait for each other only where they need each other's rows: where rolls cannot be dealt out evenly,
+   and for gradients of matrices that are added up window by window.
 
-   Most of what is needed in the backward pass is written row after row and past the cache; what is read next is in rows that
-   all blocks and windows have in common, and so in the cache. What is made of gradients is written over what has been read for
-   the last time. Gradients of norms and biases are added to sums in which each thread, or each roll, has a row of its own, so
-   that they do not depend on who is first. */
+   Most of what the backward pass needs is written row after row and past the cache. What is read next is in scratch buffers that all
+   blocks and windows share, and so in the cache. Gradients are written over activations that have been read for the last time.
+   Gradients of norms and biases are added to rows that belong to one thread, or to one roll, so that sums do not depend on timing. */
 
 #include <omp.h>
 
 #include "vectors.h"
 #include "product.h"
 #include "by_rows.h"
+#include "bindings.h"
 #include "attention.h"
 #include "muon.h"
 
 #define EPSILON 1e-5f
 
-/* ---- LayerNorm and the residual paths, for a share of the rows ---- */
+/* ---- LayerNorm and the residual path, for the rows of one thread ---- */
 
-/* As everything that is done again in the backward pass it is there once, so that it is rounded in the same way. */
-static __attribute__((noinline)) void normalize(const float *x, const float *weight, const float *bias, number *out, float *mean,
-                                                float *scale) {
+/* A LayerNorm of R rows: what it reads, and what it leaves. */
+struct norm {
+    const float *weight, *bias; /* (C) */
+    float *stats;               /* (2, R) mean of each row, and 1 / its standard deviation: written forward, read backward */
+    number *out;                /* (R, C) written, backward too */
+};
+
+/* noinline: the forward pass and its recomputation must round identically. */
+static __attribute__((noinline)) void normalize_row(const float *x, const struct norm *norm, long i, long rows) {
+    const float *weight = norm->weight, *bias = norm->bias;
+    number *out = norm->out + i * WIDTH;
     vector sum = {0}, squares = {0};
     for (int c = 0; c < WIDTH; c += LANES) sum += load_float(x + c);
-    *mean = sum_of(sum) / WIDTH;
+    const float mean = sum_of(sum) / WIDTH;
     for (int c = 0; c < WIDTH; c += LANES) {
-        vector distance = load_float(x + c) - *mean;
+        vector distance = load_float(x + c) - mean;
         squares += distance * distance;
     }
-    *scale = 1 / sqrtf(sum_of(squares) / WIDTH + EPSILON);
+    const float inv_std = 1 / sqrtf(sum_of(squares) / WIDTH + EPSILON);
     for (int c = 0; c < WIDTH; c += LANES) {
-        store(out + c, (load_float(x + c) - *mean) * *scale * load_float(weight + c) + load_float(bias + c));
+        store(out + c, (load_float(x + c) - mean) * inv_std * load_float(weight + c) + load_float(bias + c));
+    }
+    norm->stats[i] = mean;
+    norm->stats[rows + i] = inv_std;
+}
+
+static void layer_norm(const float *x, struct norm norm, struct work work) {
+    for (long i = work.first; i < work.end; i++) normalize_row(x + i * WIDTH, &norm, i, work.rows);
+}
+
+/* The residual path: sum = x + branch + bias. */
+struct residual {
+    const float *x;       /* (R, C) */
+    const number *branch; /* (R, C) the output of attention or the MLP, without its bias */
+    const float *bias;    /* (C) that bias */
+    float *sum;           /* (R, C) written; may be x */
+    float *kept;          /* (R, C) the sum once more, for the backward pass, or null */
+};
+
+static inline void add_row(const struct residual *r, long i) {
+    for (long at = i * WIDTH, c = 0; c < WIDTH; c += LANES) {
+        vector y = load_float(r->x + at + c) + load(r->branch + at + c) + load_float(r->bias + c);
+        store_float(r->sum + at + c, y);
+        if (r->kept) stream_float(r->kept + at + c, y);
     }
 }
 
-/* Of 2 R statistics the first half are the rows' means, the second what the distance from them was multiplied by. */
-static void layer_norm(const float *x, const float *weight, const float *bias, number *out, float *statistics,
-                       struct share share) {
-    for (long i = share.first; i < share.end; i++) {
-        normalize(x + i * WIDTH, weight, bias, out + i * WIDTH, statistics + i, statistics + share.rows + i);
+static void add(struct residual residual, struct work work) {
+    for (long i = work.first; i < work.end; i++) add_row(&residual, i);
+}
+
+/* The LayerNorm of the sum, row by row, while a row is in the cache. */
+static void add_layer_norm(struct residual residual, struct norm norm, struct work work) {
+    for (long i = work.first; i < work.end; i++) {
+        add_row(&residual, i);
+        normalize_row(residual.sum + i * WIDTH, &norm, i, work.rows);
     }
 }
 
-/* sum = x + branch + bias, which is also `kept`, unless that is null. */
-static inline void add_row(const float *x, const number *branch, const float *bias, float *sum, float *kept) {
-    for (int c = 0; c < WIDTH; c += LANES) {
-        vector y = load_float(x + c) + load(branch + c) + load_float(bias + c);
-        store_float(sum + c, y);
-        if (kept) stream_float(kept + c, y);
-    }
-}
-
-static void add(const float *x, const number *branch, const float *bias, float *sum, struct share share) {
-    for (long at = share.first * WIDTH; at < share.end * WIDTH; at += WIDTH) add_row(x + at, branch + at, bias, sum + at, 0);
-}
-
-/* The LayerNorm of what `add` gives, while that is at hand. */
-static void add_layer_norm(const float *x, const number *branch, const float *branch_bias, const float *weight, const float *bias,
-                           float *sum, float *kept, number *out, float *statistics, struct share share) {
-    for (long i = share.first; i < share.end; i++) {
-        long at = i * WIDTH;
-        add_row(x + at, branch + at, branch_bias, sum + at, kept ? kept + at : 0);
-        normalize(sum + at, weight, bias, out + at, statistics + i, statistics + share.rows + i);
-    }
-}
-
-/* What a product with the row is made of later is streamed, or stored if it comes next. */
-static inline void put(number *to, vector x, int next) {
-    if (next) store(to, x);
+/* Where a value goes that a matrix gradient is made of: to the cache, if that is computed next, or past it to memory. */
+static inline void store_or_stream(number *to, vector x, enum weight_grads when) {
+    if (when == GRADS_PER_WINDOW) store(to, x);
     else stream(to, x);
 }
 
-/* The gradient through a LayerNorm of x is added to dx, and that sum written to `branch`, unless it is null, for the product
-   that x was made by; the LayerNorm itself is written again to `out`. `sums` are of weight, bias and that product's bias. */
-static void layer_norm_backward(const number *gradient, const float *x, const float *weight, const float *bias,
-                                const float *statistics, number *out, int next, float *dx, number *branch, float *sums,
-                                struct share share) {
-    const float *means = statistics, *scales = statistics + share.rows;
-    vector d_weight[WIDTH / LANES] = {0}, d_bias[WIDTH / LANES] = {0}, d_branch[WIDTH / LANES] = {0};
-    for (long i = share.first; i < share.end; i++) {
-        long at = i * WIDTH;
-        vector normal[WIDTH / LANES], d_normal[WIDTH / LANES], sum = {0}, products = {0};
-        for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-            vector d = load(gradient + at + c), w = load_float(weight + c);
-            normal[v] = (load_float(x + at + c) - means[i]) * scales[i];
-            d_normal[v] = d * w;
-            sum += d_normal[v];
-            products += d_normal[v] * normal[v];
-            d_weight[v] += d * normal[v];
-            d_bias[v] += d;
-            put(out + at + c, normal[v] * w + load_float(bias + c), next);
-        }
-        float mean = sum_of(sum) / WIDTH, mean_product = sum_of(products) / WIDTH;
-        for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-            vector d = load_float(dx + at + c) + (d_normal[v] - mean - normal[v] * mean_product) * scales[i];
-            store_float(dx + at + c, d);
-            if (branch) store(branch + at + c, d);
-            d_branch[v] += d;
-        }
-    }
-    sums += 3L * share.thread * WIDTH;
+/* The gradient of a LayerNorm's input is added to that of the residual path. */
+struct norm_grads {
+    const number *d_out; /* (R, C) gradient of the LayerNorm's output */
+    const float *x;      /* (R, C) its input */
+    float *d_resid;      /* (R, C) gradient of the residual path, added to */
+    number *d_branch;    /* (R, C) written: the same rounded, for the product that x was the sum with; null if there is none */
+    float *params;       /* (T, 3, C) added to: gradients of weight, bias, and the bias of that product */
+};
+
+/* Gradients of one thread's rows, in vectors. */
+struct norm_sums {
+    vector weight[WIDTH / LANES], bias[WIDTH / LANES], branch_bias[WIDTH / LANES];
+};
+
+static inline __attribute__((always_inline)) void norm_row_backward(const struct norm_grads *g, const struct norm *norm,
+                                                                    struct norm_sums *sums, long i, long rows,
+                                                                    enum weight_grads when) {
+    const long at = i * WIDTH;
+    const float mean = norm->stats[i], inv_std = norm->stats[rows + i];
+    vector normal[WIDTH / LANES], d_normal[WIDTH / LANES], sum = {0}, products = {0};
     for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-        accumulate(sums + c, d_weight[v]);
-        accumulate(sums + WIDTH + c, d_bias[v]);
-        accumulate(sums + 2 * WIDTH + c, d_branch[v]);
+        vector d = load(g->d_out + at + c), w = load_float(norm->weight + c);
+        normal[v] = (load_float(g->x + at + c) - mean) * inv_std;
+        d_normal[v] = d * w;
+        sum += d_normal[v];
+        products += d_normal[v] * normal[v];
+        sums->weight[v] += d * normal[v];
+        sums->bias[v] += d;
+        store_or_stream(norm->out + at + c, normal[v] * w + load_float(norm->bias + c), when);
+    }
+    float d_mean = sum_of(sum) / WIDTH, mean_product = sum_of(products) / WIDTH;
+    for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
+        vector d = load_float(g->d_resid + at + c) + (d_normal[v] - d_mean - normal[v] * mean_product) * inv_std;
+        store_float(g->d_resid + at + c, d);
+        if (g->d_branch) store(g->d_branch + at + c, d);
+        sums->branch_bias[v] += d;
     }
 }
 
-/* The gradient of `add`, for the last block's product and its bias. */
-static void add_backward(const float *gradient, number *branch, float *sums, struct share share) {
-    vector d_branch[WIDTH / LANES] = {0};
-    for (long i = share.first; i < share.end; i++) {
+static void layer_norm_backward(struct norm_grads grads, struct norm norm, enum weight_grads when, struct work work) {
+    struct norm_sums sums = {0};
+    for (long i = work.first; i < work.end; i++) norm_row_backward(&grads, &norm, &sums, i, work.rows, when);
+    float *params = grads.params + 3L * work.thread * WIDTH;
+    for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
+        accumulate(params + c, sums.weight[v]);
+        accumulate(params + WIDTH + c, sums.bias[v]);
+        accumulate(params + 2 * WIDTH + c, sums.branch_bias[v]);
+    }
+}
+
+/* The gradient of `add`, for the last block's product and its bias: dx (R, C) is rounded to d_branch (R, C). */
+static void add_backward(const float *dx, number *d_branch, float *bias_grad, struct work work) {
+    vector sums[WIDTH / LANES] = {0};
+    for (long i = work.first; i < work.end; i++) {
         for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-            vector d = load_float(gradient + i * WIDTH + c);
-            store(branch + i * WIDTH + c, d);
-            d_branch[v] += d;
+            vector d = load_float(dx + i * WIDTH + c);
+            store(d_branch + i * WIDTH + c, d);
+            sums[v] += d;
         }
     }
-    for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) accumulate(sums + (long)share.thread * WIDTH + c, d_branch[v]);
+    for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) accumulate(bias_grad + (long)work.thread * WIDTH + c, sums[v]);
 }
 
-/* Rows of `width` numbers to where they are kept, unless that is null. */
-static void keep_rows(const number *x, number *kept, long width, struct share share) {
+/* Rows of `width` numbers to where they are kept for the backward pass, unless that is null. */
+static void keep_rows(const number *x, number *kept, long width, struct work work) {
     if (!kept) return;
-    for (long at = share.first * width; at < share.end * width; at += LANES) stream(kept + at, load(x + at));
+    for (long at = work.first * width; at < work.end * width; at += LANES) stream(kept + at, load(x + at));
 }
 
 /* ---- GELU: x times the chance that a normal variable is less than x ---- */
@@ -145,62 +171,38 @@ static inline vector chance_below(vector x, vector *density) {
     return 0.5f + (vector)((integers)beyond ^ ((integers)x & sign));
 }
 
-/* The GELU is written over x, which is also `kept`, unless that is null. */
-static void gelu(number *x, number *kept, struct share share) {
-    for (long at = share.first * 4 * WIDTH; at < share.end * 4 * WIDTH; at += LANES) {
+/* x (R, 4C) becomes its GELU; x itself is kept for the backward pass, unless `kept` is null. */
+static void gelu(number *x, number *kept, struct work work) {
+    for (long at = work.first * 4 * WIDTH; at < work.end * 4 * WIDTH; at += LANES) {
         vector density, y = load(x + at);
         if (kept) stream(kept + at, y);
         store(x + at, y * chance_below(y, &density));
     }
 }
 
-/* The gradient of x is written over it, and the GELU again to `out`. */
-static void gelu_backward(const number *gradient, number *x, number *out, int next, float *sums, struct share share) {
-    vector d_bias[4 * WIDTH / LANES] = {0};
-    for (long i = share.first; i < share.end; i++) {
+/* x (R, 4C), GELU's input, becomes its gradient, and the GELU is written to `out` once more; d_out is the GELU's gradient. */
+static void gelu_backward(const number *d_out, const struct activations *a, float *bias_grad, enum weight_grads when,
+                          struct work work) {
+    vector sums[4 * WIDTH / LANES] = {0};
+    for (long i = work.first; i < work.end; i++) {
         for (int v = 0, c = 0; c < 4 * WIDTH; v++, c += LANES) {
             long at = i * 4 * WIDTH + c;
-            vector density, y = load(x + at), chance = chance_below(y, &density);
-            vector d = load(gradient + at) * (chance + y * density);
-            put(out + at, y * chance, next);
-            store(x + at, d);
-            d_bias[v] += d;
+            vector density, y = load(a->fc + at), chance = chance_below(y, &density);
+            vector d = load(d_out + at) * (chance + y * density);
+            store_or_stream(a->fc_gelu + at, y * chance, when);
+            store(a->fc + at, d);
+            sums[v] += d;
         }
     }
-    for (int v = 0, c = 0; c < 4 * WIDTH; v++, c += LANES) accumulate(sums + 4L * share.thread * WIDTH + c, d_bias[v]);
+    for (int v = 0, c = 0; c < 4 * WIDTH; v++, c += LANES) accumulate(bias_grad + 4L * work.thread * WIDTH + c, sums[v]);
 }
 
 /* ---- Blocks ---- */
 
-/* Of one block; a matrix is packed twice, as it is multiplied with in the forward pass and in the backward pass. */
-struct weights {
-    const float *norm_1, *norm_1_bias;
-    const unit *attn, *attn_back;
-    const float *attn_bias;
-    const unit *proj, *proj_back;
-    const float *proj_bias, *norm_2, *norm_2_bias;
-    const unit *fc, *fc_back;
-    const float *fc_bias;
-    const unit *out, *out_back;
-    const float *out_bias;
-};
-
-/* What a block makes of a window: `picogpt.kernels.room.Values`. */
-struct values {
-    float *x, *statistics_1;
-    number *normed_1, *qkv, *read;
-    float *scores, *middle, *statistics_2;
-    number *normed_2, *hidden, *active, *d_branch, *d_middle, *fresh, *wide, *narrow, *branch;
-};
-
-/* Gradients of a block's weights: those of norms come with that of the bias of the product before them. */
-struct sums {
-    float *norm_1, *attn, *attn_bias, *proj, *norm_2, *fc, *fc_bias, *out;
-};
-
-static struct share share_of(long rolls, long slots) {
+/* The calling thread's part of a window. */
+static struct work work_of(long rolls, long slots) {
     long thread = omp_get_thread_num(), threads = omp_get_num_threads(), rows = rolls * slots, heads = rolls * HEADS;
-    return (struct share){
+    return (struct work){
         .thread = thread,
         .threads = threads,
         .rows = rows,
@@ -213,45 +215,55 @@ static struct share share_of(long rolls, long slots) {
 }
 
 /* For the rows of other threads; where all of them have whole rolls, the heads of a thread are in its own rows. */
-static inline void wait_for_rows(struct share share) {
-    if (share.rows / share.slots % share.threads) {
+static inline void wait_for_rows(struct work work) {
+    if (work.rows / work.slots % work.threads) {
 #pragma omp barrier
     }
 }
 
-/* What of a block comes after its first LayerNorm, which is in v->narrow: its result is `path` + v->branch + the last bias.
-   `path` is written to, x is read, and they may be the same. What is not null is kept. */
-static __attribute__((noinline)) void forward_block(const struct weights *w, const struct values *v, const float *x, float *path,
-                                                    float *middle, number *qkv, number *hidden, struct share share) {
-    multiply_1_to_3(v->fresh, v->narrow, w->attn, w->attn_bias, share);
-    keep_rows(v->fresh, qkv, 3 * WIDTH, share);
-    wait_for_rows(share);
-    attention(v->fresh, v->read, v->scores, share);
-    wait_for_rows(share);
-    multiply_1_to_1(v->branch, v->read, w->proj, 0, share);
-    add_layer_norm(x, v->branch, w->proj_bias, w->norm_2, w->norm_2_bias, path, middle, v->narrow, v->statistics_2, share);
-    multiply_1_to_4(v->wide, v->narrow, w->fc, w->fc_bias, share);
-    gelu(v->wide, hidden, share);
-    multiply_4_to_1(v->branch, v->wide, w->out, 0, share);
+static struct norm norm_1(const struct layer_weights *w, const struct activations *a, number *out) {
+    return (struct norm){w->ln1_weight, w->ln1_bias, a->ln1_stats, out};
 }
 
-/* x of the first block through all of them, to `out`. Each block's x is kept if `trained`, and all else that the backward pass
-   needs if `kept`. */
-void forward(const struct weights *weights, const struct values *values, float *out, int trained, int kept, int layers, int rolls,
-             int slots, int threads) {
-#pragma omp parallel num_threads(threads)
+static struct norm norm_2(const struct layer_weights *w, const struct activations *a, number *out) {
+    return (struct norm){w->ln2_weight, w->ln2_bias, a->ln2_stats, out};
+}
+
+/* A block without its first LayerNorm, whose output is in a->ln_scratch, and without the last addition: the block's output is `resid`
+   + a->branch + out_bias. resid (R, C) is written; x (R, C), which may be the same, is read. */
+static __attribute__((noinline)) void forward_block(const struct layer_weights *w, const struct activations *a, const float *x,
+                                                    float *resid, enum keep keep, struct work work) {
+    const int keeps = keep == KEEP_ACTIVATIONS;
+    multiply_1_to_3(a->qkv_scratch, a->ln_scratch, w->attn, w->attn_bias, work);
+    keep_rows(a->qkv_scratch, keeps ? a->qkv : 0, 3 * WIDTH, work);
+    wait_for_rows(work);
+    attention(a->qkv_scratch, a->att_out, a->softmax_stats, work);
+    wait_for_rows(work);
+    multiply_1_to_1(a->branch, a->att_out, w->proj, 0, work);
+    /* Where the block is computed again, `resid` is resid_mid itself. */
+    struct residual residual = {x, a->branch, w->proj_bias, resid, keeps && resid != a->resid_mid ? a->resid_mid : 0};
+    add_layer_norm(residual, norm_2(w, a, a->ln_scratch), work);
+    multiply_1_to_4(a->fc_scratch, a->ln_scratch, w->fc, w->fc_bias, work);
+    gelu(a->fc_scratch, keeps ? a->fc : 0, work);
+    multiply_4_to_1(a->branch, a->fc_scratch, w->out, 0, work);
+}
+
+/* The first block's x through all blocks, to out (R, C). Activations are kept as pass->keep says. */
+void forward(const struct pass *pass, float *out) {
+#pragma omp parallel num_threads(pass->threads)
     {
-        struct share share = share_of(rolls, slots);
+        struct work work = work_of(pass->rolls, pass->slots);
+        const struct layer_weights *w = pass->weights;
+        const struct activations *a = pass->activations;
         begin_tiles();
-        layer_norm(values->x, weights->norm_1, weights->norm_1_bias, values->narrow, values->statistics_1, share);
-        for (int i = 0; i < layers; i++) {
-            const struct weights *w = weights + i, *next = w + 1;
-            const struct values *v = values + i, *after = v + 1;
-            forward_block(w, v, i ? out : v->x, out, kept ? v->middle : 0, kept ? v->qkv : 0, kept ? v->hidden : 0, share);
-            if (i + 1 == layers) add(out, v->branch, w->out_bias, out, share);
+        layer_norm(a->x, norm_1(w, a, a->ln_scratch), work);
+        for (int i = 0; i < pass->layers; i++, w++, a++) {
+            forward_block(w, a, i ? out : a->x, out, pass->keep, work);
+            struct residual residual = {out, a->branch, w->out_bias, out, 0};
+            if (i + 1 == pass->layers) add(residual, work);
             else {
-                add_layer_norm(out, v->branch, w->out_bias, next->norm_1, next->norm_1_bias, out, trained ? after->x : 0,
-                               after->narrow, after->statistics_1, share);
+                if (pass->keep != KEEP_NOTHING) residual.kept = a[1].x;
+                add_layer_norm(residual, norm_1(w + 1, a + 1, a[1].ln_scratch), work);
             }
         }
         finish_streams();
@@ -259,76 +271,83 @@ void forward(const struct weights *weights, const struct values *values, float *
     }
 }
 
-/* The product summed over rows, for whoever has all of them. */
-void gradient_of_matrix(float *sums, const number *left, const number *right, unit *room, int n, int m, int rows, int threads) {
-#pragma omp parallel num_threads(threads)
+/* Write a matrix's gradient, for all windows at once. */
+void weight_grad(const struct matrix_grad *grad, unit *workspace) {
+#pragma omp parallel num_threads(grad->threads)
     {
+        struct gemm_tn p = {grad->sums, grad->left, grad->right, grad->outputs, grad->inputs, grad->rows, WRITE_TO, ALL_ENTRIES};
         begin_tiles();
-        multiply_by_rows(sums, left, n, right, m, rows, 0, 0, room, omp_get_thread_num(), omp_get_num_threads());
+        gemm_tn(p, workspace, omp_get_thread_num(), omp_get_num_threads());
         end_tiles();
     }
 }
 
-/* Backward through a block: `dx` is the gradient of its result and becomes that of its x. If there is `room`, gradients of
-   matrices are added up in it; else what they are made of stays. */
-static void backward_block(const struct weights *w, const struct values *v, const struct sums *s, float *dx, number *d_branch,
-                           unit *room, struct share share) {
-    const long rows = share.rows;
-    const int thread = share.thread, threads = share.threads, next = room != 0;
-    multiply_1_to_4(v->wide, v->d_branch, w->out_back, 0, share);
-    gelu_backward(v->wide, v->hidden, v->active, next, s->fc_bias, share);
-    multiply_4_to_1(v->narrow, v->hidden, w->fc_back, 0, share);
-    layer_norm_backward(v->narrow, v->middle, w->norm_2, w->norm_2_bias, v->statistics_2, v->normed_2, next, dx, v->d_middle,
-                        s->norm_2, share);
-    multiply_1_to_1(v->branch, v->d_middle, w->proj_back, 0, share);
-    if (!room) wait_for_rows(share);
+/* Add the gradient of a matrix (n, m) over one window to `sums`. */
+static void add_weight_grad(float *sums, const number *left, int n, const number *right, int m, unit *workspace,
+                            const struct work *work) {
+    gemm_tn((struct gemm_tn){sums, left, right, n, m, work->rows, ADD_TO, ALL_ENTRIES}, workspace, work->thread, work->threads);
+}
+
+/* Backward through a block: grads->dx, the gradient of its output, becomes that of its x. d_branch (R, C), or null, is where the block
+   before finds the same rounded. */
+static void backward_block(const struct layer_weights *w, const struct activations *a, const struct param_grads *g,
+                           const struct pass_grads *grads, number *d_branch, struct work work) {
+    const enum weight_grads when = grads->weight_grads;
+    multiply_1_to_4(a->fc_scratch, a->d_mlp_out, w->out_back, 0, work);
+    gelu_backward(a->fc_scratch, a, g->fc_bias, when, work);
+    multiply_4_to_1(a->ln_scratch, a->fc, w->fc_back, 0, work);
+    struct norm_grads ln2 = {a->ln_scratch, a->resid_mid, grads->dx, a->d_attn_out, g->ln2};
+    layer_norm_backward(ln2, norm_2(w, a, a->ln2_out), when, work);
+    multiply_1_to_1(a->branch, a->d_attn_out, w->proj_back, 0, work);
+    if (when == GRADS_DEFERRED) wait_for_rows(work);
     else {
 #pragma omp barrier
-        multiply_by_rows(s->out, v->d_branch, WIDTH, v->active, 4 * WIDTH, rows, 1, 0, room, thread, threads);
-        multiply_by_rows(s->fc, v->hidden, 4 * WIDTH, v->normed_2, WIDTH, rows, 1, 0, room, thread, threads);
-        multiply_by_rows(s->proj, v->d_middle, WIDTH, v->read, WIDTH, rows, 1, 0, room, thread, threads);
+        add_weight_grad(g->out, a->d_mlp_out, WIDTH, a->fc_gelu, 4 * WIDTH, grads->workspace, &work);
+        add_weight_grad(g->fc, a->fc, 4 * WIDTH, a->ln2_out, WIDTH, grads->workspace, &work);
+        add_weight_grad(g->proj, a->d_attn_out, WIDTH, a->att_out, WIDTH, grads->workspace, &work);
     }
-    attention_backward(v->branch, v->qkv, v->read, v->scores, s->attn_bias, share);
-    if (!room) wait_for_rows(share);
+    attention_backward(a->branch, a, g->attn_bias, work);
+    if (when == GRADS_DEFERRED) wait_for_rows(work);
     else {
-#pragma omp barrier /* also as gradients are about to be written over what others may still multiply by rows */
+#pragma omp barrier /* also as gradients are about to be written over what other threads may still multiply with */
     }
-    multiply_3_to_1(v->narrow, v->qkv, w->attn_back, 0, share);
-    layer_norm_backward(v->narrow, v->x, w->norm_1, w->norm_1_bias, v->statistics_1, v->normed_1, next, dx, d_branch, s->norm_1,
-                        share);
-    if (room) {
+    multiply_3_to_1(a->ln_scratch, a->qkv, w->attn_back, 0, work);
+    struct norm_grads ln1 = {a->ln_scratch, a->x, grads->dx, d_branch, g->ln1};
+    layer_norm_backward(ln1, norm_1(w, a, a->ln1_out), when, work);
+    if (when == GRADS_PER_WINDOW) {
 #pragma omp barrier
-        multiply_by_rows(s->attn, v->qkv, 3 * WIDTH, v->normed_1, WIDTH, rows, 1, 0, room, thread, threads);
+        add_weight_grad(g->attn, a->qkv, 3 * WIDTH, a->ln1_out, WIDTH, grads->workspace, &work);
     }
 }
 
-/* `dx`, the gradient of what `forward` gave, becomes that of the first block's x. `last_bias` are sums of the last block's last
-   bias. With `recompute` what a block makes is made again of its x. */
-void backward(const struct weights *weights, const struct values *values, const struct sums *sums, float *dx, float *last_bias,
-              unit *room, int recompute, int layers, int rolls, int slots, int threads) {
-#pragma omp parallel num_threads(threads)
+/* Backward through all blocks. With KEEP_INPUTS each block's activations are computed again from its x. */
+void backward(const struct pass *pass, const struct pass_grads *grads) {
+#pragma omp parallel num_threads(pass->threads)
     {
-        struct share share = share_of(rolls, slots);
+        struct work work = work_of(pass->rolls, pass->slots);
         begin_tiles();
-        add_backward(dx, values[layers - 1].d_branch, last_bias, share);
-        for (int i = layers - 1; i >= 0; i--) {
-            const struct weights *w = weights + i;
-            const struct values *v = values + i;
-            if (recompute) {
-#pragma omp barrier /* as qkv is about to be written over, which others may still multiply by rows */
-                layer_norm(v->x, w->norm_1, w->norm_1_bias, v->narrow, v->statistics_1, share);
-                forward_block(w, v, v->x, v->middle, 0, v->qkv, v->hidden, share);
+        add_backward(grads->dx, pass->activations[pass->layers - 1].d_mlp_out, grads->last_bias, work);
+        for (int i = pass->layers - 1; i >= 0; i--) {
+            const struct layer_weights *w = pass->weights + i;
+            const struct activations *a = pass->activations + i;
+            if (pass->keep == KEEP_INPUTS) {
+#pragma omp barrier /* as qkv is about to be written over, which other threads may still multiply with */
+                layer_norm(a->x, norm_1(w, a, a->ln_scratch), work);
+                forward_block(w, a, a->x, a->resid_mid, KEEP_ACTIVATIONS, work);
                 finish_streams();
             }
-            backward_block(w, v, sums + i, dx, i ? v[-1].d_branch : 0, room, share);
+            backward_block(w, a, grads->params + i, grads, i ? pass->activations[i - 1].d_mlp_out : 0, work);
         }
         finish_streams();
         end_tiles();
     }
 }
 
-/* Pack matrix (out, in) as it is multiplied with in the forward pass and in the backward pass. */
-static void pack_matrix(const float *matrix, unit *packed, unit *back, int out, int in, int thread, int threads) {
+/* ---- Packing and updates of matrices ---- */
+
+/* Pack matrix (out, in) for the forward pass, UP(out, PANEL) x in, and for the backward pass, UP(in, PANEL) x out. */
+static void pack_matrix(const float *matrix, unit *packed, unit *back, int out, int in) {
+    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     const int panels = UP(out, PANEL) / PANEL, panels_back = UP(in, PANEL) / PANEL;
     for (int j = first_of(panels, thread, threads); j < first_of(panels, thread + 1, threads); j++) {
         pack_transposed(matrix, packed + (long)j * PANEL * (in / PAIR), out, in, j * PANEL);
@@ -338,34 +357,31 @@ static void pack_matrix(const float *matrix, unit *packed, unit *back, int out, 
     }
 }
 
-/* `matrices` are four for each block, and `packed` the room for each of them twice, UP(out, PANEL) x in and UP(in, PANEL) x
-   out. */
+/* Pack the four matrices of each block: attn, proj, fc and out. `packed` are the buffers for each of them, forward and backward. */
 void pack(const float *const *matrices, unit *const *packed, int layers, int threads) {
     static const int shapes[4][2] = {{3 * WIDTH, WIDTH}, {WIDTH, WIDTH}, {4 * WIDTH, WIDTH}, {WIDTH, 4 * WIDTH}};
 #pragma omp parallel num_threads(threads)
     for (int i = 0; i < 4 * layers; i++) {
-        pack_matrix(matrices[i], packed[2 * i], packed[2 * i + 1], shapes[i % 4][0], shapes[i % 4][1], omp_get_thread_num(),
-                    omp_get_num_threads());
+        pack_matrix(matrices[i], packed[2 * i], packed[2 * i + 1], shapes[i % 4][0], shapes[i % 4][1]);
     }
 }
 
-/* Update `count` matrices (rows, columns), each by one thread; one side is WIDTH, and the other as long or four times. */
-void update_matrices(const struct part *parts, const struct settings *settings, const int *in_a_row, unit *room, int count,
-                     int rows, int columns, int threads) {
-#pragma omp parallel num_threads(threads)
+/* Take a step of Muon with matrices of one shape, each by one thread. */
+void update_matrices(const struct muon_matrix *matrices, const struct muon_settings *settings, unit *workspace) {
+#pragma omp parallel num_threads(settings->threads)
     {
         begin_tiles();
 #pragma omp for schedule(dynamic)
-        for (int i = 0; i < count; i++) {
-            update_matrix(parts + i, settings, in_a_row, room + omp_get_thread_num() * MUON_UNITS, rows, columns);
+        for (int i = 0; i < settings->matrices; i++) {
+            update_matrix(matrices + i, settings, workspace + omp_get_thread_num() * MUON_UNITS);
         }
         end_tiles();
     }
 }
 
-/* Columns of a panel, and units of the room that threads need: for Muon's updates the most. */
+/* Columns of a panel, and units of the workspace that threads need: for Muon's updates the most. */
 int panel_columns(void) { return PANEL; }
-long room_units(int threads) { return threads * MUON_UNITS; }
+long workspace_units(int threads) { return threads * MUON_UNITS; }
 int uses_matrix_tiles(void) {
 #ifdef MATRIX_TILES
     return 1;

@@ -6,7 +6,6 @@ they are added up window by window, as what they are made of would take twice th
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,74 +13,75 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from picogpt.kernels.compiled import Kernels, Use, addresses
-from picogpt.kernels.room import Room
+from picogpt.kernels.bindings import Activations, LayerWeights, ParamGrads, Pass, PassGrads, WeightGrads
+from picogpt.kernels.compiled import Kernels, Use, addresses, structure_of
+from picogpt.kernels.room import Workspace
 
 __all__ = ["FusedBlocks"]
 
 
 class _Weights(NamedTuple):
-    """Parameters of a block, or their gradients, in the order in which they are used, which is also the module's."""
+    """Parameters of a block, or their gradients, in the order of the module."""
 
-    norm_1: Tensor
-    norm_1_bias: Tensor
+    ln1_weight: Tensor
+    ln1_bias: Tensor
     attn: Tensor
     attn_bias: Tensor
     proj: Tensor
     proj_bias: Tensor
-    norm_2: Tensor
-    norm_2_bias: Tensor
+    ln2_weight: Tensor
+    ln2_bias: Tensor
     fc: Tensor
     fc_bias: Tensor
     out: Tensor
     out_bias: Tensor
 
 
-_OF_MATRICES = {
-    "attn": ("qkv", "normed_1"),
-    "proj": ("d_middle", "read"),
-    "fc": ("hidden", "normed_2"),
-    "out": ("d_branch", "active"),
+_WGRAD_INPUTS = {
+    "attn": ("qkv", "ln1_out"),
+    "proj": ("d_attn_out", "att_out"),
+    "fc": ("fc", "ln2_out"),
+    "out": ("d_mlp_out", "fc_gelu"),
 }
-"""Values that the gradient of each matrix is made of: the gradients of its products, and what it was multiplied with."""
+"""Activations that the gradient of each matrix is made of: the gradient of its output, and its input."""
 
 
-class _Sums(NamedTuple):
-    """Gradients of a block's weights over the windows of a text, in block.c's order; those of vectors in shares."""
+class _Grads(NamedTuple):
+    """Gradients of a block's weights over the windows of a text: fields of `picogpt.kernels.bindings.ParamGrads`."""
 
-    norm_1: Tensor
+    ln1: Tensor
     """(threads, 3, C): of weight, bias, and the bias of the product that was normalised."""
     attn: Tensor
     attn_bias: Tensor
     """(rolls, 3C)."""
     proj: Tensor
-    norm_2: Tensor
+    ln2: Tensor
     fc: Tensor
     fc_bias: Tensor
     """(threads, 4C)."""
     out: Tensor
 
     @classmethod
-    def make(cls, kernels: Kernels, rolls: int) -> _Sums:
-        """Room for them; the gradients of matrices are made anew for each text, as they are given away."""
+    def make(cls, kernels: Kernels, rolls: int) -> _Grads:
+        """Memory for them; the gradients of matrices are made anew for each text, as they are given away."""
         (width, _, _), threads, none = kernels.shape, kernels.threads, torch.empty(0)
-        norm_1, norm_2 = torch.zeros(2, threads, 3, width).unbind()
-        return cls(norm_1, none, torch.zeros(rolls, 3 * width), none, norm_2, none, torch.zeros(threads, 4 * width), none)
+        ln1, ln2 = torch.zeros(2, threads, 3, width).unbind()
+        return cls(ln1, none, torch.zeros(rolls, 3 * width), none, ln2, none, torch.zeros(threads, 4 * width), none)
 
-    def begin(self, weights: _Weights, *, at_once: bool) -> _Sums:
-        """Begin again, with new gradients of matrices; those that are computed at once need no zeros to begin with."""
-        for tensor in (self.norm_1, self.attn_bias, self.norm_2, self.fc_bias):
+    def begin(self, weights: _Weights, when: WeightGrads) -> _Grads:
+        """Begin again, with new gradients of matrices; deferred ones are written, the others added to zeros."""
+        for tensor in (self.ln1, self.attn_bias, self.ln2, self.fc_bias):
             tensor.zero_()
-        new = torch.empty_like if at_once else torch.zeros_like
-        return self._replace(**{name: new(getattr(weights, name)) for name in _OF_MATRICES})
+        new = torch.empty_like if when is WeightGrads.DEFERRED else torch.zeros_like
+        return self._replace(**{name: new(getattr(weights, name)) for name in _WGRAD_INPUTS})
 
     def totals(self, out_bias: Tensor) -> _Weights:
-        """The gradients of all weights; that of the last bias is known to what comes after the block."""
-        (norm_1, norm_1_bias, _), (norm_2, norm_2_bias, proj_bias) = self.norm_1.sum(0), self.norm_2.sum(0)
+        """The gradients of all weights; that of the last bias is known to the block that follows."""
+        (ln1_weight, ln1_bias, _), (ln2_weight, ln2_bias, proj_bias) = self.ln1.sum(0), self.ln2.sum(0)
         attn_bias, fc_bias = self.attn_bias.sum(0), self.fc_bias.sum(0)
         return _Weights(
-            norm_1, norm_1_bias, self.attn, attn_bias, self.proj, proj_bias,
-            norm_2, norm_2_bias, self.fc, fc_bias, self.out, out_bias,
+            ln1_weight, ln1_bias, self.attn, attn_bias, self.proj, proj_bias,
+            ln2_weight, ln2_bias, self.fc, fc_bias, self.out, out_bias,
         )  # fmt: skip
 
 
@@ -97,15 +97,19 @@ class FusedBlocks:
         self.kernels, self.use = kernels, use
         self.is_free = True
         """Whether the text before is through."""
-        self._room = Room(kernels, use)
-        self._values = [addresses(itertools.chain(*blocks)) for blocks in self._room.values]
+        self._workspace = Workspace(kernels, use)
+        self._activations = [
+            (Activations * use.n_layer)(*(structure_of(Activations, block) for block in blocks))
+            for blocks in self._workspace.windows
+        ]
         self._packed: list[Tensor] = []
-        self._weights = addresses([])
-        self._own = [_Sums.make(kernels, use.rolls) for _ in range(use.n_layer)] if use.trained else []
-        self._sums: list[_Sums] = []
-        self._sums_at = addresses([])
+        self._weights = (LayerWeights * use.n_layer)()
+        self._held: list[_Weights] = []
+        """The parameters whose addresses are in `_weights`."""
+        self._own = [_Grads.make(kernels, use.rolls) for _ in range(use.n_layer)] if use.trained else []
+        self._grads: list[_Grads] = []
         self._last_bias = torch.zeros(kernels.threads, kernels.shape[0])
-        """Gradient of the last block's last bias, in shares."""
+        """Gradient of the last block's last bias, a row for each thread."""
         self._remaining: set[int] = set()
         """Windows that have not gone backward."""
 
@@ -119,8 +123,7 @@ class FusedBlocks:
         self.is_free = not self.use.trained
         weights = [_Weights(*(p.detach() for p in block)) for block in parameters]
         self._pack(weights)
-        self._sums = [own.begin(of, at_once=self._room.at_once) for own, of in zip(self._own, weights, strict=False)]
-        self._sums_at = addresses(itertools.chain(*self._sums))
+        self._grads = [own.begin(of, self._workspace.weight_grads) for own, of in zip(self._own, weights, strict=False)]
         self._last_bias.zero_()
         windows = range(len(self.use.slots))
         self._remaining = set(windows)
@@ -128,40 +131,62 @@ class FusedBlocks:
         turns = iter(windows)
         return lambda x: _Blocks.apply(self, next(turns), x, token)  # type: ignore[no-untyped-call]
 
-    def _pack(self, weights: Sequence[_Weights]) -> None:
+    def _pack(self, weights: list[_Weights]) -> None:
         """Pack all matrices as they are now."""
-        matrices = [getattr(block, name) for block in weights for name in _OF_MATRICES]
+        matrices = [getattr(block, name) for block in weights for name in _WGRAD_INPUTS]
         if not self._packed:
             self._packed = [packed for matrix in matrices for packed in self.kernels.packed(*matrix.shape)]
-        packed = iter(self._packed)
-        of_all = [p for block in weights for p in block]
-        self._weights = addresses(q for p in of_all for q in ((next(packed), next(packed)) if p.dim() == 2 else (p,)))
         self.kernels.pack(addresses(matrices), addresses(self._packed), len(weights))
+        packed = iter(self._packed)
+        for index, block in enumerate(weights):
+            tensors = block._asdict()
+            for name in _WGRAD_INPUTS:
+                tensors[name], tensors[f"{name}_back"] = next(packed), next(packed)
+            self._weights[index] = structure_of(LayerWeights, tensors)
+        self._held = weights
+
+    def _pass(self, window: int) -> Pass:
+        """One window, as the functions take it."""
+        return Pass(
+            weights=self._weights,
+            activations=self._activations[window],
+            layers=self.use.n_layer,
+            rolls=self.use.rolls,
+            slots=self.use.slots[window],
+            threads=self.kernels.threads,
+            keep=self.use.keep,
+        )
 
     def forward(self, window: int, x: Tensor) -> Tensor:
         """Rows (R, C) through all blocks."""
-        self._room.values[window][0].x.copy_(x)
+        self._workspace.windows[window][0]["x"].copy_(x)
         out = torch.empty_like(x)
-        self.kernels.forward(self._weights, self._values[window], out, self.use)
+        self.kernels.forward(self._pass(window), out)
         return out
 
     def backward(self, window: int, dx: Tensor) -> None:
         """Turn the gradient of what `forward` returned, in place, into that of what it was given."""
         self._remaining.remove(window)
-        tables = self._weights, self._values[window], self._sums_at
-        self.kernels.backward(tables, dx, self._last_bias, self.use, at_once=self._room.at_once)
+        assert dx.is_contiguous()
+        grads = PassGrads(
+            params=(ParamGrads * len(self._grads))(*(structure_of(ParamGrads, block._asdict()) for block in self._grads)),
+            dx=dx.data_ptr(),
+            last_bias=self._last_bias.data_ptr(),
+            weight_grads=self._workspace.weight_grads,
+        )
+        self.kernels.backward(self._pass(window), grads)
 
     def gradients(self) -> list[Tensor]:
         """Those of all parameters, once all windows have gone backward; the memory is free for the next text."""
         assert not self._remaining, f"windows {sorted(self._remaining)} have not gone backward"
-        if self._room.at_once:
-            for sums, values in zip(self._sums, self._room.wholes, strict=True):
-                for name, (of_rows, rows) in _OF_MATRICES.items():
-                    self.kernels.gradient_of_matrix(values[of_rows], values[rows], getattr(sums, name))
+        if self._workspace.weight_grads is WeightGrads.DEFERRED:
+            for grads, activations in zip(self._grads, self._workspace.all_windows, strict=True):
+                for name, (d_out, x) in _WGRAD_INPUTS.items():
+                    self.kernels.weight_grad(activations[d_out], activations[x], getattr(grads, name))
         # What a block's result is added to ends in the first LayerNorm of the next block.
-        biases = [*(sums.norm_1.sum(0)[2] for sums in self._sums[1:]), self._last_bias.sum(0)]
-        found = [total for sums, bias in zip(self._sums, biases, strict=True) for total in sums.totals(bias)]
-        self._sums = []
+        biases = [*(grads.ln1.sum(0)[2] for grads in self._grads[1:]), self._last_bias.sum(0)]
+        found = [total for grads, bias in zip(self._grads, biases, strict=True) for total in grads.totals(bias)]
+        self._grads = []
         self.is_free = True
         return found
 

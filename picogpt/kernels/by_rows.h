@@ -1,9 +1,22 @@
-/* Products of matrices summed over their rows: gradients of matrices, and gram matrices.
+/* Transposed products, summed over the rows of both sides: gradients of matrices, and Gram matrices.
 
-   One of the two matrices is WIDTH wide. Each thread packs all of that one, and of the other, which may be wider, what it has
-   to do, so that none waits for another. */
+   One of the two matrices is WIDTH wide. Each thread packs all of that one, and of the other, which may be wider, its own part, so
+   that no thread waits for another. */
 
 #define ROWS_AT_ONCE 512 /* what is packed of them stays in the cache */
+
+/* Which entries of a square product are needed. */
+enum triangle { ALL_ENTRIES, UPPER_ENTRIES /* at least those on the diagonal and above: the product is symmetric */ };
+
+/* sums (n, m) = left (rows, n), transposed, x right (rows, m). */
+struct gemm_tn {
+    float *sums;
+    const number *left, *right;
+    int n, m;
+    long rows;
+    enum result result;
+    enum triangle triangle;
+};
 
 /* Units of LANES entries of row k x PAIR and the one after it, of `rows` that are `stride` apart; zeros where there are none. */
 static inline units of_rows(const number *x, long stride, int rows, int k) {
@@ -59,8 +72,12 @@ static void pack_right(const number *x, unit *packed, long stride, int columns, 
     }
 }
 
-/* A tile of 32 x 32 sums, or its transpose, to `sums`, or added to what is there. */
-static void put_tile(float *sums, long row, float *tile, int transposed, int add) {
+/* Which way a tile of sums is written. */
+enum orientation { AS_IT_IS, TRANSPOSED };
+
+/* A tile of 32 x 32 sums to `sums`, whose rows are `row` apart. */
+static void put_tile(float *sums, long row, float *tile, enum orientation orientation, enum result result) {
+    const int transposed = orientation == TRANSPOSED;
     for (int i = 0; i < 32; i += 16) {
         for (int j = 0; j < 32; j += 16) {
             integers x[16];
@@ -68,37 +85,37 @@ static void put_tile(float *sums, long row, float *tile, int transposed, int add
             if (transposed) transpose_lanes(x);
             float *to = transposed ? sums + j * row + i : sums + i * row + j;
             for (int r = 0; r < 16; r++) {
-                if (add) accumulate(to + r * row, (vector)x[r]);
+                if (result == ADD_TO) accumulate(to + r * row, (vector)x[r]);
                 else store_float(to + r * row, (vector)x[r]);
             }
         }
     }
 }
 
-/* `sums` (n, m) = left (rows, n), transposed, x right (rows, m), or that added to them; of what is `symmetric` at least what is
-   on the diagonal and above. The wider one is multiplied from the right, as it is sooner packed so; what comes out is
-   transposed where it was the left one. */
-static void multiply_by_rows(float *sums, const number *left, int n, const number *right, int m, long rows, int add,
-                             int symmetric, unit *room, int thread, int threads) {
-    const int swapped = n > m, columns = swapped ? n : m, panels = columns / PANEL;
+/* The part of a transposed product that is one thread's. The wider matrix is multiplied from the right, as it is sooner packed so;
+   what comes out is transposed where it was the left one. */
+static void gemm_tn(struct gemm_tn p, unit *workspace, int thread, int threads) {
+    const int swapped = p.n > p.m, columns = swapped ? p.n : p.m, panels = columns / PANEL;
     const int first = first_of(panels, thread, threads), end = first_of(panels, thread + 1, threads);
-    const number *narrow = swapped ? right : left, *wide = swapped ? left : right;
-    unit *whole = room + (long)thread * THREAD_UNITS, *part = whole + WHOLE_UNITS;
+    const number *narrow = swapped ? p.right : p.left, *wide = swapped ? p.left : p.right;
+    unit *whole = workspace + (long)thread * THREAD_UNITS, *part = whole + WHOLE_UNITS;
     float *totals = (float *)(part + PART_UNITS);
-    const long most = rows_at_once(rows);
-    for (long start = 0; start < rows; start += most) {
-        int count = rows - start < most ? rows - start : most, depth = DEPTH_OF(count), last = start + most >= rows;
+    const long most = rows_at_once(p.rows);
+    for (long start = 0; start < p.rows; start += most) {
+        int count = p.rows - start < most ? p.rows - start : most, depth = DEPTH_OF(count), last = start + most >= p.rows;
         pack_left(narrow + start * WIDTH, whole, WIDTH, WIDTH, count, depth);
         pack_right(wide + start * columns + first * PANEL, part, columns, (end - first) * PANEL, count, depth);
         for (int j = first; j < end; j++) {
             struct tiles panel = tiles_of_panel(part + (long)(j - first) * PANEL * depth);
             for (int i = 0; i < WIDTH; i += 32) {
-                if (symmetric && i > j * PANEL) continue;
+                if (p.triangle == UPPER_ENTRIES && i > j * PANEL) continue;
                 float *tile = totals + (long)((j - first) * WIDTH + i) * 32;
                 struct tiles block = {whole + (long)i * depth, 64, 64 * 32};
-                if (start) multiply_tiles(1, tile, 32, 1, block, panel, depth / 16);
-                else multiply_tiles(1, tile, 32, 0, block, panel, depth / 16);
-                if (last) put_tile(sums + (swapped ? (long)j * PANEL * m + i : (long)i * m + j * PANEL), m, tile, swapped, add);
+                if (start) multiply_tiles(32, tile, 32, ADD_TO, block, panel, depth / 16);
+                else multiply_tiles(32, tile, 32, WRITE_TO, block, panel, depth / 16);
+                if (!last) continue;
+                if (swapped) put_tile(p.sums + (long)j * PANEL * p.m + i, p.m, tile, TRANSPOSED, p.result);
+                else put_tile(p.sums + (long)i * p.m + j * PANEL, p.m, tile, AS_IT_IS, p.result);
             }
         }
     }
@@ -144,42 +161,46 @@ static void pack_right(const number *x, unit *packed, long stride, int columns, 
     }
 }
 
-/* A tile of sums = packed left x packed right, or that added to them; of a matrix that has so many rows and columns from there
-   on. */
-static void sum_tile(float *sums, const unit *left, const unit *right, long row, int rows, int columns, int depth, int add) {
+/* Where a tile of sums is, and how much of it belongs to the matrix, which may end within it. */
+struct sums_at {
+    float *sums;
+    long row; /* entries from one row to the next */
+    int rows, columns;
+};
+
+/* A tile of sums = packed left x packed right. */
+static void sum_tile(struct sums_at at, const unit *left, const unit *right, int depth, enum result result) {
     vector tile[TILE][2];
-    for (int r = TILE; r < 2 * TILE && r < rows; r++) __builtin_prefetch(sums + r * row, 1); /* of the next tile */
+    for (int r = TILE; r < 2 * TILE && r < at.rows; r++) __builtin_prefetch(at.sums + r * at.row, 1); /* of the next tile */
     multiply_tile(TILE, tile, left, 1, TILE, right, depth);
-    for (int r = 0; r < TILE && r < rows; r++) {
-        for (int c = 0; c < 2 && c * LANES < columns; c++) {
-            float *to = sums + r * row + c * LANES;
-            if (add) accumulate(to, tile[r][c]);
+    for (int r = 0; r < TILE && r < at.rows; r++) {
+        for (int c = 0; c < 2 && c * LANES < at.columns; c++) {
+            float *to = at.sums + r * at.row + c * LANES;
+            if (result == ADD_TO) accumulate(to, tile[r][c]);
             else store_float(to, tile[r][c]);
         }
     }
 }
 
-/* `sums` (n, m) = left (rows, n), transposed, x right (rows, m), or that added to them; of what is `symmetric` at least what is
-   on the diagonal and above. */
-static void multiply_by_rows(float *sums, const number *left, int n, const number *right, int m, long rows, int add,
-                             int symmetric, unit *room, int thread, int threads) {
-    const int blocks = UP(n, TILE) / TILE, panels = UP(m, PANEL) / PANEL, by_blocks = n > m;
+/* The part of a transposed product that is one thread's: rows of the sums where there are more of them, else columns. */
+static void gemm_tn(struct gemm_tn p, unit *workspace, int thread, int threads) {
+    const int blocks = UP(p.n, TILE) / TILE, panels = UP(p.m, PANEL) / PANEL, by_blocks = p.n > p.m;
     const int i_first = by_blocks ? first_of(blocks, thread, threads) * TILE : 0,
               j_first = by_blocks ? 0 : first_of(panels, thread, threads) * PANEL;
-    const int i_end = by_blocks ? first_of(blocks, thread + 1, threads) * TILE : n,
-              j_end = by_blocks ? m : first_of(panels, thread + 1, threads) * PANEL;
-    const int i_count = (i_end < n ? i_end : n) - i_first, j_count = (j_end < m ? j_end : m) - j_first;
-    unit *lefts = room + (long)thread * THREAD_UNITS;
-    const long most = rows_at_once(rows);
-    for (long start = 0; start < rows; start += most, add = 1) {
-        int count = rows - start < most ? rows - start : most, depth = DEPTH_OF(count);
+    const int i_end = by_blocks ? first_of(blocks, thread + 1, threads) * TILE : p.n,
+              j_end = by_blocks ? p.m : first_of(panels, thread + 1, threads) * PANEL;
+    const int i_count = (i_end < p.n ? i_end : p.n) - i_first, j_count = (j_end < p.m ? j_end : p.m) - j_first;
+    unit *lefts = workspace + (long)thread * THREAD_UNITS;
+    const long most = rows_at_once(p.rows);
+    for (long start = 0; start < p.rows; start += most, p.result = ADD_TO) {
+        int count = p.rows - start < most ? p.rows - start : most, depth = DEPTH_OF(count);
         unit *rights = lefts + UP((long)UP(i_count, TILE) * depth, LANES);
-        pack_left(left + start * n + i_first, lefts, n, i_count, count, depth);
-        pack_right(right + start * m + j_first, rights, m, j_count, count, depth);
+        pack_left(p.left + start * p.n + i_first, lefts, p.n, i_count, count, depth);
+        pack_right(p.right + start * p.m + j_first, rights, p.m, j_count, count, depth);
         for (int j = 0; j < j_count; j += PANEL) {
-            for (int i = 0; i < i_count && !(symmetric && i_first + i >= j_first + j + PANEL); i += TILE) {
-                sum_tile(sums + (long)(i_first + i) * m + j_first + j, lefts + (long)i * depth, rights + (long)j * depth, m,
-                         i_count - i, j_count - j, depth, add);
+            for (int i = 0; i < i_count && !(p.triangle == UPPER_ENTRIES && i_first + i >= j_first + j + PANEL); i += TILE) {
+                struct sums_at at = {p.sums + (long)(i_first + i) * p.m + j_first + j, p.m, i_count - i, j_count - j};
+                sum_tile(at, lefts + (long)i * depth, rights + (long)j * depth, depth, p.result);
             }
         }
     }

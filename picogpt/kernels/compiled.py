@@ -14,10 +14,11 @@ Dimensions: R rows, one for each slot of each roll; B rolls, S slots of a window
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from ctypes import POINTER, byref, c_int, c_long, c_void_p
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,11 +26,32 @@ from torch import Tensor
 from picogpt.config import GPTConfig
 from picogpt.device import has_matrix_tiles, instruction_set
 from picogpt.errors import BuildError, TrainingError
+from picogpt.kernels.bindings import (
+    Keep,
+    MatrixGrad,
+    MuonMatrix,
+    MuonSettings,
+    Pass,
+    PassGrads,
+    check_layout,
+)
 from picogpt.kernels.build import load_library
 
-__all__ = ["INSTRUCTIONS", "Addresses", "Kernels", "Use", "addresses", "choose_kernels", "compile_kernels", "kernels_name"]
+__all__ = [
+    "INSTRUCTIONS",
+    "Addresses",
+    "Kernels",
+    "MuonStep",
+    "Use",
+    "addresses",
+    "choose_kernels",
+    "compile_kernels",
+    "kernels_name",
+    "structure_of",
+]
 
-Addresses = ctypes.Array[ctypes.c_void_p]
+Addresses = ctypes.Array[c_void_p]
+_S = TypeVar("_S", bound=ctypes.Structure)
 
 _SOURCE = Path(__file__).with_name("block.c")
 _FLAGS = "-std=gnu11 -O3 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -freciprocal-math"
@@ -40,8 +62,17 @@ _LANES = 4
 """Entries of the shortest vectors, which a head is cut into."""
 _MAX_CONTEXT_LEN = 512
 """Beyond it a head's scores no longer fit in a core's cache, which is what the functions live by."""
-_ARGUMENTS = {"pack": (2, 2), "forward": (3, 6), "backward": (6, 5), "gradient_of_matrix": (4, 4), "update_matrices": (4, 4)}
-"""How many pointers each function takes, and then how many numbers."""
+_FUNCTIONS: dict[str, tuple[object, Sequence[object]]] = {
+    "pack": (None, (c_void_p, c_void_p, c_int, c_int)),
+    "forward": (None, (POINTER(Pass), c_void_p)),
+    "backward": (None, (POINTER(Pass), POINTER(PassGrads))),
+    "weight_grad": (None, (POINTER(MatrixGrad), c_void_p)),
+    "update_matrices": (None, (POINTER(MuonMatrix), POINTER(MuonSettings), c_void_p)),
+    "uses_matrix_tiles": (c_int, ()),
+    "panel_columns": (c_int, ()),
+    "workspace_units": (c_long, (c_int,)),
+}
+"""What each function of block.c returns and takes."""
 
 
 class Use(NamedTuple):
@@ -54,14 +85,37 @@ class Use(NamedTuple):
     trained: bool
     """Whether there will be a backward pass."""
     recompute: bool
-    """Whether a block's inner values are computed again in the backward pass, instead of kept for it."""
+    """Whether a block's activations are computed again in the backward pass, instead of kept for it."""
+
+    @property
+    def keep(self) -> Keep:
+        """What the forward pass leaves for the backward pass."""
+        if not self.trained:
+            return Keep.NOTHING
+        return Keep.INPUTS if self.recompute else Keep.ACTIVATIONS
+
+
+class MuonStep(NamedTuple):
+    """Settings of one of Muon's updates: fields of `picogpt.kernels.bindings.MuonSettings`."""
+
+    momentum: float
+    beta2: float
+    decay: float
+    """What weight decay leaves of a weight."""
+    step: float
+    """Length of the step."""
+    margin: float
+    polynomials: Sequence[Sequence[float]]
+    """Three coefficients of each Newton-Schulz iteration."""
+    gram_reuse: Sequence[int]
+    """How many iterations share a Gram matrix, one group after the other."""
 
 
 class Kernels:
     """The functions, for tensors on the CPU that are contiguous.
 
     What enters and leaves a product of matrices is in `dtype`, all else is float32. Memory for what they write is given to them.
-    Tensors are given by their addresses, in structures of them in the order that block.c says.
+    Tensors are given by their addresses, in the structures of `picogpt.kernels.bindings`.
 
     Args:
         library: block.c, compiled.
@@ -71,17 +125,17 @@ class Kernels:
     """
 
     def __init__(self, library: ctypes.CDLL, config: GPTConfig, dtype: torch.dtype, compiler: str) -> None:
+        check_layout(library)
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
         self.dtype, self.compiler = dtype, compiler
         self.shape = (config.n_embd, config.n_head, config.context_len)
         self.threads = torch.get_num_threads()
         self._library = library
-        for name, (pointers, numbers) in _ARGUMENTS.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = [ctypes.c_void_p] * pointers + [ctypes.c_int] * numbers, None
         self.matrix_tiles = bool(library.uses_matrix_tiles())
         """Whether products are made by the processor's registers for tiles (AMX)."""
         self._panel = int(library.panel_columns())
-        library.room_units.restype = ctypes.c_long
 
     def packed(self, out: int, n_in: int) -> tuple[Tensor, Tensor]:
         """Memory for a matrix (out, in), packed as `pack` does it for the forward pass and for the backward pass."""
@@ -92,67 +146,66 @@ class Kernels:
         return torch.empty(-(-columns // self._panel) * self._panel * rows, dtype=self.dtype)
 
     @cached_property
-    def room(self) -> Tensor:
+    def workspace(self) -> Tensor:
         """Memory that threads pack matrices in, and update them."""
-        return torch.empty(self._library.room_units(self.threads), dtype=torch.float32)
+        return torch.empty(self._library.workspace_units(self.threads), dtype=torch.float32)
 
     def pack(self, matrices: Addresses, packed: Addresses, layers: int) -> None:
-        """Pack four matrices of each block, those of attention, its projection, and the feed-forward layer."""
+        """Pack four matrices of each block: those of attention, its projection, and the MLP."""
         self._library.pack(matrices, packed, layers, self.threads)
 
-    def forward(self, weights: Addresses, values: Addresses, out: Tensor, use: Use) -> None:
+    def forward(self, window: Pass, out: Tensor) -> None:
         """One window of all rolls through all blocks, from the first block's x to `out` (R, C)."""
-        slots = out.size(0) // use.rolls
-        kept = use.trained, use.trained and not use.recompute
-        self._library.forward(weights, values, out.data_ptr(), *kept, use.n_layer, use.rolls, slots, self.threads)
+        self._library.forward(byref(window), out.data_ptr())
 
-    def backward(
-        self,
-        tables: tuple[Addresses, Addresses, Addresses],
-        dx: Tensor,
-        last_bias: Tensor,
-        use: Use,
-        *,
-        at_once: bool,
-    ) -> None:
-        """Turn the gradient dx (R, C) of what `forward` gave into that of the first block's x.
+    def backward(self, window: Pass, grads: PassGrads) -> None:
+        """Turn the gradient of what `forward` gave, `grads.dx` (R, C), into that of the first block's x."""
+        grads.workspace = self.workspace.data_ptr()
+        self._library.backward(byref(window), byref(grads))
 
-        Args:
-            tables: the blocks' weights; what `forward` has left of that window, or x alone where the rest is to be computed
-                again; and sums to which gradients of weights are added.
-            dx: the gradient.
-            last_bias: (threads, C), to which that of the last block's last bias is added.
-            use: how many blocks and rolls there are, and whether to compute again.
-            at_once: leave the gradients of matrices for later, and `gradient_of_matrix`.
-        """
-        pointers = dx.data_ptr(), last_bias.data_ptr(), None if at_once else self.room.data_ptr()
-        shape = use.n_layer, use.rolls, dx.size(0) // use.rolls
-        self._library.backward(*tables, *pointers, use.recompute, *shape, self.threads)
-
-    def gradient_of_matrix(self, of_rows: Tensor, rows: Tensor, out: Tensor) -> None:
-        """Write (out, in), float32: of the products of a matrix with rows (N, in), whose gradients are of_rows (N, out)."""
-        sizes = of_rows.size(1), rows.size(1), rows.size(0)
-        self._library.gradient_of_matrix(*(x.data_ptr() for x in (out, of_rows, rows, self.room)), *sizes, self.threads)
+    def weight_grad(self, d_out: Tensor, x: Tensor, grad: Tensor) -> None:
+        """Write the gradient (out, in), float32, of a matrix that rows x (N, in) were multiplied with, from d_out (N, out)."""
+        shape = {"outputs": d_out.size(1), "inputs": x.size(1), "rows": x.size(0), "threads": self.threads}
+        pointers = {"sums": grad.data_ptr(), "left": d_out.data_ptr(), "right": x.data_ptr()}
+        self._library.weight_grad(byref(MatrixGrad(**pointers, **shape)), self.workspace.data_ptr())
 
     def can_update(self, rows: int, columns: int) -> bool:
         """Whether `update_matrices` takes this shape: those of the blocks, and the parts of the matrix for attention."""
         width = self.shape[0]
         return (rows, columns) in ((width, width), (width, 4 * width), (4 * width, width))
 
-    def update_matrices(
-        self, parts: Addresses, settings: Sequence[float], in_a_row: Sequence[int], rows: int, columns: int
-    ) -> None:
-        """Take a step of `picogpt.optim.Muon` with matrices (rows, columns), with products in `dtype`.
+    def update_matrices(self, matrices: Sequence[Mapping[str, Tensor]], step: MuonStep) -> None:
+        """Take a step of `picogpt.optim.Muon` with matrices of one shape, with products in `dtype`.
 
         Args:
-            parts: weights, gradient, mean gradient and mean square of each, all of them contiguous.
-            settings: numbers in muon.h's order, and at the end three coefficients of each polynomial.
-            in_a_row: how many polynomials are applied before the gram matrix is formed anew, and so on.
-            rows: of each matrix.
-            columns: likewise.
+            matrices: weights, gradient, momentum and mean_square of each, by name, contiguous and float32.
+            step: the update's settings.
         """
-        tables = (ctypes.c_float * len(settings))(*settings), (ctypes.c_int * (len(in_a_row) + 1))(*in_a_row)
-        self._library.update_matrices(parts, *tables, self.room.data_ptr(), len(parts) // 4, rows, columns, self.threads)
+        rows, columns = matrices[0]["weights"].shape
+        table = (MuonMatrix * len(matrices))(*(structure_of(MuonMatrix, matrix) for matrix in matrices))
+        coefficients = [value for polynomial in step.polynomials for value in polynomial]
+        settings = MuonSettings(
+            polynomials=(ctypes.c_float * len(coefficients))(*coefficients),
+            gram_reuse=(ctypes.c_int32 * (len(step.gram_reuse) + 1))(*step.gram_reuse),
+            momentum=step.momentum,
+            beta2=step.beta2,
+            decay=step.decay,
+            step=step.step,
+            margin=step.margin,
+            rows=rows,
+            columns=columns,
+            matrices=len(matrices),
+            threads=self.threads,
+        )
+        self._library.update_matrices(table, byref(settings), self.workspace.data_ptr())
+
+
+def structure_of(structure: type[_S], tensors: Mapping[str, Tensor]) -> _S:
+    """A structure whose fields are the addresses of these tensors, which have to outlive it."""
+    names = [name for name, *_ in structure._fields_]
+    assert tensors.keys() == set(names), f"{structure.__name__} has {names}, got {list(tensors)}"
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    return structure(*(tensors[name].data_ptr() for name in names))
 
 
 def addresses(tensors: Iterable[Tensor]) -> Addresses:

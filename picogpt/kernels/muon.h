@@ -1,6 +1,6 @@
 /* Muon's updates of matrices: `picogpt.optim.Muon` for one, from its gradient to its weights.
 
-   In the iteration X becomes X times a polynomial in its gram matrix, again and again. It is (rows, WIDTH) here, with at least
+   In the iteration X becomes X times a polynomial in its Gram matrix, again and again. X is (rows, WIDTH) here, with at least
    as many rows; what is wide is transposed. Of what is symmetric however it is rounded, as X^T X is and F G F, only what is not
    below the diagonal is computed. Products of two polynomials in G are symmetric only before they are rounded: if they are
    taken for it, the error grows until the iteration runs away. */
@@ -10,11 +10,13 @@
 /* Two matrices of 4 WIDTH rows, four small ones, and sums: no number is longer than a unit. */
 #define MUON_UNITS (UP(13 * SQUARE + PACKED_SQUARE, LANES) + THREAD_UNITS)
 
-/* Small matrices (WIDTH, WIDTH), X and the next one, and room for what they are made in. */
+/* Buffers of one matrix's update, all of them in the workspace of its thread. */
 struct iteration {
-    number *x, *next, *gram, *factor, *product, *other;
-    float *sums;
-    unit *packed, *room;
+    number *x, *next;                          /* (rows, WIDTH): X, and the X that is made of it */
+    number *gram, *factor, *product, *scratch; /* (WIDTH, WIDTH): X^T X, a polynomial in it, and the product of several */
+    float *sums;                               /* (WIDTH, WIDTH): a symmetric product before it is rounded, its upper half */
+    unit *packed;                              /* one of the small matrices, packed */
+    unit *workspace;                           /* of `gemm_tn` */
     int rows;
 };
 
@@ -42,15 +44,20 @@ static void round_square(float *sums, float diagonal, number *out) {
     for (long i = 0; i < SQUARE; i += LANES) store(out + i, load_float(sums + i));
 }
 
-/* scale x a sum of products + share x what is at `plus`, if there is something. */
-static inline vector scaled_sum(vector sum, float scale, const number *plus, float share) {
-    return plus ? sum * scale + load(plus) * share : sum * scale;
+/* scale x a product + weight x plus, with `plus` null for none. */
+struct linear {
+    float scale;
+    const number *plus;
+    float weight;
+};
+
+static inline vector scaled_sum(vector sum, struct linear f, long at) {
+    return f.plus ? sum * f.scale + load(f.plus + at) * f.weight : sum * f.scale;
 }
 
-/* `out`, or where that is null `sums`, of which only what is on the diagonal and above, (rows, WIDTH) = scale x a (rows, WIDTH)
-   x packed + share x plus. */
-static void combine_products(number *out, float *sums, const number *a, const unit *packed, float scale, const number *plus,
-                             float share, int rows) {
+/* f of a (rows, WIDTH) x packed: rounded to `out`, or where that is null, to `sums`, of which only the entries on the diagonal
+   and above are written. */
+static void combine_products(number *out, float *sums, const number *a, const unit *packed, struct linear f, int rows) {
     const int depth = WIDTH / PAIR;
     for (int j = 0; j < WIDTH; j += PANEL) {
         const unit *panel = packed + (long)j * depth;
@@ -58,7 +65,7 @@ static void combine_products(number *out, float *sums, const number *a, const un
 #ifdef MATRIX_TILES
             const int count = 32;
             struct tiles left = {a + (long)i * WIDTH, 2 * WIDTH, 64};
-            multiply_tiles(1, tile_sums[0], PANEL, 0, left, tiles_of_panel(panel), depth / 16);
+            multiply_tiles(32, tile_sums[0], PANEL, WRITE_TO, left, tiles_of_panel(panel), depth / 16);
 #define SUM(r, c) (*(vector *)&tile_sums[r][(c) * LANES])
 #else
             const int count = i + TILE <= rows ? TILE : 1;
@@ -70,7 +77,7 @@ static void combine_products(number *out, float *sums, const number *a, const un
             for (int r = 0; r < count; r++) {
                 for (int c = 0; c < 2 && j + c * LANES < WIDTH; c++) {
                     long at = (long)(i + r) * WIDTH + j + c * LANES;
-                    vector y = scaled_sum(SUM(r, c), scale, plus ? plus + at : 0, share);
+                    vector y = scaled_sum(SUM(r, c), f, at);
                     if (out) store(out + at, y);
                     else store_float(sums + at, y);
                 }
@@ -81,52 +88,56 @@ static void combine_products(number *out, float *sums, const number *a, const un
 #undef SUM
 }
 
-/* out = scale x a x packed + share x plus + diagonal, all of them small, where that is symmetric. */
-static void multiply_symmetric(struct iteration *it, number *out, const number *a, float scale, const number *plus, float share,
-                               float diagonal) {
-    combine_products(0, it->sums, a, it->packed, scale, plus, share, WIDTH);
+/* f of a x packed, plus `diagonal` on the diagonal, to `out`: a small matrix that is symmetric. */
+static void multiply_symmetric(struct iteration *it, number *out, const number *a, struct linear f, float diagonal) {
+    combine_products(0, it->sums, a, it->packed, f, WIDTH);
     round_square(it->sums, diagonal, out);
 }
 
 static void form_gram(struct iteration *it) {
-    multiply_by_rows(it->sums, it->x, WIDTH, it->x, WIDTH, it->rows, 0, 1, it->room, 0, 1);
+    struct gemm_tn gram = {it->sums, it->x, it->x, WIDTH, WIDTH, it->rows, WRITE_TO, UPPER_ENTRIES};
+    gemm_tn(gram, it->workspace, 0, 1);
     round_square(it->sums, 0, it->gram);
 }
 
-/* X x packed + share x X becomes X. */
-static void multiply_x(struct iteration *it, float share) {
-    combine_products(it->next, 0, it->x, it->packed, 1, share != 0 ? it->x : 0, share, it->rows);
-    number *before = it->x;
-    it->x = it->next;
-    it->next = before;
+static void swap(number **a, number **b) {
+    number *before = *a;
+    *a = *b;
+    *b = before;
 }
 
-/* One polynomial after the other is applied, the gram matrix formed once: `_iterate` there. */
+/* X x packed + weight x X becomes X. */
+static void multiply_x(struct iteration *it, float weight) {
+    combine_products(it->next, 0, it->x, it->packed, (struct linear){1, weight != 0 ? it->x : 0, weight}, it->rows);
+    swap(&it->x, &it->next);
+}
+
+/* Apply `count` polynomials p[0] + p[1] G + p[2] G^2, the Gram matrix G formed once: `_iterate` of picogpt.optim. */
 static void iterate(struct iteration *it, const float (*polynomials)[3], int count) {
+    const struct linear plain = {1, 0, 0};
+    const float *p = polynomials[0];
     form_gram(it);
     pack_square(it->gram, it->packed);
-    const float *p = polynomials[0];
     if (count == 1) {
-        multiply_symmetric(it, it->factor, it->gram, p[2], it->gram, p[1], 0);
+        multiply_symmetric(it, it->factor, it->gram, (struct linear){p[2], it->gram, p[1]}, 0);
         pack_square(it->factor, it->packed);
         multiply_x(it, p[0]);
         return;
     }
-    multiply_symmetric(it, it->factor, it->gram, p[2], it->gram, p[1], p[0]);
+    multiply_symmetric(it, it->factor, it->gram, (struct linear){p[2], it->gram, p[1]}, p[0]);
     memcpy(it->product, it->factor, SQUARE * sizeof *it->product);
     for (int k = 1; k < count; k++) {
         p = polynomials[k];
+        /* G becomes F G F, the Gram matrix of X F; then F the polynomial of that. */
         pack_square(it->gram, it->packed);
-        combine_products(it->other, 0, it->factor, it->packed, 1, 0, 0, WIDTH);
+        combine_products(it->scratch, 0, it->factor, it->packed, plain, WIDTH);
         pack_square(it->factor, it->packed);
-        multiply_symmetric(it, it->gram, it->other, 1, 0, 0, 0);
+        multiply_symmetric(it, it->gram, it->scratch, plain, 0);
         pack_square(it->gram, it->packed);
-        multiply_symmetric(it, it->factor, it->gram, p[2], it->gram, p[1], p[0]);
+        multiply_symmetric(it, it->factor, it->gram, (struct linear){p[2], it->gram, p[1]}, p[0]);
         pack_square(it->product, it->packed);
-        combine_products(it->other, 0, it->factor, it->packed, 1, 0, 0, WIDTH);
-        number *before = it->product;
-        it->product = it->other;
-        it->other = before;
+        combine_products(it->scratch, 0, it->factor, it->packed, plain, WIDTH);
+        swap(&it->product, &it->scratch);
     }
     pack_square(it->product, it->packed);
     multiply_x(it, 0);
@@ -144,24 +155,12 @@ static void transpose_floats(float *out, const float *x, int rows, int columns) 
     }
 }
 
-/* What Muon updates a matrix (rows, columns) with, all of that shape but the last. */
-struct part {
-    float *weights;
-    const float *gradient, *momentum;
-    float *mean_square; /* of each row's updates over time, or of each column's where there are more columns */
-};
-
-/* Numbers of an update: `keep` is what weight decay leaves, `length` that of the step. */
-struct settings {
-    float momentum, beta2, keep, length, margin, polynomials[][3];
-};
-
 /* out = the mean gradient, looking one step ahead (Nesterov); returns its norm. */
-static float look_ahead(const struct part *part, float momentum, float *out, long size) {
+static float nesterov(const struct muon_matrix *matrix, float momentum, float *out, long size) {
     vector squares = {0};
     for (long i = 0; i < size; i += LANES) {
-        vector mean = load_float(part->momentum + i);
-        mean -= (mean - load_float(part->gradient + i)) * (1 - momentum);
+        vector mean = load_float(matrix->momentum + i);
+        mean -= (mean - load_float(matrix->gradient + i)) * (1 - momentum);
         store_float(out + i, mean);
         squares += mean * mean;
     }
@@ -169,8 +168,8 @@ static float look_ahead(const struct part *part, float momentum, float *out, lon
 }
 
 /* out = x (rows, WIDTH), each row times the length of a step and a factor that evens them out over time; the norm of the whole
-   stays as it was: `_evened_out` there. */
-static void even_out(const number *x, float *mean_square, const struct settings *settings, float *out, int rows) {
+   stays as it was: `_evened_out` of picogpt.optim. */
+static void normuon_scale(const number *x, float *mean_square, const struct muon_settings *settings, float *out, int rows) {
     float factors[4 * WIDTH], before = 0, after = 0;
     for (int r = 0; r < rows; r++) {
         vector sum = {0};
@@ -181,7 +180,7 @@ static void even_out(const number *x, float *mean_square, const struct settings 
         before += square;
         after += square * factors[r] * factors[r];
     }
-    float same = settings->length * sqrtf(before / (after + 1e-12f));
+    float same = settings->step * sqrtf(before / (after + 1e-12f));
     for (int r = 0; r < rows; r++) {
         for (long at = (long)r * WIDTH; at < (r + 1L) * WIDTH; at += LANES) {
             store_float(out + at, load(x + at) * (factors[r] * same));
@@ -189,34 +188,39 @@ static void even_out(const number *x, float *mean_square, const struct settings 
     }
 }
 
-/* `in_a_row` says how many polynomials share a gram matrix, until there is a zero. */
-static void update_matrix(const struct part *part, const struct settings *settings, const int *in_a_row, unit *room, int rows,
-                          int columns) {
+/* Where the buffers of an update are in a thread's MUON_UNITS; no number is longer than a unit. */
+static struct iteration iteration_in(unit *workspace, int rows) {
+    return (struct iteration){.x = (number *)workspace,
+                              .next = (number *)(workspace + 4 * SQUARE),
+                              .gram = (number *)(workspace + 8 * SQUARE),
+                              .factor = (number *)(workspace + 9 * SQUARE),
+                              .product = (number *)(workspace + 10 * SQUARE),
+                              .scratch = (number *)(workspace + 11 * SQUARE),
+                              .sums = (float *)(workspace + 12 * SQUARE),
+                              .packed = workspace + 13 * SQUARE,
+                              .workspace = workspace + MUON_UNITS - THREAD_UNITS,
+                              .rows = rows};
+}
+
+/* One step for one matrix, by one thread. */
+static void update_matrix(const struct muon_matrix *matrix, const struct muon_settings *settings, unit *workspace) {
+    const int rows = settings->rows, columns = settings->columns, wide = rows < columns;
     const long size = (long)rows * columns;
-    const int wide = rows < columns;
-    unit *second = room + 4 * SQUARE;
-    struct iteration it = {.x = (number *)room,
-                           .next = (number *)second,
-                           .gram = (number *)(room + 8 * SQUARE),
-                           .factor = (number *)(room + 9 * SQUARE),
-                           .product = (number *)(room + 10 * SQUARE),
-                           .other = (number *)(room + 11 * SQUARE),
-                           .sums = (float *)(room + 12 * SQUARE),
-                           .packed = room + 13 * SQUARE,
-                           .room = room + MUON_UNITS - THREAD_UNITS,
-                           .rows = size / WIDTH};
-    float *mean = (float *)(wide ? room : second);
-    float scale = 1 / (look_ahead(part, settings->momentum, mean, size) * settings->margin + 1e-7f);
-    if (wide) transpose_floats((float *)second, mean, rows, columns);
-    for (long i = 0; i < size; i += LANES) store(it.x + i, load_float((float *)second + i) * scale);
-    for (const float (*p)[3] = settings->polynomials; *in_a_row; p += *in_a_row++) iterate(&it, p, *in_a_row);
+    struct iteration it = iteration_in(workspace, size / WIDTH);
+    /* X and the next one are used as floats before and after the iteration. */
+    float *first = (float *)it.x, *second = (float *)it.next, *mean = wide ? first : second;
+    float scale = 1 / (nesterov(matrix, settings->momentum, mean, size) * settings->margin + 1e-7f);
+    if (wide) transpose_floats(second, mean, rows, columns);
+    for (long i = 0; i < size; i += LANES) store(it.x + i, load_float(second + i) * scale);
+    const float (*polynomials)[3] = (const float (*)[3])settings->polynomials;
+    for (const int32_t *count = settings->gram_reuse; *count; polynomials += *count, count++) iterate(&it, polynomials, *count);
     float *update = (float *)it.next;
-    even_out(it.x, part->mean_square, settings, update, it.rows);
+    normuon_scale(it.x, matrix->mean_square, settings, update, it.rows);
     if (wide) {
         transpose_floats((float *)it.x, update, columns, rows);
         update = (float *)it.x;
     }
     for (long i = 0; i < size; i += LANES) {
-        store_float(part->weights + i, load_float(part->weights + i) * settings->keep - load_float(update + i));
+        store_float(matrix->weights + i, load_float(matrix->weights + i) * settings->decay - load_float(update + i));
     }
 }

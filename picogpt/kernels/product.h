@@ -60,6 +60,18 @@ static inline __attribute__((always_inline)) void multiply_tile(int count, vecto
     }
 }
 
+/* Whether a product is written, or added to what is there. */
+enum result { WRITE_TO, ADD_TO };
+
+/* out (rows, columns) = x (rows, inner) x packed (inner, columns) + bias, if there is one; inner and columns are constants. */
+struct product {
+    number *out;
+    const number *x;
+    const unit *packed;
+    const float *bias; /* (columns), or null */
+    int inner, columns;
+};
+
 static inline vector bias_of(const float *bias, int column) { return bias ? load_float(bias + column) : (vector){0}; }
 
 #ifdef MATRIX_TILES
@@ -91,13 +103,14 @@ struct tiles {
     long stride, step;
 };
 
-/* 16 rows of a, or 32 for `both`, x 32 columns of b, over 32 `steps` numbers, to rows of `sums` that are `row` apart; with
-   `add` to what is there. b has units of two numbers that follow each other in the sum. */
-static inline __attribute__((always_inline)) void multiply_tiles(int both, float *sums, long row, int add, struct tiles a,
-                                                                 struct tiles b, int steps) {
+/* 16 or 32 rows of a x 32 columns of b, over 32 `steps` numbers, to rows of `sums` that are `row` apart. b has units of two
+   numbers that follow each other in the sum. */
+static inline __attribute__((always_inline)) void multiply_tiles(int rows, float *sums, long row, enum result result,
+                                                                 struct tiles a, struct tiles b, int steps) {
     const char *left = a.at, *right = b.at;
+    const int both = rows == 32; /* the second 16 rows too */
     __asm__ volatile("" ::: "memory"); /* the loads below do not tell the compiler what they read */
-    if (add) {
+    if (result == ADD_TO) {
         _tile_loadd(0, sums, 4 * row);
         _tile_loadd(1, sums + 16, 4 * row);
         if (both) _tile_loadd(2, sums + 16 * row, 4 * row);
@@ -129,19 +142,18 @@ static inline __attribute__((always_inline)) void multiply_tiles(int both, float
 /* A panel of `depth` units, from its first tile on. */
 static inline struct tiles tiles_of_panel(const unit *panel) { return (struct tiles){panel, 4 * PANEL, 64 * PANEL}; }
 
-static inline __attribute__((always_inline)) void multiply_by_tiles(number *out, const number *x, const unit *packed,
-                                                                    const float *bias, int depth, int columns, int first,
-                                                                    int end) {
-    for (int j = 0; j < columns; j += PANEL) {
-        struct tiles panel = tiles_of_panel(packed + (long)j * depth);
-        vector low = bias_of(bias, j), high = bias_of(bias, j + LANES);
+static inline __attribute__((always_inline)) void multiply_by_tiles(struct product p, int first, int end) {
+    const int depth = p.inner / PAIR;
+    for (int j = 0; j < p.columns; j += PANEL) {
+        struct tiles panel = tiles_of_panel(p.packed + (long)j * depth);
+        vector low = bias_of(p.bias, j), high = bias_of(p.bias, j + LANES);
         for (int i = first; i < end;) {
             int both = i + 32 <= end, at = both || i + 16 <= end ? i : end - 16; /* the last rows may be among those before */
-            struct tiles rows = {x + (long)at * depth * PAIR, 4L * depth, 64};
-            if (both) multiply_tiles(1, tile_sums[0], PANEL, 0, rows, panel, depth / 16);
-            else multiply_tiles(0, tile_sums[0], PANEL, 0, rows, panel, depth / 16);
+            struct tiles rows = {p.x + (long)at * depth * PAIR, 4L * depth, 64};
+            if (both) multiply_tiles(32, tile_sums[0], PANEL, WRITE_TO, rows, panel, depth / 16);
+            else multiply_tiles(16, tile_sums[0], PANEL, WRITE_TO, rows, panel, depth / 16);
             for (int r = 0; r < (both ? 32 : 16); r++) {
-                number *to = out + (long)(at + r) * columns + j;
+                number *to = p.out + (long)(at + r) * p.columns + j;
                 store(to, *(vector *)tile_sums[r] + low);
                 store(to + LANES, *(vector *)(tile_sums[r] + LANES) + high);
             }
@@ -154,14 +166,16 @@ static void begin_tiles(void) {}
 static void end_tiles(void) {}
 #endif
 
-static inline __attribute__((always_inline)) void multiply_rows(int count, number *out, const number *x, const unit *panel,
-                                                                const float *bias, int depth, int columns, int column) {
+/* `count` rows from `row` on, in the columns of the panel that begins at `column`. */
+static inline __attribute__((always_inline)) void multiply_rows(int count, struct product p, const unit *panel, int row,
+                                                                int column) {
+    const int depth = p.inner / PAIR;
     vector sums[TILE][2];
-    multiply_tile(count, sums, (const unit *)x, depth, 1, panel, depth);
+    multiply_tile(count, sums, (const unit *)(p.x + (long)row * p.inner), depth, 1, panel, depth);
     for (int r = 0; r < count; r++) {
-        number *to = out + (long)r * columns + column;
-        store(to, sums[r][0] + bias_of(bias, column));
-        if (column + LANES < columns) store(to + LANES, sums[r][1] + bias_of(bias, column + LANES));
+        number *to = p.out + (long)(row + r) * p.columns + column;
+        store(to, sums[r][0] + bias_of(p.bias, column));
+        if (column + LANES < p.columns) store(to + LANES, sums[r][1] + bias_of(p.bias, column + LANES));
     }
 }
 
@@ -184,37 +198,35 @@ static inline void prefetch_part(const unit *panel, int depth, int row, int coun
     }
 }
 
-/* Rows from `first` to `end` of out (rows, columns) = x (rows, inner) x packed (inner, columns) + bias, if there is one. */
-static inline __attribute__((always_inline)) void multiply(number *out, const number *x, const unit *packed, const float *bias,
-                                                           int inner, int columns, int first, int end) {
-    const int depth = inner / PAIR;
+/* Rows from `first` to `end` of a product. */
+static inline __attribute__((always_inline)) void multiply(struct product p, int first, int end) {
+    const int depth = p.inner / PAIR;
 #ifdef MATRIX_TILES
     if (end - first >= 16) {
-        multiply_by_tiles(out, x, packed, bias, depth, columns, first, end);
+        multiply_by_tiles(p, first, end);
         return;
     }
 #endif
-    for (int j = 0; j < columns; j += PANEL) {
-        const unit *panel = packed + (long)j * depth;
+    for (int j = 0; j < p.columns; j += PANEL) {
+        const unit *panel = p.packed + (long)j * depth;
         int i = first;
         for (; i + TILE <= end; i += TILE) {
             prefetch_part(panel + (long)PANEL * depth, depth, i - first, TILE, end - first);
-            multiply_rows(TILE, out + (long)i * columns, x + (long)i * inner, panel, bias, depth, columns, j);
+            multiply_rows(TILE, p, panel, i, j);
         }
         if (i < end && end - first >= TILE) {
-            i = end - TILE; /* some rows are done again: that is sooner than one by one */
-            multiply_rows(TILE, out + (long)i * columns, x + (long)i * inner, panel, bias, depth, columns, j);
+            multiply_rows(TILE, p, panel, end - TILE, j); /* some rows are done again: that is sooner than one by one */
             i = end;
         }
-        for (; i < end; i++) multiply_rows(1, out + (long)i * columns, x + (long)i * inner, panel, bias, depth, columns, j);
+        for (; i < end; i++) multiply_rows(1, p, panel, i, j);
     }
 }
 
-/* A function for each shape of product, as what is known of it when it is compiled need not be computed. */
+/* A function for each shape of product, so that inner and columns are constants in it. */
 #define PRODUCT(name, inner, columns)                                                                                            \
     static __attribute__((noinline)) void name(number *out, const number *x, const unit *packed, const float *bias,              \
-                                               struct share share) {                                                             \
-        multiply(out, x, packed, bias, inner, columns, share.first, share.end);                                                  \
+                                               struct work work) {                                                               \
+        multiply((struct product){out, x, packed, bias, inner, columns}, work.first, work.end);                                  \
     }
 PRODUCT(multiply_1_to_1, WIDTH, WIDTH)
 PRODUCT(multiply_1_to_3, WIDTH, 3 * WIDTH)

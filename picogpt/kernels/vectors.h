@@ -188,8 +188,10 @@ static inline __attribute__((always_inline)) void transpose_lanes(integers x[LAN
 /* Of `count` pieces the first one of a thread. */
 static inline long first_of(long count, long thread, long threads) { return count * thread / threads; }
 
-/* What a thread does of a window: rows, and heads of rolls. */
-struct share {
+/* The part of a window that one thread works on. */
+struct work {
     int thread, threads;
-    long rows, slots, first, end, first_head, end_head;
+    long rows, slots;          /* of the whole window: rolls x slots rows */
+    long first, end;           /* its rows */
+    long first_head, end_head; /* its heads, counted over all rolls */
 };

@@ -1,0 +1,158 @@
+/* The structures that Python fills in and hands over.
+
+   picogpt/kernels/bindings.py has the same ones, with the same names in the same order; `layout` lets it compare every offset and
+   size when it loads the library, so that neither side can be changed alone. Dimensions: R = rolls x slots rows of one window,
+   C = WIDTH, H = heads, T = threads; a roll is one of the sequences of a step, a slot one position of its window. */
+
+#include <stddef.h>
+
+/* Weights of one block. A matrix is packed twice: as the forward pass multiplies with it, and transposed for the backward pass. */
+struct layer_weights {
+    const float *ln1_weight, *ln1_bias; /* (C) */
+    const unit *attn, *attn_back;       /* (3C, C), packed */
+    const float *attn_bias;             /* (3C) */
+    const unit *proj, *proj_back;       /* (C, C) */
+    const float *proj_bias;             /* (C) */
+    const float *ln2_weight, *ln2_bias; /* (C) */
+    const unit *fc, *fc_back;           /* (4C, C) */
+    const float *fc_bias;               /* (4C) */
+    const unit *out, *out_back;         /* (C, 4C) */
+    const float *out_bias;              /* (C) */
+};
+
+/* Activations of one block for one window. The forward pass writes them; the backward pass writes a gradient over what it has read
+   for the last time. All but the last four may be shared by several blocks and windows, where they are not kept. */
+struct activations {
+    float *x;             /* (R, C) the block's input: written by the caller for the first block, else by the block before */
+    float *ln1_stats;     /* (2, R) mean of each row, and 1 / its standard deviation */
+    number *ln1_out;      /* (R, C) written by the backward pass, as the right side of the gradient of attn */
+    number *qkv;          /* (R, 3C), and at last its gradient */
+    number *att_out;      /* (R, C) heads' outputs, side by side */
+    float *softmax_stats; /* (2, rolls, H, slots) each row's largest score, and 1 / the sum of its exponentials */
+    float *resid_mid;     /* (R, C) x plus attention */
+    float *ln2_stats;     /* (2, R) */
+    number *ln2_out;      /* (R, C) like ln1_out, for fc */
+    number *fc;           /* (R, 4C) input of GELU, and at last its gradient */
+    number *fc_gelu;      /* (R, 4C) like ln1_out, for out */
+    number *d_mlp_out;    /* (R, C) gradient of what the MLP adds */
+    number *d_attn_out;   /* (R, C) gradient of what attention adds */
+    number *qkv_scratch;  /* (R, 3C) scratch buffers of the whole pass, in the cache: read right after they are written */
+    number *fc_scratch;   /* (R, 4C) */
+    number *ln_scratch;   /* (R, C) */
+    number *branch;       /* (R, C) what attention or the MLP adds to the residual path */
+};
+
+/* Gradients of one block's weights, which the backward pass adds to. Each thread, or each roll, has rows of its own for vectors, so
+   that their sums do not depend on who is first; Python adds the rows up. */
+struct param_grads {
+    float *ln1;       /* (T, 3, C) of ln1_weight, ln1_bias, and the bias of the product whose output ln1 normalizes */
+    float *attn;      /* (3C, C) */
+    float *attn_bias; /* (rolls, 3C) */
+    float *proj;      /* (C, C) */
+    float *ln2;       /* (T, 3, C) of ln2_weight, ln2_bias and proj_bias */
+    float *fc;        /* (4C, C) */
+    float *fc_bias;   /* (T, 4C) */
+    float *out;       /* (C, 4C) */
+};
+
+/* What the forward pass leaves for the backward pass. */
+enum keep {
+    KEEP_NOTHING,     /* validation: there is no backward pass */
+    KEEP_INPUTS,      /* each block's x; the backward pass computes the rest again (gradient checkpointing) */
+    KEEP_ACTIVATIONS, /* everything it needs */
+};
+
+/* When the gradients of the matrices are computed. */
+enum weight_grads {
+    GRADS_PER_WINDOW, /* in the backward pass of each window, added up */
+    GRADS_DEFERRED,   /* by `weight_grad`, for all windows at once: their activations are kept until then */
+};
+
+/* One window of all rolls through all blocks. */
+struct pass {
+    const struct layer_weights *weights;   /* (layers) */
+    const struct activations *activations; /* (layers) */
+    int32_t layers, rolls, slots, threads;
+    int32_t keep; /* enum keep */
+};
+
+/* What a backward pass writes to. */
+struct pass_grads {
+    const struct param_grads *params; /* (layers) */
+    float *dx;                        /* (R, C) gradient of the last block's output; becomes that of the first block's x */
+    float *last_bias;                 /* (T, C) gradient of the last block's out_bias */
+    unit *workspace;                  /* `workspace_units` for the gradients of matrices */
+    int32_t weight_grads;             /* enum weight_grads */
+};
+
+/* A matrix's gradient, left^T right: the gradient of the product's output, and the product's input. */
+struct matrix_grad {
+    float *sums;         /* (outputs, inputs), written */
+    const number *left;  /* (rows, outputs) */
+    const number *right; /* (rows, inputs) */
+    int32_t outputs, inputs, rows, threads;
+};
+
+/* A matrix that Muon updates, with the state of its optimizer. */
+struct muon_matrix {
+    float *weights;        /* (rows, columns), updated */
+    const float *gradient; /* (rows, columns) */
+    const float *momentum; /* (rows, columns) mean gradient over time */
+    float *mean_square;    /* (longer side) of each row's updates over time, or each column's where there are more; updated */
+};
+
+/* Settings of an update, and the shape of all its matrices. */
+struct muon_settings {
+    const float *polynomials;    /* (n, 3) coefficients of the Newton-Schulz iterations */
+    const int32_t *gram_reuse;   /* how many of them share a Gram matrix, one group after the other, up to a zero */
+    float momentum, beta2;       /* decay of the mean gradient, and of the mean squares */
+    float decay, step;           /* what weight decay leaves of a weight, and the length of the step */
+    float margin;                /* safety factor: keeps the singular values below 1 after rounding */
+    int32_t rows, columns;       /* one of them is WIDTH, the other WIDTH or 4 WIDTH */
+    int32_t matrices, threads;
+};
+
+/* A field's place in a structure, or the size of a structure, or the value of a constant. */
+struct layout_entry {
+    const char *name;
+    int64_t offset, size;
+};
+
+#define STRUCTURE(s) {#s, 0, sizeof(struct s)}
+#define FIELD(s, field) {#s "." #field, offsetof(struct s, field), sizeof(((struct s *)0)->field)}
+#define CONSTANT(name) {#name, name, 0}
+
+/* All of the above, ended by an entry without a name. */
+const struct layout_entry *layout(void) {
+    static const struct layout_entry entries[] = {
+        STRUCTURE(layer_weights), FIELD(layer_weights, ln1_weight), FIELD(layer_weights, ln1_bias), FIELD(layer_weights, attn),
+        FIELD(layer_weights, attn_back), FIELD(layer_weights, attn_bias), FIELD(layer_weights, proj),
+        FIELD(layer_weights, proj_back), FIELD(layer_weights, proj_bias), FIELD(layer_weights, ln2_weight),
+        FIELD(layer_weights, ln2_bias), FIELD(layer_weights, fc), FIELD(layer_weights, fc_back), FIELD(layer_weights, fc_bias),
+        FIELD(layer_weights, out), FIELD(layer_weights, out_back), FIELD(layer_weights, out_bias),
+        STRUCTURE(activations), FIELD(activations, x), FIELD(activations, ln1_stats), FIELD(activations, ln1_out),
+        FIELD(activations, qkv), FIELD(activations, att_out), FIELD(activations, softmax_stats), FIELD(activations, resid_mid),
+        FIELD(activations, ln2_stats), FIELD(activations, ln2_out), FIELD(activations, fc), FIELD(activations, fc_gelu),
+        FIELD(activations, d_mlp_out), FIELD(activations, d_attn_out), FIELD(activations, qkv_scratch),
+        FIELD(activations, fc_scratch), FIELD(activations, ln_scratch), FIELD(activations, branch),
+        STRUCTURE(param_grads), FIELD(param_grads, ln1), FIELD(param_grads, attn), FIELD(param_grads, attn_bias),
+        FIELD(param_grads, proj), FIELD(param_grads, ln2), FIELD(param_grads, fc), FIELD(param_grads, fc_bias),
+        FIELD(param_grads, out),
+        STRUCTURE(pass), FIELD(pass, weights), FIELD(pass, activations), FIELD(pass, layers), FIELD(pass, rolls),
+        FIELD(pass, slots), FIELD(pass, threads), FIELD(pass, keep),
+        STRUCTURE(pass_grads), FIELD(pass_grads, params), FIELD(pass_grads, dx), FIELD(pass_grads, last_bias),
+        FIELD(pass_grads, workspace), FIELD(pass_grads, weight_grads),
+        STRUCTURE(matrix_grad), FIELD(matrix_grad, sums), FIELD(matrix_grad, left), FIELD(matrix_grad, right),
+        FIELD(matrix_grad, outputs), FIELD(matrix_grad, inputs), FIELD(matrix_grad, rows), FIELD(matrix_grad, threads),
+        STRUCTURE(muon_matrix), FIELD(muon_matrix, weights), FIELD(muon_matrix, gradient), FIELD(muon_matrix, momentum),
+        FIELD(muon_matrix, mean_square),
+        STRUCTURE(muon_settings), FIELD(muon_settings, polynomials), FIELD(muon_settings, gram_reuse),
+        FIELD(muon_settings, momentum), FIELD(muon_settings, beta2), FIELD(muon_settings, decay), FIELD(muon_settings, step),
+        FIELD(muon_settings, margin), FIELD(muon_settings, rows), FIELD(muon_settings, columns), FIELD(muon_settings, matrices),
+        FIELD(muon_settings, threads),
+        CONSTANT(KEEP_NOTHING), CONSTANT(KEEP_INPUTS), CONSTANT(KEEP_ACTIVATIONS),
+        CONSTANT(GRADS_PER_WINDOW), CONSTANT(GRADS_DEFERRED),
+        {0},
+    };
+    return entries;
+}

@@ -1,0 +1,185 @@
+"""The structures of bindings.h, field by field, and the check that both sides agree.
+
+What each field is and who writes it stands in bindings.h. Fields that are pointers hold addresses of tensors, which the caller
+keeps alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from enum import IntEnum
+
+__all__ = [
+    "Activations",
+    "Keep",
+    "LayerWeights",
+    "MatrixGrad",
+    "MuonMatrix",
+    "MuonSettings",
+    "ParamGrads",
+    "Pass",
+    "PassGrads",
+    "WeightGrads",
+    "check_layout",
+]
+
+
+class LayerWeights(Structure):
+    """Weights of one block, its matrices packed."""
+
+    _fields_ = tuple(
+        (name, c_void_p)
+        for name in (
+            "ln1_weight", "ln1_bias", "attn", "attn_back", "attn_bias", "proj", "proj_back", "proj_bias",
+            "ln2_weight", "ln2_bias", "fc", "fc_back", "fc_bias", "out", "out_back", "out_bias",
+        )
+    )  # fmt: skip
+
+
+class Activations(Structure):
+    """Activations of one block for one window."""
+
+    _fields_ = tuple(
+        (name, c_void_p)
+        for name in (
+            "x", "ln1_stats", "ln1_out", "qkv", "att_out", "softmax_stats", "resid_mid", "ln2_stats", "ln2_out", "fc",
+            "fc_gelu", "d_mlp_out", "d_attn_out", "qkv_scratch", "fc_scratch", "ln_scratch", "branch",
+        )
+    )  # fmt: skip
+
+
+class ParamGrads(Structure):
+    """Gradients of one block's weights."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("ln1", "attn", "attn_bias", "proj", "ln2", "fc", "fc_bias", "out"))
+
+
+class Keep(IntEnum):
+    """What the forward pass leaves for the backward pass: `enum keep`."""
+
+    NOTHING = 0
+    INPUTS = 1
+    ACTIVATIONS = 2
+
+
+class WeightGrads(IntEnum):
+    """When the gradients of the matrices are computed: `enum weight_grads`."""
+
+    PER_WINDOW = 0
+    DEFERRED = 1
+
+
+class Pass(Structure):
+    """One window of all rolls through all blocks."""
+
+    _fields_ = (
+        ("weights", POINTER(LayerWeights)),
+        ("activations", POINTER(Activations)),
+        ("layers", c_int32),
+        ("rolls", c_int32),
+        ("slots", c_int32),
+        ("threads", c_int32),
+        ("keep", c_int32),
+    )
+
+
+class PassGrads(Structure):
+    """What a backward pass writes to."""
+
+    _fields_ = (
+        ("params", POINTER(ParamGrads)),
+        ("dx", c_void_p),
+        ("last_bias", c_void_p),
+        ("workspace", c_void_p),
+        ("weight_grads", c_int32),
+    )
+
+
+class MatrixGrad(Structure):
+    """A matrix's gradient, over all windows."""
+
+    _fields_ = (
+        ("sums", c_void_p),
+        ("left", c_void_p),
+        ("right", c_void_p),
+        ("outputs", c_int32),
+        ("inputs", c_int32),
+        ("rows", c_int32),
+        ("threads", c_int32),
+    )
+
+
+class MuonMatrix(Structure):
+    """A matrix that Muon updates, with the state of its optimizer."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("weights", "gradient", "momentum", "mean_square"))
+
+
+class MuonSettings(Structure):
+    """Settings of Muon's update, and the shape of all its matrices."""
+
+    _fields_ = (
+        ("polynomials", POINTER(c_float)),
+        ("gram_reuse", POINTER(c_int32)),
+        ("momentum", c_float),
+        ("beta2", c_float),
+        ("decay", c_float),
+        ("step", c_float),
+        ("margin", c_float),
+        ("rows", c_int32),
+        ("columns", c_int32),
+        ("matrices", c_int32),
+        ("threads", c_int32),
+    )
+
+
+_STRUCTURES: dict[str, type[Structure]] = {
+    "layer_weights": LayerWeights,
+    "activations": Activations,
+    "param_grads": ParamGrads,
+    "pass": Pass,
+    "pass_grads": PassGrads,
+    "matrix_grad": MatrixGrad,
+    "muon_matrix": MuonMatrix,
+    "muon_settings": MuonSettings,
+}
+_CONSTANTS = {"KEEP": Keep, "GRADS": WeightGrads}
+
+
+class _Entry(Structure):
+    """`struct layout_entry`: a field's place, the size of a structure, or the value of a constant."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("offset", c_int64), ("size", c_int64))
+
+
+def _expected() -> Iterator[tuple[str, int, int]]:
+    """The layout as Python has it: name, offset or value, and size."""
+    for name, structure in _STRUCTURES.items():
+        yield name, 0, ctypes.sizeof(structure)
+        for field, *_ in structure._fields_:
+            place = getattr(structure, field)
+            yield f"{name}.{field}", place.offset, place.size
+    for prefix, constants in _CONSTANTS.items():
+        yield from ((f"{prefix}_{constant.name}", constant.value, 0) for constant in constants)
+
+
+def _found(library: ctypes.CDLL) -> Iterator[tuple[str, int, int]]:
+    """The layout as the library was compiled with it."""
+    library.layout.argtypes, library.layout.restype = (), POINTER(_Entry)
+    entries = library.layout()
+    index = 0
+    while (entry := entries[index]).name:
+        yield entry.name.decode(), entry.offset, entry.size
+        index += 1
+
+
+def check_layout(library: ctypes.CDLL) -> None:
+    """Compare every structure with the one that the library was compiled with: a mismatch would write to foreign memory.
+
+    Raises:
+        AssertionError: they differ; bindings.h or this module was changed alone.
+    """
+    expected, found = list(_expected()), list(_found(library))
+    assert found == expected, f"bindings.h and bindings.py differ: {sorted(set(expected) ^ set(found))}"
