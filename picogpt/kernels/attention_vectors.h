@@ -155,13 +155,21 @@ static void attend(struct buffers *b, struct head head) {
     causal_product(head.out, WIDTH, 0, head.inv_sum, b->scores, b->v, slots);
 }
 
-/* The gradient of row i's scores: softmax x (its own gradient - their mean), with the mean known from output and gradient. */
-static inline void softmax_backward(struct buffers *b, struct head head, int i) {
-    float *weights = b->weights[i], *scores = b->scores[i];
+/* Scores of row i, scaled before, become their softmax, and `scores`, the softmax's gradient, becomes that of the scores: softmax x (its
+   gradient - their weighted mean). The mean is taken with the very weights that it is subtracted with: where all weight is on one
+   slot the two cancel exactly, as they would not with output x d_out, which is the same number rounded in another way. */
+static inline void softmax_backward(float *weights, float *scores, int i, struct softmax_row row) {
     vector products = {0};
-    for (int v = 0; v < VECTORS; v++) products += load(head.out + (long)i * WIDTH + v * LANES) * b->d_out[i][v];
+    for (int j = 0; j < end_of(i); j += LANES) {
+        vector weight = exponential(load_float(weights + j) - row.row_max) * row.inv_sum, d_weight = load_float(scores + j);
+        if (j + LANES > i + 1) {
+            integers mask = causal_mask(i, j);
+            weight = mask_and(mask, weight), d_weight = mask_and(mask, d_weight);
+        }
+        store_float(weights + j, weight);
+        products += weight * d_weight;
+    }
     float mean = sum_of(products);
-    exponentiate(weights, i, (struct softmax_row){1, head.row_max[i], head.inv_sum[i]});
     for (int j = 0; j < end_of(i); j += LANES) {
         vector difference = load_float(scores + j) - mean;
         if (j + LANES > i + 1) difference = mask_and(causal_mask(i, j), difference);
@@ -182,7 +190,9 @@ static void attend_backward(struct buffers *b, struct head head, const number *d
     multiply_causal(b->weights, b->q, b->columns, slots);
     transpose(b->columns, b->v, slots);
     multiply_causal(b->scores, b->d_out, b->columns, slots); /* the gradient of the softmax */
-    for (int i = 0; i < slots; i++) softmax_backward(b, head, i);
+    for (int i = 0; i < slots; i++) {
+        softmax_backward(b->weights[i], b->scores[i], i, (struct softmax_row){1, head.row_max[i], head.inv_sum[i]});
+    }
     for (int i = 0; i < slots; i++) {
         for (int v = 0; v < VECTORS; v++) b->k[i][v] *= scale;
     }
