@@ -1,33 +1,87 @@
-"""The engine against the plain reference."""
+"""The engine against the plain way in torch and against a plain C loop, with a trained model."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.common import ROOT, ROUNDS, in_turns
-from picogpt.config import GenerateConfig, GPTConfig, SampleConfig
+from benchmarks.common import ROOT, in_turns, machine, process
+from benchmarks.train import PROFILES
+from picogpt.config import ENGINE_DTYPES, EngineDType, GenerateConfig, GPTConfig, SampleConfig
 from picogpt.engine import Engine
 from picogpt.find import find_model
 from picogpt.generate import OneByOne, Reader, RollingDecoder, Sampler, StopWatcher, generate, make_generator, never_drawn
-from picogpt.model import GPT
+from picogpt.kernels.processor import vector_instructions
 from picogpt.reference import ReferenceModel
-from picogpt.run import RunFolder
+from picogpt.run import load_model
+from picogpt.threads import choose_threads
 
-__all__ = ["generation"]
+__all__ = ["PlainCLoop", "add_arguments", "generation"]
 
-LENGTHS = (128, 640, 1280, 5000)
-SAMPLES = 64
+PROMPT = 1280
+PLAIN_SOURCE = Path(__file__).with_name("plain_loop.c")
+PLAIN_INSTRUCTIONS = {"AVX512": "-march=native", "AVX2": "-march=haswell"}
+SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "slots", "vocab_size")
+LAYER = [
+    f"{part}.{kind}"
+    for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    for kind in ("weight", "bias")
+]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared."""
+
+    model: str
+    dtypes: tuple[EngineDType, ...]
+    threads: tuple[int, ...]
+    texts: int
+    sections: tuple[str, ...]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this comparison."""
+    sections = tuple(SECTIONS)
+    parser.add_argument("--model", metavar="RUN", default="wikipedia", help="a trained model (default: wikipedia)")
+    parser.add_argument("--dtypes", nargs="+", choices=ENGINE_DTYPES[1:], default=ENGINE_DTYPES[1:], help="default: all")
+    parser.add_argument("--threads", nargs="+", type=int, default=[], help="default: 1, and one a core")
+    parser.add_argument("--texts", type=int, default=64, help="texts side by side (default: 64)")
+    parser.add_argument("--profile", choices=[*PROFILES, "both"], default="native", help="laptop: as if without AVX-512")
+    parser.add_argument("--sections", nargs="+", choices=sections, default=sections, help="what to measure (default: all)")
+
+
+def generation(arguments: argparse.Namespace) -> None:
+    """Print the comparison for each profile, each in a process that sees no other instructions."""
+    threads = tuple(arguments.threads) or tuple(sorted({1, choose_threads().count}))
+    settings = Settings(arguments.model, tuple(arguments.dtypes), threads, arguments.texts, tuple(arguments.sections))
+    for profile in PROFILES if arguments.profile == "both" else (arguments.profile,):
+        print(f"\nprofile {profile}", flush=True)
+        with process(PROFILES[profile]) as call:
+            call(compare, settings)
+
+
+def compare(settings: Settings) -> None:
+    """Print all sections."""
+    path = find_model(settings.model, Path("logs"))[0]
+    print(f"{vector_instructions()}; {machine()}; {path}", flush=True)
+    for section in settings.sections:
+        SECTIONS[section](path, settings)
 
 
 def ids_of(length: int, batch: int = 1) -> npt.NDArray[np.uint8]:
@@ -49,6 +103,138 @@ def speed(reader: Reader, prompt: npt.NDArray[np.uint8], count: int, batch: int 
     return count * batch / (time.perf_counter() - start)
 
 
+class PlainCLoop:
+    """`plain_loop.c` with a model's weights.
+
+    Args:
+        config: the model's shape.
+        arrays: its weights.
+    """
+
+    def __init__(self, config: GPTConfig, arrays: dict[str, npt.NDArray[Any]]) -> None:
+        final = ["wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"]
+        layers = [f"h.{i}.{name}" for i in range(config.n_layer) for name in LAYER]
+        self._arrays = [np.ascontiguousarray(arrays[f"transformer.{name}"], np.float32) for name in final + layers]
+        self._weights = (ctypes.c_void_p * len(self._arrays))(*(array.ctypes.data for array in self._arrays))
+        shape = (config.n_layer, config.n_head, config.n_embd, config.context_len + 1, config.vocab_size)
+        self._shape = _Shape(*shape)
+        self._function = _compile_plain().generate
+
+    def __call__(self, first: int, count: int) -> npt.NDArray[np.int32]:
+        """The likeliest `count` ids behind `first`, which begins the text."""
+        made = np.empty(count, np.int32)
+        self._function(self._weights, self._shape, first, count, made.ctypes.data_as(ctypes.c_void_p))
+        return made
+
+    def speed(self, count: int) -> float:
+        """Characters a second."""
+        start = time.perf_counter()
+        self(1, count)
+        return count / (time.perf_counter() - start)
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int) for name in SHAPE_FIELDS)
+
+
+def _compile_plain() -> ctypes.CDLL:
+    """The loop, compiled as its author would: for this machine, with all liberties."""
+    instructions = PLAIN_INSTRUCTIONS.get(vector_instructions(), "")
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/plain.so"
+        flags = ["-O3", *instructions.split(), "-ffast-math", "-fPIC", "-shared"]
+        subprocess.run(["cc", *flags, str(PLAIN_SOURCE), "-o", library, "-lm"], check=True)  # noqa: S607
+        loaded = ctypes.CDLL(library)
+    loaded.generate.argtypes = [ctypes.c_void_p, _Shape, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
+    return loaded
+
+
+def one_text(path: Path, settings: Settings) -> None:
+    """Print characters a second of one text, and what they are of the plain ways."""
+    plain = PlainCLoop(*load_model(path))
+    reference = ReferenceModel.load(path).model
+    calls: dict[str, Callable[[], float]] = {
+        "plain C loop, float32, 1 thread": partial(plain.speed, 300),
+        "plain torch, whole text anew": lambda: speed(OneByOne(ReferenceModel(reference).prefill), ids_of(PROMPT), 4),
+    }
+    for dtype in settings.dtypes:
+        for threads in settings.threads:
+            calls[f"{dtype}, {threads} threads"] = partial(speed_of_engine, path, dtype, threads)
+    results = dict(zip(calls, in_turns(*calls.values()), strict=True))
+    plain_c, plain_torch = list(results.values())[:2]
+    print(f"\none text after {PROMPT:,} characters\n")
+    print("| | characters/s | of the plain C loop | of plain torch |\n|---|---|---|---|")
+    for name, found in results.items():
+        print(f"| {name} | {statistics.median(found):,.1f} | {ratio(found, plain_c):.2f} | {ratio(found, plain_torch):,.0f} |")
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    """The median of the ratios of each round."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def decoder_of(path: Path, dtype: EngineDType, threads: int) -> RollingDecoder:
+    """A decoder as `picogpt-generate` makes it."""
+    engine = Engine.load(path, threads=threads, dtype=dtype)
+    return RollingDecoder(engine, GenerateConfig().hop_for(engine.config.context_len))
+
+
+def speed_of_engine(path: Path, dtype: EngineDType, threads: int) -> float:
+    """Characters a second of one text after the prompt."""
+    return speed(decoder_of(path, dtype, threads), ids_of(PROMPT), 1200)
+
+
+def many_texts(path: Path, settings: Settings) -> None:
+    """Print characters a second of many texts at once, and how much of the machine's matrix products that is."""
+    config, arrays = load_model(path)
+    matrices = [array for name, array in arrays.items() if array.ndim == 2 and "wpe" not in name]
+    flops = 2 * sum(array.size for array in matrices)
+    threads = max(settings.threads)
+    torch.set_num_threads(threads)
+    texts = settings.texts
+    calls = {
+        dtype: partial(lambda dtype: speed(decoder_of(path, dtype, threads), ids_of(128), 130, texts), dtype)
+        for dtype in settings.dtypes
+    }
+    peak, *found = in_turns(partial(product_peak, threads), *calls.values())
+    print(f"\n{texts} texts at once, {threads} threads; products reach {statistics.median(peak) / 1e9:,.0f} GFLOP/s\n")
+    print(f"| | characters/s | share of that, at {flops / 1e6:.1f} MFLOP a character |\n|---|---|---|")
+    for dtype, speeds in zip(calls, found, strict=True):
+        share = statistics.median(speed * flops / most for speed, most in zip(speeds, peak, strict=True))
+        print(f"| {dtype} | {statistics.median(speeds):,.0f} | {share:.0%} |", flush=True)
+    assert config.n_layer
+
+
+def product_peak(threads: int) -> float:
+    """Operations a second of torch's best product of float32 matrices."""
+    torch.set_num_threads(threads)
+    a, b = torch.ones(2048, 1024), torch.ones(1024, 1024)
+    best = 0.0
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        best = max(best, 2 * 2048 * 1024 * 1024 / (time.perf_counter() - start))
+    return best
+
+
+def prompt_and_start(path: Path, settings: Settings) -> None:
+    """Print how long a prompt takes to be read, and the first character to come; and the peak of memory."""
+    threads = max(settings.threads)
+    engine = Engine.load(path, threads=threads)
+    hop = GenerateConfig().hop_for(engine.config.context_len)
+
+    def read() -> float:
+        decoder, prompt = RollingDecoder(engine, hop), ids_of(PROMPT)
+        start = time.perf_counter()
+        decoder.prefill(prompt)
+        return time.perf_counter() - start
+
+    seconds, starts = in_turns(read, partial(first_character, path))
+    print(f"\na prompt of {PROMPT:,} characters is read in {statistics.median(seconds):.3f} s")
+    print(f"first character {statistics.median(starts):.2f} s after the command's start")
+    print(f"peak memory {peak_memory(path):.0f} MB", flush=True)
+
+
 def first_character(model: Path) -> float:
     """Seconds from the start of `picogpt-generate` to its first character."""
     command = [sys.executable, "-m", "picogpt.cli.generate", "-m", str(model), "-p", "a", "--no-echo", "-s", "1"]
@@ -62,17 +248,16 @@ def first_character(model: Path) -> float:
 
 
 def peak_memory(model: Path) -> float:
-    """Most memory (MB) that the processes of `picogpt-generate` hold together over 3,000 characters, as seen every 5 ms.
+    """Most memory (MB) that `picogpt-generate` holds over 3,000 characters, as seen every 5 ms.
 
-    Pages that they share count once (Linux's proportional set size).
+    Pages that processes share count in part (Linux's proportional set size).
     """
     command = [sys.executable, "-m", "picogpt.cli.generate", "-m", str(model), "-p", "a", "-n", "3000"]
     most = 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
         while process.poll() is None:
-            with contextlib.suppress(OSError):  # a process that has just ended
-                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                most = max(most, sum(map(proportional_kb, [process.pid, *map(int, children)])))
+            with contextlib.suppress(OSError, StopIteration):  # a process that has just ended
+                most = max(most, proportional_kb(process.pid))
             time.sleep(0.005)
     return most / 1024
 
@@ -83,57 +268,48 @@ def proportional_kb(process: int) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
-def generation(arguments: argparse.Namespace) -> None:
-    """Compare the engine with the plain reference."""
-    with tempfile.TemporaryDirectory() as folder:
-        if arguments.model is None:
-            torch.manual_seed(0)
-            run = RunFolder(Path(folder))
-            run.save_model(GPT(GPTConfig()).arrays(), GPTConfig())
-            path = run.path / "model.safetensors"
-        else:
-            path = find_model(arguments.model, Path("logs"))[0]
-        compare_with_reference(path)
-        many_and_long(path)
-        starts = [first_character(path) for _ in range(ROUNDS)]
-        print(f"\nstart of the command to its first character: {statistics.median(starts):.2f} s")
-        print(f"its peak memory: {peak_memory(path):.0f} MB")
+def long_text(path: Path, settings: Settings) -> None:
+    """Print the speed over the last tenth of 100,000 characters against the first."""
+    decoder = decoder_of(path, settings.dtypes[-1], max(settings.threads))
+    sampler = Sampler(SampleConfig(), [make_generator(0)], never_drawn(None))
+    made = generate(decoder, decoder.prefill(ids_of(128)), 100_000, sampler=sampler, watchers=[StopWatcher([])])
+    marks, count = {0: time.perf_counter()}, 0
+    for (ids,) in made:
+        count += len(ids)
+        marks.setdefault(count // 10_000, time.perf_counter())
+    first, last = marks[1] - marks[0], marks[10] - marks[9]
+    print(f"\ncharacters 90,000-100,000 are made {first / last:.2f} times as fast as the first 10,000", flush=True)
 
 
-def compare_with_reference(path: Path) -> None:
-    """Print characters a second of both at several lengths of text, and their ratio."""
-    engine, reference = Engine.load(path), ReferenceModel.load(path).model
-    hop = GenerateConfig().hop_for(engine.config.context_len)
-    print(f"hop {hop}, {engine.dtype} on {engine.threads} threads\n")
-    print("| text | engine, characters/s | reference, characters/s | ratio |\n|---|---|---|---|")
-    for length in LENGTHS:
-        prompt = ids_of(length)
-        slow_count = 10 if length <= 640 else 4
-
-        def fast(prompt: npt.NDArray[np.uint8] = prompt) -> float:
-            return speed(RollingDecoder(engine, hop), prompt, 360)
-
-        def slow(prompt: npt.NDArray[np.uint8] = prompt, count: int = slow_count) -> float:
-            return speed(OneByOne(ReferenceModel(reference).prefill), prompt, count)
-
-        ours, theirs = in_turns(fast, slow)
-        ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-        print(f"| {length:,} | {statistics.median(ours):,.0f} | {statistics.median(theirs):,.1f} | {ratio:,.0f} |", flush=True)
+def beside_a_busy_core(path: Path, settings: Settings) -> None:
+    """Print the speed beside a program that keeps one core busy, on all threads and on one."""
+    busy = [sys.executable, "-c", "while True: pass"]
+    with subprocess.Popen(busy) as process:
+        time.sleep(0.5)
+        dtype = settings.dtypes[0]
+        calls = [partial(speed_for, path, dtype, threads, 3.0) for threads in (max(settings.threads), 1)]
+        many, one = in_turns(*calls)
+        process.kill()
+    print(f"\nbeside a busy core, {dtype}: the default is {ratio(many, one):.2f} times as fast as one thread", flush=True)
 
 
-def many_and_long(path: Path) -> None:
-    """Print what many samples at once gain, and what a long text costs."""
-    engine = Engine.load(path)
-    hop = GenerateConfig().hop_for(engine.config.context_len)
-    one, many = in_turns(
-        lambda: speed(RollingDecoder(engine, hop), ids_of(128), 360),
-        lambda: speed(RollingDecoder(engine, hop), ids_of(128), 120, SAMPLES),
-    )
-    ratio = statistics.median(b / a for a, b in zip(one, many, strict=True))
-    print(f"\n{SAMPLES} samples at once: {statistics.median(many):,.0f} characters/s, {ratio:.1f} times those of one")
-    early, late = in_turns(
-        lambda: speed(RollingDecoder(engine, hop), ids_of(1000), 1000),
-        lambda: speed(RollingDecoder(engine, hop), ids_of(9000), 1000),
-    )
-    ratio = statistics.median(b / a for a, b in zip(early, late, strict=True))
-    print(f"characters 9,000-10,000: {statistics.median(late):,.0f} characters/s, {ratio:.2f} of those over 1,000-2,000")
+def speed_for(path: Path, dtype: EngineDType, threads: int, seconds: float) -> float:
+    """Characters a second over some seconds."""
+    decoder = decoder_of(path, dtype, threads)
+    sampler = Sampler(SampleConfig(), [make_generator(0)], never_drawn(None))
+    made = generate(decoder, decoder.prefill(ids_of(128)), None, sampler=sampler, watchers=[StopWatcher([])])
+    start, count = time.perf_counter(), 0
+    for (ids,) in made:
+        count += len(ids)
+        if time.perf_counter() > start + seconds:
+            break
+    return count / (time.perf_counter() - start)
+
+
+SECTIONS: dict[str, Callable[[Path, Settings], None]] = {
+    "one": one_text,
+    "many": many_texts,
+    "start": prompt_and_start,
+    "long": long_text,
+    "busy": beside_a_busy_core,
+}

@@ -1,6 +1,6 @@
 """Ratios against plain baselines, each pair measured in one run, taking turns; medians are printed.
 
-python scripts/benchmark.py generate [--model RUN]
+python scripts/benchmark.py generate [--model RUN] [--profile native|laptop|both] [--dtypes TYPE...] [--threads N...] [--texts N]
 python scripts/benchmark.py load --folder DIR
 python scripts/benchmark.py train [--profile native|laptop|both] [--batch-size N]
 python scripts/benchmark.py kernels [--batch-size N]
@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import machine
+from benchmarks.generate import add_arguments as add_generate_arguments
 from benchmarks.generate import generation
 from benchmarks.kernels import add_arguments as add_kernels_arguments
 from benchmarks.kernels import comparing
@@ -33,8 +34,8 @@ def main() -> None:
     """Run one of the comparisons."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    generate_parser = commands.add_parser("generate", help="the engine against the plain reference")
-    generate_parser.add_argument("--model", metavar="RUN", help="a trained model (default: the full shape, untrained)")
+    generate_parser = commands.add_parser("generate", help="the engine against a plain C loop and the plain way in torch")
+    add_generate_arguments(generate_parser)
     generate_parser.set_defaults(run=generation)
     load_parser = commands.add_parser("load", help="a stream against the same batches from memory")
     load_parser.add_argument("--folder", metavar="DIR", type=Path, required=True, help="a data set laid out like the hub's")

@@ -695,6 +695,21 @@ class TestGenerate:
         assert done.stdout == b"<?>\n"
         assert rb"read as <?>: 1 (100.00%: '\u65e5' 1)" in done.stderr
 
+    def test_without_a_compiler(self, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        """Numpy writes the same text, and one line says why; a type that it lacks is refused."""
+        flags = ["-p", "one", "-s", "3", "-n", "40", "--dtype", "float32"]
+        assert generate.main(flags) == 0
+        expected = capsys.readouterr().out
+        monkeypatch.setenv("CC", "no-such-compiler")
+
+        assert generate.main(flags) == 0
+        out, err = capsys.readouterr()
+        assert out == expected
+        reason = "no C compiler (no-such-compiler, by PATH or CC)"
+        assert err.splitlines()[0] == f"numpy computes the model, several times more slowly than C: {reason}"
+        assert generate.main([*flags[:-1], "int8"]) == 2
+        assert f"--dtype int8 needs the functions in C, and there are none: {reason}" in capsys.readouterr().err
+
     def test_needs_no_torch(self, trained: Path) -> None:
         """torch, datasets and matplotlib are never imported."""
         code = "import sys; from picogpt.cli.generate import main; main(['-p', 'x', '-n', '20'])\n"

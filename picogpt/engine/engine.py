@@ -25,7 +25,7 @@ from picogpt.threads import choose_threads
 
 __all__ = ["Backend", "Engine", "find_backend"]
 
-_SOURCE = Path(__file__).parents[1] / "kernels" / "decode.c"
+SOURCE = Path(__file__).parents[1] / "kernels" / "decode.c"
 _FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-pthread")
 """Sums keep their order, so that a result does not depend on how rows are dealt out to threads."""
 _INSTRUCTIONS = {"AVX512": ("-march=native", "-mprefer-vector-width=512"), "AVX2": ("-mavx2", "-mfma")}
@@ -55,7 +55,7 @@ def find_backend(notify: Callable[[str], None] = _say_nothing) -> Backend:
     """
     flags = [*_FLAGS, *_INSTRUCTIONS.get(vector_instructions(), ())]
     try:
-        built = load_library(_SOURCE, {}, flags=flags, link_flags=("-lm", "-pthread"), notify=notify)
+        built = load_library(SOURCE, {}, flags=flags, link_flags=("-lm", "-pthread"), notify=notify)
     except BuildError as error:
         return Backend(None, str(error))
     return Backend(built.functions, f"compiled by {built.compiler}")

@@ -165,7 +165,7 @@ static void normalize_row(const struct model *m, const float *x, const float *ga
         squares += distance * distance;
     }
     const float scale = 1 / sqrtf(sum_of(squares) / (float)C + EPSILON);
-    for (int c = 0; c < C; c += LANES) {
+    for (int c = 0; c < padded(C); c += LANES) {
         store_float(out + c, (load_float(x + c) - mean) * scale * load_float(gain + c) + load_float(bias + c));
     }
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +17,16 @@ import torch.nn.functional as F
 
 from picogpt.config import EngineDType, GPTConfig, SampleConfig
 from picogpt.engine import Backend, Engine, find_backend
+from picogpt.engine.engine import SOURCE
 from picogpt.engine.layout import STRUCTURES, MatrixStruct
 from picogpt.engine.tuner import ThreadTuner
 from picogpt.errors import ConfigError
 from picogpt.find import PRETRAINED
 from picogpt.generate import OneByOne, RollingDecoder, Sampler, make_generator
+from picogpt.kernels.processor import vector_instructions
 from picogpt.model import GPT
 from picogpt.run import load_model
+from picogpt.tokenizer import CharTokenizer
 from tests.conftest import needs_any_compiler
 from tests.test_engine import engine_of, rough_model
 
@@ -269,14 +273,35 @@ def test_a_change_of_load_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("instructions", ["", "-mavx2 -mfma", "-march=native -mprefer-vector-width=512"])
+def test_sanitizers(instructions: str, tmp_path: Path) -> None:
+    """Without a warning, a read or write out of place, undefined behaviour or a leak, over odd shapes, types and threads."""
+    if "avx2" in instructions and vector_instructions() not in {"AVX2", "AVX512"}:
+        pytest.skip("this processor has no AVX2")
+    flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", *instructions.split(), "-pthread"]
+    flags += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", f"-I{SOURCE.parent}"]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    empty, driver = tmp_path / "empty.c", tmp_path / "driver"
+    empty.write_text("int main(void) { return 0; }")
+    if subprocess.run(["cc", *sanitizers, str(empty), "-o", str(driver)], capture_output=True, check=False).returncode:
+        pytest.skip("the compiler has no runtime for AddressSanitizer and UndefinedBehaviorSanitizer")
+    source = Path(__file__).parent / "native" / "decode_driver.c"
+    done = subprocess.run(
+        ["cc", *flags, *sanitizers, str(source), "-o", str(driver), "-lm"], capture_output=True, text=True, check=False
+    )
+    assert not done.stderr
+    done = subprocess.run([str(driver)], capture_output=True, text=True, check=False)
+
+    assert (done.stdout, done.stderr, done.returncode) == ("ok\n", "", 0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.0002), ("int8", 0.001)])
 @pytest.mark.parametrize("name", ["tinyshakespeare", "wikipedia"])
 def test_what_a_type_costs(name: str, dtype: EngineDType, bound: float, compiled_backend: Backend) -> None:
     """Of a trained model each type predicts a real text, character by character, as well as float32, within a bound."""
     config, arrays = load_model(PRETRAINED / name / "model.safetensors")
     text = Path(__file__).parents[1] / "dataset" / "sample.txt"
-    from picogpt.tokenizer import CharTokenizer
-
     ids = CharTokenizer().encode(text.read_text())[:20_001].astype(np.int64)
     losses = []
     for each in ("float32", dtype):

@@ -1,0 +1,190 @@
+/* Runs prefill, decode and scoring over odd shapes, types and numbers of threads, for sanitizers to watch.
+
+   Every buffer has exactly the size that it needs. The workspace begins as NaN, so that what is read before it was written shows in the
+   results: they must be finite, and the same for any number of threads. tests/test_decode.py compiles and runs this. */
+
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "decode.c"
+
+#define V 19
+#define TEXTS 3
+
+struct shape {
+    int layers, heads, width, context_len;
+};
+
+static void *memory(size_t bytes, int fill) {
+    void *found;
+    if (posix_memalign(&found, 64, bytes ? UP(bytes, 64) : 64)) exit(3);
+    return memset(found, fill, bytes);
+}
+
+static float random_float(void) {
+    static uint32_t state = 1;
+    state = state * 1664525u + 1013904223u;
+    return (float)(state >> 8) / (1 << 23) - 1;
+}
+
+static float *floats_of(long count, long used) {
+    float *x = memory(4UL * count, 0);
+    for (long i = 0; i < used; i++) x[i] = random_float();
+    return x;
+}
+
+/* A matrix (n_out, n_in) of random numbers; what is padded is zero. */
+static struct matrix random_matrix(int n_out, int n_in, enum number_type type) {
+    const int per_line = type == INT8_FOURS ? 4 : type == BFLOAT16_PAIRS ? 2 : 1;
+    const int inputs = (int)(type == INT8_FOURS ? UP(n_in, GROUP) : padded(n_in));
+    struct matrix m = {.type = type, .n_out = (int)padded(n_out), .n_in = (int)padded(n_in), .lines = inputs / per_line};
+    m.packed = memory(64UL * (m.n_out / PANEL) * m.lines, 0);
+    m.scales = floats_of(m.n_out, 0);
+    m.bias = floats_of(m.n_out, n_out);
+    float *rows = malloc(sizeof(float) * n_out * n_in);
+    for (long i = 0; i < (long)n_out * n_in; i++) rows[i] = 0.3f * random_float();
+    pack(&m, rows, n_out, n_in);
+    free(rows);
+    return m;
+}
+
+static void free_matrix(struct matrix m) {
+    free((void *)m.packed);
+    free((void *)m.scales);
+    free((void *)m.bias);
+}
+
+static struct model random_model(struct shape s, enum number_type type) {
+    const int C = s.width, CP = (int)padded(C), heads = s.heads * (int)padded(C / s.heads);
+    struct layer *layers = malloc(sizeof(struct layer) * s.layers);
+    for (int i = 0; i < s.layers; i++) {
+        layers[i] = (struct layer){
+            .gain_1 = floats_of(CP, C), .bias_1 = floats_of(CP, C), .gain_2 = floats_of(CP, C), .bias_2 = floats_of(CP, C)};
+        layers[i].qkv = random_matrix(3 * heads, C, type);
+        layers[i].proj = random_matrix(C, heads, type);
+        layers[i].fc = random_matrix(4 * C, C, type);
+        layers[i].out = random_matrix(C, 4 * C, type);
+    }
+    struct model m = {.layers = layers, .n_layer = s.layers, .n_head = s.heads, .head_size = C / s.heads, .n_embd = C};
+    m.slots = s.context_len + 1, m.vocab_size = V;
+    float *tokens = floats_of(V * CP, 0), *positions = floats_of((long)m.slots * CP, 0);
+    for (int c = 0; c < C; c++) {
+        for (int v = 0; v < V; v++) tokens[v * CP + c] = random_float();
+        for (int t = 0; t < m.slots; t++) positions[(long)t * CP + c] = random_float();
+    }
+    m.tokens = tokens, m.positions = positions;
+    m.final_gain = floats_of(CP, C), m.final_bias = floats_of(CP, C);
+    m.head = random_matrix(V, C, type == INT8_FOURS ? BFLOAT16_PAIRS : type);
+    return m;
+}
+
+static void free_model(struct model m) {
+    for (int i = 0; i < m.n_layer; i++) {
+        const struct layer l = m.layers[i];
+        const struct matrix matrices[] = {l.qkv, l.proj, l.fc, l.out};
+        const float *const vectors[] = {l.gain_1, l.bias_1, l.gain_2, l.bias_2};
+        for (int k = 0; k < 4; k++) free_matrix(matrices[k]), free((void *)vectors[k]);
+    }
+    const float *const vectors[] = {m.tokens, m.positions, m.final_gain, m.final_bias, (const float *)m.layers};
+    for (int k = 0; k < 5; k++) free((void *)vectors[k]);
+    free_matrix(m.head);
+}
+
+static void check(int holds, const char *what, struct shape s, int type, int threads) {
+    if (holds) return;
+    fprintf(stderr, "%s: heads %d, width %d, window %d, type %d, threads %d\n", what, s.heads, s.width, s.context_len, type, threads);
+    exit(1);
+}
+
+struct results {
+    float *logits, *losses, *means;
+    int32_t *drawn;
+    long n_logits, n_losses, n_means, n_drawn;
+};
+
+/* Three texts side by side: a prefill of half a window, one of the rest but one, decode of the last; and scoring. */
+static struct results run_all(const struct model *m, int texts, int threads) {
+    const long CP = padded(m->n_embd), VP = padded(V), T = m->slots - 1, half = (T + 1) / 2;
+    const long per_layer = (long)texts * m->n_head;
+    struct windows w = {.texts = texts};
+    w.keys = memory(4UL * m->n_layer * per_layer * m->head_size * padded(m->slots), 0);
+    w.values = memory(4UL * m->n_layer * per_layer * m->slots * padded(m->head_size), 0xff);
+    w.sums = floats_of(texts * CP, 0);
+    w.contexts = floats_of(texts * CP, 0);
+    int32_t *ids = malloc(sizeof(int32_t) * TEXTS * (T + 1));
+    for (long i = 0; i < TEXTS * (T + 1); i++) ids[i] = (int32_t)((i * i + i / 7) % V);
+    void *workspace = memory((size_t)workspace_bytes(m, (int)(texts * (half + 1)), threads), 0xff);
+    struct results r = {.n_logits = texts * half * VP, .n_losses = TEXTS * T, .n_means = TEXTS * CP, .n_drawn = texts};
+    r.logits = floats_of(r.n_logits, 0), r.losses = floats_of(r.n_losses, 0), r.means = floats_of(r.n_means, 0);
+    r.drawn = malloc(sizeof(int32_t) * r.n_drawn);
+
+    struct prefill first = {m, &w, ids, r.logits, workspace, (int)half, 1, threads, 0};
+    prefill(&first);
+    w.filled = (int)half + 1;
+    if (T - half > 1) {
+        float *last = floats_of(texts * VP, 0);
+        struct prefill second = {m, &w, ids, last, workspace, (int)(T - half - 1), 0, threads, 0};
+        prefill(&second);
+        w.filled += second.length;
+        free(last);
+    }
+    if (w.filled < m->slots) {
+        double allowed[V] = {NOTHING}, numbers[TEXTS] = {0.1, 0.5, 0.9};
+        struct sampling how = {.temperature = 1.5, .top_p = 0.9, .min_p = 0.01, .allowed = allowed, .top_k = 7};
+        struct decode step = {m, &w, &how, ids, numbers, r.drawn, workspace, 1, threads};
+        decode(&step);
+    } else {
+        memset(r.drawn, 0, sizeof(int32_t) * r.n_drawn);
+    }
+    float *contexts = floats_of(TEXTS * CP, 0);
+    void *scoring_memory = memory((size_t)scoring_bytes(m, (int)T, threads), 0xff);
+    struct scoring all = {m, ids, contexts, r.losses, r.means, scoring_memory, TEXTS, (int)T, threads, 0};
+    score(&all);
+    void *const used[] = {w.keys, w.values, w.sums, w.contexts, ids, workspace, contexts, scoring_memory};
+    for (int i = 0; i < 8; i++) free(used[i]);
+    return r;
+}
+
+static int all_finite(const float *x, long count) {
+    for (long i = 0; i < count; i++) {
+        if (!isfinite(x[i])) return 0;
+    }
+    return 1;
+}
+
+static int equal(struct results a, struct results b) {
+    return !memcmp(a.logits, b.logits, 4UL * a.n_logits) && !memcmp(a.losses, b.losses, 4UL * a.n_losses) &&
+           !memcmp(a.means, b.means, 4UL * a.n_means) && !memcmp(a.drawn, b.drawn, 4UL * a.n_drawn);
+}
+
+static void free_results(struct results r) {
+    free(r.logits);
+    free(r.losses);
+    free(r.means);
+    free(r.drawn);
+}
+
+int main(void) {
+    static const struct shape shapes[] = {{2, 2, 8, 37}, {1, 3, 102, 1}, {1, 1, 1, 2}, {1, 5, 20, 511}, {2, 2, 96, 16}};
+    static const int threads[] = {1, 2, 3, 9};
+    for (unsigned i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        for (int type = FLOAT32; type <= INT8_FOURS; type++) {
+            for (int texts = 1; texts <= TEXTS; texts += TEXTS - 1) {
+                struct model m = random_model(shapes[i], (enum number_type)type);
+                struct results expected = run_all(&m, texts, 1);
+                for (int t = 0; t < 4; t++) {
+                    struct results found = run_all(&m, texts, threads[t]);
+                    check(all_finite(found.logits, found.n_logits) && all_finite(found.losses, found.n_losses) &&
+                              all_finite(found.means, found.n_means),
+                          "not finite", shapes[i], type, threads[t]);
+                    check(equal(expected, found), "threads change the result", shapes[i], type, threads[t]);
+                    free_results(found);
+                }
+                free_results(expected);
+                free_model(m);
+            }
+        }
+    }
+    puts("ok");
+    return 0;
+}
