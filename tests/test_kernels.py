@@ -127,16 +127,18 @@ def test_equal_the_modules(shape: str, windows: float) -> None:
 @needs_compiler
 @pytest.mark.parametrize("shape", SHAPES)
 def test_in_bfloat16(shape: str) -> None:
-    """The gradients are no farther from float32's than the modules' are in bfloat16, over a few models."""
-    worse: list[float] = []
-    for seed in range(4):
+    """Losses and gradients are no farther from float32's than the modules' in bfloat16, over models enough to even out their roundings."""
+    worse, of_loss, of_modules_loss = list[float](), 0.0, 0.0
+    for seed in range(4 if SHAPES[shape].context_len > 64 else 16):
         model, length = model_of(shape, spread=0.1, seed=seed), 2 * SHAPES[shape].context_len
-        _, exact = loss_and_gradients(model, None, length)
+        exact_loss, exact = loss_and_gradients(model, None, length)
         loss_of_modules, of_modules = loss_and_gradients(model, None, length, torch.bfloat16)
         loss, found = loss_and_gradients(model, kernels_for(shape, torch.bfloat16), length, torch.bfloat16)
         worse += [distance(found[name], exact[name]) / distance(of_modules[name], exact[name]) for name in exact]
-        assert loss == pytest.approx(loss_of_modules, rel=1e-3)
+        of_loss += abs(loss - exact_loss)
+        of_modules_loss += abs(loss_of_modules - exact_loss)
 
+    assert of_loss < 2 * of_modules_loss + 1e-3
     assert math.exp(sum(map(math.log, worse)) / len(worse)) < 1.1
     assert max(worse) < 4
 
@@ -220,7 +222,7 @@ def bytes_of_room(fused: FusedBlocks) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", ["heads of 8", "heads of 16", "heads of 32"])
 def test_scores_beyond_all_numbers(shape: str, dtype: torch.dtype) -> None:
-    """Scores that are all minus infinity leave no finite output behind, as in torch."""
+    """Scores that are all minus infinity leave no finite output behind."""
     model, ids = model_of(shape), torch.zeros(1, 3, dtype=torch.long)
     block = model.transformer.h[0]
     assert isinstance(block, Block)
@@ -228,13 +230,11 @@ def test_scores_beyond_all_numbers(shape: str, dtype: torch.dtype) -> None:
         q, k, _ = block.attn.c_attn.bias.chunk(3)
         q.fill_(1e30)
         k.fill_(-1e30)
-    losses = []
-    for kernels in (None, kernels_for(shape, dtype)):
-        model.transformer.kernels = kernels
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            losses.append(model(ids, ids)[1].item())
+    model.transformer.kernels = kernels_for(shape, dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        _, loss = model(ids, ids)
 
-    assert all(map(math.isnan, losses))
+    assert math.isnan(loss.item())
 
 
 @needs_compiler
