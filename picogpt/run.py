@@ -430,6 +430,7 @@ class _StoredTensors(Mapping[str, npt.NDArray[Any]]):
     def __init__(self, path: Path, stream: safe_open) -> None:
         self.metadata: dict[str, str] = stream.metadata() or {}  # type: ignore[no-untyped-call]
         self._path, self._stream, self._names = path, stream, list(stream.keys())  # type: ignore[no-untyped-call]
+        self._layout: tuple[int, dict[str, Any]] | None = None
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
         if name not in self._names:
@@ -449,11 +450,13 @@ class _StoredTensors(Mapping[str, npt.NDArray[Any]]):
     def _widened(self, name: str) -> npt.NDArray[np.float32]:
         """The float32 numbers of a tensor of bfloat16, a type that numpy lacks: they are the upper halves of float32."""
         with self._path.open("rb") as stream:
-            # The length of the header, the header, and the tensors.
-            (length,) = struct.unpack("<Q", stream.read(8))
-            entry = json.loads(stream.read(length))[name]
+            if self._layout is None:
+                # The length of the header, the header, and then the tensors.
+                (length,) = struct.unpack("<Q", stream.read(8))
+                self._layout = 8 + length, json.loads(stream.read(length))
+            tensors_at, entry = self._layout[0], self._layout[1][name]
             first, end = entry["data_offsets"]
-            stream.seek(8 + length + first)
+            stream.seek(tensors_at + first)
             halves = np.frombuffer(stream.read(end - first), "<u2").astype(np.uint32)
         halves <<= 16
         floats: npt.NDArray[np.float32] = halves.view(np.float32).reshape(entry["shape"])

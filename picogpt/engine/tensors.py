@@ -30,7 +30,7 @@ def check_largest(fc: Floats, bias: Floats) -> float:
     Raises:
         RunError: it is beyond all bounds.
     """
-    norms = np.sqrt(np.square(fc, dtype=np.float64).sum(axis=1) * fc.shape[1])
+    norms = np.sqrt(np.einsum("oi,oi->o", fc, fc) * fc.shape[1])
     largest = float((norms + bias).max())
     if not largest <= _GELU_CEILING:
         raise RunError(f"the weights have diverged: numbers up to {largest:.3g} may occur; train with a smaller --lr")

@@ -34,9 +34,9 @@ struct model {
 };
 
 /* Windows of B texts: the KV cache, and the sum over slots that the next context vector is made of.
-   Keys stand in columns, so that the scores of neighbouring slots are one vector. */
+   The keys of PANEL neighbouring slots stand side by side, so that their scores are one vector. */
 struct windows {
-    float *keys;     /* (L, B, H, D, SP), SP = S padded */
+    float *keys;     /* (L, B, H, SP / PANEL, D, PANEL), SP = S padded */
     float *values;   /* (L, B, H, S, DP) */
     float *sums;     /* (B, C) of the final LayerNorm's outputs */
     float *contexts; /* (B, C), which stand in the first slot */
@@ -205,23 +205,25 @@ static void multiply_share(struct pass *pass, const struct matrix *matrix, struc
 
 /* ---- Attention ---- */
 
-/* A head of one text in one layer: its keys (D, SP) and values (S, DP). */
+/* A head of one text in one layer: its keys (SP / PANEL, D, PANEL) and values (S, DP). */
 struct head {
     float *keys, *values;
-    int entries, entries_padded, slots_padded;
+    int entries, entries_padded;
 };
 
 static struct head head_of(const struct pass *pass, int layer, int text, int index) {
     const struct model *m = pass->model;
     struct head head = {.entries = m->head_size, .entries_padded = (int)padded(m->head_size)};
-    head.slots_padded = (int)padded(m->slots);
     const long at = ((long)(pass->one_layer ? 0 : layer) * pass->windows->texts + text) * m->n_head + index;
-    head.keys = pass->windows->keys + at * head.entries * head.slots_padded;
+    head.keys = pass->windows->keys + at * head.entries * padded(m->slots);
     head.values = pass->windows->values + at * m->slots * head.entries_padded;
     return head;
 }
 
-/* Scores of a query against `count` slots, in powers of two, and -inf up to the next multiple of 4 LANES; return the largest. */
+/* Where the first entry of a slot's key is; the next ones are PANEL apart. */
+static inline long key_place(struct head head, int slot) { return (long)slot / PANEL * PANEL * head.entries + slot % PANEL; }
+
+/* Scores of a query against `count` slots, in powers of two, and -inf up to the next multiple of LANES; return the largest. */
 static float score_slots(const float *query, struct head head, int count, float *scores) {
     const float by = 1.44269504f / sqrtf((float)head.entries);
     integers lane;
@@ -229,13 +231,13 @@ static float score_slots(const float *query, struct head head, int count, float 
     vector largest = (vector){0} + (float)NOTHING;
     for (int s = 0; s < count; s += LANES) {
         vector sums[2] = {0};
-        const float *keys = head.keys + s;
+        const float *keys = head.keys + key_place(head, s);
         int d = 0;
         for (; d + 2 <= head.entries; d += 2) {
-            sums[0] += load_float(keys + (long)d * head.slots_padded) * query[d];
-            sums[1] += load_float(keys + (long)(d + 1) * head.slots_padded) * query[d + 1];
+            sums[0] += load_float(keys + d * PANEL) * query[d];
+            sums[1] += load_float(keys + (d + 1) * PANEL) * query[d + 1];
         }
-        if (d < head.entries) sums[0] += load_float(keys + (long)d * head.slots_padded) * query[d];
+        if (d < head.entries) sums[0] += load_float(keys + d * PANEL) * query[d];
         vector score = (sums[0] + sums[1]) * by;
         if (s + LANES > count) score = choose(lane < count - s, score, (vector){0} + (float)NOTHING);
         store_float(scores + s, score);
@@ -278,7 +280,8 @@ static void attend_rows(struct pass *pass, int layer, int text, int index) {
         const long row = (long)text * pass->length + i;
         const float *query = pass->activations.qkv + (row * pass->model->n_head + index) * 3 * head.entries_padded;
         const float *key = query + head.entries_padded, *value = key + head.entries_padded;
-        for (int d = 0; d < head.entries; d++) head.keys[(long)d * head.slots_padded + filled + i] = key[d];
+        float *place = head.keys + key_place(head, filled + i);
+        for (int d = 0; d < head.entries; d++) place[d * PANEL] = key[d];
         memcpy(head.values + (long)(filled + i) * head.entries_padded, value, 4UL * head.entries_padded);
         attend(query, head, filled + i + 1, pass->scratch.scores, pass->activations.heads + row * width + (long)index * head.entries_padded);
     }
@@ -497,7 +500,7 @@ void score(struct scoring *scoring) {
 
 /* Rows of a matrix (count, in) in float32 into their panels, which are zero before. */
 void pack(const struct matrix *matrix, const float *rows, int count, int in) {
-    for (int o = 0; o < count; o++) pack_row(rows + (long)o * in, matrix, o, in);
+    for (int o = 0; o < count; o += PANEL) pack_panel(rows + (long)o * in, matrix, o, count - o < PANEL ? count - o : PANEL, in);
 }
 
 /* Sizes of the structures, in the order of `picogpt.engine.layout.STRUCTURES`. */

@@ -50,6 +50,7 @@ static inline vector gelu_of(vector x) {
     p = p * t + 0.120753968f;
     p = p * t + 0.119629298f;
     vector below = p * t * exponential_2(x * x * -0.72134752f);
+    below = choose(size > 12.0f, (vector){0}, below); /* else a product with it may be denormal, which takes a hundred times as long */
     return x * choose(x < 0.0f, below, 1.0f - below);
 }
 
@@ -241,22 +242,29 @@ struct tile {
 
 /* `count` rows from `row` on x `panels` panels; called with constants, so that the sums stay in registers. */
 static inline __attribute__((always_inline)) void multiply_tile_of(int count, int panels, const struct tile *tile, int row) {
-    const int vectors = panels * LINE_VECTORS, in = tile->matrix->n_in;
+    const int vectors = panels * LINE_VECTORS, n_in = tile->matrix->n_in;
     const long stride = tile->rows.x_stride;
     const float *x = tile->rows.x + row * stride, *bias = tile->matrix->bias + tile->column;
     vector sums[TILE_ROWS][TILE_VECTORS];
+#pragma GCC unroll 16
     for (int r = 0; r < count; r++) {
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) sums[r][v] = load_float(bias + v * LANES);
     }
-    for (int k = 0; k < in; k++) {
+    for (int k = 0; k < n_in; k++) {
         vector line[TILE_VECTORS];
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) line[v] = load_line(tile->panels[v / LINE_VECTORS] + (long)k * PANEL, v % LINE_VECTORS);
+#pragma GCC unroll 16
         for (int r = 0; r < count; r++) {
+#pragma GCC unroll 4
             for (int v = 0; v < vectors; v++) sums[r][v] += line[v] * x[r * stride + k];
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < count; r++) {
         float *out = tile->rows.out + (row + r) * tile->rows.out_stride + tile->column;
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) put_product(out + v * LANES, sums[r][v], tile->use == ADD ? ADD : WRITE);
     }
 }
@@ -321,20 +329,30 @@ static uint32_t bfloat16_of(float x) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-/* Row `o` of a matrix, `in` finite floats, into its place in the panels, which are zero before; in int8 also its scale. */
-static void pack_row(const float *row, const struct matrix *to, int o, int in) {
-    uint32_t *line = (uint32_t *)to->packed + (long)(o / PANEL) * to->lines * PANEL + o % PANEL;
-    float most = 0;
-    for (int k = 0; k < in; k++) most = fabsf(row[k]) > most ? fabsf(row[k]) : most;
-    const float by = most > 0 ? 127 / most : 0;
-    if (to->type == INT8_FOURS) ((float *)to->scales)[o] = most / 127;
+/* Rows of a matrix from `first` on, `count` of `in` finite floats, at most PANEL, into their panel; in int8 also their scales. */
+static void pack_panel(const float *rows, const struct matrix *to, int first, int count, int in) {
+    uint32_t *line = (uint32_t *)to->packed + (long)(first / PANEL) * to->lines * PANEL;
     const int per_line = to->type == INT8_FOURS ? 4 : to->type == BFLOAT16_PAIRS ? 2 : 1;
-    for (int k = 0; k < to->lines * per_line; k++) {
-        const float x = k < in ? row[k] : 0;
-        uint32_t *word = line + (long)(k / per_line) * PANEL, bits;
-        if (to->type == INT8_FOURS) bits = (uint32_t)(128 + (int)lrintf(x * by)) << 8 * (k % 4);
-        else if (to->type == BFLOAT16_PAIRS) bits = bfloat16_of(x) << 16 * (k % 2);
-        else memcpy(&bits, &x, 4);
-        *word |= bits;
+    float by[PANEL] = {0};
+    for (int r = 0; to->type == INT8_FOURS && r < count; r++) {
+        float most = 0;
+        for (int k = 0; k < in; k++) most = fabsf(rows[(long)r * in + k]) > most ? fabsf(rows[(long)r * in + k]) : most;
+        ((float *)to->scales)[first + r] = most / 127;
+        by[r] = most > 0 ? 127 / most : 0;
+    }
+    for (int k = 0; k < to->lines * per_line; k += per_line, line += PANEL) {
+        for (int r = 0; r < count; r++) {
+            const float *x = rows + (long)r * in + k;
+            uint32_t word = 0;
+            for (int i = 0; i < per_line; i++) {
+                const float number = k + i < in ? x[i] : 0;
+                uint32_t bits;
+                if (per_line == 4) bits = (uint32_t)(128 + (int)lrintf(number * by[r])) << 8 * i;
+                else if (per_line == 2) bits = bfloat16_of(number) << 16 * i;
+                else memcpy(&bits, &number, 4);
+                word |= bits;
+            }
+            line[r] = word;
+        }
     }
 }
