@@ -509,6 +509,7 @@ class TestHelp:
         code += "assert not heavy, heavy"
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
+    @pytest.mark.slow
     def test_answers_at_once(self) -> None:
         """`--help` in under 0.3 s (the best of three, as the machine may be busy)."""
         seconds = []

@@ -324,6 +324,7 @@ def environment(**changes: str | None) -> dict[str, str]:
     return {name: value for name, value in merged.items() if value is not None}
 
 
+@pytest.mark.slow
 def test_killed_runs_go_on_to_the_same_bytes(here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """`kill -9` at random times, each time resumed, and the weights are those of a run that nobody disturbed."""
     saving_often = (
@@ -347,6 +348,7 @@ def test_killed_runs_go_on_to_the_same_bytes(here: list[str], monkeypatch: pytes
     assert weights("killed") == weights("undisturbed")
 
 
+@pytest.mark.slow
 def test_interrupted_runs_go_on_to_the_same_bytes(here: list[str]) -> None:
     """A run that was asked to end goes on to the bytes of one that was not; its validation losses are the same too."""
     train.main([*here, "--run", "undisturbed"])
@@ -364,6 +366,7 @@ def test_interrupted_runs_go_on_to_the_same_bytes(here: list[str]) -> None:
     assert logs[0].train == logs[1].train
 
 
+@pytest.mark.slow
 def test_init_from_goes_on_to_the_same_bytes(here: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A run that began with another one's weights, stopped and resumed, too; and it began there."""
     train.main([*here, "--run", "first"])
@@ -444,6 +447,7 @@ def test_terminal_that_goes_away(here: list[str]) -> None:
     assert run.load_checkpoint()[0].state["log"]["iter_num"] > 30
 
 
+@pytest.mark.slow
 def test_suspend(here: list[str]) -> None:
     """A laptop that sleeps: the run goes on where it was."""
     with subprocess.Popen([*RUN, *here, "--run", "asleep"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -458,6 +462,7 @@ def test_suspend(here: list[str]) -> None:
     assert RunFolder(Path("logs/asleep")).read_log().iter_num == 120
 
 
+@pytest.mark.slow
 def test_wall_clock_jumps(here: list[str]) -> None:
     """A clock that runs backwards by days changes nothing."""
     code = "import time, itertools; steps = itertools.count(); time.time = lambda: 1e9 - 1e5 * next(steps)\n"
