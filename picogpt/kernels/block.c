@@ -19,6 +19,11 @@
 
 #define EPSILON 1e-5f
 
+#ifdef __clang__
+/* clang's OpenMP has threads of its own beside those of torch: they sleep after a millisecond, instead of spinning for 200. */
+__attribute__((constructor)) static void sleep_soon(void) { kmp_set_blocktime(1); }
+#endif
+
 /* ---- LayerNorm and the residual path, for the rows of one thread ---- */
 
 /* A LayerNorm of R rows: what it reads, and what it leaves. */

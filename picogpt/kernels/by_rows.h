@@ -51,18 +51,19 @@ static void pack_left(const number *x, unit *packed, long stride, int columns, i
     }
 }
 
+/* Four entries of one vector of 32 and the next, by turns. */
+#define PAIRS_FROM(k) k, 32 + k, k + 1, 33 + k, k + 2, 34 + k, k + 3, 35 + k
+
 /* Panels of the first `columns` of x, whose rows are `stride` apart. */
 static void pack_right(const number *x, unit *packed, long stride, int columns, int rows, int depth) {
     typedef uint16_t line __attribute__((vector_size(64), aligned(2), may_alias));
-    static const line low = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                             8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     int k = 0;
     for (; 2 * k + 1 < rows; k++) {
         for (int j = 0; j < columns / PANEL; j++) {
             unit *to = packed + ((long)j * depth + k) * PANEL;
             line a = *(const line *)(x + 2 * k * stride + j * PANEL), b = *(const line *)(x + (2 * k + 1) * stride + j * PANEL);
-            *(line *)to = __builtin_shuffle(a, b, low);
-            *(line *)(to + LANES) = __builtin_shuffle(a, b, low + 16);
+            *(line *)to = SHUFFLE(line, a, b, PAIRS_FROM(0), PAIRS_FROM(4), PAIRS_FROM(8), PAIRS_FROM(12));
+            *(line *)(to + LANES) = SHUFFLE(line, a, b, PAIRS_FROM(16), PAIRS_FROM(20), PAIRS_FROM(24), PAIRS_FROM(28));
         }
     }
     for (; k < depth; k++) {

@@ -168,21 +168,45 @@ static inline vector exponential_2(vector x) {
 
 static inline vector exponential(vector x) { return exponential_2(x * 1.44269504f); }
 
+/* A vector of entries of a and b by constant indices, those of b counted from the length of a on. `type` is a vector of integers. */
+#ifdef __clang__
+#define SHUFFLE(type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(type, a, b, ...) __builtin_shuffle(a, b, (type){__VA_ARGS__})
+#endif
+
+/* Lanes whose number has bit d are exchanged with those of the other vector that have not: first `offset` 0, then d. */
+#define EXCHANGED(k, d, offset) (((k) & (d) ? LANES + (k) - (d) : (k)) + (offset))
+#define EXCHANGED_4(k, d, o) EXCHANGED(k, d, o), EXCHANGED(k + 1, d, o), EXCHANGED(k + 2, d, o), EXCHANGED(k + 3, d, o)
+#if LANES == 16
+#define EXCHANGED_ALL(d, o) EXCHANGED_4(0, d, o), EXCHANGED_4(4, d, o), EXCHANGED_4(8, d, o), EXCHANGED_4(12, d, o)
+#elif LANES == 8
+#define EXCHANGED_ALL(d, o) EXCHANGED_4(0, d, o), EXCHANGED_4(4, d, o)
+#else
+#define EXCHANGED_ALL(d, o) EXCHANGED_4(0, d, o)
+#endif
+#define EXCHANGE(x, d)                                                                                                           \
+    for (int i = 0; i < LANES; i++) {                                                                                            \
+        if (i & (d)) continue;                                                                                                   \
+        integers a = (x)[i], b = (x)[i + (d)];                                                                                   \
+        (x)[i] = SHUFFLE(integers, a, b, EXCHANGED_ALL(d, 0));                                                                   \
+        (x)[i + (d)] = SHUFFLE(integers, a, b, EXCHANGED_ALL(d, d));                                                             \
+    }
+
 /* lanes[i] of vector j becomes lanes[j] of vector i. */
 static inline __attribute__((always_inline)) void transpose_lanes(integers x[LANES]) {
-#pragma GCC unroll 4
-    for (int distance = 1; distance < LANES; distance *= 2) {
-        integers low;
 #pragma GCC unroll 16
-        for (int k = 0; k < LANES; k++) low[k] = k & distance ? LANES + k - distance : k;
+    EXCHANGE(x, 1)
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) {
-            if (i & distance) continue;
-            integers a = x[i], b = x[i + distance];
-            x[i] = __builtin_shuffle(a, b, low);
-            x[i + distance] = __builtin_shuffle(a, b, low + distance);
-        }
-    }
+    EXCHANGE(x, 2)
+#if LANES > 4
+#pragma GCC unroll 16
+    EXCHANGE(x, 4)
+#endif
+#if LANES > 8
+#pragma GCC unroll 16
+    EXCHANGE(x, 8)
+#endif
 }
 
 /* Of `count` pieces the first one of a thread. */
