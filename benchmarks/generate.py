@@ -159,7 +159,8 @@ def one_text(path: Path, settings: Settings) -> None:
     }
     for dtype in settings.dtypes:
         for threads in settings.threads:
-            calls[f"{dtype}, {threads} threads"] = partial(speed_of_engine, path, dtype, threads)
+            engine = Engine.load(path, threads=threads, dtype=dtype)
+            calls[f"{dtype}, {threads} threads"] = partial(speed_of_engine, engine, PROMPT, 480)
     results = dict(zip(calls, in_turns(*calls.values()), strict=True))
     plain_c, plain_torch = list(results.values())[:2]
     print(f"\none text after {PROMPT:,} characters\n")
@@ -173,36 +174,31 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def decoder_of(path: Path, dtype: EngineDType, threads: int) -> RollingDecoder:
+def decoder_of(engine: Engine) -> RollingDecoder:
     """A decoder as `picogpt-generate` makes it."""
-    engine = Engine.load(path, threads=threads, dtype=dtype)
     return RollingDecoder(engine, GenerateConfig().hop_for(engine.config.context_len))
 
 
-def speed_of_engine(path: Path, dtype: EngineDType, threads: int) -> float:
-    """Characters a second of one text after the prompt."""
-    return speed(decoder_of(path, dtype, threads), ids_of(PROMPT), 1200)
+def speed_of_engine(engine: Engine, prompt: int, count: int, texts: int = 1) -> float:
+    """Characters a second after a prompt of so many characters."""
+    return speed(decoder_of(engine), ids_of(prompt), count, texts)
 
 
 def many_texts(path: Path, settings: Settings) -> None:
     """Print characters a second of many texts at once, and how much of the machine's matrix products that is."""
-    config, arrays = load_model(path)
-    matrices = [array for name, array in arrays.items() if array.ndim == 2 and "wpe" not in name]
+    matrices = [array for name, array in load_model(path)[1].items() if array.ndim == 2 and "wpe" not in name]
     flops = 2 * sum(array.size for array in matrices)
     threads = max(settings.threads)
     torch.set_num_threads(threads)
     texts = settings.texts
-    calls = {
-        dtype: partial(lambda dtype: speed(decoder_of(path, dtype, threads), ids_of(128), 130, texts), dtype)
-        for dtype in settings.dtypes
-    }
+    engines = {dtype: Engine.load(path, threads=threads, dtype=dtype) for dtype in settings.dtypes}
+    calls = {dtype: partial(speed_of_engine, engine, 128, 120, texts) for dtype, engine in engines.items()}
     peak, *found = in_turns(partial(product_peak, threads), *calls.values())
     print(f"\n{texts} texts at once, {threads} threads; products reach {statistics.median(peak) / 1e9:,.0f} GFLOP/s\n")
     print(f"| | characters/s | share of that, at {flops / 1e6:.1f} MFLOP a character |\n|---|---|---|")
     for dtype, speeds in zip(calls, found, strict=True):
         share = statistics.median(speed * flops / most for speed, most in zip(speeds, peak, strict=True))
         print(f"| {dtype} | {statistics.median(speeds):,.0f} | {share:.0%} |", flush=True)
-    assert config.n_layer
 
 
 def product_peak(threads: int) -> float:
@@ -270,7 +266,7 @@ def proportional_kb(process: int) -> int:
 
 def long_text(path: Path, settings: Settings) -> None:
     """Print the speed over the last tenth of 100,000 characters against the first."""
-    decoder = decoder_of(path, settings.dtypes[-1], max(settings.threads))
+    decoder = decoder_of(Engine.load(path, threads=max(settings.threads), dtype=settings.dtypes[-1]))
     sampler = Sampler(SampleConfig(), [make_generator(0)], never_drawn(None))
     made = generate(decoder, decoder.prefill(ids_of(128)), 100_000, sampler=sampler, watchers=[StopWatcher([])])
     marks, count = {0: time.perf_counter()}, 0
@@ -287,15 +283,16 @@ def beside_a_busy_core(path: Path, settings: Settings) -> None:
     with subprocess.Popen(busy) as process:
         time.sleep(0.5)
         dtype = settings.dtypes[0]
-        calls = [partial(speed_for, path, dtype, threads, 3.0) for threads in (max(settings.threads), 1)]
+        engines = [Engine.load(path, threads=threads, dtype=dtype) for threads in (max(settings.threads), 1)]
+        calls = [partial(speed_for, engine, 3.0) for engine in engines]
         many, one = in_turns(*calls)
         process.kill()
     print(f"\nbeside a busy core, {dtype}: the default is {ratio(many, one):.2f} times as fast as one thread", flush=True)
 
 
-def speed_for(path: Path, dtype: EngineDType, threads: int, seconds: float) -> float:
+def speed_for(engine: Engine, seconds: float) -> float:
     """Characters a second over some seconds."""
-    decoder = decoder_of(path, dtype, threads)
+    decoder = decoder_of(engine)
     sampler = Sampler(SampleConfig(), [make_generator(0)], never_drawn(None))
     made = generate(decoder, decoder.prefill(ids_of(128)), None, sampler=sampler, watchers=[StopWatcher([])])
     start, count = time.perf_counter(), 0

@@ -295,6 +295,41 @@ def test_sanitizers(instructions: str, tmp_path: Path) -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("ok\n", "", 0)
 
 
+def logits_by_windows(model: GPT, ids: npt.NDArray[np.int64], hop: int) -> npt.NDArray[np.float32]:
+    """The hop scheme with the torch model and no cache: the logits after each character, window by window."""
+    length, contexts, rows = model.config.context_len, {0: torch.zeros(1, model.config.n_embd)}, []
+
+    def outputs(start: int, end: int) -> torch.Tensor:
+        h: torch.Tensor = model.transformer(torch.from_numpy(ids[None, start:end]), contexts[start])
+        return h
+
+    start = 0
+    while len(rows) < len(ids):
+        end = min(start + length, len(ids))
+        rows += list(model.lm_head(outputs(start, end)[0, 1 + len(rows) - start :]).numpy())
+        start += hop
+        # The earliest window that begins at most a window's length before the next one.
+        source = max(0, -(-(start - length) // hop) * hop)
+        contexts[start] = outputs(source, start).mean(dim=1)
+    return np.array(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("hop", "count"), [(128, 2000), (120, 2000), (64, 1000), (1, 150)])
+@torch.no_grad()
+def test_a_trained_model_as_in_torch(hop: int, count: int, compiled_backend: Backend) -> None:
+    """The full-size trained model predicts a real text as in torch to 1e-4 in every logit, character by character."""
+    config, arrays = load_model(PRETRAINED / "wikipedia" / "model.safetensors")
+    model = GPT(config).eval()
+    model.load_arrays(arrays)
+    text = (Path(__file__).parents[1] / "dataset" / "sample.txt").read_text()
+    ids = CharTokenizer().encode(text)[:count].astype(np.int64)
+    decoder = RollingDecoder(Engine(config, arrays, backend=compiled_backend, threads=2, dtype="float32"), hop)
+    found = np.concatenate([decoder.prefill(ids[None, i : i + 1]) for i in range(count)])
+
+    np.testing.assert_allclose(found, logits_by_windows(model, ids, hop), rtol=0, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.0002), ("int8", 0.001)])
 @pytest.mark.parametrize("name", ["tinyshakespeare", "wikipedia"])

@@ -65,7 +65,7 @@ class ModelStruct(ctypes.Structure):
 class WindowsStruct(ctypes.Structure):
     """The KV cache of several windows."""
 
-    _fields_ = (*_pointers("keys values sums contexts"), *_int32("texts filled"))
+    _fields_ = (*_pointers("keys values sums contexts"), *_int32("texts filled cache reserved"))
 
 
 class SamplingStruct(ctypes.Structure):

@@ -33,14 +33,20 @@ struct model {
     int32_t n_layer, n_head, head_size, n_embd, slots, vocab_size;
 };
 
+/* Numbers of the KV cache. Many texts have more of them than fit in the processor's caches, and reading them takes longer than
+   rounding costs. */
+enum cache_type { CACHE_FLOAT32, CACHE_BFLOAT16 };
+
 /* Windows of B texts: the KV cache, and the sum over slots that the next context vector is made of.
    The keys of PANEL neighbouring slots stand side by side, so that their scores are one vector. */
 struct windows {
-    float *keys;     /* (L, B, H, SP / PANEL, D, PANEL), SP = S padded */
-    float *values;   /* (L, B, H, S, DP) */
+    void *keys;      /* (L, B, H, SP / PANEL, D, PANEL), SP = S padded */
+    void *values;    /* (L, B, H, S, DP) */
     float *sums;     /* (B, C) of the final LayerNorm's outputs */
     float *contexts; /* (B, C), which stand in the first slot */
     int32_t texts, filled;
+    int32_t cache; /* enum cache_type of keys and values */
+    int32_t reserved;
 };
 
 /* Reads ids that follow in the windows. */
@@ -207,37 +213,45 @@ static void multiply_share(struct pass *pass, const struct matrix *matrix, struc
 
 /* A head of one text in one layer: its keys (SP / PANEL, D, PANEL) and values (S, DP). */
 struct head {
-    float *keys, *values;
+    char *keys, *values;
     int entries, entries_padded;
+    int size; /* bytes of a number */
 };
 
 static struct head head_of(const struct pass *pass, int layer, int text, int index) {
     const struct model *m = pass->model;
     struct head head = {.entries = m->head_size, .entries_padded = (int)padded(m->head_size)};
     const long at = ((long)(pass->one_layer ? 0 : layer) * pass->windows->texts + text) * m->n_head + index;
-    head.keys = pass->windows->keys + at * head.entries * padded(m->slots);
-    head.values = pass->windows->values + at * m->slots * head.entries_padded;
+    head.size = pass->windows->cache == CACHE_BFLOAT16 ? 2 : 4;
+    head.keys = (char *)pass->windows->keys + at * head.entries * padded(m->slots) * head.size;
+    head.values = (char *)pass->windows->values + at * m->slots * head.entries_padded * head.size;
     return head;
 }
 
 /* Where the first entry of a slot's key is; the next ones are PANEL apart. */
 static inline long key_place(struct head head, int slot) { return (long)slot / PANEL * PANEL * head.entries + slot % PANEL; }
 
+/* Numbers from `place` on, of `size` bytes, which is a constant where this is called. */
+static inline __attribute__((always_inline)) vector load_cached(const char *cache, long place, int size) {
+    return size == 2 ? load_halves((const uint16_t *)cache + place) : load_float((const float *)cache + place);
+}
+
 /* Scores of a query against `count` slots, in powers of two, and -inf up to the next multiple of LANES; return the largest. */
-static float score_slots(const float *query, struct head head, int count, float *scores) {
+static inline __attribute__((always_inline)) float score_slots(const float *query, struct head head, int size, int count,
+                                                               float *scores) {
     const float by = 1.44269504f / sqrtf((float)head.entries);
     integers lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
     vector largest = (vector){0} + (float)NOTHING;
     for (int s = 0; s < count; s += LANES) {
         vector sums[2] = {0};
-        const float *keys = head.keys + key_place(head, s);
+        const long at = key_place(head, s);
         int d = 0;
         for (; d + 2 <= head.entries; d += 2) {
-            sums[0] += load_float(keys + d * PANEL) * query[d];
-            sums[1] += load_float(keys + (d + 1) * PANEL) * query[d + 1];
+            sums[0] += load_cached(head.keys, at + d * PANEL, size) * query[d];
+            sums[1] += load_cached(head.keys, at + (d + 1) * PANEL, size) * query[d + 1];
         }
-        if (d < head.entries) sums[0] += load_float(keys + d * PANEL) * query[d];
+        if (d < head.entries) sums[0] += load_cached(head.keys, at + d * PANEL, size) * query[d];
         vector score = (sums[0] + sums[1]) * by;
         if (s + LANES > count) score = choose(lane < count - s, score, (vector){0} + (float)NOTHING);
         store_float(scores + s, score);
@@ -247,8 +261,9 @@ static float score_slots(const float *query, struct head head, int count, float 
 }
 
 /* The output of one head for a query that sees `count` slots. */
-static void attend(const float *query, struct head head, int count, float *scores, float *out) {
-    const float most = score_slots(query, head, count, scores);
+static inline __attribute__((always_inline)) void attend_cached(const float *query, struct head head, int size, int count,
+                                                                float *scores, float *out) {
+    const float most = score_slots(query, head, size, count, scores);
     vector total = {0};
     for (int s = 0; s < count; s += LANES) {
         vector weight = exponential_2(load_float(scores + s) - most);
@@ -259,31 +274,55 @@ static void attend(const float *query, struct head head, int count, float *score
         total += weight;
     }
     const float by = 1 / sum_of(total);
-    for (int d = 0; d < head.entries_padded; d += LANES) {
+    const long row = head.entries_padded;
+    for (int d = 0; d < row; d += LANES) {
         vector sums[4] = {0};
-        const float *values = head.values + d;
         int s = 0;
         for (; s + 4 <= count; s += 4) {
-            for (int i = 0; i < 4; i++) sums[i] += load_float(values + (long)(s + i) * head.entries_padded) * scores[s + i];
+            for (int i = 0; i < 4; i++) sums[i] += load_cached(head.values, (s + i) * row + d, size) * scores[s + i];
         }
-        for (; s < count; s++) sums[0] += load_float(values + (long)s * head.entries_padded) * scores[s];
+        for (; s < count; s++) sums[0] += load_cached(head.values, s * row + d, size) * scores[s];
         store_float(out + d, ((sums[0] + sums[1]) + (sums[2] + sums[3])) * by);
     }
+}
+
+static void attend(const float *query, struct head head, int count, float *scores, float *out) {
+    if (head.size == 2) attend_cached(query, head, 2, count, scores, out);
+    else attend_cached(query, head, 4, count, scores, out);
+}
+
+/* Write key and value of a slot. */
+static void cache_slot(struct head head, int slot, const float *key, const float *value) {
+    const long key_at = key_place(head, slot), value_at = (long)slot * head.entries_padded;
+    for (int d = 0; d < head.entries_padded; d++) {
+        if (head.size == 2) {
+            if (d < head.entries) ((uint16_t *)head.keys)[key_at + d * PANEL] = (uint16_t)bfloat16_of(key[d]);
+            ((uint16_t *)head.values)[value_at + d] = (uint16_t)bfloat16_of(value[d]);
+        } else {
+            if (d < head.entries) ((float *)head.keys)[key_at + d * PANEL] = key[d];
+            ((float *)head.values)[value_at + d] = value[d];
+        }
+    }
+}
+
+/* Have the first `count` slots of a head come to the cache while another head is computed: each head is read in streams of its own,
+   too short for the processor to foresee. */
+static void prefetch_head(struct head head, int count) {
+    const long keys = padded(count) * head.entries * head.size, values = (long)count * head.entries_padded * head.size;
+    for (long at = 0; at < keys; at += 64) __builtin_prefetch(head.keys + at);
+    for (long at = 0; at < values; at += 64) __builtin_prefetch(head.values + at);
 }
 
 /* Keys and values of new slots go to the cache, and every query looks at what stands up to its own slot. */
 static void attend_rows(struct pass *pass, int layer, int text, int index) {
     const struct head head = head_of(pass, layer, text, index);
     const long width = (long)pass->model->n_head * head.entries_padded;
-    const int filled = pass->filled;
     for (int i = 0; i < pass->length; i++) {
         const long row = (long)text * pass->length + i;
         const float *query = pass->activations.qkv + (row * pass->model->n_head + index) * 3 * head.entries_padded;
-        const float *key = query + head.entries_padded, *value = key + head.entries_padded;
-        float *place = head.keys + key_place(head, filled + i);
-        for (int d = 0; d < head.entries; d++) place[d * PANEL] = key[d];
-        memcpy(head.values + (long)(filled + i) * head.entries_padded, value, 4UL * head.entries_padded);
-        attend(query, head, filled + i + 1, pass->scratch.scores, pass->activations.heads + row * width + (long)index * head.entries_padded);
+        float *out = pass->activations.heads + row * width + (long)index * head.entries_padded;
+        cache_slot(head, pass->filled + i, query + head.entries_padded, query + 2 * head.entries_padded);
+        attend(query, head, pass->filled + i + 1, pass->scratch.scores, out);
     }
 }
 
@@ -300,7 +339,12 @@ static void run_layer(struct pass *pass, int index) {
     const float *normed = normalize(pass, layer->gain_1, layer->bias_1);
     multiply(pass, &layer->qkv, (struct rows){normed, a.qkv, C, 3 * heads, rows}, WRITE, first * panels, end * panels);
     for (int text = 0; text < pass->windows->texts; text++) {
-        for (int head = first; head < end; head++) attend_rows(pass, index, text, head);
+        for (int head = first; head < end; head++) {
+            if (pass->length == 1 && head + 1 < end) prefetch_head(head_of(pass, index, text, head + 1), pass->filled);
+            else if (pass->length == 1 && text + 1 < pass->windows->texts)
+                prefetch_head(head_of(pass, index, text + 1, first), pass->filled);
+            attend_rows(pass, index, text, head);
+        }
     }
     meet(worker);
     multiply_share(pass, &layer->proj, (struct rows){a.heads, a.x, heads, C, rows}, ADD);

@@ -34,6 +34,26 @@ enum use { WRITE, ADD, GELU };
 
 typedef uint32_t words __attribute__((vector_size(4 * LANES), may_alias));
 
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+/* Numbers in bfloat16, the upper halves of float32. */
+static inline vector load_halves(const uint16_t *from) {
+#if LANES == 16 /* one instruction, of which the compiler makes several */
+    return (vector)((integers)_mm512_cvtepu16_epi32((__m256i)(*(const halves *)from)) << 16);
+#elif LANES == 8
+    return (vector)((integers)_mm256_cvtepu16_epi32((__m128i)(*(const halves *)from)) << 16);
+#else
+    return (vector)(__builtin_convertvector(*(const halves *)from, integers) << 16);
+#endif
+}
+
+/* Rounds to nearest, ties to even. */
+static inline uint32_t bfloat16_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
 static inline vector load_line(const void *line, int v) { return ((const vector *)line)[v]; }
 static inline words load_words(const void *line, int v) { return ((const words *)line)[v]; }
 
@@ -322,12 +342,6 @@ static void multiply_rows(const struct matrix *matrix, struct rows rows, enum us
 }
 
 /* ---- Packing ---- */
-
-static uint32_t bfloat16_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
 
 /* Rows of a matrix from `first` on, `count` of `in` finite floats, at most PANEL, into their panel; in int8 also their scales. */
 static void pack_panel(const float *rows, const struct matrix *to, int first, int count, int in) {

@@ -106,9 +106,10 @@ struct results {
 static struct results run_all(const struct model *m, int texts, int threads) {
     const long CP = padded(m->n_embd), VP = padded(V), T = m->slots - 1, half = (T + 1) / 2;
     const long per_layer = (long)texts * m->n_head;
-    struct windows w = {.texts = texts};
-    w.keys = memory(4UL * m->n_layer * per_layer * m->head_size * padded(m->slots), 0);
-    w.values = memory(4UL * m->n_layer * per_layer * m->slots * padded(m->head_size), 0xff);
+    const int size = texts > 1 ? 2 : 4;
+    struct windows w = {.texts = texts, .cache = texts > 1 ? CACHE_BFLOAT16 : CACHE_FLOAT32};
+    w.keys = memory((size_t)size * m->n_layer * per_layer * m->head_size * padded(m->slots), 0);
+    w.values = memory((size_t)size * m->n_layer * per_layer * m->slots * padded(m->head_size), 0xff);
     w.sums = floats_of(texts * CP, 0);
     w.contexts = floats_of(texts * CP, 0);
     int32_t *ids = malloc(sizeof(int32_t) * TEXTS * (T + 1));
