@@ -197,6 +197,21 @@ def test_many_rows_are_read_in_pieces(compiled_backend: Backend) -> None:
         np.testing.assert_allclose(row[None], RollingDecoder(engine, 128).prefill_every(alone[None]), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-4), ("bfloat16", 0.02)])
+def test_many_texts_fork_from_one(dtype: EngineDType, error: float, compiled_backend: Backend) -> None:
+    """Many texts continue a prompt as one does; in bfloat16 their KV cache is rounded, and no more than that."""
+    model = rough_model(replace(SMALL, context_len=64), 0.05)
+    engine = Engine(model.config, model.arrays(), backend=compiled_backend, threads=2, dtype=dtype)
+    one = RollingDecoder(engine, 60)
+    one.prefill(some_ids(100))
+    many = one.fork(9)
+    for token in some_ids(80)[0]:
+        expected = one.prefill(np.array([[token]]))
+        found = many.prefill(np.full((9, 1), token))
+
+        np.testing.assert_allclose(found, np.repeat(expected, 9, axis=0), atol=error * expected.std(), rtol=1e-4)
+
+
 def test_structures_of_another_size_are_noticed(compiled_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """A field that one side lacks is noticed before anything is computed."""
 
@@ -297,7 +312,8 @@ def test_sanitizers(instructions: str, tmp_path: Path) -> None:
 
 def logits_by_windows(model: GPT, ids: npt.NDArray[np.int64], hop: int) -> npt.NDArray[np.float32]:
     """The hop scheme with the torch model and no cache: the logits after each character, window by window."""
-    length, contexts, rows = model.config.context_len, {0: torch.zeros(1, model.config.n_embd)}, []
+    length, contexts = model.config.context_len, {0: torch.zeros(1, model.config.n_embd)}
+    rows: list[npt.NDArray[np.float32]] = []
 
     def outputs(start: int, end: int) -> torch.Tensor:
         h: torch.Tensor = model.transformer(torch.from_numpy(ids[None, start:end]), contexts[start])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -158,10 +159,10 @@ class NativeWindow:
         }
 
 
-def _bfloat16(array: Floats) -> npt.NDArray[np.uint32]:
+def _bfloat16(array: Floats) -> npt.NDArray[np.integer[Any]]:
     """The upper halves of `array`, rounded to nearest, ties to even."""
     bits = array.view(np.uint32)
-    rounded: npt.NDArray[np.uint32] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    rounded: npt.NDArray[np.integer[Any]] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return rounded
 
 
