@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from typing import Any
 
 import numpy as np
@@ -208,6 +209,25 @@ def test_large_scores(backend: Backend) -> None:
 
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found, expected, atol=1e-3, rtol=0)
+
+
+@needs_any_compiler
+@pytest.mark.skipif(
+    platform.machine().lower() not in {"x86_64", "amd64"}, reason="other processors are quick with denormal numbers"
+)
+def test_denormal_numbers_are_zero(compiled_backend: Backend) -> None:
+    """Every thread of C takes them for zero, as they cost a hundred multiplications; the program's own stay as they are."""
+    model = GPT(SMALL)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(1e-39)
+        model.transformer.ln_f.bias.zero_()
+    engine = engine_of(model, compiled_backend)
+    losses, means = engine.score(np.ones((4, 17), np.int32), np.zeros((4, 32), np.float32))
+
+    assert not engine.window().prefill(np.ones((1, 16), np.int32), every=True).any()
+    assert not means.any()
+    np.testing.assert_allclose(losses, math.log(88), rtol=1e-6)
+    assert np.float32(1e-38) / np.float32(10) > 0
 
 
 def test_without_biases(backend: Backend) -> None:
