@@ -598,13 +598,10 @@ class EvalConfig:
     """Characters to score at most, in whole rolls spread evenly over the text; at least two rolls are."""
     windows: int = 10
     """Windows in a roll, as many as training rolls over by default; the roll shows in the second one first."""
-    batch_size: int = 16
-    """Rolls that are read side by side."""
 
     def __post_init__(self) -> None:
         _require_whole("chars", self.chars, 1)
         _require_whole("windows", self.windows, 2)
-        _require_whole("batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,6 @@ def test_imports_go_one_way(path: Path) -> None:
                 "ranks",
                 "replica",
                 "train",
-                "evaluate",
                 "reference",
             },
         ),

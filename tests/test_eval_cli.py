@@ -24,7 +24,7 @@ from picogpt.model import GPT
 from picogpt.run import RunFolder
 from picogpt.scores import Scores
 from picogpt.tokenizer import CharTokenizer
-from tests.conftest import TINY
+from tests.conftest import TINY, needs_any_compiler
 
 Capture = pytest.CaptureFixture[str]
 DATA = DataConfig(name="numbers", characters=6000, sha256="")
@@ -100,6 +100,36 @@ def test_json(run: RunFolder, capsys: Capture) -> None:
     assert len(content["scores"]["other"]["by_position"]) == 8
     assert content["more_than_as_is"].keys() == {"zeroed", "other", "sliding"}
     assert content["compressors"].keys() == {"bz2", "lzma"}
+
+
+@needs_any_compiler
+def test_what_a_dtype_costs(run: RunFolder, capsys: Capture) -> None:
+    """Scores in int8 stand beside those in float32, with the difference paired and its standard error."""
+    assert evaluate("--dtype", "int8") == 0
+    out, err = capsys.readouterr()
+    assert "context vector as it is, in float32" in out
+    assert re.search(r"In int8 a character costs 0\.\d{5} \+- 0\.\d{5} (more|less) nats than in float32", out)
+    assert "computing in int8 with 1 thread (as requested)\n" in err
+
+    assert evaluate("--dtype", "bfloat16", "--json") == 0
+    content = json.loads(capsys.readouterr().out)
+    difference = content["scores"]["as_is"]["nats"] - content["scores"]["float32"]["nats"]
+    assert content["dtype"] == "bfloat16"
+    assert content["more_than_float32"]["nats"] == pytest.approx(difference, abs=1e-9)
+    assert 0 < content["more_than_float32"]["nats_error"] < 0.01
+
+    assert evaluate("--json") == 0
+    assert json.loads(capsys.readouterr().out)["more_than_float32"] is None
+
+
+def test_without_a_compiler(run: RunFolder, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one numpy scores in float32 and says so; another type is one line."""
+    monkeypatch.setenv("CC", "false")
+    assert evaluate() == 0
+    assert "numpy computes the model, several times more slowly than C" in capsys.readouterr().err
+    assert evaluate("--dtype", "int8") == 2
+
+    assert "--dtype int8 needs the functions in C, and there are none" in capsys.readouterr().err
 
 
 def test_other_text(run: RunFolder, text_file: Path, capsys: Capture) -> None:
@@ -278,7 +308,7 @@ def test_model_without_a_run(run: RunFolder, text_file: Path, capsys: Capture) -
     [
         (["--chars", "0"], 2, "--chars must be a whole number of at least 1, got 0"),
         (["--windows", "1"], 2, "--windows must be a whole number of at least 2, got 1"),
-        (["--batch-size", "0"], 2, "--batch-size must be"),
+        (["--dtype", "auto"], 2, "argument --dtype: invalid choice: 'auto' (choose from"),
         (["--threads", "0"], 2, "--threads must be from 1 to 1024, got 0"),
         (["-o", "x.gif"], 2, "--output must end in .jpg or .png, got 'x.gif'"),
         (["-o", "nowhere/x.jpg"], 2, "--output: there is no folder nowhere; make it first"),
@@ -323,7 +353,14 @@ def test_sentence(zeroed: list[float], meaning: str) -> None:
     losses["zeroed"] = np.broadcast_to(np.array(zeroed, np.float32)[:, None, None], shape)
     losses["sliding"] -= np.float32(0.25)
     report = Report(
-        model="m", text="t", part="p", unit="articles", scores=Scores(losses, np.array([0, 1])), compressors={}, ngram=""
+        model="m",
+        text="t",
+        part="p",
+        unit="articles",
+        dtype="float32",
+        scores=Scores(losses, np.array([0, 1])),
+        compressors={},
+        ngram="",
     )
 
     assert meaning in report.sentence()

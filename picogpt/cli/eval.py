@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, NoReturn
 
 from picogpt.cli.common import Parser, add_model, check_picture, count, end_process, notice, run_command
 from picogpt.cli.evaltexts import EvalText, Trained, find_eval_text, find_ngram_text
-from picogpt.config import EvalConfig, check_threads
+from picogpt.config import ENGINE_DTYPES, EvalConfig, check_threads
 from picogpt.forecast import format_seconds
+from picogpt.threads import choose_threads
 from picogpt.wording import plural
 
 if TYPE_CHECKING:
     from picogpt.cli.evaltexts import Ids
     from picogpt.cli.report import Report
-    from picogpt.config import GPTConfig
-    from picogpt.run import Tensors
+    from picogpt.config import EngineDType
+    from picogpt.engine import Engine
     from picogpt.scores import Losses, Rolls
 
 __all__ = ["build_parser", "command", "main"]
 
+DTYPES = tuple(name for name in ENGINE_DTYPES if name != "auto")
 LINE_INTERVAL = 30.0
 """Seconds between progress lines where stderr is no terminal."""
 
@@ -71,13 +73,15 @@ def build_parser() -> Parser:
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=count,
-        default=defaults.batch_size,
-        help="rolls read side by side (default: %(default)s)",
+        "--dtype",
+        metavar="TYPE",
+        choices=DTYPES,
+        default="float32",
+        help=f"type of the weights: {', '.join(DTYPES)}; what another one than float32 costs is measured too (default: float32)",
     )
-    machine.add_argument("--threads", metavar="N", type=count, help="threads to compute with (default: as in picogpt-train)")
+    machine.add_argument(
+        "--threads", metavar="N", type=count, help="threads, which change the speed and not the scores (default: one a core)"
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "-o", "--output", metavar="FILE", type=Path, help="the picture, a .jpg or .png (default: eval.jpg beside the model)"
@@ -97,15 +101,15 @@ def command() -> NoReturn:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    config = EvalConfig(chars=arguments.chars, windows=arguments.windows, batch_size=arguments.batch_size)
-    threads = check_threads(arguments.threads)
+    config = EvalConfig(chars=arguments.chars, windows=arguments.windows)
+    check_threads(arguments.threads)
     check_picture(arguments.output)
     from picogpt.files import atomic_write
     from picogpt.find import find_model
 
     path, chosen = find_model(arguments.model, arguments.logs_dir)
     notice(chosen)
-    report = _score(arguments, path, config, threads)
+    report = _score(arguments, path, config)
     output = arguments.output or path.with_name("eval.jpg")
     print(json.dumps({**report.to_json(), "picture": str(output)}) if arguments.json else report.table(), flush=True)
     from picogpt.plot import draw_scores
@@ -115,16 +119,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig, threads: int | None) -> Report:
+def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig) -> Report:
     """Find the text, score it, and measure the baselines on the same characters."""
     from picogpt.baselines import compressed_bits
     from picogpt.cli.report import Report
-    from picogpt.run import load_model
     from picogpt.scores import Scores, cut_rolls
 
-    shape, weights = load_model(path)
+    engine = _load_engine(path, arguments.threads, arguments.dtype)
     trained = Trained.of_model(path)
-    roll_len = config.windows * shape.context_len
+    roll_len = config.windows * engine.config.context_len
     text = find_eval_text(
         trained,
         text=arguments.text,
@@ -136,7 +139,10 @@ def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig, thread
     rolls = cut_rolls(text.articles, roll_len, config.chars)
     _announce(text, rolls)
     ngram_text = find_ngram_text(trained, text, arguments.ngram_text)
-    losses = _read(shape, weights, rolls, config.batch_size, threads)
+    losses = _read(engine, rolls)
+    if engine.dtype != "float32":
+        notice("the context vector as it is once more, in float32")
+        losses["float32"] = _read_as_is(_load_engine(path, arguments.threads, "float32"), rolls)
     ngram, of_ngram = _count_ngram(ngram_text, rolls)
     notice(ngram)
     if of_ngram is not None:
@@ -146,24 +152,37 @@ def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig, thread
         text=text.name,
         part=text.description,
         unit=text.unit,
+        dtype=engine.dtype,
         scores=Scores(losses, rolls.article_of),
         compressors=compressed_bits(rolls.ids[:, 1:].reshape(-1)),
         ngram=ngram,
     )
 
 
-def _read(shape: GPTConfig, weights: Tensors, rolls: Rolls, batch_size: int, threads: int | None) -> dict[str, Losses]:
-    """The loss of every character under each condition, with progress."""
-    from picogpt.device import set_threads
-    from picogpt.evaluate import chars_to_read, evaluate
-    from picogpt.model import GPT
+def _load_engine(path: Path, threads: int | None, dtype: EngineDType) -> Engine:
+    """The model, ready to score; says what computes it."""
+    from picogpt.engine import Engine
 
-    model = GPT(shape)
-    model.load_arrays(weights)
-    chosen = set_threads(threads)
-    notice(f"computing in float32 with {plural(chosen.count, 'thread')} ({chosen.reason})")
-    with _Progress(chars_to_read(rolls, shape.context_len)) as advance:
-        return evaluate(model, rolls, batch_size=batch_size, advance=advance)
+    chosen = choose_threads(threads)
+    engine = Engine.load(path, threads=chosen.count, dtype=dtype, notify=notice)
+    notice(f"computing in {engine.dtype} with {plural(chosen.count, 'thread')} ({chosen.reason})")
+    return engine
+
+
+def _read(engine: Engine, rolls: Rolls) -> dict[str, Losses]:
+    """The loss of every character under each condition, with progress."""
+    from picogpt.evaluate import chars_to_read, evaluate
+
+    with _Progress(chars_to_read(rolls, engine.config.context_len)) as advance:
+        return evaluate(engine, rolls, advance=advance)
+
+
+def _read_as_is(engine: Engine, rolls: Rolls) -> Losses:
+    """The loss of every character with the context vectors as they are, with progress."""
+    from picogpt.evaluate import evaluate_as_is
+
+    with _Progress(rolls.n_chars) as advance:
+        return evaluate_as_is(engine, rolls, advance=advance)
 
 
 def _count_ngram(text: tuple[str, Ids] | str, rolls: Rolls) -> tuple[str, Losses | None]:

@@ -13,7 +13,7 @@ from picogpt.scores import CONDITIONS, Estimate, Scores, position_bins
 
 __all__ = ["Report"]
 
-_NGRAM = "ngram"
+_NGRAM, _FLOAT32 = "ngram", "float32"
 _COMPRESSOR_LABELS: Mapping[str, str] = {
     "bz2": "bz2 -9, starting from nothing",
     "lzma": "lzma -9e, starting from nothing",
@@ -33,8 +33,11 @@ class Report:
     """Which part of it."""
     unit: str
     """What errors are taken over: articles, or stretches."""
+    dtype: str
+    """Type of the weights."""
     scores: Scores
-    """Losses of the conditions, and of the n-gram as `ngram` where it was counted."""
+    """Losses of the conditions, of the n-gram as `ngram` where it was counted, and of `as_is` as `float32` in that type where
+    `dtype` is another."""
     compressors: Mapping[str, float]
     """Bits per character, by name."""
     ngram: str
@@ -47,7 +50,8 @@ class Report:
 
     def table(self) -> str:
         """The scores as text: overall, by window of the roll, by position in the window, and the sentence."""
-        return "\n\n".join("\n".join(part) for part in (self._overall(), self._windows(), self._positions(), [self.sentence()]))
+        sentences = [self.sentence(), *([sentence] if (sentence := self.rounding_sentence()) else [])]
+        return "\n\n".join("\n".join(part) for part in (self._overall(), self._windows(), self._positions(), sentences))
 
     def title(self) -> str:
         """What the picture shows."""
@@ -72,6 +76,17 @@ class Report:
             f"of another article costs {_more(other)} than its own, and overlapping windows without a roll {_more(plain)}."
         )
 
+    def rounding(self) -> Estimate | None:
+        """The loss in `dtype` less that in float32, paired by character; None in float32."""
+        return self.scores.mean("as_is", minus=_FLOAT32) if _FLOAT32 in self.scores.losses else None
+
+    def rounding_sentence(self) -> str:
+        """What the type of the weights costs; empty in float32."""
+        cost = self.rounding()
+        if cost is None:
+            return ""
+        return f"In {self.dtype} a character costs {_more(cost)} nats than in float32, with the context vector as it is."
+
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values."""
         windows, context_len = self._shape
@@ -80,6 +95,8 @@ class Report:
             "model": self.model,
             "text": {"name": self.text, "part": self.part, "rolls": len(self.scores.article_of), "characters": self._chars},
             "errors_over": {"unit": self.unit, "number": self.n_articles},
+            "dtype": self.dtype,
+            "more_than_float32": _plain(cost) if (cost := self.rounding()) else None,
             "windows": windows,
             "context_len": context_len,
             "scores": {
@@ -111,6 +128,8 @@ class Report:
     def _labels(self) -> Iterator[tuple[str, str]]:
         """Name and label of each row that has a loss for each character."""
         yield from CONDITIONS.items()
+        if _FLOAT32 in self.scores.losses:
+            yield _FLOAT32, "context vector as it is, in float32"
         if _NGRAM in self.scores.losses:
             yield _NGRAM, f"{NGRAM_ORDER}-gram"
 

@@ -153,6 +153,7 @@ struct pass {
     struct worker worker;
     int filled, length; /* slots of a window before this pass, and k */
     int one_layer;      /* whether all layers use one layer's cache, as nothing is read after this pass */
+    int as_decoded;     /* whether rows are rounded to int8 where the matrix is, as those of decode are */
 };
 
 static inline int rows_of(const struct pass *pass) { return pass->windows->texts * pass->length; }
@@ -193,12 +194,16 @@ static const float *normalize(struct pass *pass, const float *gain, const float 
 
 /* Panels from `first` to `end` of rows x matrix. */
 static void multiply(struct pass *pass, const struct matrix *matrix, struct rows rows, enum use use, int first, int end) {
-    if (rows.count > 1) {
+    const int fours = matrix->type == INT8_FOURS;
+    if (rows.count > 1 && !(fours && pass->as_decoded)) {
         multiply_rows(matrix, rows, use, first, end, pass->scratch.panels);
         return;
     }
-    if (matrix->type == INT8_FOURS && first < end) quantize(rows.x, matrix->n_in, pass->scratch.fours);
-    multiply_row(matrix, rows.x, pass->scratch.fours, rows.out, use, first, end);
+    for (int r = 0; r < rows.count && first < end; r++) {
+        const float *x = rows.x + r * rows.x_stride;
+        if (fours) quantize(x, matrix->n_in, pass->scratch.fours);
+        multiply_row(matrix, x, pass->scratch.fours, rows.out + r * rows.out_stride, use, first, end);
+    }
 }
 
 /* This worker's share of the panels. */
@@ -497,6 +502,7 @@ static void scoring_job(void *job, struct worker worker) {
     const struct model *m = s->model;
     struct windows windows = {.texts = 1};
     struct pass pass = {.model = m, .windows = &windows, .worker = {0, 1}, .length = s->length + 1, .one_layer = 1};
+    pass.as_decoded = 1; /* so that the losses in int8 are those of generated text */
     struct arena arena = {.memory = s->workspace};
     for (int i = 0; i <= worker.index; i++) {
         windows.keys = take(&arena, 4 * cache_floats(m, 0));
