@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 from dataclasses import replace
@@ -288,8 +289,11 @@ def test_a_change_of_load_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("instructions", ["", "-mavx2 -mfma", "-march=native -mprefer-vector-width=512"])
-def test_sanitizers(instructions: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("compiler", "instructions"),
+    [("gcc", ""), ("gcc", "-mavx2 -mfma"), ("gcc", "-march=native -mprefer-vector-width=512"), ("clang", "-mavx2 -mfma")],
+)
+def test_sanitizers(compiler: str, instructions: str, tmp_path: Path) -> None:
     """Without a warning, a read or write out of place, undefined behaviour or a leak, over odd shapes, types and threads."""
     if "avx2" in instructions and vector_instructions() not in {"AVX2", "AVX512"}:
         pytest.skip("this processor has no AVX2")
@@ -298,11 +302,13 @@ def test_sanitizers(instructions: str, tmp_path: Path) -> None:
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     empty, driver = tmp_path / "empty.c", tmp_path / "driver"
     empty.write_text("int main(void) { return 0; }")
-    if subprocess.run(["cc", *sanitizers, str(empty), "-o", str(driver)], capture_output=True, check=False).returncode:
+    if not shutil.which(compiler):
+        pytest.skip(f"there is no {compiler}")
+    if subprocess.run([compiler, *sanitizers, str(empty), "-o", str(driver)], capture_output=True, check=False).returncode:
         pytest.skip("the compiler has no runtime for AddressSanitizer and UndefinedBehaviorSanitizer")
     source = Path(__file__).parent / "native" / "decode_driver.c"
     done = subprocess.run(
-        ["cc", *flags, *sanitizers, str(source), "-o", str(driver), "-lm"], capture_output=True, text=True, check=False
+        [compiler, *flags, *sanitizers, str(source), "-o", str(driver), "-lm"], capture_output=True, text=True, check=False
     )
     assert not done.stderr
     done = subprocess.run([str(driver)], capture_output=True, text=True, check=False)
