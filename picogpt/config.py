@@ -538,7 +538,7 @@ class SampleConfig:
     """Seed of the draws; None takes a new one each time."""
 
     def __post_init__(self) -> None:
-        _require_between("temperature", self.temperature, 0.0, 1e6, "a finite number of at least 0")
+        _require_between("temperature", self.temperature, 0.0, 1e6, "a number from 0 to 1,000,000")
         _require_whole("top_k", self.top_k, 0)
         _require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
         _require(0 <= self.min_p <= 1, "min_p", "from 0 to 1", self.min_p)

@@ -184,12 +184,14 @@ def never_filter(scores: Scores, ids: npt.NDArray[np.intp]) -> Scores:
 
 
 def temperature_filter(scores: Scores, temperature: float) -> Scores:
-    """Divide the logits `scores` (..., V) by `temperature`; 0 leaves only the likeliest one, the first of equals."""
+    """Divide logits `scores` (..., V), less the largest, by `temperature`; 0 leaves only the likeliest, the first of equals."""
     if temperature == 0:
         best = np.full_like(scores, -np.inf)
         np.put_along_axis(best, scores.argmax(axis=-1, keepdims=True), 0.0, axis=-1)
         return best
-    return scores / temperature
+    # The maximum goes first, so that a tiny temperature makes no infinity less infinity.
+    with np.errstate(over="ignore"):
+        return (scores - scores.max(axis=-1, keepdims=True)) / temperature
 
 
 def top_k_filter(scores: Scores, k: int) -> Scores:

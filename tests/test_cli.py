@@ -168,7 +168,7 @@ class TestTrain:
                 "beside its name\n"
             )
         assert train.main(["--run", "other"]) == 2
-        assert "runs there: numbers; A new one needs" in capsys.readouterr().err
+        assert "the runs there are numbers. A new one needs" in capsys.readouterr().err
         assert [path.name for path in Path("logs").iterdir()] == ["numbers"]
         assert train.main(training(text_file, "--run", "other")) == 0
 
@@ -720,7 +720,7 @@ class TestGenerate:
     @pytest.mark.parametrize(
         ("flags", "code", "message"),
         [
-            (["-t", "-1"], 2, "--temperature must be a finite number of at least 0, got -1.0"),
+            (["-t", "-1"], 2, "--temperature must be a number from 0 to 1,000,000, got -1.0"),
             (["-t", "nan"], 2, "--temperature must be"),
             (["-t", "inf"], 2, "--temperature must be"),
             (["-k", "-1"], 2, "--top-k must be"),

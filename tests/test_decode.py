@@ -147,6 +147,7 @@ def test_int8_is_close(compiled_backend: Backend) -> None:
     [
         SampleConfig(temperature=1.0),
         SampleConfig(temperature=0.0),
+        SampleConfig(temperature=1e-310),
         SampleConfig(temperature=1.3, top_k=5),
         SampleConfig(temperature=2.0, top_p=0.7),
         SampleConfig(temperature=1.0, min_p=0.02),
@@ -254,7 +255,7 @@ class Clock:
 
     now = 100.0
 
-    def monotonic(self) -> float:
+    def perf_counter(self) -> float:
         return self.now
 
 

@@ -48,6 +48,7 @@ def probabilities(scores: npt.NDArray[np.float64]) -> list[float]:
         (temperature_filter(FOUR, 0.5), [1 / 30, 4 / 30, 9 / 30, 16 / 30]),
         (temperature_filter(FOUR, 0.0), [0, 0, 0, 1]),
         (temperature_filter(np.zeros((1, 4)), 0.0), [1, 0, 0, 0]),
+        (temperature_filter(FOUR, 1e-310), [0, 0, 0, 1]),
         (top_k_filter(FOUR, 0), [0.1, 0.2, 0.3, 0.4]),
         (top_k_filter(FOUR, 2), [0, 0, 3 / 7, 4 / 7]),
         (top_k_filter(FOUR, 9), [0.1, 0.2, 0.3, 0.4]),

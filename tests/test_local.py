@@ -279,6 +279,15 @@ def test_every_format(here: Path) -> None:
         assert texts_of(folder, "id")[:0] == [] if file.suffix in {".csv", ".tsv"} else True
 
 
+@pytest.mark.parametrize("text", ['[{"text":"a"},\n{"text":"b"}]', '\ufeff [\n{"text":"a"},\n{"text":"b"}\n]\n'])
+def test_lists_of_objects(here: Path, text: str) -> None:
+    """A list of objects is read however its lines are broken."""
+    (here / "list").mkdir()
+    (here / "list" / "data.json").write_text(text, encoding="utf-8")
+
+    assert texts_of(here / "list") == ["a", "b"]
+
+
 def test_lines_of_a_text(here: Path) -> None:
     """A row of a text file is a line, in a column called text."""
     (here / "train.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\nthree")

@@ -253,6 +253,7 @@ def test_what_is_wrong_on_the_hub(files: dict[str, bytes], message: str, monkeyp
         ("ALL_PROXY", "socks5://127.0.0.1:1080", r"socks5://127.0.0.1:1080: SOCKS proxies need one more package; pip install"),
         ("all_proxy", "http://[::1", "no address; set it to http://HOST:PORT"),
         ("HTTPS_PROXY", "ftp://proxy", "no address"),
+        ("HTTPS_PROXY", "http://joe:secret@proxy:0", r"'http://\*\*\*@proxy:0' is no address"),
         ("https_proxy", "http://host:port", "no address"),
         ("HTTP_PROXY", "://", "no address"),
         ("HTTP_PROXY", "http://a b:3", "no address"),

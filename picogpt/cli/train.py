@@ -252,7 +252,7 @@ def _check_new_name(run: RunFolder) -> None:
         notice(f"{run.path}: a new run, as there is none to resume; neither --dataset nor --text is given, so the text is auto")
         return
     nearest = difflib.get_close_matches(run.name, others, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"runs there: {', '.join(others)};"
+    hint = f"did you mean {nearest[0]}?" if nearest else f"the runs there are {', '.join(others)}."
     raise ConfigError(
         f"run {run.name}: no such run under {run.path.parent}; {hint} A new one needs --dataset or --text beside its name", "run"
     )

@@ -126,10 +126,12 @@ def _check_columns(columns: Sequence[str], names: Collection[str]) -> None:
 def _check_last_line(file: str) -> None:
     """Notice a file of JSON lines that was cut short, before training gets there."""
     with Path(file).open("rb") as stream:
+        if stream.read(_LAST_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            return  # a list of objects, which was parsed as a whole
         size = stream.seek(0, io.SEEK_END)
         stream.seek(max(0, size - _LAST_BYTES))
         *before, last = stream.read().rstrip().splitlines() or [b""]
-    # The last line of a list of objects is no object, and one that began before what was read is unknown.
+    # A line that began before what was read is unknown.
     if before and last.startswith(b"{"):
         _parse(last.decode(), "its last line")
 

@@ -74,7 +74,8 @@ def _check_address(variable: str, value: str, schemes: tuple[str, ...], example:
     except ValueError:  # a port or an IPv6 address that is none
         good = False
     if not good:
-        raise DataError(f"{variable}: {value!r} is no address; set it to {example}")
+        shown = re.sub(r"//[^/@]*@", "//***@", value)  # a password is nothing for a screen or a log
+        raise DataError(f"{variable}: {shown!r} is no address; set it to {example}")
     return parts.scheme
 
 

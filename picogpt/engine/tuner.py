@@ -16,6 +16,8 @@ _BLOCK = 0.004
 _MAX_BLOCK = 64
 _FIRST_TRIAL, _LAST_TRIAL = 0.1, 3.0
 """Seconds until another number of threads is tried again; doubled each time that it turns out slower."""
+_SHORTEST = 1e-9
+"""Seconds that a block takes at least, on whatever clock."""
 _SMOOTHING = 0.3
 """Weight of the newest block in a mean."""
 
@@ -32,7 +34,7 @@ class ThreadTuner:
         self._candidates = sorted({threads, *(count for count in powers if count < threads)}, reverse=True)
         self._seconds: dict[int, float] = {}
         self._trial_every = _FIRST_TRIAL
-        self._next_trial = time.monotonic() + _FIRST_TRIAL / 4
+        self._next_trial = time.perf_counter() + _FIRST_TRIAL / 4
         self._turn = 0
         self.threads = threads
         """How many are the fastest, as far as is known."""
@@ -43,13 +45,13 @@ class ThreadTuner:
         threads = self._choose()
         seconds = self._seconds.get(threads, max(self._seconds.values(), default=_BLOCK))
         count = min(left, _MAX_BLOCK, max(1, round(_BLOCK / seconds)))
-        start = time.monotonic()
+        start = time.perf_counter()
         yield threads, count
-        self._record(threads, (time.monotonic() - start) / count)
+        self._record(threads, max(time.perf_counter() - start, _SHORTEST) / count)
 
     def _choose(self) -> int:
         """The fastest number of threads, or at times another one."""
-        if len(self._candidates) == 1 or time.monotonic() < self._next_trial:
+        if len(self._candidates) == 1 or time.perf_counter() < self._next_trial:
             return self.threads
         others = [count for count in self._candidates if count != self.threads]
         self._turn = (self._turn + 1) % len(others)
@@ -62,5 +64,5 @@ class ThreadTuner:
         fastest = min(self._seconds, key=lambda count: self._seconds[count])
         if tried:
             self._trial_every = _FIRST_TRIAL if fastest == threads else min(2 * self._trial_every, _LAST_TRIAL)
-            self._next_trial = time.monotonic() + self._trial_every
+            self._next_trial = time.perf_counter() + self._trial_every
         self.threads = fastest

@@ -53,10 +53,14 @@ class Compiler:
     @cached_property
     def identity(self) -> str:
         """Its path, links resolved, its own flags, and its version; one that tells none shows when it compiles what is wrong."""
-        version = ""
-        with contextlib.suppress(BuildError):
-            version = self.run(["--version"])
-        return "\n".join([os.path.realpath(self.path), *self.command[1:], version])
+        return "\n".join([os.path.realpath(self.path), *self.command[1:], self._version])
+
+    @cached_property
+    def _version(self) -> str:
+        try:
+            return self.run(["--version"])
+        except BuildError:
+            return ""
 
     @property
     def name(self) -> str:
@@ -66,7 +70,7 @@ class Compiler:
     @property
     def is_clang(self) -> bool:
         """Whether it is some clang, whose OpenMP runtime is another one than gcc's."""
-        return "clang" in self.identity
+        return "clang" in self._version
 
     def run(self, arguments: Sequence[str]) -> str:
         """Run it; return what it prints.
@@ -89,6 +93,7 @@ class Compiler:
             raise BuildError(f"{self.name} does not run ({error})") from error
         if done.returncode:
             message = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+            message = message or f"exit code {done.returncode}"
             raise BuildError(f"{self.name} fails ({' '.join(message.split())})")
         return done.stdout
 

@@ -55,20 +55,22 @@ class LibraryCache:
     """
 
     def __init__(self) -> None:
-        base = user_cache_folder()
+        # Links on the way are followed once, before anything is checked: one that is changed later has no effect.
+        base = user_cache_folder().resolve()
         self.folder = base / "picogpt" / "kernels"
         try:
             for folder in (self.folder.parent, self.folder):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 _make_private(folder)
-            _check_parents(base.resolve())
+            _check_parents(base)
         except OSError as error:
             raise UnusableCacheError(f"{self.folder} cannot be used ({error.strerror or error})") from error
 
     def find(self, name: str, key: str) -> Path | None:
         """A whole library that was stored under this key; damaged ones are removed."""
         for path in self._entries(f"{name}-{key[:_DIGITS]}-*.so"):
-            with contextlib.suppress(FileNotFoundError):  # another start has removed it
+            # Another start has removed it, or it is damaged on a read-only disk: then it is compiled again.
+            with contextlib.suppress(OSError):
                 if _is_own_file(path) and path.stem.endswith(_checksum(path.read_bytes())):
                     _mark_used(path)
                     return path
@@ -102,7 +104,7 @@ class LibraryCache:
 
 
 def _mark_used(path: Path) -> None:
-    with contextlib.suppress(PermissionError):  # a disk that is read-only now
+    with contextlib.suppress(OSError):  # a disk that is read-only, as in a container image that comes with the kernels
         os.utime(path)
 
 

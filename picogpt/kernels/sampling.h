@@ -39,7 +39,9 @@ static void keep_top_p(double *scores, const int *order, int count, double p) {
 static int draw(const struct sampling *sampling, const float *logits, int count, double number, double *scores, int *order) {
     for (int v = 0; v < count; v++) scores[v] = logits[v] + sampling->allowed[v];
     if (sampling->temperature == 0) return likeliest(scores, count);
-    for (int v = 0; v < count; v++) scores[v] /= sampling->temperature;
+    /* The maximum goes first, so that a tiny temperature makes no infinity less infinity. */
+    const double top = scores[likeliest(scores, count)];
+    for (int v = 0; v < count; v++) scores[v] = (scores[v] - top) / sampling->temperature;
     if (sampling->top_k || sampling->top_p < 1) sort_ids(scores, order, count);
     for (int i = sampling->top_k; sampling->top_k && i < count; i++) scores[order[i]] = NOTHING;
     if (sampling->top_p < 1) keep_top_p(scores, order, count, sampling->top_p);

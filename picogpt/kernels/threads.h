@@ -165,9 +165,15 @@ static int start_workers(int count) {
 
 /* Have `count` threads do a job, the caller among them; return when it is done. */
 static void run_job(job_function *function, void *job, int count) {
+    if (count <= 1) { /* needs no worker, and so does not wait for another job that has them */
+        const unsigned setting = flush_denormals();
+        function(job, (struct worker){.index = 0, .count = 1});
+        restore_denormals(setting);
+        return;
+    }
     pthread_mutex_lock(&pool.one_job);
     if (count > MAX_THREADS) count = MAX_THREADS;
-    if (count > 1) count = start_workers(count);
+    count = start_workers(count);
     struct worker caller = {.index = 0, .count = count};
     if (count > 1) {
         pool.function = function, pool.job = job;
