@@ -191,7 +191,8 @@ def temperature_filter(scores: Scores, temperature: float) -> Scores:
         return best
     # The maximum goes first, so that a tiny temperature makes no infinity less infinity.
     with np.errstate(over="ignore"):
-        return (scores - scores.max(axis=-1, keepdims=True)) / temperature
+        divided: Scores = (scores - scores.max(axis=-1, keepdims=True)) / temperature
+    return divided
 
 
 def top_k_filter(scores: Scores, k: int) -> Scores:
