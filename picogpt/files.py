@@ -89,7 +89,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = os.fspath(path)
+        error.filename = str(path)
         raise
 
 
