@@ -681,7 +681,7 @@ class TestChoice:
                 "#!/bin/sh\necho 'x.c:1: error: no such thing' >&2\nexit 3\n",
                 r"\S*/compiler fails \(x.c:1: error: no such thing\)",
             ),
-            ("#!/bin/sh\nexit 3\n", r"\S*/compiler fails \(\)"),
+            ("#!/bin/sh\nexit 3\n", r"\S*/compiler fails \(exit code 3\)"),
             ("#!/bin/sh\nexit 0\n", r"what \S*/compiler makes cannot be loaded \(.*block.so.*; TMPDIR may name another folder\)"),
             ("nothing that runs", r"\S*/compiler does not run \(.*Exec format error.*\)"),
             ("#!/bin/sh\nexec sleep 30\n", r"\S*/compiler does not run \(.*timed out.*\)"),
