@@ -202,6 +202,7 @@ def test_learning_ends_at_the_target(capsys: pytest.CaptureFixture[str], target:
     assert capsys.readouterr().out.count("characters in 0 s, validation loss") == chars // 20
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_kernels_are_compared(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A line for each direction, with a time for torch and one for C."""

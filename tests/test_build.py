@@ -212,7 +212,9 @@ def test_read_only_disk(source: Path, home: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "utime", refusing)
 
     assert load(source) == (42, [])
-    entries(home)[0].write_bytes(b"damaged")
+    (path,) = entries(home)
+    path.unlink()  # as another file: this process has the old one loaded
+    path.write_bytes(b"damaged")
     monkeypatch.setattr(Path, "unlink", refusing)
     monkeypatch.setattr(cache, "atomic_write", refusing)
 

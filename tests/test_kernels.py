@@ -49,10 +49,12 @@ SOON = compiled._FLAGS.replace("-O3", "-O1")
 
 
 @cache
-def kernels_for(shape: str, dtype: torch.dtype = torch.float32) -> Kernels:
+def kernels_for(shape: str, dtype: torch.dtype = torch.float32, instructions: str | None = None) -> Kernels:
     """Compiled once for all tests, with one thread; of all shapes only heads like the model's own as well as users have them."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
+        if instructions is not None:
+            patch.setattr(compiled, "instruction_set", lambda: instructions)
         if shape != "heads of 32":
             patch.setattr(compiled, "_FLAGS", SOON)
         return compile_kernels(SHAPES[shape], dtype)
@@ -145,12 +147,11 @@ def test_in_bfloat16(shape: str) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("instructions", ["AVX2", ""])
-def test_with_fewer_instructions(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_fewer_instructions(instructions: str) -> None:
     """What is compiled for AVX2, and for no vectors but the oldest, computes the same."""
-    monkeypatch.setattr(compiled, "instruction_set", lambda: instructions)
     model = model_of("heads of 32")
     _, expected = loss_and_gradients(model, None, 200)
-    _, found = loss_and_gradients(model, compile_kernels(SHAPES["heads of 32"], torch.float32), 200)
+    _, found = loss_and_gradients(model, kernels_for("heads of 32", instructions=instructions), 200)
 
     assert_as_precise(found, expected, exact_gradients(model, 200))
 
@@ -158,24 +159,28 @@ def test_with_fewer_instructions(instructions: str, monkeypatch: pytest.MonkeyPa
 @needs_compiler
 @pytest.mark.parametrize("instructions", [None, "AVX2", ""])
 @pytest.mark.parametrize("shape", ["heads of 16", "heads of 32"])
-def test_scores_of_any_size(shape: str, instructions: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of attention that are all on one slot, and values far out on GELU's tails, are as precise as by the modules."""
-    if instructions is None:
-        kernels = kernels_for(shape)
-    else:
-        monkeypatch.setattr(compiled, "instruction_set", lambda: instructions)
-        kernels = compile_kernels(SHAPES[shape], torch.float32)
-    model = model_of(shape)
-    with torch.no_grad():
-        for block in model.transformer.h:
-            assert isinstance(block, Block)
-            block.attn.c_attn.weight.mul_(30)
-            block.mlp.c_fc.weight.mul_(30)
-    expected_loss, expected = loss_and_gradients(model, None, 40)
-    loss, found = loss_and_gradients(model, kernels, 40)
+def test_scores_of_any_size(shape: str, instructions: str | None) -> None:
+    """Weights of attention that are all on one slot, and values far out on GELU's tails, are as precise as by plain products.
 
-    assert loss == pytest.approx(expected_loss, rel=1e-4)
-    assert_as_precise(found, expected, exact_gradients(model, 40))
+    Rounding decides near ties here, so it is the mean over several models that counts.
+    """
+    ratios: list[float] = []
+    for seed in range(6):
+        model = model_of(shape, seed=seed)
+        model.transformer.attention = "products"
+        with torch.no_grad():
+            for block in model.transformer.h:
+                assert isinstance(block, Block)
+                block.attn.c_attn.weight.mul_(30)
+                block.mlp.c_fc.weight.mul_(30)
+        exact = exact_gradients(model, 40)
+        expected_loss, expected = loss_and_gradients(model, None, 40)
+        loss, found = loss_and_gradients(model, kernels_for(shape, instructions=instructions), 40)
+        assert loss == pytest.approx(expected_loss, rel=1e-4)
+        of_modules, of_kernels = errors(expected, exact), errors(found, exact)
+        ratios += [of_kernels[name] / of_modules[name] for name in exact]
+
+    assert math.exp(sum(map(math.log, ratios)) / len(ratios)) < 1.5
 
 
 @needs_compiler
@@ -387,6 +392,7 @@ def test_windows_left_out() -> None:
         torch.autograd.grad(first[0].sum(), list(model.parameters()), allow_unused=True)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("instructions", ["AVX512", "AVX2", ""])
 def test_without_matrix_tiles(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,6 +475,7 @@ def test_muon(shape: str) -> None:
     assert sum(map(distance, rounded, exact)) < 1.5 * sum(map(distance, by_torch, exact)) < 0.8
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_muon_never_runs_away(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,11 +501,10 @@ def test_muon_never_runs_away(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
 
 @needs_compiler
 @pytest.mark.parametrize("instructions", ["AVX2", ""])
-def test_muon_with_fewer_instructions(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_muon_with_fewer_instructions(instructions: str) -> None:
     """What is compiled for AVX2, and for no vectors but the oldest, updates alike."""
-    monkeypatch.setattr(compiled, "instruction_set", lambda: instructions)
     exact, _ = after_steps("heads of 32", torch.float32, None)
-    found, _ = after_steps("heads of 32", torch.float32, compile_kernels(SHAPES["heads of 32"], torch.float32))
+    found, _ = after_steps("heads of 32", torch.float32, kernels_for("heads of 32", instructions=instructions))
 
     assert max(map(distance, found, exact)) < 1e-3
 
@@ -606,11 +612,9 @@ def test_what_is_not_finite_is_noticed(name: str, value: float) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("instructions", [None, "AVX2"])
-def test_rounding_to_bfloat16(instructions: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_to_bfloat16(instructions: str | None) -> None:
     """Packed matrices are rounded as torch rounds: to nearest, ties to even, with what is infinite or not a number, of any bits, kept."""
-    if instructions is not None:
-        monkeypatch.setattr(compiled, "instruction_set", lambda: instructions)
-    kernels = compile_kernels(SHAPES["heads of 16"], torch.bfloat16)
+    kernels = kernels_for("heads of 16", torch.bfloat16, instructions)
     torch.manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (12, 32, 32)).int()
     bits[0, 0, :8] = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, 0x3F808000, 0x3F818000, 0x7F7FFFFF, 0])
