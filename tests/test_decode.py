@@ -220,8 +220,17 @@ def test_structures_of_another_size_are_noticed(compiled_backend: Backend, monke
     class Longer(ctypes.Structure):
         _fields_ = (*MatrixStruct._fields_, ("more", ctypes.c_void_p))
 
-    monkeypatch.setattr("picogpt.engine.layout.STRUCTURES", (Longer, *STRUCTURES[1:]))
-    with pytest.raises(AssertionError):
+    monkeypatch.setitem(STRUCTURES, "matrix", Longer)
+    with pytest.raises(AssertionError, match=r"^decode.c and picogpt/engine/layout.py differ: \[.*matrix\.more"):
+        engine_of(GPT(SMALL), compiled_backend)
+
+
+def test_structures_in_another_order_are_noticed(compiled_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two fields of one size that have changed places are noticed too."""
+    first, second, *others = MatrixStruct._fields_
+    other = type("Other", (ctypes.Structure,), {"_fields_": (second, first, *others)})
+    monkeypatch.setitem(STRUCTURES, "matrix", other)
+    with pytest.raises(AssertionError, match=r"\('matrix\.packed', 0, 8\), \('matrix\.packed', 8, 8\)"):
         engine_of(GPT(SMALL), compiled_backend)
 
 

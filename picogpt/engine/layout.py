@@ -1,20 +1,26 @@
-"""The structures of `kernels/decode.c`, and its functions: names, fields and order are those of their twins in C.
+"""The structures of `kernels/decode.c`, its constants and its functions: names, fields and order are those of their twins in C.
 
-Sizes are compared when the library is loaded.
+Every offset, size and value is compared when the library is loaded.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any
 
+from picogpt.kernels.layout import compare_layouts
+
 __all__ = [
+    "GROUP",
+    "PANEL",
     "STRUCTURES",
+    "CacheType",
     "DecodeStruct",
     "LayerStruct",
     "MatrixStruct",
     "ModelStruct",
+    "NumberType",
     "PrefillStruct",
     "SamplingStruct",
     "ScoringStruct",
@@ -92,16 +98,44 @@ class ScoringStruct(ctypes.Structure):
     _fields_ = (*_pointers("model ids contexts losses means workspace"), *_int32("windows length threads reserved"))
 
 
-STRUCTURES: Sequence[type[ctypes.Structure]] = (
-    MatrixStruct, LayerStruct, ModelStruct, WindowsStruct, SamplingStruct, PrefillStruct, DecodeStruct, ScoringStruct,
-)  # fmt: skip
-"""In the order of `structure_sizes` in C."""
+STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    "matrix": MatrixStruct,
+    "layer": LayerStruct,
+    "model": ModelStruct,
+    "windows": WindowsStruct,
+    "sampling": SamplingStruct,
+    "prefill": PrefillStruct,
+    "decode": DecodeStruct,
+    "scoring": ScoringStruct,
+}
+"""By their names in C."""
+PANEL, GROUP = 16, 64
+"""Outputs of a panel, and inputs that share a scale in int8."""
+
+
+class NumberType(IntEnum):
+    """Types of a packed matrix: `enum number_type`."""
+
+    FLOAT32 = 0
+    BFLOAT16_PAIRS = 1
+    INT8_FOURS = 2
+
+
+class CacheType(IntEnum):
+    """Types of a KV cache: `enum cache_type`."""
+
+    CACHE_FLOAT32 = 0
+    CACHE_BFLOAT16 = 1
 
 
 def declare_functions(library: ctypes.CDLL) -> None:
-    """Compare the sizes of all structures, and declare what the functions take and return."""
-    sizes = list((ctypes.c_int32 * len(STRUCTURES)).in_dll(library, "structure_sizes"))
-    assert sizes == [ctypes.sizeof(structure) for structure in STRUCTURES], sizes
+    """Compare all of this module with the library, and declare what its functions take and return.
+
+    Raises:
+        AssertionError: decode.c or this module was changed alone.
+    """
+    constants = {"PANEL": PANEL, "GROUP": GROUP, **NumberType.__members__, **CacheType.__members__}
+    compare_layouts(library, STRUCTURES, constants, sides="decode.c and picogpt/engine/layout.py")
     pointer, number = ctypes.c_void_p, ctypes.c_int
     for name, arguments, result in (
         ("workspace_bytes", [pointer, number, number], ctypes.c_long),

@@ -11,21 +11,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from picogpt.engine.layout import LayerStruct, MatrixStruct, ModelStruct, declare_functions
+from picogpt.engine.layout import GROUP, PANEL, LayerStruct, MatrixStruct, ModelStruct, NumberType, declare_functions
 from picogpt.engine.tensors import Floats, Tensors, check_largest
 
 __all__ = ["NativeModel", "aligned", "padded"]
 
-_PANEL, _GROUP = 16, 64
-"""Outputs of a panel, and inputs that share a scale in int8, as in panels.h."""
-_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
+_TYPES = {"float32": NumberType.FLOAT32, "bfloat16": NumberType.BFLOAT16_PAIRS, "int8": NumberType.INT8_FOURS}
 _PER_LINE = {"float32": 1, "bfloat16": 2, "int8": 4}
 """Inputs of an output that share 32 bits."""
 
 
 def padded(count: int) -> int:
     """`count` rounded up to whole panels."""
-    return -(-count // _PANEL) * _PANEL
+    return -(-count // PANEL) * PANEL
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
@@ -38,7 +36,7 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
 
 
 def _padded_array(array: Floats, *axes: int) -> Floats:
-    """`array` with zeros up to a multiple of `_PANEL` along `axes`."""
+    """`array` with zeros up to a multiple of `PANEL` along `axes`."""
     shape = tuple(padded(n) if axis in axes else n for axis, n in enumerate(array.shape))
     result: Floats = aligned(shape, np.float32)
     result[tuple(map(slice, array.shape))] = array
@@ -119,9 +117,9 @@ class NativeModel:
         dtype = dtype or self.dtype
         n_out, n_in = weight.shape
         per_line = _PER_LINE[dtype]
-        lines = (-(-n_in // _GROUP) * _GROUP if dtype == "int8" else padded(n_in)) // per_line
+        lines = (-(-n_in // GROUP) * GROUP if dtype == "int8" else padded(n_in)) // per_line
         matrix = MatrixStruct(
-            packed=self._keep(aligned((padded(n_out) // _PANEL, lines, _PANEL), np.uint32)),
+            packed=self._keep(aligned((padded(n_out) // PANEL, lines, PANEL), np.uint32)),
             scales=self._keep(aligned((padded(n_out),), np.float32)),
             bias=self._keep(_padded_array(bias, 0)),
             type=_TYPES[dtype],

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from picogpt.engine.layout import DecodeStruct, PrefillStruct, SamplingStruct, ScoringStruct, WindowsStruct
+from picogpt.engine.layout import CacheType, DecodeStruct, PrefillStruct, SamplingStruct, ScoringStruct, WindowsStruct
 from picogpt.engine.native import NativeModel, aligned, padded
 from picogpt.engine.tensors import Floats
 from picogpt.engine.tuner import ThreadTuner
@@ -67,9 +67,8 @@ class NativeWindow:
         self._workspace = aligned((model.library.workspace_bytes(model.address, self._rows, threads),), np.uint8)
         self._tuner = ThreadTuner(threads)
         arrays = {"keys": self._keys, "values": self._values, "sums": self._sums, "contexts": self._contexts}
-        self._struct = WindowsStruct(
-            **{name: array.ctypes.data for name, array in arrays.items()}, texts=batch, cache=in_bfloat16
-        )
+        cache = CacheType.CACHE_BFLOAT16 if in_bfloat16 else CacheType.CACHE_FLOAT32
+        self._struct = WindowsStruct(**{name: array.ctypes.data for name, array in arrays.items()}, texts=batch, cache=cache)
 
     def reset(self, contexts: Floats) -> None:
         """See `Window`."""

@@ -4,7 +4,7 @@
    size when it loads the library, so that neither side can be changed alone. Dimensions: R = rolls x slots rows of one window,
    C = WIDTH, H = heads, T = threads; a roll is one of the sequences of a step, a slot one position of its window. */
 
-#include <stddef.h>
+#include "layout.h"
 
 /* Weights of one block. A matrix is packed twice: as the forward pass multiplies with it, and transposed for the backward pass. */
 struct layer_weights {
@@ -111,16 +111,6 @@ struct muon_settings {
     int32_t rows, columns;       /* one of them is WIDTH, the other WIDTH or 4 WIDTH */
     int32_t matrices, threads;
 };
-
-/* A field's place in a structure, or the size of a structure, or the value of a constant. */
-struct layout_entry {
-    const char *name;
-    int64_t offset, size;
-};
-
-#define STRUCTURE(s) {#s, 0, sizeof(struct s)}
-#define FIELD(s, field) {#s "." #field, offsetof(struct s, field), sizeof(((struct s *)0)->field)}
-#define CONSTANT(name) {#name, name, 0}
 
 /* All of the above, ended by an entry without a name. */
 const struct layout_entry *layout(void) {

@@ -7,9 +7,10 @@ keeps alive.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
 from enum import IntEnum
+
+from picogpt.kernels.layout import compare_layouts
 
 __all__ = [
     "Activations",
@@ -145,41 +146,14 @@ _STRUCTURES: dict[str, type[Structure]] = {
     "muon_matrix": MuonMatrix,
     "muon_settings": MuonSettings,
 }
-_CONSTANTS = {"KEEP": Keep, "GRADS": WeightGrads}
-
-
-class _Entry(Structure):
-    """`struct layout_entry`: a field's place, the size of a structure, or the value of a constant."""
-
-    _fields_ = (("name", ctypes.c_char_p), ("offset", c_int64), ("size", c_int64))
-
-
-def _expected() -> Iterator[tuple[str, int, int]]:
-    """The layout as Python has it: name, offset or value, and size."""
-    for name, structure in _STRUCTURES.items():
-        yield name, 0, ctypes.sizeof(structure)
-        for field, *_ in structure._fields_:
-            place = getattr(structure, field)
-            yield f"{name}.{field}", place.offset, place.size
-    for prefix, constants in _CONSTANTS.items():
-        yield from ((f"{prefix}_{constant.name}", constant.value, 0) for constant in constants)
-
-
-def _found(library: ctypes.CDLL) -> Iterator[tuple[str, int, int]]:
-    """The layout as the library was compiled with it."""
-    library.layout.argtypes, library.layout.restype = (), POINTER(_Entry)
-    entries = library.layout()
-    index = 0
-    while (entry := entries[index]).name:
-        yield entry.name.decode(), entry.offset, entry.size
-        index += 1
+_CONSTANTS: dict[str, type[IntEnum]] = {"KEEP": Keep, "GRADS": WeightGrads}
 
 
 def check_layout(library: ctypes.CDLL) -> None:
-    """Compare every structure with the one that the library was compiled with: a mismatch would write to foreign memory.
+    """Compare all of this module with the library.
 
     Raises:
-        AssertionError: they differ; bindings.h or this module was changed alone.
+        AssertionError: bindings.h or this module was changed alone.
     """
-    expected, found = list(_expected()), list(_found(library))
-    assert found == expected, f"bindings.h and bindings.py differ: {sorted(set(expected) ^ set(found))}"
+    constants = {f"{prefix}_{constant.name}": constant.value for prefix, enum in _CONSTANTS.items() for constant in enum}
+    compare_layouts(library, _STRUCTURES, constants, sides="bindings.h and bindings.py")

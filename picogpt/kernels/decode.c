@@ -9,6 +9,7 @@
 #define HEAD 16 /* for vectors.h: vectors as long as the processor has them */
 #define WIDTH 16
 #include "vectors.h"
+#include "layout.h"
 #include "panels.h"
 #include "sampling.h"
 #include "threads.h"
@@ -553,6 +554,31 @@ void pack(const struct matrix *matrix, const float *rows, int count, int in) {
     for (int o = 0; o < count; o += PANEL) pack_panel(rows + (long)o * in, matrix, o, count - o < PANEL ? count - o : PANEL, in);
 }
 
-/* Sizes of the structures, in the order of `picogpt.engine.layout.STRUCTURES`. */
-const int32_t structure_sizes[] = {sizeof(struct matrix),  sizeof(struct layer),  sizeof(struct model),  sizeof(struct windows),
-                                   sizeof(struct sampling), sizeof(struct prefill), sizeof(struct decode), sizeof(struct scoring)};
+/* The structures and constants of `picogpt.engine.layout`, ended by an entry without a name. */
+const struct layout_entry *layout(void) {
+    static const struct layout_entry entries[] = {
+        STRUCTURE(matrix), FIELD(matrix, packed), FIELD(matrix, scales), FIELD(matrix, bias), FIELD(matrix, type),
+        FIELD(matrix, n_out), FIELD(matrix, n_in), FIELD(matrix, lines),
+        STRUCTURE(layer), FIELD(layer, gain_1), FIELD(layer, bias_1), FIELD(layer, qkv), FIELD(layer, proj),
+        FIELD(layer, gain_2), FIELD(layer, bias_2), FIELD(layer, fc), FIELD(layer, out),
+        STRUCTURE(model), FIELD(model, tokens), FIELD(model, positions), FIELD(model, layers), FIELD(model, final_gain),
+        FIELD(model, final_bias), FIELD(model, head), FIELD(model, n_layer), FIELD(model, n_head), FIELD(model, head_size),
+        FIELD(model, n_embd), FIELD(model, slots), FIELD(model, vocab_size),
+        STRUCTURE(windows), FIELD(windows, keys), FIELD(windows, values), FIELD(windows, sums), FIELD(windows, contexts),
+        FIELD(windows, texts), FIELD(windows, filled), FIELD(windows, cache), FIELD(windows, reserved),
+        STRUCTURE(sampling), FIELD(sampling, temperature), FIELD(sampling, top_p), FIELD(sampling, min_p),
+        FIELD(sampling, allowed), FIELD(sampling, top_k), FIELD(sampling, reserved),
+        STRUCTURE(prefill), FIELD(prefill, model), FIELD(prefill, windows), FIELD(prefill, ids), FIELD(prefill, logits),
+        FIELD(prefill, workspace), FIELD(prefill, length), FIELD(prefill, every), FIELD(prefill, threads),
+        FIELD(prefill, reserved),
+        STRUCTURE(decode), FIELD(decode, model), FIELD(decode, windows), FIELD(decode, sampling), FIELD(decode, ids),
+        FIELD(decode, numbers), FIELD(decode, drawn), FIELD(decode, workspace), FIELD(decode, count), FIELD(decode, threads),
+        STRUCTURE(scoring), FIELD(scoring, model), FIELD(scoring, ids), FIELD(scoring, contexts), FIELD(scoring, losses),
+        FIELD(scoring, means), FIELD(scoring, workspace), FIELD(scoring, windows), FIELD(scoring, length),
+        FIELD(scoring, threads), FIELD(scoring, reserved),
+        CONSTANT(PANEL), CONSTANT(GROUP), CONSTANT(FLOAT32), CONSTANT(BFLOAT16_PAIRS), CONSTANT(INT8_FOURS),
+        CONSTANT(CACHE_FLOAT32), CONSTANT(CACHE_BFLOAT16),
+        {0},
+    };
+    return entries;
+}
