@@ -254,6 +254,8 @@ def test_what_is_wrong_on_the_hub(files: dict[str, bytes], message: str, monkeyp
         ("all_proxy", "http://[::1", "no address; set it to http://HOST:PORT"),
         ("HTTPS_PROXY", "ftp://proxy", "no address"),
         ("HTTPS_PROXY", "http://joe:secret@proxy:0", r"'http://\*\*\*@proxy:0' is no address"),
+        ("HTTP_PROXY", "joe:sec/r@t@proxy:0", r"'http://\*\*\*@proxy:0' is no address"),
+        ("ALL_PROXY", "socks5://joe:secret@127.0.0.1:1080", r"ALL_PROXY: socks5://\*\*\*@127.0.0.1:1080: SOCKS proxies need"),
         ("https_proxy", "http://host:port", "no address"),
         ("HTTP_PROXY", "://", "no address"),
         ("HTTP_PROXY", "http://a b:3", "no address"),

@@ -57,7 +57,8 @@ def _check_proxy(variable: str, value: str) -> None:
     # Like curl, the libraries take an address without a scheme for http.
     scheme = _check_address(variable, value if "://" in value else f"http://{value}", schemes, "http://HOST:PORT, or unset it")
     if scheme.startswith("socks") and find_spec("socksio") is None:
-        raise DataError(f"{variable}: {value}: SOCKS proxies need one more package; pip install socksio, or unset {variable}")
+        shown = _without_password(value)
+        raise DataError(f"{variable}: {shown}: SOCKS proxies need one more package; pip install socksio, or unset {variable}")
 
 
 def _check_address(variable: str, value: str, schemes: tuple[str, ...], example: str) -> str:
@@ -74,9 +75,15 @@ def _check_address(variable: str, value: str, schemes: tuple[str, ...], example:
     except ValueError:  # a port or an IPv6 address that is none
         good = False
     if not good:
-        shown = re.sub(r"//[^/@]*@", "//***@", value)  # a password is nothing for a screen or a log
-        raise DataError(f"{variable}: {shown!r} is no address; set it to {example}")
+        raise DataError(f"{variable}: {_without_password(value)!r} is no address; set it to {example}")
     return parts.scheme
+
+
+def _without_password(address: str) -> str:
+    """`address` for a screen or a log: a name and a password in it may themselves have slashes and at signs."""
+    scheme, separator, rest = address.rpartition("://")
+    *hidden, shown = rest.rsplit("@", 1)
+    return scheme + separator + ("***@" if hidden else "") + shown
 
 
 def connect_once() -> None:
