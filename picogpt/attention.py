@@ -8,22 +8,21 @@ Dimensions: B sequences in a batch, S slots of a window, C = n_embd, H = n_head,
 
 from __future__ import annotations
 
+import functools
 import math
-import time
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from picogpt.config import GPTConfig
+from picogpt.device import times_as_fast
 from picogpt.dropout import keep_mask
 
 __all__ = ["causal_attention", "causal_mask", "choose_attention"]
 
 _WORTHWHILE = 1.3
 """How many times as fast the products have to be, so that two starts on one machine choose alike."""
-_CALLS, _WHILE = 6, 0.1
-"""How often each form is timed at least, and for how many seconds both."""
 
 
 def causal_attention(qkv: Tensor, mask: Tensor | None, n_head: int, dropout: float = 0.0) -> Tensor:
@@ -78,17 +77,12 @@ def choose_attention(config: GPTConfig, sequences: int, dtype: torch.dtype, devi
 
 
 def _times_as_fast(config: GPTConfig, sequences: int, dtype: torch.dtype) -> float:
-    """How many times as fast the products are as the fused form, by the shortest time of each; they take turns."""
+    """How many times as fast the products are as the fused form, forward and backward."""
     n_slots = config.context_len + 1
     qkv = torch.ones(sequences, n_slots, 3 * config.n_embd, dtype=dtype, requires_grad=True)
-    forms = (None, causal_mask(n_slots))
-    seconds: list[list[float]] = [[], []]
-    start = time.perf_counter()
-    while len(seconds[0]) < _CALLS or time.perf_counter() - start < _WHILE:
-        for found, mask in zip(seconds, forms, strict=True):
-            before = time.perf_counter()
-            y = causal_attention(qkv, mask, config.n_head)
-            torch.autograd.grad(y, qkv, torch.ones_like(y))
-            found.append(time.perf_counter() - before)
-    fused, products = (min(found[1:]) for found in seconds)  # the first one warms up
-    return fused / products
+
+    def take_turn(mask: Tensor | None) -> None:
+        y = causal_attention(qkv, mask, config.n_head)
+        torch.autograd.grad(y, qkv, torch.ones_like(y))
+
+    return times_as_fast(functools.partial(take_turn, causal_mask(n_slots)), functools.partial(take_turn, None))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -25,6 +27,7 @@ __all__ = [
     "instruction_set",
     "keep_freed_memory",
     "set_threads",
+    "times_as_fast",
 ]
 
 Device = torch.device
@@ -45,7 +48,7 @@ _MOST_OF_A_HEAP, _ALL = 2**25, 2**31 - 1
 _WORTHWHILE = 1.3
 """How many times faster bfloat16 has to be before its coarser numbers are worth having."""
 _ROUNDS, _WHILE = 6, 0.1
-"""How often that is timed at least, and for how many seconds."""
+"""How often two ways to compute are timed at least, and for how many seconds both."""
 
 
 def set_threads(asked: int | None) -> Threads:
@@ -169,18 +172,26 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def _times_as_fast() -> float:
-    """How many times as fast a matrix product is in bfloat16 as in float32, by the shortest time of each.
+    """How many times as fast a matrix product is in bfloat16 as in float32."""
+    types = (torch.float32, torch.bfloat16)
+    slow, fast = (
+        functools.partial(torch.nn.functional.linear, torch.ones(_ROWS, _IN, dtype=dtype), torch.ones(_OUT, _IN, dtype=dtype))
+        for dtype in types
+    )
+    return times_as_fast(fast, slow)
+
+
+def times_as_fast(call: Callable[[], object], other: Callable[[], object]) -> float:
+    """How many times as fast `call` is as `other`, by the shortest time of each.
 
     They take turns for a while, so that it does not decide if something else has a core for a moment.
     """
-    types = (torch.float32, torch.bfloat16)
-    operands = [(torch.ones(_ROWS, _IN, dtype=dtype), torch.ones(_OUT, _IN, dtype=dtype)) for dtype in types]
     seconds: list[list[float]] = [[], []]
     start = time.perf_counter()
     while len(seconds[0]) < _ROUNDS or time.perf_counter() - start < _WHILE:
-        for found, (a, b) in zip(seconds, operands, strict=True):
+        for found, timed in zip(seconds, (call, other), strict=True):
             before = time.perf_counter()
-            torch.nn.functional.linear(a, b)
+            timed()
             found.append(time.perf_counter() - before)
-    slow, fast = (min(found[1:]) for found in seconds)  # the first one warms up
-    return slow / fast
+    quicker, slower = (min(found[1:]) for found in seconds)  # the first one warms up
+    return slower / quicker

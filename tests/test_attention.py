@@ -106,7 +106,7 @@ def test_choice_is_timed(monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
         return qkv * 2
 
     monkeypatch.setattr("picogpt.attention.causal_attention", attention)
-    monkeypatch.setattr("picogpt.attention.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("picogpt.device.time.perf_counter", lambda: clock[0])
 
     form, _ = choose_attention(GPTConfig(), 2, torch.float32, CPU)
     assert form == ("products" if slow == "fused" else "fused")

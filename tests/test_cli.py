@@ -25,6 +25,7 @@ from picogpt import find
 from picogpt.cli import common, generate, plot, progress, train
 from picogpt.cli import eval as evaluation
 from picogpt.cli.download import DownloadBar
+from picogpt.cli.parser import Parser
 from picogpt.cli.settings import Request
 from picogpt.config import Schedule
 from picogpt.data import read_texts
@@ -523,7 +524,7 @@ class TestHelp:
     @pytest.mark.parametrize(
         "parser", [train.build_parser(), generate.build_parser(), evaluation.build_parser()], ids=lambda parser: parser.prog
     )
-    def test_every_default_is_shown(self, parser: common.Parser) -> None:
+    def test_every_default_is_shown(self, parser: Parser) -> None:
         """Each flag says its default, or is one that has none."""
         for action in parser._actions:
             flag = (action.option_strings or [action.dest])[0]
@@ -911,7 +912,7 @@ class TestBoundary:
         def body(_: object) -> int:
             raise error
 
-        assert common.run_command(body, common.Parser("prog", ""), []) == code
+        assert common.run_command(body, Parser("prog", ""), []) == code
         assert capsys.readouterr().err.startswith(line)
 
     def test_bugs_keep_their_traceback(self) -> None:
@@ -921,7 +922,7 @@ class TestBoundary:
             raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):
-            common.run_command(body, common.Parser("prog", ""), [])
+            common.run_command(body, Parser("prog", ""), [])
 
     def test_second_signal_ends_at_once(self) -> None:
         """After the first signal the next one has its usual effect again."""

@@ -13,7 +13,7 @@ import pytest
 
 from picogpt.cli import eval as evaluation
 from picogpt.cli import generate, plot, train
-from picogpt.cli.common import Parser
+from picogpt.cli.parser import Parser
 
 ROOT = Path(__file__).parents[1]
 PARSERS = {

@@ -126,7 +126,8 @@ def test_slow_writer_is_read_to_the_end() -> None:
 def test_full_disk_at_the_end_is_one_line() -> None:
     """Results that are still buffered when the work is done count too: one line, exit 1."""
     code = (
-        "import sys; from picogpt.cli.common import *; sys.exit(run_command(lambda _: print('x') or 0, Parser('prog', ''), []))"
+        "import sys; from picogpt.cli.common import run_command; from picogpt.cli.parser import Parser; "
+        "sys.exit(run_command(lambda _: print('x') or 0, Parser('prog', ''), []))"
     )
     done = subprocess.run(f'{sys.executable} -c "{code}" > /dev/full', shell=True, capture_output=True, text=True, check=False)
 
@@ -138,7 +139,7 @@ def test_full_disk_at_the_end_is_one_line() -> None:
 def test_broken_socket_is_no_reader_that_left() -> None:
     """A connection that breaks is an error, though Python calls it by the same name as a closed stdout."""
     code = (
-        "import sys; from picogpt.cli.common import *\n"
+        "import sys; from picogpt.cli.common import run_command; from picogpt.cli.parser import Parser\n"
         "def body(_): raise BrokenPipeError(32, 'Broken pipe')\n"
         "sys.exit(run_command(body, Parser('prog', ''), []))"
     )

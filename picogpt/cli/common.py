@@ -13,12 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from picogpt.cli.parser import Parser, add_model, count
+from picogpt.cli.parser import Parser
 from picogpt.cli.screen import above_bar
 from picogpt.cli.streams import cursor_is_within_a_line, has_no_reader, open_streams
 from picogpt.errors import ConfigError, PicoGPTError
 
-__all__ = ["Parser", "StopRequest", "add_model", "check_picture", "count", "end_process", "notice", "run_command"]
+__all__ = ["StopRequest", "check_picture", "end_process", "notice", "run_command"]
 
 _INTERRUPTED = 130
 

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from picogpt.cli.common import Parser, add_model, check_picture, count, end_process, notice, run_command
+from picogpt.cli.common import check_picture, end_process, notice, run_command
 from picogpt.cli.evaltexts import EvalText, Trained, find_eval_text, find_ngram_text
+from picogpt.cli.parser import Parser, add_model, count
 from picogpt.config import ENGINE_DTYPES, EvalConfig, check_threads
 from picogpt.forecast import format_seconds
 from picogpt.threads import choose_threads

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from picogpt.cli.common import Parser, check_picture, run_command
+from picogpt.cli.common import check_picture, run_command
+from picogpt.cli.parser import Parser
 from picogpt.config import check_x_axis
 
 __all__ = ["build_parser", "main"]

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from picogpt.cli.common import Parser, StopRequest, count, end_process, notice, run_command
+from picogpt.cli.common import StopRequest, end_process, notice, run_command
+from picogpt.cli.parser import Parser, count
 from picogpt.cli.session import Origin, Session
 from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, Request
 from picogpt.cli.texts import Text, find_text
