@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +27,7 @@ from picogpt.device import CPU, choose_dtype, flush_denormals, instruction_set, 
 from picogpt.kernels.compiled import Kernels, choose_kernels
 from picogpt.train import Trainer
 
-__all__ = ["ROOT", "ROUNDS", "computing", "full_trainer", "in_turns", "machine", "process"]
+__all__ = ["ROOT", "ROUNDS", "computing", "full_trainer", "in_turns", "load_source", "machine", "process"]
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
@@ -47,6 +51,21 @@ def process(environment: Mapping[str, str]) -> Iterator[Callable[..., Any]]:
             os.environ.clear()
             os.environ.update(before)
         yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+def load_source(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
+    """Compile a C source of the benchmarks with the compiler that CC names, or cc, and load it.
+
+    Raises:
+        OSError: there is no compiler, or what it makes cannot be loaded.
+        CalledProcessError: it fails.
+    """
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    with tempfile.TemporaryDirectory(prefix="picogpt-", ignore_cleanup_errors=True) as folder:
+        library = f"{folder}/{source.stem}.so"
+        command = [*compiler, "-O3", "-std=gnu11", *flags, "-shared", "-fPIC", str(source), "-o", library, "-lm"]
+        subprocess.run(command, check=True, capture_output=True)
+        return ctypes.CDLL(library)
 
 
 def machine() -> str:

@@ -8,7 +8,6 @@ import ctypes
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.common import ROOT, in_turns, machine, process
+from benchmarks.common import ROOT, in_turns, load_source, machine, process
 from benchmarks.train import PROFILES
 from picogpt.config import ENGINE_DTYPES, EngineDType, GenerateConfig, GPTConfig, SampleConfig
 from picogpt.engine import Engine
@@ -30,6 +29,7 @@ from picogpt.kernels.processor import vector_instructions
 from picogpt.reference import ReferenceModel
 from picogpt.run import load_model
 from picogpt.threads import choose_threads
+from picogpt.wording import plural
 
 __all__ = ["PlainCLoop", "add_arguments", "generation"]
 
@@ -143,12 +143,7 @@ class _Shape(ctypes.Structure):
 
 def _compile_plain() -> ctypes.CDLL:
     """The loop, compiled as its author would: for this machine, with all liberties."""
-    instructions = PLAIN_INSTRUCTIONS.get(vector_instructions(), "")
-    with tempfile.TemporaryDirectory() as folder:
-        library = f"{folder}/plain.so"
-        flags = ["-O3", *instructions.split(), "-ffast-math", "-fPIC", "-shared"]
-        subprocess.run(["cc", *flags, str(PLAIN_SOURCE), "-o", library, "-lm"], check=True)  # noqa: S607
-        loaded = ctypes.CDLL(library)
+    loaded = load_source(PLAIN_SOURCE, [*PLAIN_INSTRUCTIONS.get(vector_instructions(), "").split(), "-ffast-math"])
     loaded.generate.argtypes = [ctypes.c_void_p, _Shape, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
     return loaded
 
@@ -166,7 +161,7 @@ def one_text(path: Path, settings: Settings) -> None:
     }
     for dtype in settings.dtypes:
         for threads in settings.threads:
-            calls[f"{dtype}, {threads} threads"] = Continued(Engine.load(path, threads=threads, dtype=dtype)).speed
+            calls[f"{dtype}, {plural(threads, 'thread')}"] = Continued(Engine.load(path, threads=threads, dtype=dtype)).speed
     rounds = [[call() for call in calls.values()]]
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:

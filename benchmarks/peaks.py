@@ -7,10 +7,7 @@ used the machine meanwhile.
 from __future__ import annotations
 
 import ctypes
-import os
-import shlex
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.common import load_source
 from picogpt.device import instruction_set
+from picogpt.wording import plural
 
 __all__ = ["compile_source", "disturbances", "measure_peaks", "peak_flops"]
 
@@ -69,20 +68,16 @@ def disturbances(before: Mapping[str, float], after: Mapping[str, float]) -> lis
 
 
 def _name(limit: str, threads: int) -> str:
-    return f"{limit}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{limit}, {plural(threads, 'thread')}"
 
 
 def compile_source() -> ctypes.CDLL | None:
     """Compile and load peaks.c for the widest vectors that torch uses, or None without a working compiler."""
     width, flags = _VECTORS.get(instruction_set(), _OTHERS)
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    with tempfile.TemporaryDirectory(prefix="picogpt-", ignore_cleanup_errors=True) as folder:
-        command = [*compiler, "-O3", "-std=gnu11", *flags.split(), f"-DWIDTH={width}", "-shared", "-fPIC"]
-        try:
-            subprocess.run([*command, str(_SOURCE), "-o", f"{folder}/peaks.so"], check=True, capture_output=True)
-            library = ctypes.CDLL(f"{folder}/peaks.so")
-        except (OSError, subprocess.CalledProcessError):
-            return None
+    try:
+        library = load_source(_SOURCE, [*flags.split(), f"-DWIDTH={width}"])
+    except (OSError, subprocess.CalledProcessError):
+        return None
     library.multiply_add.restype = library.read_floats.restype = ctypes.c_double
     return library
 
