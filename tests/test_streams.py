@@ -148,6 +148,19 @@ def test_broken_socket_is_no_reader_that_left() -> None:
     assert (done.returncode, done.stderr) == (1, "prog: Broken pipe\n")
 
 
+def test_results_come_before_the_error() -> None:
+    """Text that was still buffered when Ctrl-C came stands above the line that says so."""
+    code = (
+        "import sys; from picogpt.cli.common import run_command; from picogpt.cli.parser import Parser\n"
+        "def body(_): print('a text'); raise KeyboardInterrupt\n"
+        "sys.exit(run_command(body, Parser('prog', ''), []))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (130, "a text\nprog: interrupted\n")
+
+
 def test_any_name_can_be_printed() -> None:
     """Bytes of a name that are no text come out as they are, other letters as an ASCII terminal can show them."""
     code = "from picogpt.cli.streams import open_streams; open_streams(); print('caf\\udce9 日')"

@@ -59,17 +59,17 @@ def run_command(body: Callable[[argparse.Namespace], int], parser: Parser, argv:
             sys.stdout.flush()  # here, where a full disk is one line
         return code
     except (PicoGPTError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, BrokenPipeError) and has_no_reader(sys.stdout):
-            code = 0
-        else:
-            message, code = _explain(error, parser)
-            notice(f"{parser.prog}: {message}")
-        _drop_unwritable()
+        left = isinstance(error, BrokenPipeError) and has_no_reader(sys.stdout)
+        _flush_or_drop()  # first: an interruption can come before the text above it is out
+        if left:
+            return 0
+        message, code = _explain(error, parser)
+        notice(f"{parser.prog}: {message}")
         return code
 
 
-def _drop_unwritable() -> None:
-    """Drop results that cannot be written, as Python would try it again at exit and print a traceback."""
+def _flush_or_drop() -> None:
+    """Write results that are still buffered; drop those that cannot be written, as Python would try it again at exit."""
     with contextlib.suppress(ValueError, AttributeError):
         try:
             sys.stdout.flush()
