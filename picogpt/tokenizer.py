@@ -148,7 +148,7 @@ class TextEncoder:
                 folded = Counter({c: n for c, n in counts.items() if fold_character(c) != c})
                 tally.folded += folded
                 counts -= folded
-                ids = self._tokenizer.encode(self._folding(text))
+                ids = self._tokenizer.encode(self.fold(text))
             tally.unknown += counts
         tally.characters += len(ids)
         tally.capitals = tally.capitals or _CAPITAL.search(text) is not None

@@ -117,9 +117,10 @@ def compiled_backend() -> Backend:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Small products on several threads wait for each other, above all where another program computes too."""
+def _settings_of_the_process() -> None:
+    """One thread, as small products on several wait for each other; and denormal numbers, which a command run in this process takes for zero."""
     torch.set_num_threads(1)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,32 +96,30 @@ SHIFTS = [0, *(pytest.param(shift, marks=pytest.mark.slow) for shift in range(1,
 """All requests with one kind of fault each; the slow tests go through all the other pairs of request and kind."""
 
 
-@pytest.mark.parametrize("shift", SHIFTS)
-def test_every_request_of_a_start(served: Hub, shift: int) -> None:
-    """Whichever request of a first start fails, in whatever way, it is asked again and the start is as it would have been."""
-    expected = begin()
+def requests_that_may_fail(served: Hub, work: Callable[[], object], shift: int) -> int:
+    """How many requests `work` makes, each of which may fail once without a difference; the k-th does so in kind k + shift."""
+    served.requests.clear()
+    expected = work()
     count = len(served.requests)
-    assert count > 12
     for k in range(count):
         served.requests.clear()
         kind = KINDS[(k + shift) % len(KINDS)]
         served.fault_of = {k: kind}.get
-        assert begin() == expected, f"{kind} at request {k}"
+        assert work() == expected, f"{kind} at request {k}"
+    return count
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_every_request_of_a_start(served: Hub, shift: int) -> None:
+    """Whichever request of a first start fails, in whatever way, it is asked again and the start is as it would have been."""
+    assert requests_that_may_fail(served, begin, shift) > 12
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_every_request_of_a_resume(served: Hub, shift: int) -> None:
     """So is each request of a run that resumes: no article is lost or repeated."""
     shards = begin()
-    served.requests.clear()
-    expected = resume(shards)
-    count = len(served.requests)
-    assert count > 3
-    for k in range(count):
-        served.requests.clear()
-        kind = KINDS[(k + shift) % len(KINDS)]
-        served.fault_of = {k: kind}.get
-        assert resume(shards) == expected, f"{kind} at request {k}"
+    assert requests_that_may_fail(served, functools.partial(resume, shards), shift) > 3
 
 
 def from_on(k: int, kind: Any, number: int) -> Any:
