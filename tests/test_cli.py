@@ -741,6 +741,7 @@ class TestGenerate:
             (["the", "king"], 2, "'king' belongs to no flag; put a prompt of several words in quotes"),
             (["--promt", "x"], 2, "there is no flag --promt; did you mean --prompt?"),
             (["--temp", "1"], 2, "there is no flag --temp; did you mean --temperature?"),
+            (["--tempature", "1", "-p", "a"], 2, "there is no flag --tempature; did you mean --temperature?"),
             (["--n-predict", "1"], 2, "there is no flag --n-predict; did you mean --max-new-tokens?"),
             (["-n", "1.5"], 2, "--max-new-tokens must be a whole number of at least 0, or inf, got '1.5'"),
             (["-m", "nowhere"], 1, "nowhere: no such file, and no run of that name"),

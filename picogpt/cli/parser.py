@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -73,7 +75,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parse, rejecting an unknown flag with the name of the one that was probably meant."""
-        parsed, unknown = self.parse_known_args(argv)
+        arguments = sys.argv[1:] if argv is None else list(argv)
+        # Ahead of argparse, which would take the value behind such a flag for an argument of its own, and complain of that.
+        for argument in itertools.takewhile(lambda argument: argument != "--", arguments):
+            flag = argument.partition("=")[0]
+            if flag.startswith("--") and " " not in argument and not self.has_flag(flag):
+                self._reject(argument)
+        parsed, unknown = self.parse_known_args(arguments)
         if unknown:
             self._reject(unknown[0])
         return parsed

@@ -320,6 +320,13 @@ static __attribute__((noinline)) void multiply_tile(int count, int panels, const
     if (tile->use == GELU) gelu_of_rows(&tile->rows, row, count, tile->column, panels * PANEL);
 }
 
+/* Part `part` of `parts` of the next panels comes to the cache while those before them are multiplied with. */
+static void prefetch_part(const struct matrix *matrix, int p, int part, int parts) {
+    const char *panels = (const char *)matrix->packed + 64L * p * matrix->lines;
+    const long lines = (long)TILE_PANELS * matrix->lines;
+    for (long i = first_of(lines, part, parts); i < first_of(lines, part + 1, parts); i++) __builtin_prefetch(panels + 64 * i);
+}
+
 /* Panels from `first` to `end` of out = rows x matrix + bias; `scratch` (TILE_PANELS, in, PANEL) is the thread's own. */
 static void multiply_rows(const struct matrix *matrix, struct rows rows, enum use use, int first, int end, float *scratch) {
     struct tile tile = {.matrix = matrix, .rows = rows, .use = use};
@@ -336,6 +343,7 @@ static void multiply_rows(const struct matrix *matrix, struct rows rows, enum us
         /* Tiles of as equal a height as can be: a low one takes nearly as long as a high one. */
         for (int t = 0; t < tiles; t++) {
             const int row = (int)first_of(rows.count, t, tiles), next = (int)first_of(rows.count, t + 1, tiles);
+            if (p + panels < end) prefetch_part(matrix, p + panels, t, tiles);
             multiply_tile(next - row, panels, &tile, row);
         }
     }
