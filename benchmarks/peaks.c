@@ -16,11 +16,13 @@ static float total(const vector *sums)
     return result;
 }
 
-/* Take `rounds` multiply-adds on each chain; write to `sink`, so that none can be left out, and return the operations. */
+/* Take `rounds` multiply-adds on each chain; write to `sink`, so that none can be left out, and return the operations. What is in
+   `sink`, from 0 to 1, begins them: chains that the compiler knew to be equal it would compute once. */
 double multiply_add(long rounds, float *sink)
 {
-    vector sums[CHAINS] = {{0}}, half = {0}, one = {0};
+    vector sums[CHAINS], half = {0}, one = {0};
     half += 0.5f, one += 1.0f; /* x / 2 + 1 stays below 2: neither denormal nor infinite */
+    for (int i = 0; i < CHAINS; i++) sums[i] = (vector){0} + *sink * i / CHAINS;
     for (long round = 0; round < rounds; round++)
 #pragma GCC unroll 12
         for (int i = 0; i < CHAINS; i++) sums[i] = sums[i] * half + one;

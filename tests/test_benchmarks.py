@@ -105,8 +105,9 @@ def test_peaks_count_their_work() -> None:
     read = library.read_floats(ctypes.c_void_p(floats.ctypes.data), ctypes.c_long(floats.size), ctypes.byref(found))
 
     assert (read, found.value) == (floats.nbytes, floats.sum())
+    found = ctypes.c_float(0.75)
     assert library.multiply_add(ctypes.c_long(3), ctypes.byref(found)) == 2 * 3 * 12 * lanes
-    assert found.value == 12 * lanes * 1.75  # 0, 1, 1.5, 1.75
+    assert found.value == lanes * sum(0.75 * i / 12 / 8 + 1.75 for i in range(12))  # from 0: 1, 1.5, 1.75
 
 
 def test_peaks_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -482,7 +482,9 @@ class TestTrain:
         assert re.search(r"step 2 of 6: loss \d\.\d{3}, [\d,]+ characters/s, 0:00:\d\d left", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGHUP))]
+)
 def test_signal_saves_and_ends(text_file: Path, number: signal.Signals) -> None:
     """A signal lets the step finish, saves, says where the run stands, and exits with 128 and its number."""
     flags = ["--text", str(text_file), *TINY_FLAGS, "--epochs", "1000", "--steps-per-epoch", "20", "--val-steps", "1"]

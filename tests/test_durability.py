@@ -425,6 +425,7 @@ def test_second_signal_ends_at_once(here: list[str]) -> None:
     assert RunFolder(Path("logs/twice")).load_checkpoint()[0].state["log"]["iter_num"] == 30
 
 
+@pytest.mark.slow
 def test_terminal_that_goes_away(here: list[str]) -> None:
     """The window is closed: SIGHUP saves and ends the run although nobody can be told."""
     primary, secondary = os.openpty()
@@ -487,6 +488,7 @@ def test_out_of_memory(here: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_many_starts_at_once(here: list[str]) -> None:
     """Of many trainers in one run, twenty where it is to be tried hard, exactly one trains; the others say who it is."""
     count = 20 if TIMES > 1 else 8
@@ -537,6 +539,7 @@ def test_first_trainer_that_is_done_meanwhile(
     assert "another process has begun this run meanwhile; start again to go on with it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint(
     here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -556,6 +559,7 @@ def test_killed_before_the_first_checkpoint(
     assert train.main(["--run", "heir", "--init-from", "logs/first"]) == 0
 
 
+@pytest.mark.slow
 def test_ignored_signals_stay_ignored(here: list[str]) -> None:
     """`nohup picogpt-train` survives the end of its terminal."""
     command = [*RUN, *here, "--run", "nohup"]
@@ -573,6 +577,7 @@ def test_ignored_signals_stay_ignored(here: list[str]) -> None:
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_generating_while_training(here: list[str]) -> None:
     """A run in training can be generated from at any time."""
     with subprocess.Popen(
@@ -587,6 +592,7 @@ def test_generating_while_training(here: list[str]) -> None:
         process.communicate(timeout=30)
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_never_saved(here: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A poisoned weight ends the run with one line, and the last finite state is what there is."""
     code = "import picogpt.train as t, torch, sys; update = t.Trainer.update\n"
@@ -603,6 +609,7 @@ def test_weights_that_are_not_finite_are_never_saved(here: list[str], capsys: py
     assert all(np.isfinite(array).all() for array in saved.tensors.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"MPLBACKEND": "junk"}, {"HOME": None}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"COLUMNS": "0"}],
@@ -617,6 +624,7 @@ def test_odd_environments(here: list[str], changes: dict[str, str | None]) -> No
     assert Path("logs/numbers/log.jpg").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closing", ["0<&-", "1>&-", "2>&-", "1>/dev/full", "| true"])
 def test_closed_streams(here: list[str], closing: str) -> None:
     """Training survives a closed stdin, stdout or stderr, and a reader that has gone, without a traceback."""

@@ -629,6 +629,7 @@ def test_rounding_to_bfloat16(instructions: str | None) -> None:
         torch.testing.assert_close(found.sort()[0], expected.sort()[0], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_other_ranks_have_them_too() -> None:
     """The plan that rank 0 sends has the others compile their own."""

@@ -91,6 +91,7 @@ def test_names_are_literal(here: Path, name: str) -> None:
     assert next(ArticleReader(shards, 0, print).articles(Place(0, 0, 0))).empty_before == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["notes?", "d::e", os.fsdecode(b"caf\xe9"), "-x [1]"])
 def test_a_run_on_an_odd_name(here: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A run on such a folder trains, is kept under a name of its own and resumes by it."""
@@ -298,6 +299,7 @@ def test_lines_of_a_text(here: Path) -> None:
         texts_of(here, "body")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "content"), [("train.csv", "text\n" + '"a b c"\n' * 200), ("notes.txt", "a line\n" * 200)])
 def test_tables_and_texts_are_trained_on(here: Path, name: str, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder with a CSV, or with lines of text, trains like any other, and resumes."""
@@ -373,7 +375,7 @@ def test_damage_is_one_line(
     [
         (".jsonl", b'{"text": "an article"}\n' * 99 + b"{half\n" + b'{"text": "an article"}\n' * 9, "line 100 is no whole JSON"),
         (".jsonl", b'{"text": "an article"}\n' * 99 + b'{"text": 3}\n{"text": "x"}\n', "column text holds int, not text"),
-        (".txt", b"an article\n" * 9999 + b"caf\xe9\n", "not a text in UTF-8"),
+        pytest.param(".txt", b"an article\n" * 9999 + b"caf\xe9\n", "not a text in UTF-8", marks=pytest.mark.slow),
         (".csv", b"text\n" + b"an article\n" * 99 + b'"a"b\n', "cannot be read"),
     ],
 )
@@ -419,6 +421,7 @@ def test_a_folder_that_cannot_be_listed(here: Path, monkeypatch: pytest.MonkeyPa
         names_of(here)
 
 
+@pytest.mark.slow
 def test_without_a_home(here: Path) -> None:
     """A local data set needs no folder of the hub's library, nor the library: an unwritable HOME and odd variables do not matter."""
     write_jsonl(here / "d" / "train.jsonl", ["an article of some length"] * 300)

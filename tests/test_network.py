@@ -109,6 +109,7 @@ def requests_that_may_fail(served: Hub, work: Callable[[], object], shift: int) 
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_every_request_of_a_start(served: Hub, shift: int) -> None:
     """Whichever request of a first start fails, in whatever way, it is asked again and the start is as it would have been."""
@@ -127,7 +128,8 @@ def from_on(k: int, kind: Any, number: int) -> Any:
     return kind if number >= k else None
 
 
-@pytest.mark.parametrize("kind", ["reset", *(pytest.param(kind, marks=pytest.mark.slow) for kind in [*KINDS[1:], "junk"])])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KINDS, "junk"])
 def test_a_start_gives_up_after_a_stated_time(
     served: Hub, kind: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,7 @@ def test_weights_and_losses(expected: dict[str, Any]) -> None:
     np.testing.assert_allclose(logits, expected["last_logits"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_import_and_go_on(
     expected: dict[str, Any], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -440,6 +441,7 @@ def test_missing_and_huge(tmp_path: Path) -> None:
         read_original(tmp_path / "huge", 4)
 
 
+@pytest.mark.slow
 def test_mutations(tmp_path: Path, nothing_runs: list[str]) -> None:
     """Whatever bytes of a real log are changed, cut, doubled or moved: it is read or refused, and nothing else happens."""
     good = SEED_LOG.read_bytes()

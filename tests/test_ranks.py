@@ -84,6 +84,7 @@ def train_in_two_parts(run: RunFolder) -> Trainer:
     return trainer
 
 
+@pytest.mark.slow
 def test_two_ranks_are_two_halves(here: list[str]) -> None:
     """A hundred steps on two ranks, one of them asleep for a while, and in one process, half by half: the same to the bit."""
     ranks = RankProcesses(2, [*here, "--run", "two", "--steps-per-epoch", "50"])
@@ -101,6 +102,7 @@ def test_two_ranks_are_two_halves(here: list[str]) -> None:
     assert (Path("rank-1.out").read_text(), said(1)) == ("", "")
 
 
+@pytest.mark.slow
 def test_four_ranks_learn_the_same(here: list[str]) -> None:
     """Four ranks and one process come to the same validation losses, within a thousandth."""
     flags = [*here, "--lr", "1e-3", "--muon-lr", "5e-3"]  # at higher rates so small a model blows roundings up
@@ -113,6 +115,7 @@ def test_four_ranks_learn_the_same(here: list[str]) -> None:
     assert four.chars == one.chars
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sync", ["0", "7"][: 1 + (TIMES > 1)])
 def test_other_numbers_of_ranks(
     here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sync: str
@@ -154,6 +157,7 @@ def disturbed(text: list[str], sync: str, run: str) -> list[str]:
     return [*text, *SMALL, *length, "--dropout", "0.1", "--sync-every", sync, "--run", run]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sync", "number"), [("0", signal.SIGINT), ("7", signal.SIGTERM)])
 def test_signal_to_any_rank(here: list[str], undisturbed: dict[str, dict[str, bytes]], sync: str, number: signal.Signals) -> None:
     """A signal that one rank gets ends all of them after saving, and they go on to the bytes of a run without it."""
@@ -195,6 +199,7 @@ def test_signal_while_waiting(here: list[str], monkeypatch: pytest.MonkeyPatch) 
     assert step_of("numbers") == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_lost_rank(here: list[str], undisturbed: dict[str, dict[str, bytes]], lost: int) -> None:
     """A rank that is killed ends the other one, with one line; started again, they come to the bytes of a run without that."""

@@ -66,6 +66,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) -> None:
     """Unpacked elsewhere, it trains on its own copy of the sample play and goes on from a prompt."""
     site = tmp_path / "site"

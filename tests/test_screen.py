@@ -82,7 +82,7 @@ notice("fetched")
     assert re.match(r"text: +100%\|", whole)
 
 
-@pytest.mark.parametrize("columns", [80, 20])
+@pytest.mark.parametrize("columns", [80, pytest.param(20, marks=pytest.mark.slow)])
 def test_training(columns: int, text_file: Path, tmp_path: Path) -> None:
     """Forecast, epochs and samples stand whole above the bar; Ctrl-C leaves no ^C in it."""
     flags = ["--text", str(text_file), "--logs-dir", str(tmp_path / "logs"), *TINY_FLAGS, "--steps-per-epoch", "20"]

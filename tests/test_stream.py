@@ -667,6 +667,7 @@ def weights(run: str) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in load_file(f"logs/{run}/checkpoint.safetensors").items()}
 
 
+@pytest.mark.slow
 def test_over_http_with_faults_and_a_kill(hub: Hub, here: Path) -> None:
     """Resets, cut bodies, errors of the server and a `kill -9` on the way: the bytes of an undisturbed run."""
     with serving(hub) as port:
@@ -688,6 +689,7 @@ def test_over_http_with_faults_and_a_kill(hub: Hub, here: Path) -> None:
     assert RunFolder(Path("logs/calm")).read_config()["data"]["commit"] == COMMIT
 
 
+@pytest.mark.slow
 def test_signal_during_an_outage(here: Path) -> None:
     """While a server hangs a signal still ends the run at once, saved, and it goes on when the network is back."""
     files = {f"20231101.en/train-{i:05}-of-00008.parquet": parquet(i * 25, 25) for i in range(8)}
@@ -713,6 +715,7 @@ def test_signal_during_an_outage(here: Path) -> None:
     assert "goes on from step" in err
 
 
+@pytest.mark.slow
 def test_going_on_without_the_hub(hub: Hub, here: Path) -> None:
     """A run needs no list of files to go on: offline, or without its commit, it says so; without a network it waits."""
     port = free_port()
@@ -759,6 +762,7 @@ def test_clear_lines(hub: Hub, here: Path, flags: list[str], changes: dict[str, 
     assert not (here / "logs").exists()
 
 
+@pytest.mark.slow
 def test_folder_like_the_hubs(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of parquet files is streamed like the hub's, under its own name; a changed one stops the run."""
     monkeypatch.setattr(articles, "VALIDATION_CHARS", 2000)
