@@ -551,7 +551,7 @@ void score(struct scoring *scoring) {
 
 /* Rows of a matrix (count, in) in float32 into their panels, which are zero before. */
 void pack(const struct matrix *matrix, const float *rows, int count, int in) {
-    for (int o = 0; o < count; o += PANEL) pack_panel(rows + (long)o * in, matrix, o, count - o < PANEL ? count - o : PANEL, in);
+    for (int o = 0; o < count; o++) pack_row(matrix, o, rows + (long)o * in, in);
 }
 
 /* The structures and constants of `picogpt.engine.layout`, ended by an entry without a name. */

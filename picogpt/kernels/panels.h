@@ -351,30 +351,36 @@ static void multiply_rows(const struct matrix *matrix, struct rows rows, enum us
 
 /* ---- Packing ---- */
 
-/* Rows of a matrix from `first` on, `count` of `in` finite floats, at most PANEL, into their panel; in int8 also their scales. */
-static void pack_panel(const float *rows, const struct matrix *to, int first, int count, int in) {
-    uint32_t *line = (uint32_t *)to->packed + (long)(first / PANEL) * to->lines * PANEL;
-    const int per_line = to->type == INT8_FOURS ? 4 : to->type == BFLOAT16_PAIRS ? 2 : 1;
-    float by[PANEL] = {0};
-    for (int r = 0; to->type == INT8_FOURS && r < count; r++) {
-        float most = 0;
-        for (int k = 0; k < in; k++) most = fabsf(rows[(long)r * in + k]) > most ? fabsf(rows[(long)r * in + k]) : most;
-        ((float *)to->scales)[first + r] = most / 127;
-        by[r] = most > 0 ? 127 / most : 0;
+/* The 32 bits of a line that hold the inputs from k on of one output, x (in); `type` is a constant where this is called. In int8
+   they are multiplied by `by` first. */
+static inline __attribute__((always_inline)) uint32_t word_of(enum number_type type, const float *x, int k, int in, float by) {
+    const int per_line = type == INT8_FOURS ? 4 : type == BFLOAT16_PAIRS ? 2 : 1;
+    uint32_t word = 0, bits;
+    for (int i = 0; i < per_line; i++) {
+        const float number = k + i < in ? x[k + i] : 0;
+        if (type == INT8_FOURS) bits = (uint32_t)(128 + (int)lrintf(number * by)) << 8 * i;
+        else if (type == BFLOAT16_PAIRS) bits = bfloat16_of(number) << 16 * i;
+        else memcpy(&bits, &number, 4);
+        word |= bits;
     }
-    for (int k = 0; k < to->lines * per_line; k += per_line, line += PANEL) {
-        for (int r = 0; r < count; r++) {
-            const float *x = rows + (long)r * in + k;
-            uint32_t word = 0;
-            for (int i = 0; i < per_line; i++) {
-                const float number = k + i < in ? x[i] : 0;
-                uint32_t bits;
-                if (per_line == 4) bits = (uint32_t)(128 + (int)lrintf(number * by[r])) << 8 * i;
-                else if (per_line == 2) bits = bfloat16_of(number) << 16 * i;
-                else memcpy(&bits, &number, 4);
-                word |= bits;
-            }
-            line[r] = word;
-        }
+    return word;
+}
+
+static inline __attribute__((always_inline)) void pack_output(enum number_type type, uint32_t *line, int lines, const float *x,
+                                                              int in, float by) {
+    const int per_line = type == INT8_FOURS ? 4 : type == BFLOAT16_PAIRS ? 2 : 1;
+    for (int k = 0; k < lines; k++) line[k * PANEL] = word_of(type, x, k * per_line, in, by);
+}
+
+/* Output `o` of a matrix, x (in) of finite floats, into its panel; in int8 also its scale. */
+static void pack_row(const struct matrix *to, int o, const float *x, int in) {
+    uint32_t *line = (uint32_t *)to->packed + (long)(o / PANEL) * to->lines * PANEL + o % PANEL;
+    if (to->type == FLOAT32) pack_output(FLOAT32, line, to->lines, x, in, 1);
+    else if (to->type == BFLOAT16_PAIRS) pack_output(BFLOAT16_PAIRS, line, to->lines, x, in, 1);
+    else {
+        float most = 0;
+        for (int k = 0; k < in; k++) most = fabsf(x[k]) > most ? fabsf(x[k]) : most;
+        ((float *)to->scales)[o] = most / 127;
+        pack_output(INT8_FOURS, line, to->lines, x, in, most > 0 ? 127 / most : 0);
     }
 }
