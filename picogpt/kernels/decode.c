@@ -242,6 +242,19 @@ static inline __attribute__((always_inline)) vector load_cached(const char *cach
     return size == 2 ? load_halves((const uint16_t *)cache + place) : load_float((const float *)cache + place);
 }
 
+/* sums (PANEL) += one entry of the keys of PANEL slots x that of the query. */
+static inline __attribute__((always_inline)) void add_keys(vector sums[LINE_VECTORS], struct head head, int size, long at, float entry) {
+#pragma GCC unroll 4
+    for (int v = 0; v < LINE_VECTORS; v++) sums[v] += load_cached(head.keys, at + v * LANES, size) * entry;
+}
+
+/* sums (PANEL) += PANEL entries of the value of a slot x its weight. */
+static inline __attribute__((always_inline)) void add_values(vector sums[LINE_VECTORS], struct head head, int size, long at,
+                                                             float weight) {
+#pragma GCC unroll 4
+    for (int v = 0; v < LINE_VECTORS; v++) sums[v] += load_cached(head.values, at + v * LANES, size) * weight;
+}
+
 /* Scores of a query against `count` slots, in powers of two, and -inf up to the next multiple of LANES; return the largest. */
 static inline __attribute__((always_inline)) float score_slots(const float *query, struct head head, int size, int count,
                                                                float *scores) {
@@ -249,19 +262,22 @@ static inline __attribute__((always_inline)) float score_slots(const float *quer
     integers lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
     vector largest = (vector){0} + (float)NOTHING;
-    for (int s = 0; s < count; s += LANES) {
-        vector sums[2] = {0};
+    for (int s = 0; s < count; s += PANEL) {
+        vector sums[2][LINE_VECTORS] = {0}; /* by turns, as one would wait for itself */
         const long at = key_place(head, s);
         int d = 0;
         for (; d + 2 <= head.entries; d += 2) {
-            sums[0] += load_cached(head.keys, at + d * PANEL, size) * query[d];
-            sums[1] += load_cached(head.keys, at + (d + 1) * PANEL, size) * query[d + 1];
+            add_keys(sums[0], head, size, at + d * PANEL, query[d]);
+            add_keys(sums[1], head, size, at + (d + 1) * PANEL, query[d + 1]);
         }
-        if (d < head.entries) sums[0] += load_cached(head.keys, at + d * PANEL, size) * query[d];
-        vector score = (sums[0] + sums[1]) * by;
-        if (s + LANES > count) score = choose(lane < count - s, score, (vector){0} + (float)NOTHING);
-        store_float(scores + s, score);
-        largest = choose(score > largest, score, largest);
+        if (d < head.entries) add_keys(sums[0], head, size, at + d * PANEL, query[d]);
+        for (int v = 0; v < LINE_VECTORS; v++) {
+            const int first = s + v * LANES;
+            vector score = (sums[0][v] + sums[1][v]) * by;
+            if (first + LANES > count) score = choose(lane < count - first, score, (vector){0} + (float)NOTHING);
+            store_float(scores + first, score);
+            largest = choose(score > largest, score, largest);
+        }
     }
     return largest_of(largest);
 }
@@ -281,14 +297,17 @@ static inline __attribute__((always_inline)) void attend_cached(const float *que
     }
     const float by = 1 / sum_of(total);
     const long row = head.entries_padded;
-    for (int d = 0; d < row; d += LANES) {
-        vector sums[4] = {0};
+    for (int d = 0; d < row; d += PANEL) {
+        vector sums[4][LINE_VECTORS] = {0};
         int s = 0;
         for (; s + 4 <= count; s += 4) {
-            for (int i = 0; i < 4; i++) sums[i] += load_cached(head.values, (s + i) * row + d, size) * scores[s + i];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) add_values(sums[i], head, size, (s + i) * row + d, scores[s + i]);
         }
-        for (; s < count; s++) sums[0] += load_cached(head.values, s * row + d, size) * scores[s];
-        store_float(out + d, ((sums[0] + sums[1]) + (sums[2] + sums[3])) * by);
+        for (; s < count; s++) add_values(sums[0], head, size, s * row + d, scores[s]);
+        for (int v = 0; v < LINE_VECTORS; v++) {
+            store_float(out + d + v * LANES, ((sums[0][v] + sums[1][v]) + (sums[2][v] + sums[3][v])) * by);
+        }
     }
 }
 
@@ -300,14 +319,14 @@ static void attend(const float *query, struct head head, int count, float *score
 /* Write key and value of a slot. */
 static void cache_slot(struct head head, int slot, const float *key, const float *value) {
     const long key_at = key_place(head, slot), value_at = (long)slot * head.entries_padded;
-    for (int d = 0; d < head.entries_padded; d++) {
-        if (head.size == 2) {
-            if (d < head.entries) ((uint16_t *)head.keys)[key_at + d * PANEL] = (uint16_t)bfloat16_of(key[d]);
-            ((uint16_t *)head.values)[value_at + d] = (uint16_t)bfloat16_of(value[d]);
-        } else {
-            if (d < head.entries) ((float *)head.keys)[key_at + d * PANEL] = key[d];
-            ((float *)head.values)[value_at + d] = value[d];
-        }
+    if (head.size == 2) {
+        uint16_t *keys = (uint16_t *)head.keys + key_at, *values = (uint16_t *)head.values + value_at;
+        for (int d = 0; d < head.entries; d++) keys[d * PANEL] = (uint16_t)bfloat16_of(key[d]);
+        for (int d = 0; d < head.entries_padded; d++) values[d] = (uint16_t)bfloat16_of(value[d]);
+    } else {
+        float *keys = (float *)head.keys + key_at, *values = (float *)head.values + value_at;
+        for (int d = 0; d < head.entries; d++) keys[d * PANEL] = key[d];
+        for (int d = 0; d < head.entries_padded; d += LANES) store_float(values + d, load_float(value + d));
     }
 }
 

@@ -11,6 +11,7 @@
 #define LINE_VECTORS (PANEL / LANES)
 #define GROUP 64 /* inputs of an int8 product that have one scale in the row */
 #define LINES_AHEAD 32
+#define ROWS_AHEAD 16 /* of a panel in float32, which may not fit in the first cache */
 
 enum number_type { FLOAT32, BFLOAT16_PAIRS, INT8_FOURS };
 
@@ -273,6 +274,7 @@ static inline __attribute__((always_inline)) void multiply_tile_of(int count, in
     }
     for (int k = 0; k < n_in; k++) {
         vector line[TILE_VECTORS];
+        for (int p = 0; p < panels; p++) __builtin_prefetch(tile->panels[p] + (long)(k + ROWS_AHEAD) * PANEL);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) line[v] = load_line(tile->panels[v / LINE_VECTORS] + (long)k * PANEL, v % LINE_VECTORS);
 #pragma GCC unroll 16
