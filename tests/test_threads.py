@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from picogpt.threads import Threads, choose_threads, cpu_quota, physical_cores
+from picogpt.threads import Threads, choose_threads, cpu_quota, physical_cores, spin_briefly
 from picogpt.wording import plural
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -147,3 +147,31 @@ def test_plural() -> None:
     assert plural(1, "character") == "1 character"
     assert plural(2000, "character") == "2,000 characters"
     assert plural(0, "copy", "copies") == "0 copies"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "10000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_spin_briefly(before: dict[str, str], after: dict[str, str]) -> None:
+    """OpenMP's threads soon sleep at a barrier, unless the user has said how they wait."""
+    spin_briefly(before)
+
+    assert before == after
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch comes with another OpenMP runtime elsewhere")
+def test_training_spins_briefly(tmp_path: Path) -> None:
+    """The runtime that computes has read it: it shows its settings when it is loaded."""
+    (tmp_path / "a.txt").write_text("one and two\n" * 500)
+    flags = "--text a.txt --windows 2 --context-len 8 --n-embd 16 --n-head 2 --n-layer 1 --kernels torch --epochs 1 --dry-run"
+    command = [sys.executable, "-m", "picogpt.cli.train", *flags.split()]
+    plain = {name: value for name, value in os.environ.items() if name not in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}}
+    environment = {**plain, "OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+
+    assert "GOMP_SPINCOUNT = '10000'" in done.stderr

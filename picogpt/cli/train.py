@@ -18,6 +18,7 @@ from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, Request
 from picogpt.cli.texts import Text, find_text
 from picogpt.config import RECIPE_BUDGETS, RECIPES, SUITABLE_RULE, GPTConfig, RunSettings, TrainConfig
 from picogpt.errors import ConfigError, RanksError, RunError
+from picogpt.threads import spin_briefly
 from picogpt.uptime import process_seconds
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ def command() -> NoReturn:
 
 
 def _train(arguments: argparse.Namespace, *, began: float) -> int:
+    spin_briefly()
     request = Request.from_flags(arguments, began)
     if request.imports_only:
         from picogpt.cli.bringover import bring_over
