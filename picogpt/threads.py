@@ -14,9 +14,7 @@ from pathlib import Path, PurePosixPath
 __all__ = ["Threads", "choose_threads", "cpu_quota", "physical_cores", "spin_briefly"]
 
 _THREAD_LIMIT, _NUM_THREADS = "OMP_THREAD_LIMIT", "OMP_NUM_THREADS"
-
-
-_WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+_SPIN_COUNT, _WAIT_POLICY = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
 _SPINS = "10000"
 """Looks at a barrier, a fraction of a millisecond: longer than threads with a core each wait for one another."""
 
@@ -30,8 +28,8 @@ def spin_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
     Args:
         environment: the environment's variables, of which one is set.
     """
-    if not any(name in environment for name in _WAITING):
-        environment[_WAITING[0]] = _SPINS
+    if _WAIT_POLICY not in environment:
+        environment.setdefault(_SPIN_COUNT, _SPINS)
 
 
 @dataclass(frozen=True)

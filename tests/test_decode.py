@@ -368,7 +368,7 @@ def test_what_a_type_costs(name: str, compiled_backend: Backend) -> None:
     """Of a trained model each type predicts a real text, character by character, as well as float32, within a bound."""
     config, arrays = load_model(PRETRAINED / name / "model.safetensors")
     text = Path(__file__).parents[1] / "dataset" / "sample.txt"
-    ids = CharTokenizer().encode(text.read_text())[:10_001].astype(np.int64)
+    ids = CharTokenizer().encode(text.read_text())[:20_001].astype(np.int64)
 
     def losses(dtype: EngineDType) -> torch.Tensor:
         decoder = RollingDecoder(Engine(config, arrays, backend=compiled_backend, threads=2, dtype=dtype), 120)

@@ -15,6 +15,9 @@
 
 enum number_type { FLOAT32, BFLOAT16_PAIRS, INT8_FOURS };
 
+/* Inputs of an output that share 32 bits. */
+static inline int inputs_of_word(enum number_type type) { return type == INT8_FOURS ? 4 : type == BFLOAT16_PAIRS ? 2 : 1; }
+
 /* Outputs and inputs are multiples of PANEL; what goes beyond the model's own is zero. A panel has `lines` lines. */
 struct matrix {
     const void *packed;
@@ -233,7 +236,7 @@ struct rows {
 static void widen_panel(const struct matrix *matrix, int p, float *out) {
     const char *panel = (const char *)matrix->packed + 64L * p * matrix->lines;
     const int fours = matrix->type == INT8_FOURS;
-    const int per_line = fours ? 4 : 2;
+    const int per_line = inputs_of_word(matrix->type);
     vector scales[LINE_VECTORS];
     for (int v = 0; fours && v < LINE_VECTORS; v++) scales[v] = load_float(matrix->scales + p * PANEL + v * LANES);
     for (int k = 0; k < matrix->n_in / per_line; k++) {
@@ -356,7 +359,7 @@ static void multiply_rows(const struct matrix *matrix, struct rows rows, enum us
 /* The 32 bits of a line that hold the inputs from k on of one output, x (in); `type` is a constant where this is called. In int8
    they are multiplied by `by` first. */
 static inline __attribute__((always_inline)) uint32_t word_of(enum number_type type, const float *x, int k, int in, float by) {
-    const int per_line = type == INT8_FOURS ? 4 : type == BFLOAT16_PAIRS ? 2 : 1;
+    const int per_line = inputs_of_word(type);
     uint32_t word = 0, bits;
     for (int i = 0; i < per_line; i++) {
         const float number = k + i < in ? x[k + i] : 0;
@@ -370,7 +373,7 @@ static inline __attribute__((always_inline)) uint32_t word_of(enum number_type t
 
 static inline __attribute__((always_inline)) void pack_output(enum number_type type, uint32_t *line, int lines, const float *x,
                                                               int in, float by) {
-    const int per_line = type == INT8_FOURS ? 4 : type == BFLOAT16_PAIRS ? 2 : 1;
+    const int per_line = inputs_of_word(type);
     for (int k = 0; k < lines; k++) line[k * PANEL] = word_of(type, x, k * per_line, in, by);
 }
 
