@@ -6,6 +6,7 @@ python scripts/benchmark.py train [--profile native|laptop|both] [--batch-size N
 python scripts/benchmark.py kernels [--batch-size N]
 python scripts/benchmark.py ranks [--link RATE]
 python scripts/benchmark.py learn --text FILE... | --folder DIR --loss X [--chars N] [--only fast|seed]
+python scripts/benchmark.py sweep --text FILE... | --folder DIR [--chars N] [--seeds N...] ARM...
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from benchmarks.learn import learning
 from benchmarks.load import loading
 from benchmarks.ranks import add_arguments as add_ranks_arguments
 from benchmarks.ranks import several_ranks
+from benchmarks.sweep import add_arguments as add_sweep_arguments
+from benchmarks.sweep import sweep
 from benchmarks.train import add_arguments as add_train_arguments
 from benchmarks.train import training
 
@@ -52,6 +55,9 @@ def main() -> None:
     learn_parser = commands.add_parser("learn", help="both recipes to the same loss")
     add_learn_arguments(learn_parser)
     learn_parser.set_defaults(run=learning)
+    sweep_parser = commands.add_parser("sweep", help="settings of the recipe compared at equal characters")
+    add_sweep_arguments(sweep_parser)
+    sweep_parser.set_defaults(run=sweep)
     arguments = parser.parse_args()
     print(machine())
     arguments.run(arguments)
