@@ -24,9 +24,10 @@ from benchmarks.train import PROFILES
 from picogpt.config import ENGINE_DTYPES, EngineDType, GenerateConfig, GPTConfig, SampleConfig
 from picogpt.engine import Engine
 from picogpt.find import find_model
-from picogpt.generate import OneByOne, Reader, RollingDecoder, Sampler, StopWatcher, generate, make_generator, never_drawn
+from picogpt.generate import OneByOne, Reader, RollingDecoder, Sampler, StopWatcher, generate, never_drawn
 from picogpt.kernels.processor import vector_instructions
 from picogpt.reference import ReferenceModel
+from picogpt.rng import sample_generator
 from picogpt.run import load_model
 from picogpt.threads import choose_threads
 from picogpt.wording import plural
@@ -98,7 +99,7 @@ def speed(reader: Reader, prompt: npt.NDArray[np.uint8], count: int, batch: int 
     logits = reader.prefill(prompt)
     if isinstance(reader, RollingDecoder) and batch > 1:
         reader, logits = reader.fork(batch), np.repeat(logits, batch, axis=0)
-    sampler = Sampler(SampleConfig(), [make_generator(0, i) for i in range(batch)], never_drawn(None))
+    sampler = Sampler(SampleConfig(), [sample_generator(0, i) for i in range(batch)], never_drawn(None))
     made = generate(reader, logits, count + 1, sampler=sampler, watchers=[StopWatcher([]) for _ in range(batch)])
     next(made)  # drawn from the prompt's own logits
     start = time.perf_counter()
@@ -184,7 +185,7 @@ class Continued:
 
     def __init__(self, engine: Engine) -> None:
         self._decoder = decoder_of(engine)
-        self._sampler = Sampler(SampleConfig(), [make_generator(0)], never_drawn(None))
+        self._sampler = Sampler(SampleConfig(), [sample_generator(0)], never_drawn(None))
         self._last = self._sampler.draw(self._decoder.prefill(ids_of(PROMPT)))
 
     def speed(self) -> float:
@@ -295,7 +296,7 @@ def proportional_kb(process: int) -> int:
 def long_text(path: Path, settings: Settings) -> None:
     """Print the speed over the last tenth of 100,000 characters against the first."""
     decoder = decoder_of(Engine.load(path, threads=max(settings.threads), dtype=settings.dtypes[-1]))
-    sampler = Sampler(SampleConfig(), [make_generator(0)], never_drawn(None))
+    sampler = Sampler(SampleConfig(), [sample_generator(0)], never_drawn(None))
     made = generate(decoder, decoder.prefill(ids_of(128)), 100_000, sampler=sampler, watchers=[StopWatcher([])])
     marks, count = {0: time.perf_counter()}, 0
     for (ids,) in made:
@@ -321,7 +322,7 @@ def beside_a_busy_core(path: Path, settings: Settings) -> None:
 def speed_for(engine: Engine, seconds: float) -> float:
     """Characters a second over some seconds."""
     decoder = decoder_of(engine)
-    sampler = Sampler(SampleConfig(), [make_generator(0)], never_drawn(None))
+    sampler = Sampler(SampleConfig(), [sample_generator(0)], never_drawn(None))
     made = generate(decoder, decoder.prefill(ids_of(128)), None, sampler=sampler, watchers=[StopWatcher([])])
     start, count = time.perf_counter(), 0
     for (ids,) in made:

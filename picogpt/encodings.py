@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 from picogpt.errors import DataError
+from picogpt.wording import Notify
 
 __all__ = ["decode_stream", "decode_text", "unify_text"]
 
-Notify = Callable[[str], None]
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),

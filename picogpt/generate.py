@@ -26,7 +26,6 @@ __all__ = [
     "StopWatcher",
     "filters_of",
     "generate",
-    "make_generator",
     "min_p_filter",
     "never_drawn",
     "temperature_filter",
@@ -249,17 +248,12 @@ def filters_of(config: SampleConfig, never: npt.NDArray[np.intp] | None = None) 
     return chosen
 
 
-def make_generator(seed: int, stream: int = 0) -> np.random.Generator:
-    """The generator of the draws of sample number `stream`: the same seed gives the same text."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, stream], np.uint64)))
-
-
 class Sampler:
     """Draws ids, each with one number of its own text's generator.
 
     Args:
         config: how.
-        generators: one for each of B texts; see `make_generator`.
+        generators: one for each of B texts; see `picogpt.rng.sample_generator`.
         never: ids that are not drawn (`never_drawn`).
     """
 

@@ -22,12 +22,11 @@ from picogpt.kernels.compiled import Kernels, choose_kernels, kernels_name
 from picogpt.model import GPT
 from picogpt.optim import Muon, OuterOptimizer, build_optimizers, set_learning_rate, share_of_peak
 from picogpt.ranks import ALONE, Ranks, reaching
+from picogpt.rng import Stream, philox
 from picogpt.run import Checkpoint, Tensors
 
 __all__ = ["Replica", "pack_step", "under", "unpack_step"]
 
-_STREAM_DROPOUT = 2
-"""Number of the random stream that dropout draws its seeds from."""
 _RATE = struct.Struct("<d")
 
 
@@ -227,7 +226,7 @@ class Replica:
         return norm.item()
 
     def _seed_dropout(self) -> None:
-        bits = np.random.Philox(key=[self.config.seed, _STREAM_DROPOUT], counter=[0, 0, self.ranks.rank, self.step])
+        bits = philox(self.config.seed, Stream.DROPOUT, self.ranks.rank, self.step)
         torch.manual_seed(int(bits.random_raw() >> 1))
 
     def loss(self, batch: Batch) -> torch.Tensor:

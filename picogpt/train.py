@@ -18,12 +18,14 @@ from picogpt.config import GPTConfig, Schedule, TrainConfig
 from picogpt.data import Source, Stop, WaitInterrupted
 from picogpt.device import CPU
 from picogpt.errors import DataError, TrainingError
+from picogpt.files import atomic_write
 from picogpt.kernels.compiled import Kernels
 from picogpt.optim import rate_of, share_of_peak
 from picogpt.pacing import Pacer
 from picogpt.ranks import ALONE, Kind, Ranks
 from picogpt.replica import Replica, pack_step, under
 from picogpt.run import Checkpoint, LossLog, RunFolder, Tensors, pack, unpack
+from picogpt.wording import Notify, say_nothing
 
 __all__ = ["Observer", "StepReport", "Trainer", "seconds_of"]
 
@@ -102,7 +104,7 @@ class Trainer(Replica):
         """Whether steps have been taken that are in no epoch of the log yet."""
         return self._epoch_steps > 0
 
-    def fit(self, run: RunFolder, schedule: Schedule, observer: Observer, stop: Stop) -> bool:
+    def fit(self, run: RunFolder, schedule: Schedule, observer: Observer, stop: Stop, *, notify: Notify = say_nothing) -> bool:
         """Train to the end of `schedule`, saving into `run` after every epoch, every few minutes and when stopped.
 
         Args:
@@ -110,6 +112,7 @@ class Trainer(Replica):
             schedule: how many steps, and how they divide into epochs; a `pacer` changes that as the run goes.
             observer: told what happens.
             stop: asked after every step and validation batch; once it says True, the run is saved and the loop ends.
+            notify: given a line where the log or its picture cannot be written, which does not end the run.
 
         Returns:
             Whether the schedule was finished.
@@ -129,6 +132,7 @@ class Trainer(Replica):
                 finished = self._finish_epoch(run, self.schedule.val_steps, stop)
                 saved_at = time.perf_counter()
                 if finished:
+                    self._write_log(run, notify)
                     self._show_epoch(run, self.schedule, observer)
             else:
                 report = self._train_step(run, rate_of(self.step, self.schedule, self.config), stop)
@@ -235,6 +239,17 @@ class Trainer(Replica):
             self.schedule = self.pacer.epoch_validated(self.schedule, self.step)
         self.save(run)
         return True
+
+    def _write_log(self, run: RunFolder, notify: Notify) -> None:
+        """Write `log.pkl` and `log.jpg`. A failure costs no training: the checkpoint has the log too."""
+        from picogpt.plot import draw_losses  # loads matplotlib, which a run of no whole epoch does not need
+
+        try:
+            run.write_log(self.log)
+            atomic_write(run.plot_path, draw_losses({run.name: self.log}))
+        except OSError as error:
+            where = error.filename2 or error.filename or run.path  # of a rename the target, not the temporary file
+            notify(f"warning: {where}: log or picture not written ({error.strerror or error}); training goes on")
 
     def _show_epoch(self, run: RunFolder, schedule: Schedule, observer: Observer) -> None:
         """Tell the observer of an epoch, and have the plan fitted to the time that took."""

@@ -1,8 +1,17 @@
-"""Small pieces of the sentences that the commands print."""
+"""Lines for the user: small pieces of sentences, and how library code hands a line to whoever shows it."""
 
 from __future__ import annotations
 
-__all__ = ["plural"]
+from collections.abc import Callable
+
+__all__ = ["Notify", "plural", "say_nothing"]
+
+Notify = Callable[[str], None]
+"""Takes a line about the work, to print it on stderr for instance."""
+
+
+def say_nothing(_: str) -> None:
+    """The `Notify` of callers that show nothing."""
 
 
 def plural(count: int, noun: str, nouns: str | None = None) -> str:

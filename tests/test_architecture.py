@@ -13,13 +13,13 @@ import picogpt
 PACKAGE = Path(picogpt.__file__).parent
 LAYERS = [
     {"errors", "threads", "wording"},
-    {"roll", "config", "files", "uptime", "dropout", "scores", "device", "folding", "encodings"},
+    {"roll", "config", "files", "uptime", "dropout", "scores", "device", "folding", "encodings", "rng"},
     {"attention", "kernels"},
     {"model", "tokenizer"},
     {"run", "data", "optim", "memory", "forecast", "baselines"},
-    {"engine", "original", "find", "ranks", "concurrent"},
+    {"engine", "original", "find", "ranks", "concurrent", "plot"},
     {"replica", "pacing"},
-    {"train", "follow", "generate", "evaluate", "reference", "plot"},
+    {"train", "follow", "generate", "evaluate", "reference"},
     {"cli"},
 ]
 """From the bottom to the top: a module may import those of lower layers, and its own package."""

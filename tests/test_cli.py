@@ -903,6 +903,11 @@ class TestBoundary:
                 1,
                 "prog: /x: Too many open files; allow more open files (ulimit",
             ),
+            (
+                OSError(errno.EISDIR, "Is a directory", "/.x.part", None, "/x"),
+                1,
+                "prog: /x: Is a directory; check the path\n",
+            ),
             (socket.gaierror(-2, "Name or service not known"), 1, "prog: Name or service not known\n"),
             (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 1, "prog: Connection reset by peer\n"),
             (TimeoutError("timed out"), 1, "prog: timed out\n"),

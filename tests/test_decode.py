@@ -23,9 +23,10 @@ from picogpt.engine.layout import STRUCTURES, MatrixStruct
 from picogpt.engine.tuner import ThreadTuner
 from picogpt.errors import ConfigError
 from picogpt.find import PRETRAINED
-from picogpt.generate import OneByOne, RollingDecoder, Sampler, make_generator
+from picogpt.generate import OneByOne, RollingDecoder, Sampler
 from picogpt.kernels.processor import vector_instructions
 from picogpt.model import GPT
+from picogpt.rng import sample_generator
 from picogpt.run import load_model
 from picogpt.tokenizer import CharTokenizer
 from tests.conftest import needs_any_compiler
@@ -82,10 +83,10 @@ def test_threads_change_nothing(config: GPTConfig, dtype: EngineDType, compiled_
         engine = Engine(config, model.arrays(), backend=compiled_backend, threads=threads, dtype=dtype)
         decoder = RollingDecoder(engine, max(1, config.context_len - 1))
         logits = decoder.prefill_every(some_ids(40))
-        sampler = Sampler(SampleConfig(), [make_generator(0)])
+        sampler = Sampler(SampleConfig(), [sample_generator(0)])
         drawn = [decoder.decode(np.array([1]), sampler, 20) for _ in range(5)]
         many = decoder.fork(5)
-        sampler = Sampler(SampleConfig(), [make_generator(i) for i in range(5)])
+        sampler = Sampler(SampleConfig(), [sample_generator(i) for i in range(5)])
         side_by_side = [many.decode(np.full(5, i), sampler, 20) for i in range(5)]
         losses, means = engine.score(some_ids(config.context_len + 1, 5), np.zeros((5, config.n_embd), np.float32))
         return [array.tobytes() for array in (logits, *drawn, *side_by_side, losses, means)]
@@ -161,7 +162,7 @@ def test_draws_as_in_numpy(config: SampleConfig, hop: int, compiled_backend: Bac
     engine = engine_of(rough_model(SMALL, 0.1), compiled_backend)
     decoder = RollingDecoder(engine, hop, batch=2)
     plain = OneByOne(RollingDecoder(engine, hop, batch=2).prefill)
-    samplers = [Sampler(config, [make_generator(3, i) for i in range(2)]) for _ in range(2)]
+    samplers = [Sampler(config, [sample_generator(3, i) for i in range(2)]) for _ in range(2)]
     ids = np.array([1, 2])
     drawn: list[npt.NDArray[np.integer]] = []
     while sum(map(len, drawn)) < 300:

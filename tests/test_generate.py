@@ -20,7 +20,6 @@ from picogpt.generate import (
     StopWatcher,
     filters_of,
     generate,
-    make_generator,
     min_p_filter,
     never_drawn,
     temperature_filter,
@@ -29,6 +28,7 @@ from picogpt.generate import (
 )
 from picogpt.model import GPT
 from picogpt.reference import ReferenceModel
+from picogpt.rng import sample_generator
 from picogpt.run import RunFolder
 from tests.conftest import TINY
 
@@ -102,7 +102,7 @@ def test_only_what_the_text_held_is_drawn(text: TextConfig | None, chat: bool, e
     """Unknown, spare ids, and what the text did not hold are not drawn, however likely; special tokens in a chat only."""
     logits = np.zeros((1, 88), np.float32)
     logits[0, [0, 82, 87, *(() if text is None else range(1, 5))]] = 100
-    sampler = Sampler(SampleConfig(temperature=1.0), [make_generator(0)], never_drawn(text, chat=chat))
+    sampler = Sampler(SampleConfig(temperature=1.0), [sample_generator(0)], never_drawn(text, chat=chat))
     drawn = {int(sampler.draw(logits)[0]) for _ in range(2000)}
 
     assert drawn == expected
@@ -110,14 +110,14 @@ def test_only_what_the_text_held_is_drawn(text: TextConfig | None, chat: bool, e
 
 def test_large_seeds_are_told_apart() -> None:
     """Seeds that a float cannot hold are seeds of their own."""
-    draws = {float(make_generator(seed, stream).random()) for seed in (2**63, 2**63 + 1, 2**64 - 1) for stream in (0, 1)}
+    draws = {float(sample_generator(seed, stream).random()) for seed in (2**63, 2**63 + 1, 2**64 - 1) for stream in (0, 1)}
 
     assert len(draws) == 6
 
 
 def test_draws_follow_the_distribution() -> None:
     """Ten thousand draws come out in proportion."""
-    sampler = Sampler(SampleConfig(temperature=1.0), [make_generator(0)])
+    sampler = Sampler(SampleConfig(temperature=1.0), [sample_generator(0)])
     counts = np.bincount([sampler.draw(FOUR.astype(np.float32))[0] for _ in range(10_000)])
 
     np.testing.assert_allclose(counts / 10_000, [0.1, 0.2, 0.3, 0.4], atol=0.015)
@@ -138,7 +138,7 @@ def run(
     """All ids of each text that goes on from id 1."""
     logits = Counting().prefill(np.ones((batch, 1), dtype=np.int64))
     watchers = [StopWatcher(stops or []) for _ in range(batch)]
-    generators = [make_generator(seed, i) for i in range(batch)]
+    generators = [sample_generator(seed, i) for i in range(batch)]
     sampler = Sampler(SampleConfig(temperature=temperature), generators, never_drawn(None))
     steps = generate(OneByOne(Counting().prefill), logits, n_new, sampler=sampler, watchers=watchers)
     parts = list(itertools.islice(steps, 100))

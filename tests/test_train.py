@@ -15,7 +15,7 @@ import torch
 from picogpt.config import GPTConfig, Schedule, TrainConfig
 from picogpt.device import check_compiler, choose_dtype, flush_denormals, instruction_set, keep_freed_memory, set_threads
 from picogpt.errors import TrainingError
-from picogpt.run import RunFolder, load_model
+from picogpt.run import RunFolder, load_model, read_log
 from picogpt.threads import Threads
 from picogpt.train import Trainer
 from tests.conftest import TINY, Watcher, tiny_source
@@ -66,6 +66,24 @@ def test_epochs_and_log(run: RunFolder) -> None:
     assert log.train[2] == pytest.approx(np.mean([report.loss for report in watcher.reports[10:]]))
     assert log.seconds == sorted(log.seconds)
     assert load_model(run.path / "model.safetensors")[0] == TINY
+
+
+def test_log_and_picture_are_written(run: RunFolder) -> None:
+    """Training itself writes the loss log and its picture at each epoch's end, for whoever trains without the command."""
+    trainer = make_trainer()
+    trainer.fit(run, SCHEDULE, Watcher(), lambda: False)
+
+    assert read_log(run.path / "log.pkl") == trainer.log
+    assert run.plot_path.read_bytes().startswith(b"\xff\xd8\xff")
+
+
+def test_picture_that_cannot_be_written(run: RunFolder) -> None:
+    """A line says so at each epoch, and the run goes to its end."""
+    run.plot_path.mkdir()
+    lines: list[str] = []
+
+    assert make_trainer().fit(run, SCHEDULE, Watcher(), lambda: False, notify=lines.append)
+    assert lines == [f"warning: {run.plot_path}: log or picture not written (Is a directory); training goes on"] * 3
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

@@ -115,7 +115,8 @@ def _explain(error: BaseException, parser: Parser) -> tuple[str, int]:
         case KeyboardInterrupt():
             return "interrupted", _INTERRUPTED
         case OSError():
-            where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+            name = error.filename2 or error.filename  # of a rename the target, not the temporary file
+            where = f"{os.fsdecode(name)}: " if name else ""
             remedy = _REMEDIES.get(error.errno or 0)
             return f"{where}{error.strerror or error}" + (f"; {remedy}" if remedy else ""), 1
     # torch has no exception of its own for an allocation that was refused.

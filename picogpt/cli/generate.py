@@ -279,7 +279,8 @@ class _Writer:
         """New ids of `count` texts after `ids` as they become certain, and which texts have come to a stop."""
         import numpy as np
 
-        from picogpt.generate import RollingDecoder, Sampler, StopWatcher, generate, make_generator
+        from picogpt.generate import RollingDecoder, Sampler, StopWatcher, generate
+        from picogpt.rng import sample_generator
 
         decoder = RollingDecoder(self.engine, self.hop)
         logits = decoder.prefill(np.array([ids], dtype=np.uint8))
@@ -287,7 +288,7 @@ class _Writer:
             decoder, logits = decoder.fork(count), np.repeat(logits, count, axis=0)
         assert self.draw.seed is not None
         # Each turn of a loop has draws of its own.
-        generators = [make_generator(self.draw.seed, self._turns * self.make.num_samples + i) for i in range(count)]
+        generators = [sample_generator(self.draw.seed, self._turns * self.make.num_samples + i) for i in range(count)]
         watchers = [StopWatcher(self._stops) for _ in range(count)]
         self._turns += 1
         sampler = Sampler(self.draw, generators, self._never)

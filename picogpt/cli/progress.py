@@ -11,10 +11,8 @@ from picogpt.cli.bar import ProgressBar
 from picogpt.cli.common import notice
 from picogpt.cli.screen import above_bar
 from picogpt.config import Schedule
-from picogpt.files import atomic_write
 from picogpt.forecast import format_passes, format_seconds
-from picogpt.plot import draw_losses
-from picogpt.run import LossLog, RunFolder
+from picogpt.run import LossLog
 from picogpt.train import StepReport, Trainer
 from picogpt.wording import plural
 
@@ -33,17 +31,16 @@ _SMOOTHING = 0.9
 
 
 class TrainingDisplay:
-    """Watches a run (`picogpt.train.Observer`): progress on stderr, results on stdout, the log and its picture on disk.
+    """Watches a run (`picogpt.train.Observer`): progress on stderr, results on stdout.
 
     Args:
-        run: the run's folder.
         schedule: the run's length.
         trainer: what is watched, for where it starts from.
         sample: makes a sample of text from the model as it is.
     """
 
-    def __init__(self, run: RunFolder, schedule: Schedule, trainer: Trainer, sample: Callable[[], str]) -> None:
-        self._run, self._first_schedule, self._sample, self._trainer = run, schedule, sample, trainer
+    def __init__(self, schedule: Schedule, trainer: Trainer, sample: Callable[[], str]) -> None:
+        self._first_schedule, self._sample, self._trainer = schedule, sample, trainer
         self._warned = False
         self._loss: float | None = None
         self._stdout_alive = True
@@ -79,7 +76,7 @@ class TrainingDisplay:
         )
 
     def on_epoch(self, trainer: Trainer) -> None:
-        """Print the epoch and a sample of text, write the log and draw it."""
+        """Print the epoch and a sample of text."""
         log = trainer.log
         best = " (best so far)" if log.val[-1] == log.best_loss else ""
         n_epochs = len(log.val) + self._schedule.epochs_left(trainer.step)
@@ -94,12 +91,6 @@ class TrainingDisplay:
             self._warned = True
             notice(warning)
         self._say("\n".join(f"    {line}" for line in self._sample().splitlines()))
-        try:
-            self._run.write_log(log)
-            atomic_write(self._run.plot_path, draw_losses({self._run.name: log}))
-        except OSError as error:
-            where = error.filename or self._run.path
-            notice(f"warning: {where}: log or picture not written ({error.strerror or error}); training goes on")
 
     def _say(self, text: str) -> None:
         """Print a result; once stdout is gone, no more, and training goes on."""

@@ -379,7 +379,7 @@ class Session:
             )
             return True
         trainer = self.trainer
-        display = TrainingDisplay(self.run, self.schedule, trainer, lambda: self._sample(trainer))
+        display = TrainingDisplay(self.schedule, trainer, lambda: self._sample(trainer))
 
         def time_end() -> EpochEnd:
             if trainer.pacer is not None:
@@ -388,7 +388,7 @@ class Session:
 
         observer = ForecastingObserver(display, notice, self._forecaster(data), time_end)
         try:
-            finished = trainer.fit(self.run, self.schedule, observer, stop)
+            finished = trainer.fit(self.run, self.schedule, observer, stop, notify=notice)
             if finished:
                 observer.say_outcome()
             return finished
@@ -404,7 +404,8 @@ class Session:
         """A text that the trainer's model writes after a newline, the same draws every time."""
         from picogpt.config import GenerateConfig, SampleConfig
         from picogpt.engine import Engine, find_backend
-        from picogpt.generate import RollingDecoder, Sampler, StopWatcher, generate, make_generator, never_drawn
+        from picogpt.generate import RollingDecoder, Sampler, StopWatcher, generate, never_drawn
+        from picogpt.rng import sample_generator
         from picogpt.tokenizer import CharTokenizer
 
         tokenizer = CharTokenizer()
@@ -414,6 +415,6 @@ class Session:
             return f"(no sample: {error})"
         decoder = RollingDecoder(engine, GenerateConfig().hop_for(engine.config.context_len))
         logits = decoder.prefill(tokenizer.encode("\n")[None])
-        sampler = Sampler(SampleConfig(), [make_generator(0)], never_drawn(self._source.text))
+        sampler = Sampler(SampleConfig(), [sample_generator(0)], never_drawn(self._source.text))
         made = generate(decoder, logits, SAMPLE_CHARS, sampler=sampler, watchers=[StopWatcher([])])
         return "".join(tokenizer.decode(ids) for (ids,) in made)

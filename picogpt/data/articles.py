@@ -26,12 +26,13 @@ from picogpt.data.outage import Closed, Outage
 from picogpt.data.shards import Row, Shards
 from picogpt.encodings import unify_text
 from picogpt.errors import DataError
+from picogpt.rng import Stream, stream_generator
 from picogpt.tokenizer import SPECIAL_IDS, TEXT_IDS, CharTokenizer, Tally, TextEncoder
+from picogpt.wording import Notify
 
 __all__ = ["SEPARATOR", "Article", "ArticleReader", "Ids", "PassLength", "Place", "draw_validation", "join_articles"]
 
 Ids = npt.NDArray[np.uint8]
-Notify = Callable[[str], None]
 Read = Callable[[str, int], Iterator[Row]]
 
 VALIDATION_CHARS = 256_000
@@ -47,8 +48,6 @@ _ARTICLE_SIZE = 500
 """Bytes that an article takes beside its characters: of articles of a few characters each, millions would be read ahead."""
 _LITTLE_AHEAD = 1 << 20
 """Bytes read ahead where only the first articles are wanted."""
-_STREAM_SHARDS = 3
-"""Number of the random stream that orders the files."""
 
 
 class Place(NamedTuple):
@@ -202,7 +201,7 @@ class ArticleReader:
 
     def _file(self, place: Place) -> str:
         """The file that `place` is in."""
-        order = np.random.Generator(np.random.Philox(key=[self._seed, _STREAM_SHARDS], counter=[0, 0, 0, place.epoch]))
+        order = stream_generator(self._seed, Stream.SHARD_ORDER, place.epoch)
         number = int(order.permutation(len(self._shards.files))[place.file])
         return self._shards.files[number]
 

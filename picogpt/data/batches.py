@@ -12,6 +12,7 @@ import numpy.typing as npt
 from picogpt.config import TextConfig
 from picogpt.data.text import Corpus
 from picogpt.errors import DataError
+from picogpt.rng import Stream, stream_generator
 from picogpt.tokenizer import VOCAB_SIZE
 
 __all__ = [
@@ -34,8 +35,6 @@ TRAIN_SHARE = 0.9
 
 _COUNTED = 1 << 22
 """Characters that are counted at once."""
-_STREAM_ORDER = 1
-"""Number of the random stream that orders the text; other uses of a run's seed take other numbers."""
 
 
 class Batch(NamedTuple):
@@ -145,9 +144,7 @@ class TextSource:
 
     def _draw_starts(self, number: int) -> npt.NDArray[np.int64]:
         """Where each roll of pass `number` starts, in the order in which they are read."""
-        # A counter-based generator: any pass is drawn without those before it (Salmon et al., 2011).
-        bits = np.random.Philox(key=[self._seed, _STREAM_ORDER], counter=[0, 0, 0, number])
-        generator = np.random.Generator(bits)
+        generator = stream_generator(self._seed, Stream.TEXT_ORDER, number)
         phase = generator.integers(self._slack + 1)
         starts: npt.NDArray[np.int64] = phase + self._roll_len * generator.permutation(self._rolls_per_pass)
         return starts

@@ -14,6 +14,7 @@ from pathlib import Path
 from picogpt.data.text import Corpus, read_texts
 from picogpt.errors import ConfigError, DataError
 from picogpt.files import atomic_write
+from picogpt.wording import Notify
 
 __all__ = ["DATASETS", "DATASET_FOLDER", "load_dataset"]
 
@@ -31,7 +32,6 @@ PATIENCE = 30.0
 SHORT_PATIENCE = 8.0
 """Seconds that `auto` gives the whole download."""
 
-Notify = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
 

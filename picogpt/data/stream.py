@@ -20,15 +20,13 @@ import numpy.typing as npt
 from picogpt.config import TextConfig
 from picogpt.data.articles import ONE_IN, READ_AHEAD, SEPARATOR, Article, ArticleReader, Ids, PassLength, Place
 from picogpt.data.batches import Batch, Stop, ValidationStore, even_rolls
+from picogpt.rng import Stream, stream_generator
 from picogpt.wording import plural
 
 __all__ = ["StreamSource", "Usage", "download_bytes"]
 
 POOL = 1024
 """Sequences that batches are drawn from."""
-
-_STREAM_DRAW = 4
-"""Number of the random stream that draws from the pool."""
 
 
 @dataclass
@@ -142,7 +140,7 @@ class StreamSource:
 
     def _draw(self, k: int) -> list[int]:
         """Rows of the pool whose sequences begin in different articles, as far as there are so many."""
-        generator = np.random.Generator(np.random.Philox(key=[self._seed, _STREAM_DRAW], counter=[0, 0, 0, k]))
+        generator = stream_generator(self._seed, Stream.POOL_DRAW, k)
         order = generator.permutation(len(self._pool)).tolist()
         chosen: dict[int, int] = {}
         for row in order:

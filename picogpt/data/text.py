@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import mmap
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -20,11 +20,11 @@ from picogpt.encodings import decode_stream
 from picogpt.errors import DataError
 from picogpt.files import unnamed_file
 from picogpt.tokenizer import Tally, TextEncoder, list_commonest
+from picogpt.wording import Notify, say_nothing
 
 __all__ = ["Corpus", "check_unknown", "read_texts"]
 
 Ids = npt.NDArray[np.uint8]
-Notify = Callable[[str], None]
 
 IN_MEMORY = 1 << 26
 """Characters of the longest text that is held in memory; a longer one lies in a file beside the runs, as ids."""
@@ -94,7 +94,7 @@ def check_unknown(name: str, tally: Tally, notify: Notify, *, reject: bool = Tru
 
 
 def read_texts(
-    paths: Sequence[str], *, name: str, scratch: Path = Path(), fold: bool = True, notify: Notify = lambda _: None
+    paths: Sequence[str], *, name: str, scratch: Path = Path(), fold: bool = True, notify: Notify = say_nothing
 ) -> Corpus:
     """Read text files, folders of texts (`picogpt.data.paths`) and stdin (`-`), in whatever encoding (`picogpt.encodings`).
 

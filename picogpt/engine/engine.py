@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from picogpt.kernels.build import load_library
 from picogpt.kernels.processor import vector_instructions
 from picogpt.run import open_model
 from picogpt.threads import choose_threads
+from picogpt.wording import Notify, say_nothing
 
 __all__ = ["Backend", "Engine", "find_backend"]
 
@@ -43,11 +44,7 @@ class Backend:
 NUMPY = Backend(None, "as the caller asked")
 
 
-def _say_nothing(_: str) -> None:
-    """For callers that have nobody to notify."""
-
-
-def find_backend(notify: Callable[[str], None] = _say_nothing) -> Backend:
+def find_backend(notify: Notify = say_nothing) -> Backend:
     """The functions in C, compiled now or at an earlier start, or numpy and why.
 
     Args:
@@ -105,7 +102,7 @@ class Engine:
         threads: int | None = None,
         dtype: EngineDType = "auto",
         backend: Backend | None = None,
-        notify: Callable[[str], None] = _say_nothing,
+        notify: Notify = say_nothing,
     ) -> Engine:
         """Read the model of a `.safetensors` file.
 
