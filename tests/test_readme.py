@@ -23,6 +23,8 @@ PARSERS = {
     "picogpt-plot": plot.build_parser(),
 }
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+MEASUREMENTS = sorted((ROOT / "docs" / "measurements").glob("*.md"))
+LINKING = [*DOCUMENTS, *MEASUREMENTS, *sorted((ROOT / "logs").glob("*/README.md"))]
 
 
 def commands() -> list[tuple[Parser, list[str]]]:
@@ -49,12 +51,20 @@ def test_there_are_documented_commands() -> None:
     assert len(commands()) >= 8
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", LINKING, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
     """Every relative link and picture of the documents exists."""
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text())
 
     assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+def test_measurements_are_listed_newest_first() -> None:
+    """The list of measurements names each page once, by date."""
+    listed = re.findall(r"\]\((\d{4}-\d\d-\d\d-\S+\.md)\)", (ROOT / "docs" / "measurements" / "README.md").read_text())
+
+    assert sorted(listed) == [path.name for path in MEASUREMENTS if path.name != "README.md"]
+    assert [name[:10] for name in listed] == sorted((name[:10] for name in listed), reverse=True)
 
 
 @pytest.fixture(scope="module")
