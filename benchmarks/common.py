@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,13 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_info
 
-from picogpt.attention import choose_attention
+from picogpt.backend import Backend, BackendChoice
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Source
-from picogpt.device import CPU, choose_dtype, flush_denormals, instruction_set, keep_freed_memory
-from picogpt.kernels.compiled import Kernels, choose_kernels
-from picogpt.train import Trainer
+from picogpt.device import instruction_set
+from picogpt.train import Trainer, build_trainer
 
-__all__ = ["ROOT", "ROUNDS", "computing", "full_trainer", "in_turns", "load_source", "machine", "process"]
+__all__ = ["ROOT", "ROUNDS", "backend", "full_trainer", "in_turns", "load_source", "machine", "process"]
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
@@ -76,29 +74,13 @@ def machine() -> str:
     return f"{threads}; numpy {np.__version__} ({kernels}), torch {torch.__version__}"
 
 
-@dataclass(frozen=True)
-class Computing:
-    """What a trainer of the full model computes with, and why."""
-
-    dtype: torch.dtype
-    dtype_reason: str
-    kernels: Kernels | None
-    kernels_reason: str
-
-
 @cache
-def computing(dtype: str = "auto", kernels: str = "auto") -> Computing:
-    """Choose as `picogpt-train` does with these flags, once for all trainers of this process."""
-    products, dtype_reason = choose_dtype(dtype)
-    return Computing(products, dtype_reason, *choose_kernels(kernels, GPTConfig(), products, CPU))
+def backend(sequences: int, dtype: str = "auto", kernels: str = "auto") -> Backend:
+    """Choose as `picogpt-train` does with these flags on a CPU, once for all trainers of this process."""
+    choice = BackendChoice(device="cpu", dtype=dtype, kernels=kernels, threads=torch.get_num_threads())
+    return Backend.select(GPTConfig(), choice, sequences=sequences)
 
 
 def full_trainer(config: TrainConfig, source: Source, *, dtype: str = "auto", kernels: str = "auto") -> Trainer:
     """The full model, trained as `picogpt-train` does with these flags."""
-    flush_denormals()
-    keep_freed_memory()
-    chosen = computing(dtype, kernels)
-    trainer = Trainer(GPTConfig(), config, source, chosen.dtype, kernels=chosen.kernels)
-    if chosen.kernels is None:
-        trainer.model.transformer.attention, _ = choose_attention(GPTConfig(), config.batch_size, chosen.dtype, CPU)
-    return trainer
+    return build_trainer(GPTConfig(), config, source, backend(config.batch_size, dtype, kernels))

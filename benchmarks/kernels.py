@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.common import ROUNDS
+from benchmarks.common import ROUNDS, backend
 from picogpt.config import GPTConfig, TrainConfig
-from picogpt.device import choose_dtype, flush_denormals, keep_freed_memory, set_threads
-from picogpt.kernels.compiled import Kernels, compile_kernels
+from picogpt.device import set_threads
+from picogpt.kernels.compiled import Kernels
 from picogpt.model import GPT
 from picogpt.train import seconds_of
 
@@ -29,13 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def comparing(arguments: argparse.Namespace) -> None:
     """Print what each of them takes, in turns."""
-    flush_denormals()
-    keep_freed_memory()
     set_threads(None)
-    dtype, reason = choose_dtype("auto")
-    print(f"{reason}; milliseconds of a step's windows, {arguments.batch_size} rolls, through all blocks\n")
+    chosen = backend(arguments.batch_size, kernels="c")
+    print(f"{chosen.dtype_reason}; milliseconds of a step's windows, {arguments.batch_size} rolls, through all blocks\n")
     print("| | torch | C |\n|---|---|---|")
-    ways = [passes(kernels, arguments.batch_size, dtype) for kernels in (None, compile_kernels(GPTConfig(), dtype))]
+    ways = [passes(kernels, arguments.batch_size, chosen.dtype) for kernels in (None, chosen.kernels)]
     for direction, name in enumerate(("forward", "forward and backward")):
         found: tuple[list[float], list[float]] = ([], [])
         for _ in range(ROUNDS):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.common import computing, full_trainer, in_turns, machine, process
+from benchmarks.common import backend, full_trainer, in_turns, machine, process
 from benchmarks.peaks import disturbances, measure_peaks, peak_flops
 from benchmarks.plain import NanoGPTLoop, PlainLoop
 from picogpt.config import GPTConfig, TrainConfig
@@ -155,7 +155,7 @@ def times(row: Row, other: Row) -> float:
 def find_basis() -> Basis:
     """What this process computes with."""
     set_threads(None)
-    chosen = computing()
+    chosen = backend(TrainConfig().batch_size)
     float32 = chosen.dtype is torch.float32
     return Basis(
         machine=machine(),

@@ -32,6 +32,7 @@ __all__ = [
     "SampleConfig",
     "Schedule",
     "TextConfig",
+    "TextRequest",
     "TrainConfig",
     "check_device",
     "check_dtype",
@@ -612,6 +613,25 @@ class TextConfig:
     """Whether characters outside ASCII are folded (`picogpt.folding`)."""
     ids: tuple[int, ...]
     """Ids that the training text holds, in order; of a stream, which is not read beforehand, those that it can hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRequest:
+    """Which text is asked for; nothing asked for means the stored run's, or `auto`."""
+
+    paths: tuple[str, ...] = ()
+    """Files and folders, as absolute paths; `-` is standard input."""
+    dataset: str | None = None
+    """A corpus, a stream of the hub, or a folder laid out like one."""
+    column: str | None = None
+    """Column of a stream that holds the text."""
+    fold: bool | None = None
+    """Whether characters outside ASCII are folded; None leaves that to the run."""
+
+    @property
+    def is_named(self) -> bool:
+        """Whether a text is asked for."""
+        return bool(self.paths) or self.dataset is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from picogpt import __version__
+from picogpt.backend import Backend, BackendChoice
 from picogpt.concurrent import groups_for, set_gradient
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Batch
-from picogpt.device import CPU, choose_device, flush_denormals, keep_freed_memory, set_threads
+from picogpt.device import CPU
 from picogpt.errors import RanksError, TrainingError
-from picogpt.kernels.compiled import Kernels, choose_kernels, kernels_name
+from picogpt.kernels.compiled import Kernels, kernels_name
 from picogpt.model import GPT
 from picogpt.optim import Muon, OuterOptimizer, build_optimizers, set_learning_rate, share_of_peak
 from picogpt.ranks import ALONE, Ranks, reaching
@@ -37,13 +38,7 @@ class _Plan:
     version: str
     model: dict[str, Any]
     train: dict[str, Any]
-    dtype: str
-    device: str
-    threads: int
-    compiled: bool
-    kernels: str
-    attention: str
-    gradient_checkpointing: bool
+    backend: dict[str, Any]
     step: int
     local_steps: int
 
@@ -92,23 +87,39 @@ class Replica:
         for block in self.model.transformer.h:
             block.compile()
 
+    def apply(self, backend: Backend) -> None:
+        """Take up the parts of `backend` that are no arguments of the constructor."""
+        transformer = self.model.transformer
+        if backend.compile:
+            self.compile_blocks()
+        if backend.attention is not None:
+            transformer.attention = backend.attention
+        transformer.gradient_checkpointing = backend.gradient_checkpointing
+
     def plan(self, tensors: Tensors) -> Checkpoint:
         """All that another rank needs to make this replica, with `tensors` for those that it is to have."""
         plan = _Plan(
             version=__version__,
             model=asdict(self.model.config),
             train=asdict(self.config),
-            dtype=str(self.dtype).removeprefix("torch."),
-            device=self.device.type,
-            threads=torch.get_num_threads(),
-            compiled=self._compiled,
-            kernels=kernels_name(self.model.transformer.kernels),
-            attention=self.model.transformer.attention,
-            gradient_checkpointing=self.model.transformer.gradient_checkpointing,
+            backend=self._backend_names()._asdict(),
             step=self.step,
             local_steps=self.local_steps,
         )
         return Checkpoint(tensors=tensors, state=asdict(plan))
+
+    def _backend_names(self) -> BackendChoice:
+        """The choice that selects the same backend on another rank."""
+        transformer = self.model.transformer
+        return BackendChoice(
+            device=self.device.type,
+            dtype=str(self.dtype).removeprefix("torch."),
+            kernels=kernels_name(transformer.kernels),
+            attention=transformer.attention,
+            threads=torch.get_num_threads(),
+            compile=self._compiled,
+            gradient_checkpointing=transformer.gradient_checkpointing,
+        )
 
     @classmethod
     def from_plan(cls, checkpoint: Checkpoint, ranks: Ranks, threads: int | None) -> Replica:
@@ -122,17 +133,11 @@ class Replica:
         if version != __version__:
             raise RanksError(f"rank 0 has picogpt {version} and this machine {__version__}; install the same one everywhere")
         plan = _Plan(**checkpoint.state)
-        flush_denormals()
-        keep_freed_memory()
-        set_threads(threads or plan.threads)
-        device = choose_device(plan.device, ranks.local_rank)[0]
-        model, dtype = GPTConfig(**plan.model), getattr(torch, plan.dtype)
-        kernels, _ = choose_kernels(plan.kernels, model, dtype, device)
-        replica = cls(model, TrainConfig(**plan.train), dtype, device=device, ranks=ranks, kernels=kernels)
-        if plan.compiled:
-            replica.compile_blocks()
-        replica.model.transformer.attention = plan.attention
-        replica.model.transformer.gradient_checkpointing = plan.gradient_checkpointing
+        model, train = GPTConfig(**plan.model), TrainConfig(**plan.train)
+        choice = BackendChoice(**{**plan.backend, "threads": threads or plan.backend["threads"]})
+        backend = Backend.select(model, choice, sequences=train.batch_size // ranks.count, local_rank=ranks.local_rank)
+        replica = cls(model, train, backend.dtype, device=backend.device, ranks=ranks, kernels=backend.kernels)
+        replica.apply(backend)
         replica.load_tensors(checkpoint.tensors)
         replica.step, replica.local_steps = plan.step, plan.local_steps
         return replica

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from picogpt.backend import Backend
 from picogpt.config import GPTConfig, Schedule, TrainConfig
 from picogpt.data import Source, Stop, WaitInterrupted
 from picogpt.device import CPU
@@ -27,7 +28,7 @@ from picogpt.replica import Replica, pack_step, under
 from picogpt.run import Checkpoint, LossLog, RunFolder, Tensors, pack, unpack
 from picogpt.wording import Notify, say_nothing
 
-__all__ = ["Observer", "StepReport", "Trainer", "seconds_of"]
+__all__ = ["Observer", "StepReport", "Trainer", "build_trainer", "seconds_of"]
 
 SAVE_INTERVAL = 300.0
 """Seconds of training after which a checkpoint is written in the middle of an epoch."""
@@ -350,6 +351,13 @@ class Trainer(Replica):
 def _of_ranks(tensors: Tensors, count: int) -> list[Tensors]:
     """What a checkpoint holds of ranks 1, 2, ... of `count`."""
     return [under(f"rank{rank}.", tensors) for rank in range(1, count)]
+
+
+def build_trainer(model: GPTConfig, config: TrainConfig, source: Source, backend: Backend, ranks: Ranks = ALONE) -> Trainer:
+    """A trainer that computes with `backend`."""
+    trainer = Trainer(model, config, source, backend.dtype, device=backend.device, ranks=ranks, kernels=backend.kernels)
+    trainer.apply(backend)
+    return trainer
 
 
 def seconds_of(call: Callable[[], object]) -> float:

@@ -15,13 +15,14 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from picogpt.cli import forecast
+import picogpt.training.run
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Corpus, TextSource
 from picogpt.device import instruction_set
 from picogpt.engine import Backend, find_backend
 from picogpt.kernels.compiled import INSTRUCTIONS
 from picogpt.train import StepReport, Trainer
+from picogpt.training.forecast import EpochEnd
 from tests.hub import Hub, free_port
 
 HUB_PORT = free_port()
@@ -99,8 +100,9 @@ def _only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 def _untimed_epoch_ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run in this process rehearses no end of an epoch for its forecast, but where that is tested: it would take longer than the run."""
     if request.module.__name__ != "tests.test_forecast":
-        known = forecast.EpochEnd(seconds_per_val_batch=0.001, seconds=0.05)
-        monkeypatch.setattr(forecast, "time_epoch_end", lambda *_, **__: known)
+        known = EpochEnd(seconds_per_val_batch=0.001, seconds=0.05)
+        monkeypatch.setattr(picogpt.training.run, "time_epoch_end", lambda *_, **__: known)
+        monkeypatch.setattr(picogpt.training.forecast, "time_epoch_end", lambda *_, **__: known)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -22,17 +22,18 @@ import pytest
 from safetensors.numpy import load_file
 
 from picogpt import find
-from picogpt.cli import common, generate, plot, progress, train
+from picogpt.cli import common, generate, plot, train
 from picogpt.cli import eval as evaluation
 from picogpt.cli.download import DownloadBar
 from picogpt.cli.parser import Parser
-from picogpt.cli.settings import Request
 from picogpt.config import Schedule
 from picogpt.data import read_texts
+from picogpt.data.resolve import text_name
 from picogpt.errors import Interrupted, PicoGPTError
 from picogpt.generate import RollingDecoder
 from picogpt.kernels.compiled import Kernels
 from picogpt.run import RunFolder
+from picogpt.signals import StopRequest
 from picogpt.threads import choose_threads
 from picogpt.tokenizer import CharTokenizer
 from picogpt.train import Trainer
@@ -451,9 +452,7 @@ class TestTrain:
     )
     def test_run_is_named_after_the_text(self, path: str, name: str) -> None:
         """The name of a run on the user's own text is one that a run can have."""
-        request = Request.from_flags(train.build_parser().parse([]), began=0.0)
-
-        assert request.text_name([path]) == name
+        assert text_name([path]) == name
 
     def test_failing_picture_is_a_warning(
         self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -476,7 +475,7 @@ class TestTrain:
         self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A plain line now and then, with loss, speed and time left."""
-        monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
+        monkeypatch.setattr("picogpt.cli.bar.LINE_INTERVAL", 0.0)
         train.main(training(text_file))
 
         assert re.search(r"step 2 of 6: loss \d\.\d{3}, [\d,]+ characters/s, 0:00:\d\d left", capsys.readouterr().err)
@@ -935,7 +934,7 @@ class TestBoundary:
     def test_second_signal_ends_at_once(self) -> None:
         """After the first signal the next one has its usual effect again."""
         before = signal.getsignal(signal.SIGINT)
-        stop = common.StopRequest()
+        stop = StopRequest()
         with stop.listen():
             assert not stop()
             os.kill(os.getpid(), signal.SIGTERM)

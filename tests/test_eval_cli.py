@@ -16,10 +16,10 @@ import torch
 
 from picogpt import plot
 from picogpt.cli import eval as evaluation
-from picogpt.cli import evaltexts
-from picogpt.cli.report import Report
 from picogpt.config import Budget, DataConfig, RunSettings, Schedule, TrainConfig
 from picogpt.data import Shards, articles, read_texts
+from picogpt.evaluation import texts as eval_texts
+from picogpt.evaluation.report import Report
 from picogpt.model import GPT
 from picogpt.run import RunFolder
 from picogpt.scores import Scores
@@ -233,7 +233,7 @@ def test_articles_of_another_stream(run: RunFolder, monkeypatch: pytest.MonkeyPa
 def test_a_stream_of_short_articles(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """It is not searched without end for articles of enough length."""
     of(run, dataset="org/name", characters=None, commit="c" * 40, files=("one",), format="parquet")
-    monkeypatch.setattr(evaltexts, "MOST_READ", 1000)
+    monkeypatch.setattr(eval_texts, "MOST_READ", 1000)
     monkeypatch.setattr(articles, "READ_AHEAD", 2000)
     asked: list[int] = []
 
@@ -332,7 +332,7 @@ def test_bad_input(run: RunFolder, capsys: Capture, flags: list[str], code: int,
 
 def test_lines_where_there_is_no_terminal(run: RunFolder, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """How much is read, how fast, and the time left."""
-    monkeypatch.setattr(evaluation, "LINE_INTERVAL", 0.0)
+    monkeypatch.setattr("picogpt.cli.bar.LINE_INTERVAL", 0.0)
     evaluate("--chars", "100")
 
     assert "100% read, " in capsys.readouterr().err

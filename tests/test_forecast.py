@@ -15,16 +15,16 @@ import pytest
 import torch
 
 from picogpt.cli import train
-from picogpt.cli.disk import DiskNeed, check_disk
-from picogpt.cli.forecast import EpochEnd, Forecaster, ForecastingObserver, rehearse
-from picogpt.cli.progress import divergence
+from picogpt.cli.progress import TimingDisplay, divergence
 from picogpt.config import GPTConfig, Pace, Schedule, TrainConfig
 from picogpt.data import download_bytes
 from picogpt.errors import RunError
-from picogpt.forecast import Forecast, format_passes, seconds_to_finish
 from picogpt.memory import peak_memory
 from picogpt.run import LossLog, RunFolder
 from picogpt.train import StepReport, Trainer
+from picogpt.training.disk import DiskNeed, check_disk
+from picogpt.training.forecast import EpochEnd, Forecast, Forecaster, ForecastingObserver, rehearse, seconds_to_finish
+from picogpt.wording import format_passes
 from tests.conftest import TINY, TINY_FLAGS, tiny_source
 
 SCHEDULE = Schedule(total_steps=25, steps_per_epoch=10, val_steps=4)
@@ -192,7 +192,7 @@ def test_rehearsal_leaves_nothing(tmp_path: Path) -> None:
 def test_rehearsal_with_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine so slow that timing would take the whole time times one step, and says so; where none is shown, a line now and then."""
     config = TrainConfig(batch_size=2, windows=3)
-    monkeypatch.setattr("picogpt.cli.forecast.LINE_INTERVAL", 0.0)
+    monkeypatch.setattr("picogpt.cli.bar.LINE_INTERVAL", 0.0)
     steps: list[float] = []
     update = Trainer.update
 
@@ -201,7 +201,9 @@ def test_rehearsal_with_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[st
         return update(trainer, rate)
 
     monkeypatch.setattr(Trainer, "update", counted)
-    rehearse(TINY, config, lambda source: Trainer(TINY, config, source, torch.float32), tmp_path, lambda trainer: "", limit=0.0)
+    with TimingDisplay() as advance:
+        make = lambda source: Trainer(TINY, config, source, torch.float32)  # noqa: E731
+        rehearse(TINY, config, make, tmp_path, lambda trainer: "", limit=0.0, advance=advance)
 
     assert len(steps) == 1
     assert capsys.readouterr().err.splitlines() == ["timing a few steps", "timed 1 step in 0:00:00"]
@@ -242,7 +244,7 @@ def test_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, held: int, expected: str | type[Exception] | None
 ) -> None:
     """With enough space nothing is said, with little a warning, and a run that cannot be saved does not begin."""
-    monkeypatch.setattr("picogpt.cli.disk.shutil.disk_usage", lambda path: Usage(10**12, free * 10**6))
+    monkeypatch.setattr("picogpt.training.disk.shutil.disk_usage", lambda path: Usage(10**12, free * 10**6))
     run = tmp_path / "logs" / "new"
     if held:
         run.mkdir(parents=True)
@@ -261,13 +263,13 @@ def test_disk(
 
 def test_disk_that_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system without these numbers, or with zeros for them, is taken as it is."""
-    monkeypatch.setattr("picogpt.cli.disk.shutil.disk_usage", lambda path: Usage(0, 0))
+    monkeypatch.setattr("picogpt.training.disk.shutil.disk_usage", lambda path: Usage(0, 0))
     assert check_disk(tmp_path, DiskNeed(1, 1)) is None
 
     def fail(_: Path) -> None:
         raise OSError(errno.ENOSYS, "no statvfs")
 
-    monkeypatch.setattr("picogpt.cli.disk.shutil.disk_usage", fail)
+    monkeypatch.setattr("picogpt.training.disk.shutil.disk_usage", fail)
     assert check_disk(tmp_path, DiskNeed(1, 1)) is None
 
 
@@ -324,7 +326,7 @@ class TestCommand:
 
     def test_full_disk(self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         """A run that does not fit on its disk does not begin, and says so in one line."""
-        monkeypatch.setattr("picogpt.cli.disk.shutil.disk_usage", lambda path: Usage(10**9, 300_000))
+        monkeypatch.setattr("picogpt.training.disk.shutil.disk_usage", lambda path: Usage(10**9, 300_000))
 
         assert train.main(["--text", str(text_file), *TINY_FLAGS, "--epochs", "1"]) == 1
         assert re.search(

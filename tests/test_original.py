@@ -22,7 +22,6 @@ import pytest
 import torch
 
 from picogpt.cli import generate, train
-from picogpt.cli.bringover import describe_losses
 from picogpt.config import GPTConfig
 from picogpt.engine import Engine
 from picogpt.errors import RunError
@@ -31,6 +30,7 @@ from picogpt.model import GPT
 from picogpt.original import read_original
 from picogpt.plot import draw_losses
 from picogpt.run import RunFolder, load_model
+from picogpt.training.import_run import describe_losses
 from tests.conftest import VECTORS
 
 TIMES = int(os.environ.get("PICOGPT_TORTURE", "1"))

@@ -12,11 +12,12 @@ import pytest
 
 from picogpt import find, plot
 from picogpt.cli import eval as evaluation
-from picogpt.cli import evaltexts, generate, session, train
+from picogpt.cli import generate, train
 from picogpt.config import GPTConfig, TextConfig
 from picogpt.data import ArticleReader, Shards
 from picogpt.data.articles import Place
 from picogpt.errors import RunError
+from picogpt.evaluation.texts import TrainedRun
 from picogpt.model import GPT
 from picogpt.run import RunFolder, load_text_config
 from picogpt.tokenizer import SPECIAL_IDS, TEXT_IDS, CharTokenizer
@@ -127,7 +128,7 @@ class TestTraining:
         self, text_file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The sample after an epoch, of a model that has learned nothing yet, has the text's characters alone."""
-        monkeypatch.setattr(session, "SAMPLE_CHARS", 300)
+        monkeypatch.setattr("picogpt.training.sample.SAMPLE_CHARS", 300)
         begin("--text", str(text_file), *TINY_FLAGS, "--lr", "1e-9", "--muon-lr", "1e-9")
         sample = capsys.readouterr().out.split("characters/s")[-1]
 
@@ -291,7 +292,7 @@ class TestEvaluation:
 
     def test_without_a_model_file_nothing_is_folded(self) -> None:
         """A run of before, whose config says nothing either."""
-        assert evaltexts.Trained(RunFolder(Path("x")), None).fold is False
+        assert TrainedRun(RunFolder(Path("x")), None).fold is False
 
 
 class TestModelFile:

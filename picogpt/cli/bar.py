@@ -1,4 +1,4 @@
-"""A progress bar on stderr, the same for training, timing, evaluation and downloads."""
+"""Progress on stderr, for training, timing, evaluation and downloads: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
+from picogpt.cli.common import notice
 from picogpt.cli.screen import hide_bar, show_bar
 
 __all__ = ["ProgressBar"]
 
+LINE_INTERVAL = 30.0
+"""Seconds between lines where stderr is no terminal."""
+
 
 class ProgressBar:
-    """A bar that is cleared before any line is printed (`picogpt.cli.screen`). Shows nothing where stderr is no terminal.
+    """A bar that is cleared before any line is printed (`picogpt.cli.screen`); where stderr is no terminal, a line now and then.
 
     Args:
         total: amount of work.
@@ -27,10 +31,22 @@ class ProgressBar:
         done: amount that was done before.
         label: words in front.
         leave: whether it stays when the work is done.
+        describe: makes a line, given the seconds since the start; None prints no lines.
     """
 
-    def __init__(self, total: int, unit: str, *, done: int = 0, label: str | None = None, leave: bool = True) -> None:
+    def __init__(
+        self,
+        total: int,
+        unit: str,
+        *,
+        done: int = 0,
+        label: str | None = None,
+        leave: bool = True,
+        describe: Callable[[float], str] | None = None,
+    ) -> None:
         self._bar: _Bar | None = None
+        self._describe = describe
+        self._start = self._last_line = time.perf_counter()
         if sys.stderr is None or not sys.stderr.isatty():
             return
         scale: dict[str, Any] = {"unit": unit, "unit_scale": True, "smoothing": 0.05}
@@ -46,20 +62,22 @@ class ProgressBar:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    @property
-    def is_shown(self) -> bool:
-        """Whether there is a terminal to show it on."""
-        return self._bar is not None
-
     def advance(self, amount: int, note: str | None = None, *, total: int | None = None) -> None:
         """Move on by `amount`, with `note` at the end of the bar; `total` is a new amount of work."""
         if self._bar is None:
+            self._print_line()
             return
         if note is not None:
             self._bar.set_postfix_str(note, refresh=False)
         if total is not None:
             self._bar.total = total
         self._bar.update(amount)
+
+    def _print_line(self) -> None:
+        now = time.perf_counter()
+        if self._describe is not None and now - self._last_line >= LINE_INTERVAL:
+            self._last_line = now
+            notice(self._describe(now - self._start))
 
     @contextlib.contextmanager
     def cleared(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The commands' common ground: notices, the error boundary, and signals that end work cleanly."""
+"""The commands' common ground: notices and the error boundary."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import argparse
 import contextlib
 import errno
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from picogpt.cli.parser import Parser
@@ -18,7 +16,7 @@ from picogpt.cli.screen import above_bar
 from picogpt.cli.streams import cursor_is_within_a_line, has_no_reader, open_streams
 from picogpt.errors import ConfigError, PicoGPTError
 
-__all__ = ["StopRequest", "check_picture", "end_process", "notice", "run_command"]
+__all__ = ["check_picture", "end_process", "notice", "run_command"]
 
 _INTERRUPTED = 130
 
@@ -123,36 +121,3 @@ def _explain(error: BaseException, parser: Parser) -> tuple[str, int]:
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return "not enough memory; close other programs, or take a smaller --batch-size or model", 1
     raise error
-
-
-class StopRequest:
-    """Whether a signal has asked the work to end. Calling it says so; use it within `listen`.
-
-    Args:
-        names: the signals that count, where the system has them.
-    """
-
-    def __init__(self, names: Sequence[str] = ("SIGINT", "SIGTERM", "SIGHUP")) -> None:
-        self._signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        self.signal_number: int | None = None
-
-    def __call__(self) -> bool:
-        """Whether one has."""
-        return self.signal_number is not None
-
-    @contextlib.contextmanager
-    def listen(self) -> Iterator[None]:
-        """Take note of the signals instead of dying of them; the second one ends the process at once."""
-        # What the process was started to ignore, by nohup for instance, it goes on ignoring.
-        self._signals = [number for number in self._signals if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self._take_note) for number in self._signals}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _take_note(self, number: int, _frame: FrameType | None) -> None:
-        self.signal_number = number
-        for each in self._signals:
-            signal.signal(each, signal.SIG_DFL)

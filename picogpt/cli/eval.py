@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from picogpt.cli.common import check_picture, end_process, notice, run_command
-from picogpt.cli.evaltexts import EvalText, Trained, find_eval_text, find_ngram_text
 from picogpt.cli.parser import Parser, add_model, count
-from picogpt.config import ENGINE_DTYPES, EvalConfig, check_threads
-from picogpt.forecast import format_seconds
+from picogpt.config import ENGINE_DTYPES, EvalConfig, TextRequest, check_threads
 from picogpt.threads import choose_threads
-from picogpt.wording import plural
+from picogpt.wording import format_seconds, plural
 
 if TYPE_CHECKING:
-    from picogpt.cli.evaltexts import Ids
-    from picogpt.cli.report import Report
     from picogpt.config import EngineDType
+    from picogpt.data.articles import Ids
     from picogpt.engine import Engine
+    from picogpt.evaluation.report import Report
+    from picogpt.evaluation.texts import EvalText
     from picogpt.scores import Losses, Rolls
 
 __all__ = ["build_parser", "command", "main"]
 
 DTYPES = tuple(name for name in ENGINE_DTYPES if name != "auto")
-LINE_INTERVAL = 30.0
-"""Seconds between progress lines where stderr is no terminal."""
 
 
 def build_parser() -> Parser:
@@ -123,23 +119,25 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig) -> Report:
     """Find the text, score it, and measure the baselines on the same characters."""
     from picogpt.baselines import compressed_bits
-    from picogpt.cli.report import Report
+    from picogpt.cli.download import DownloadBar
+    from picogpt.data.resolve import Console
+    from picogpt.evaluation.report import Report
+    from picogpt.evaluation.texts import TrainedRun, find_eval_text, find_ngram_text
     from picogpt.scores import Scores, cut_rolls
 
     engine = _load_engine(path, arguments.threads, arguments.dtype)
-    trained = Trained.of_model(path)
+    trained, console = TrainedRun.of_model(path), Console(notice, DownloadBar)
     roll_len = config.windows * engine.config.context_len
     text = find_eval_text(
         trained,
-        text=arguments.text,
-        dataset=arguments.dataset,
-        text_column=arguments.text_column,
+        TextRequest(paths=tuple(arguments.text), dataset=arguments.dataset, column=arguments.text_column),
         roll_len=roll_len,
         chars=config.chars,
+        console=console,
     )
     rolls = cut_rolls(text.articles, roll_len, config.chars)
     _announce(text, rolls)
-    ngram_text = find_ngram_text(trained, text, arguments.ngram_text)
+    ngram_text = find_ngram_text(trained, text, arguments.ngram_text, console)
     losses = _read(engine, rolls)
     if engine.dtype != "float32":
         notice("the context vector as it is once more, in float32")
@@ -209,7 +207,7 @@ def _announce(text: EvalText, rolls: Rolls) -> None:
 
 
 class _Progress:
-    """Characters read: a bar on a terminal, a line now and then elsewhere.
+    """Shows how many characters have been read.
 
     Args:
         total: characters to read.
@@ -219,8 +217,7 @@ class _Progress:
         from picogpt.cli.bar import ProgressBar
 
         self._total, self._done = total, 0
-        self._start = self._last_line = time.perf_counter()
-        self._bar = ProgressBar(total, "char")
+        self._bar = ProgressBar(total, "char", describe=self._line)
 
     def __enter__(self) -> _Progress:
         return self
@@ -229,15 +226,14 @@ class _Progress:
         self._bar.close()
 
     def __call__(self, chars: int) -> None:
-        """So many more have been read."""
+        """Note that so many more characters have been read."""
         self._done += chars
-        if self._bar.is_shown:
-            self._bar.advance(chars)
-        elif time.perf_counter() - self._last_line >= LINE_INTERVAL:
-            self._last_line = time.perf_counter()
-            rate = self._done / (self._last_line - self._start)
-            left = format_seconds((self._total - self._done) / rate)
-            notice(f"{self._done / self._total:.0%} read, {rate:,.0f} characters/s, {left} left")
+        self._bar.advance(chars)
+
+    def _line(self, seconds: float) -> str:
+        rate = self._done / seconds
+        left = format_seconds((self._total - self._done) / rate)
+        return f"{self._done / self._total:.0%} read, {rate:,.0f} characters/s, {left} left"
 
 
 if __name__ == "__main__":

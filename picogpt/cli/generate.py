@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from picogpt.cli.common import StopRequest, notice, run_command
+from picogpt.cli.common import notice, run_command
 from picogpt.cli.parser import Parser, add_model, count
 from picogpt.config import ENGINE_DTYPES, GenerateConfig, SampleConfig, TextConfig, check_threads, parse_new_tokens
 from picogpt.encodings import decode_text, unify_text
 from picogpt.errors import ConfigError, DataError
+from picogpt.signals import StopRequest
 
 if TYPE_CHECKING:
     from picogpt.engine import Engine

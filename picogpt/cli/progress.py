@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable
 
 from picogpt.cli.bar import ProgressBar
 from picogpt.cli.common import notice
 from picogpt.cli.screen import above_bar
 from picogpt.config import Schedule
-from picogpt.forecast import format_passes, format_seconds
 from picogpt.run import LossLog
 from picogpt.train import StepReport, Trainer
-from picogpt.wording import plural
+from picogpt.training.forecast import TIMED_STEPS
+from picogpt.wording import format_passes, format_seconds, plural
 
-__all__ = ["TrainingDisplay", "divergence"]
-
-LINE_INTERVAL = 30.0
-"""Seconds between progress lines where stderr is no terminal."""
+__all__ = ["TimingDisplay", "TrainingDisplay", "divergence"]
 
 WORSE_THAN_GUESS = 0.5
 """Nats above a uniform guess from which on a run has diverged: one that has just begun can be a little above."""
@@ -34,20 +30,19 @@ class TrainingDisplay:
     """Watches a run (`picogpt.train.Observer`): progress on stderr, results on stdout.
 
     Args:
-        schedule: the run's length.
         trainer: what is watched, for where it starts from.
+        schedule: the run's length.
         sample: makes a sample of text from the model as it is.
     """
 
-    def __init__(self, schedule: Schedule, trainer: Trainer, sample: Callable[[], str]) -> None:
+    def __init__(self, trainer: Trainer, schedule: Schedule, sample: Callable[[], str]) -> None:
         self._first_schedule, self._sample, self._trainer = schedule, sample, trainer
         self._warned = False
         self._loss: float | None = None
         self._stdout_alive = True
-        self._start = self._last_line = time.perf_counter()
         self._first_step = trainer.step
         total, done = schedule.total_steps * trainer.chars_per_step, trainer.step * trainer.chars_per_step
-        self._bar = ProgressBar(total, "char", done=done)
+        self._bar = ProgressBar(total, "char", done=done, describe=self._line)
 
     @property
     def _schedule(self) -> Schedule:
@@ -61,18 +56,15 @@ class TrainingDisplay:
     def on_step(self, report: StepReport) -> None:
         """Move the bar, or say a line if it is time."""
         self._loss = report.loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * report.loss
-        if self._bar.is_shown:
-            self._bar.advance(report.chars, f"loss {self._loss:.3f}", total=self._schedule.total_steps * report.chars)
-        elif time.perf_counter() - self._last_line >= LINE_INTERVAL:
-            self._last_line = time.perf_counter()
-            self._progress_line(report)
+        self._bar.advance(report.chars, f"loss {self._loss:.3f}", total=self._schedule.total_steps * report.chars)
 
-    def _progress_line(self, report: StepReport) -> None:
-        seconds_per_step = (self._last_line - self._start) / max(1, report.step - self._first_step)
-        left = format_seconds(seconds_per_step * (self._schedule.total_steps - report.step))
-        notice(
-            f"step {report.step:,} of {self._schedule.total_steps:,}: loss {self._loss:.3f}, "
-            f"{report.chars / seconds_per_step:,.0f} characters/s, {left} left"
+    def _line(self, seconds: float) -> str:
+        step, total = self._trainer.step, self._schedule.total_steps
+        seconds_per_step = seconds / max(1, step - self._first_step)
+        left = format_seconds(seconds_per_step * (total - step))
+        return (
+            f"step {step:,} of {total:,}: loss {self._loss:.3f}, "
+            f"{self._trainer.chars_per_step / seconds_per_step:,.0f} characters/s, {left} left"
         )
 
     def on_epoch(self, trainer: Trainer) -> None:
@@ -103,6 +95,29 @@ class TrainingDisplay:
         except (OSError, ValueError, AttributeError):
             self._stdout_alive = False
             notice("standard output is closed; training goes on without it")
+
+
+class TimingDisplay:
+    """Shows that the first steps are being timed."""
+
+    def __init__(self) -> None:
+        notice("timing a few steps")
+        self._done = 0
+        self._bar = ProgressBar(1 + TIMED_STEPS, " steps", label="timing", leave=False, describe=self._line)
+
+    def __enter__(self) -> TimingDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self) -> None:
+        """Note that one more step was timed."""
+        self._done += 1
+        self._bar.advance(1)
+
+    def _line(self, seconds: float) -> str:
+        return f"timed {plural(self._done, 'step')} in {format_seconds(seconds)}"
 
 
 def divergence(log: LossLog, vocab_size: int) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 import os
 import time
@@ -11,19 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from picogpt.cli.common import StopRequest, end_process, notice, run_command
+from picogpt.cli.common import end_process, notice, run_command
 from picogpt.cli.parser import Parser, count
-from picogpt.cli.session import Origin, Session
-from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, Request
-from picogpt.cli.texts import Text, find_text
-from picogpt.config import RECIPE_BUDGETS, RECIPES, SUITABLE_RULE, GPTConfig, RunSettings, TrainConfig
-from picogpt.errors import ConfigError, RanksError, RunError
+from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, request_of
+from picogpt.config import RECIPE_BUDGETS, RECIPES, SUITABLE_RULE, GPTConfig, TrainConfig
+from picogpt.errors import RanksError
+from picogpt.signals import StopRequest
 from picogpt.threads import spin_briefly
 from picogpt.uptime import process_seconds
 
 if TYPE_CHECKING:
     from picogpt.ranks import Ranks
-    from picogpt.run import RunFolder
+    from picogpt.training.request import TrainRequest
 
 __all__ = ["build_parser", "command", "main"]
 
@@ -160,43 +158,43 @@ def command() -> NoReturn:
 
 def _train(arguments: argparse.Namespace, *, began: float) -> int:
     spin_briefly()
-    request = Request.from_flags(arguments, began)
+    request = request_of(arguments)
     if request.imports_only:
-        from picogpt.cli.bringover import bring_over
+        from picogpt.training.import_run import import_run
 
-        bring_over(request)
-        return 0
-    if "RANK" not in os.environ:
-        _lead(request, None)
+        import_run(request, dry_run=arguments.dry_run, notify=notice)
         return 0
     from picogpt.ranks import Ranks
 
+    if "RANK" not in os.environ:
+        _lead(request, Ranks(), began, dry_run=arguments.dry_run)
+        return 0
     ranks = Ranks.join(os.environ)
     if ranks.rank > 0:
         return _follow(request, ranks)
     with ranks.leading():
-        _lead(request if ranks.first_start() else request.going_on(), ranks)
+        _lead(request if ranks.first_start() else request.for_restart(), ranks, began, dry_run=arguments.dry_run)
     return 0
 
 
-def _lead(request: Request, ranks: Ranks | None) -> None:
-    """What a run alone does, or the first of the ranks that share it."""
-    run, stored, text = _locate(request)
-    data = text.describe()
-    request.refuse_changes(stored, data, run.name)
-    origin = _origin(request, run, stored)
-    model = request.model(stored, origin.config if origin else None)
-    config, budget = request.train(stored), request.budget(stored)
-    source = text.source(model, config, run if stored and run.has_validation() else None)
-    try:
-        session = Session(run, source, request, stored, origin=origin, ranks=ranks)
-        (session.rehearse if request.dry_run else session.train)(model, config, budget, data)
-    finally:
-        source.close()
+def _lead(request: TrainRequest, ranks: Ranks, began: float, *, dry_run: bool) -> None:
+    """Train alone, or as rank 0 of the ranks that share a run."""
+    from picogpt.cli.download import DownloadBar
+    from picogpt.cli.progress import TimingDisplay, TrainingDisplay
+    from picogpt.data.resolve import Console
+    from picogpt.training.plan import Plan
+    from picogpt.training.run import TrainingRun
+
+    plan = Plan.of(request, ranks, Console(notice, DownloadBar))
+    with TrainingRun.open(plan, began=began, notify=notice, timing=TimingDisplay) as run:
+        if dry_run:
+            run.dry_run()
+        else:
+            run.train(TrainingDisplay)
 
 
-def _follow(request: Request, ranks: Ranks) -> int:
-    """What the other ranks do; a signal that one of them gets, it tells rank 0."""
+def _follow(request: TrainRequest, ranks: Ranks) -> int:
+    """Train as a worker; rank 0 is told of a signal."""
     from picogpt.follow import follow
 
     ranks.connect()
@@ -209,85 +207,6 @@ def _follow(request: Request, ranks: Ranks) -> int:
             if stop.signal_number is not None:
                 return 128 + stop.signal_number
             raise RanksError(f"rank {ranks.rank}: {error}") from error
-
-
-def _origin(request: Request, run: RunFolder, stored: RunSettings | None) -> Origin | None:
-    """What the run begins from, if it is yet to begin."""
-    asked = Origin.find(request)
-    if stored is None:
-        return asked
-    request.refuse_other_origin(stored, asked.path if asked else None)
-    if run.has_checkpoint():
-        return None
-    if stored.origin is not None and asked is None:
-        raise RunError(f"{run.path}: the run was to begin from {stored.origin} and has not begun; name that again")
-    return asked
-
-
-def _locate(request: Request) -> tuple[RunFolder, RunSettings | None, Text]:
-    """The run's folder, what is stored of it, and the text: the name of either can follow from the other."""
-    from picogpt.run import RunFolder
-
-    if request.run is not None:
-        run = RunFolder(request.logs_dir / request.run)
-        stored = _stored(run, request)
-        if stored is None and not request.names_a_text and not run.path.exists():
-            _check_new_name(run)
-        return run, stored, find_text(request, stored)
-    text = find_text(request, None)
-    run = _default_run(request.logs_dir / text.name)
-    stored = _stored(run, request)
-    # A stream keeps to the commit of its run, and a text is folded as its run has it, which is known only now; nothing was
-    # asked of the hub and no file was read yet.
-    return run, stored, find_text(request, stored) if stored else text
-
-
-def _check_new_name(run: RunFolder) -> None:
-    """Take a run's name that stands alone and is not known for a new run only where there is none that could be meant.
-
-    Raises:
-        ConfigError: there are runs; the name is probably a mistyped one of them.
-    """
-    from picogpt.find import resumable_runs
-
-    others = resumable_runs(run.path.parent)
-    if not others:
-        notice(f"{run.path}: a new run, as there is none to resume; neither --dataset nor --text is given, so the text is auto")
-        return
-    nearest = difflib.get_close_matches(run.name, others, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"the runs there are {', '.join(others)}."
-    raise ConfigError(
-        f"run {run.name}: no such run under {run.path.parent}; {hint} A new one needs --dataset or --text beside its name", "run"
-    )
-
-
-def _default_run(path: Path) -> RunFolder:
-    """The run called `path`, or `path`-2, -3, ... where trained models that cannot be gone on with have these names."""
-    from picogpt.run import RunFolder
-
-    run, number = RunFolder(path), 1
-    while run.is_finished_model():
-        number += 1
-        run = RunFolder(path.with_name(f"{path.name}-{number}"))
-    if number > 1:
-        notice(f"{path}: a trained model without a checkpoint to go on from; this run is called {run.name}")
-    return run
-
-
-def _stored(run: RunFolder, request: Request) -> RunSettings | None:
-    """The settings of the run that is to go on, or None where one begins."""
-    if request.fresh:
-        return None
-    if run.has_checkpoint() or (run.has_config() and not run.has_model()):
-        try:
-            return RunSettings.from_dict(run.read_config())
-        except ConfigError as error:
-            raise RunError(f"{run.path / 'config.json'}: {error}; start over with --fresh, the folder is kept") from error
-    if run.has_model():
-        raise RunError(
-            f"{run.path}: a trained model without a checkpoint to go on from; choose another --run, or --fresh to start over"
-        )
-    return None
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from picogpt.errors import RunError
 from picogpt.files import existing_folder
-from picogpt.forecast import format_bytes
+from picogpt.wording import format_bytes
 
 __all__ = ["DiskNeed", "check_disk"]
 

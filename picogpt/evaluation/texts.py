@@ -1,4 +1,4 @@
-"""What `picogpt-eval` scores, found by its flags or by what the run learned from, and what its n-gram is counted on."""
+"""The text to score, by name or as the run was validated on it, and the text that an n-gram is counted on."""
 
 from __future__ import annotations
 
@@ -6,30 +6,38 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-from picogpt.cli.common import notice
-from picogpt.config import RunSettings, TextConfig, check_text_column
+from picogpt.baselines import NGRAM_CHARS
+from picogpt.config import RunSettings, TextConfig, TextRequest, check_text_column
+from picogpt.data import (
+    DATASETS,
+    ArticleReader,
+    Corpus,
+    Shards,
+    check_unknown,
+    find_shards,
+    load_dataset,
+    read_texts,
+    resolve_stream,
+    split_text,
+)
+from picogpt.data.articles import Ids, join_articles
+from picogpt.data.corpora import DATASET_FOLDER
+from picogpt.data.resolve import Console, stored_shards
 from picogpt.errors import ConfigError, DataError, RunError
-from picogpt.wording import plural
+from picogpt.run import RunFolder, load_text_config
+from picogpt.scores import cut_stretches
+from picogpt.wording import Notify, plural
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    from picogpt.data import ArticleReader, Corpus, Shards
-    from picogpt.run import RunFolder
-
-    Ids = npt.NDArray[np.uint8]
-
-__all__ = ["EvalText", "Trained", "find_eval_text", "find_ngram_text", "validation_articles"]
+__all__ = ["EvalText", "TrainedRun", "find_eval_text", "find_ngram_text", "validation_articles"]
 
 MOST_READ = 100_000_000
 """Characters of a stream that are searched for articles of enough length."""
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRun:
     """A model's run, as far as it is there."""
 
     run: RunFolder
@@ -59,14 +67,12 @@ class Trained:
         return self.settings.train.seed if self.settings else 0
 
     @classmethod
-    def of_model(cls, path: Path) -> Trained:
+    def of_model(cls, path: Path) -> TrainedRun:
         """The run whose model is at `path`.
 
         Raises:
             RunError: its config is damaged.
         """
-        from picogpt.run import RunFolder, load_text_config
-
         run, text = RunFolder(path.parent), load_text_config(path)
         if not run.has_config():
             return cls(run, None, text)
@@ -92,39 +98,42 @@ class EvalText:
     """The stream that the articles are from, where it is the one that the run reads."""
 
 
-def find_eval_text(
-    trained: Trained, *, text: Sequence[str], dataset: str | None, text_column: str | None, roll_len: int, chars: int
-) -> EvalText:
-    """The text that the flags name, or the one that the run was validated on.
+class _Stream(NamedTuple):
+    """A stream of articles."""
+
+    path: str
+    short_name: str
+    shards: Shards
+
+
+def find_eval_text(trained: TrainedRun, asked: TextRequest, *, roll_len: int, chars: int, console: Console) -> EvalText:
+    """The text that is asked for, or the one that the run was validated on.
 
     Raises:
         ConfigError: there is no such data set, or a column is named without one.
         DataError: the text cannot be had.
         RunError: the run's own text is not there, or has changed.
     """
-    from picogpt.cli.download import DownloadBar
-    from picogpt.data import DATASETS, load_dataset, read_texts
-    from picogpt.scores import cut_stretches
-
+    dataset, notify = asked.dataset, console.notify
     streamed = dataset is not None and dataset not in DATASETS
-    check_text_column(text_column, streamed=streamed)
-    if not text and dataset is None:
-        return _own_text(trained, roll_len)
+    check_text_column(asked.column, streamed=streamed)
+    if not asked.is_named:
+        return _own_text(trained, roll_len, console)
     if dataset is not None and streamed:
-        return _streamed_text(trained, dataset, text_column, roll_len, chars)
-    if text:
-        corpus = read_texts(text, name=_name(text), scratch=trained.run.path, fold=trained.fold, notify=notice)
+        stream, is_own = _find_shards(trained, dataset, asked.column, notify)
+        return _streamed_text(trained, stream, is_own=is_own, roll_len=roll_len, chars=chars, notify=notify)
+    if asked.paths:
+        corpus = read_texts(asked.paths, name=_name(asked.paths), scratch=trained.run.path, fold=trained.fold, notify=notify)
     else:
-        with DownloadBar("Tiny Shakespeare") as bar:
-            corpus = load_dataset(dataset or "auto", notify=notice, progress=bar)
-    _announce(corpus)
+        corpus = _load(dataset or "auto", console)
+    _announce(corpus, notify)
     known = trained.settings is not None and corpus.fingerprint == trained.settings.data.sha256
     if known:
-        notice(f"warning: {corpus.name}: the run was trained on nine tenths of this text; without --text only the rest is scored")
+        notify(f"warning: {corpus.name}: the run was trained on nine tenths of this text; without --text only the rest is scored")
     return EvalText(corpus.name, "all of it", cut_stretches(corpus.ids, roll_len), "stretches", corpus if known else None)
 
 
-def find_ngram_text(trained: Trained, evaluated: EvalText, paths: Sequence[str]) -> tuple[str, Ids] | str:
+def find_ngram_text(trained: TrainedRun, evaluated: EvalText, paths: Sequence[str], console: Console) -> tuple[str, Ids] | str:
     """Name and ids of the text to count n-grams on, or why there is none at hand.
 
     Of a stream that is evaluated it is the articles for training, as many characters as the run reads.
@@ -132,18 +141,16 @@ def find_ngram_text(trained: Trained, evaluated: EvalText, paths: Sequence[str])
     Raises:
         DataError: a text of `paths` cannot be had.
     """
-    from picogpt.data import read_texts, split_text
-
     if paths:
-        corpus = read_texts(paths, name=_name(paths), scratch=trained.run.path, fold=trained.fold, notify=notice)
+        corpus = read_texts(paths, name=_name(paths), scratch=trained.run.path, fold=trained.fold, notify=console.notify)
         return corpus.name, corpus.ids
     if evaluated.shards is not None:
-        ids = _streamed_training(trained, evaluated.shards)
+        ids = _streamed_training(trained, evaluated.shards, console.notify)
         return (f"the articles of {evaluated.name} for training", ids) if len(ids) else "not one article is for training"
     if trained.settings is None:
         return "no run beside the model that would name its text"
     try:
-        corpus = evaluated.corpus or _read_own(trained.settings, trained.run.path, local=True)
+        corpus = evaluated.corpus or _read_own(trained.settings, trained.run.path, console, local=True)
     except (DataError, RunError) as error:
         return str(error)
     return f"the first nine tenths of {corpus.name}", split_text(corpus.ids)[0]
@@ -155,11 +162,8 @@ def _name(paths: Sequence[str]) -> str:
     return first if len(paths) == 1 else f"{first} and {len(paths) - 1} more"
 
 
-def _own_text(trained: Trained, roll_len: int) -> EvalText:
+def _own_text(trained: TrainedRun, roll_len: int, console: Console) -> EvalText:
     """The part of the run's text that it was validated on."""
-    from picogpt.data import split_text
-    from picogpt.scores import cut_stretches
-
     settings, run = trained.settings, trained.run
     if settings is None:
         raise ConfigError(f"{run.path}: there is no config.json beside the model that names its text; name one with --text")
@@ -169,83 +173,80 @@ def _own_text(trained: Trained, roll_len: int) -> EvalText:
         # Paragraphs are set off by empty lines too, so where one article ends cannot be told.
         articles = cut_stretches(run.load_validation(), roll_len)
         return EvalText(settings.data.name, "the validation text of the run", articles, "stretches")
-    corpus = _read_own(settings, run.path, local=False)
-    _announce(corpus)
+    corpus = _read_own(settings, run.path, console, local=False)
+    _announce(corpus, console.notify)
     articles = cut_stretches(split_text(corpus.ids)[1], roll_len)
     return EvalText(corpus.name, "the last tenth, which the run has not trained on", articles, "stretches", corpus)
 
 
-def _announce(corpus: Corpus) -> None:
-    """Say what a text is made of, and warn of many unknown characters."""
-    from picogpt.data import check_unknown
-
-    notice(f"{corpus.name}: {len(corpus.ids):,} characters; {corpus.tally}")
-    check_unknown(corpus.name, corpus.tally, notice, reject=False)
+def _load(name: str, console: Console) -> Corpus:
+    """A corpus by name, with the progress of its download."""
+    with console.download("Tiny Shakespeare") as progress:
+        return load_dataset(name, notify=console.notify, progress=progress)
 
 
-def _read_own(settings: RunSettings, scratch: Path, *, local: bool) -> Corpus:
+def _announce(corpus: Corpus, notify: Notify) -> None:
+    """Print what a text is made of, and warn of many unknown characters."""
+    notify(f"{corpus.name}: {len(corpus.ids):,} characters; {corpus.tally}")
+    check_unknown(corpus.name, corpus.tally, notify, reject=False)
+
+
+def _read_own(settings: RunSettings, scratch: Path, console: Console, *, local: bool) -> Corpus:
     """The text of a run on files or a named corpus; with `local`, only where it needs no network.
 
     Raises:
         DataError: it cannot be had.
         RunError: it has changed.
     """
-    from picogpt.cli.download import DownloadBar
-    from picogpt.data import load_dataset, read_texts
-    from picogpt.data.corpora import DATASET_FOLDER
-
     data = settings.data
     if data.characters is None:
         raise DataError("the run's text is a stream; name a text with --ngram-text")
     if "-" in data.text:
         raise DataError("the run's text came through standard input and was not kept; give it with --text or --ngram-text")
     if data.text:
-        corpus = read_texts(data.text, name=data.name, scratch=scratch, fold=data.fold, notify=notice)
+        corpus = read_texts(data.text, name=data.name, scratch=scratch, fold=data.fold, notify=console.notify)
     elif local and data.dataset == "tinyshakespeare" and not (DATASET_FOLDER / "tinyshakespeare.txt").exists():
         raise DataError(f"{DATASET_FOLDER / 'tinyshakespeare.txt'} is not there; name a text with --ngram-text")
     else:
-        with DownloadBar("Tiny Shakespeare") as bar:
-            corpus = load_dataset(data.dataset or "auto", notify=notice, progress=bar)
+        corpus = _load(data.dataset or "auto", console)
     if corpus.fingerprint != data.sha256:
         raise RunError(f"{data.name}: the text has changed since the run was trained on it; name a text with --text")
     return corpus
 
 
-def _streamed_text(trained: Trained, dataset: str, text_column: str | None, roll_len: int, chars: int) -> EvalText:
-    """The first articles for validation of a stream, at the run's own commit if it is the run's stream."""
-    from picogpt.data import ArticleReader, Shards, check_environment, check_unknown, find_shards, resolve_stream
-
-    spec = resolve_stream(dataset, text_column)
+def _find_shards(trained: TrainedRun, dataset: str, column: str | None, notify: Notify) -> tuple[_Stream, bool]:
+    """A stream, at the run's own commit if it is the run's stream; and whether it is."""
+    spec = resolve_stream(dataset, column)
     stored = trained.settings.data if trained.settings else None
     own = stored is not None and stored.dataset in {spec.name, spec.address}
     if stored is not None and stored.characters is None and not own:
-        notice(f"warning: the run was trained on another stream, {stored.dataset}; it may have read some of these articles there")
-    if stored is not None and stored.commit and stored.format and stored.dataset == spec.name and text_column is None:
-        spec = replace(spec, columns=(stored.text_column,) if stored.text_column else spec.columns)
-        shards = Shards(files=stored.files, format=stored.format, columns=spec.columns, commit=stored.commit)
-        check_environment()
-    else:
-        shards = find_shards(spec, notice)
+        notify(f"warning: the run was trained on another stream, {stored.dataset}; it may have read some of these articles there")
+    shards = None
+    if stored is not None and column is None:
+        run_spec = replace(spec, columns=(stored.text_column,) if stored.text_column else spec.columns)
+        shards = stored_shards(run_spec, stored)
+    shards = shards or find_shards(spec, notify)
     where = f"at commit {shards.commit[:12]}" if shards.commit else "in this folder"
     files = plural(len(shards.files), "file")
-    notice(f"{spec.path}: {files} {where}; the articles that no run on it is trained on, one in twenty")
-    reader = ArticleReader(shards, 0, notice, fold=trained.fold)
+    notify(f"{spec.path}: {files} {where}; the articles that no run on it is trained on, one in twenty")
+    return _Stream(spec.path, spec.short_name, shards), own
+
+
+def _streamed_text(trained: TrainedRun, stream: _Stream, *, is_own: bool, roll_len: int, chars: int, notify: Notify) -> EvalText:
+    """The first articles for validation of a stream."""
+    reader = ArticleReader(stream.shards, 0, notify, fold=trained.fold)
     articles = list(validation_articles(reader, roll_len, chars))
-    notice(f"{spec.path}: of the first {reader.tally.characters:,} characters: {reader.tally}")
-    check_unknown(spec.path, reader.tally, notice, reject=False)
+    notify(f"{stream.path}: of the first {reader.tally.characters:,} characters: {reader.tally}")
+    check_unknown(stream.path, reader.tally, notify, reject=False)
     part = f"the first articles for validation of over {roll_len:,} characters"
-    return EvalText(spec.short_name, part, articles, "articles", shards=shards if own else None)
+    return EvalText(stream.short_name, part, articles, "articles", shards=stream.shards if is_own else None)
 
 
-def _streamed_training(trained: Trained, shards: Shards) -> Ids:
+def _streamed_training(trained: TrainedRun, shards: Shards, notify: Notify) -> Ids:
     """The first articles for training of a stream, joined as training has them: as many characters as the run reads, if known."""
-    from picogpt.baselines import NGRAM_CHARS
-    from picogpt.data import ArticleReader
-    from picogpt.data.articles import join_articles
-
     chars = min(NGRAM_CHARS, trained.chars or NGRAM_CHARS)
-    notice(f"reading {chars:,} characters of the articles for training, to count the n-gram on")
-    return join_articles(ArticleReader(shards, trained.seed, notice, fold=trained.fold), chars, for_validation=False)
+    notify(f"reading {chars:,} characters of the articles for training, to count the n-gram on")
+    return join_articles(ArticleReader(shards, trained.seed, notify, fold=trained.fold), chars, for_validation=False)
 
 
 def validation_articles(reader: ArticleReader, roll_len: int, chars: int) -> Iterator[Ids]:

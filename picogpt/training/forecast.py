@@ -1,4 +1,4 @@
-"""Measures what a run takes, on a few of its own first steps or on a rehearsal, and says it; at the end, what it took."""
+"""What a run will take: measured on a few of its own first steps, or on a rehearsal with a model that is thrown away."""
 
 from __future__ import annotations
 
@@ -9,26 +9,67 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from picogpt.cli.bar import ProgressBar
-from picogpt.cli.common import notice
 from picogpt.config import GPTConfig, Pace, Schedule, TrainConfig
 from picogpt.data import RepeatedSource
 from picogpt.files import TEMPORARY_SUFFIX
-from picogpt.forecast import Forecast, format_bytes, format_seconds, seconds_to_finish
 from picogpt.memory import peak_memory
 from picogpt.plot import draw_losses
 from picogpt.run import LossLog, RunFolder
 from picogpt.train import Observer, StepReport, Trainer, seconds_of
-from picogpt.wording import plural
+from picogpt.wording import Notify, format_bytes, format_passes, format_seconds
 
-__all__ = ["EpochEnd", "Forecaster", "ForecastingObserver", "rehearse", "time_epoch_end"]
+__all__ = [
+    "TIMED_STEPS",
+    "EpochEnd",
+    "Forecast",
+    "Forecaster",
+    "ForecastingObserver",
+    "rehearse",
+    "seconds_to_finish",
+    "time_epoch_end",
+]
 
 TIMED_STEPS = 6
 """Steps that are timed, after a first one that makes buffers and kernels; an even number, as every second one may take longer."""
-LINE_INTERVAL = 10.0
-"""Seconds between lines about the timing where stderr is no terminal."""
 
 Sampler = Callable[[Trainer], str]
+"""Generates a sample of text from a trainer's model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a run takes from this start to its end."""
+
+    chars: int
+    """Characters of the whole run, those of earlier starts included."""
+    passes: float | None
+    """How many times these are the text; None for a stream."""
+    seconds: float
+    """On the clock, from the start of the command to its end: loading, steps, validation, saving, samples and pictures."""
+    elapsed: float
+    """Seconds of these that have passed."""
+    memory: int
+    """Peak memory of the process in bytes."""
+    disk: int
+    """Bytes of the run's folder: two checkpoints, the model, the log and its picture."""
+    network: int
+    """Bytes to fetch; 0 where the text is on this machine."""
+
+    def __str__(self) -> str:
+        network = f"about {format_bytes(self.network)}" if self.network else "none"
+        passes = "" if self.passes is None else f" ({format_passes(self.passes)})"
+        return (
+            f"forecast: {self.chars:,} characters in all{passes}, {format_seconds(self.seconds - self.elapsed)} to go, "
+            f"{format_seconds(self.seconds)} from start to end; peak memory {format_bytes(self.memory)}, "
+            f"disk {format_bytes(self.disk)}, network {network}"
+        )
+
+
+def seconds_to_finish(schedule: Schedule, pace: Pace, *, step: int, val_batches: int) -> float:
+    """Seconds from `step` steps taken to the end of `schedule`, with `val_batches` validation batches an epoch."""
+    steps = max(0, schedule.total_steps - step)
+    per_epoch = val_batches * pace.seconds_per_val_batch + pace.seconds_per_epoch_end
+    return steps * pace.seconds_per_step + schedule.epochs_left(step) * per_epoch
 
 
 @dataclass(frozen=True)
@@ -69,6 +110,7 @@ def rehearse(
     sample: Sampler,
     *,
     limit: float | None = None,
+    advance: Callable[[], None] = lambda: None,
 ) -> tuple[float, EpochEnd]:
     """Seconds of a step, and what the end of an epoch takes, measured on noise and a model that is thrown away.
 
@@ -79,45 +121,20 @@ def rehearse(
         parent: folder to save into; it is left as it was.
         sample: makes a sample of text.
         limit: seconds after which no further step is timed and nothing is done twice; None for no limit.
+        advance: called after each of the 1 + `TIMED_STEPS` steps.
     """
     began = time.perf_counter()
     seconds: list[float] = []
-    with _TimingDisplay() as shown:
-        trainer = make(RepeatedSource(roll_len=config.windows * model.context_len, batch_size=config.batch_size))
-        for _ in range(1 + TIMED_STEPS):
-            seconds.append(seconds_of(lambda: trainer.update(config.lr)))
-            shown.advance()
-            if limit is not None and time.perf_counter() - began > limit:
-                break
-        step = statistics.median(seconds[1:] or seconds)
-        if config.sync_every:
-            step += seconds_of(trainer.take_outer_step) / config.sync_every
-        return step, time_epoch_end(trainer, parent, sample, warm_up=limit is None)
-
-
-class _TimingDisplay:
-    """Shows that steps are being timed: a bar on a terminal, else a line now and then."""
-
-    def __init__(self) -> None:
-        notice("timing a few steps")
-        self._bar = ProgressBar(1 + TIMED_STEPS, " steps", label="timing", leave=False)
-        self._done, self._began = 0, time.perf_counter()
-        self._last_line = self._began
-
-    def __enter__(self) -> _TimingDisplay:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def advance(self) -> None:
-        """One more step was timed."""
-        self._done += 1
-        self._bar.advance(1)
-        now = time.perf_counter()
-        if not self._bar.is_shown and now - self._last_line >= LINE_INTERVAL:
-            self._last_line = now
-            notice(f"timed {plural(self._done, 'step')} in {format_seconds(now - self._began)}")
+    trainer = make(RepeatedSource(roll_len=config.windows * model.context_len, batch_size=config.batch_size))
+    for _ in range(1 + TIMED_STEPS):
+        seconds.append(seconds_of(lambda: trainer.update(config.lr)))
+        advance()
+        if limit is not None and time.perf_counter() - began > limit:
+            break
+    step = statistics.median(seconds[1:] or seconds)
+    if config.sync_every:
+        step += seconds_of(trainer.take_outer_step) / config.sync_every
+    return step, time_epoch_end(trainer, parent, sample, warm_up=limit is None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +196,7 @@ class ForecastingObserver:
         time_end: times an end of an epoch.
     """
 
-    def __init__(
-        self, shown: Observer, tell: Callable[[str], None], forecaster: Forecaster, time_end: Callable[[], EpochEnd]
-    ) -> None:
+    def __init__(self, shown: Observer, tell: Notify, forecaster: Forecaster, time_end: Callable[[], EpochEnd]) -> None:
         self._shown, self._tell, self._forecaster, self._time_end = shown, tell, forecaster, time_end
         self._last = time.perf_counter()
         self._seconds: list[float] = []

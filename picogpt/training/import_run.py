@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-from picogpt.cli.common import notice
 from picogpt.config import GPTConfig
 from picogpt.errors import ConfigError, RunError
-from picogpt.wording import plural
+from picogpt.files import atomic_write
+from picogpt.model import GPT
+from picogpt.original import read_original
+from picogpt.plot import draw_losses
+from picogpt.run import LossLog, RunFolder
+from picogpt.training.request import TrainRequest
+from picogpt.wording import Notify, plural
 
-if TYPE_CHECKING:
-    from picogpt.cli.settings import Request
-    from picogpt.run import LossLog
-
-__all__ = ["bring_over", "describe_losses"]
+__all__ = ["describe_losses", "import_run"]
 
 
-def bring_over(request: Request) -> None:
+def import_run(request: TrainRequest, *, dry_run: bool, notify: Notify) -> None:
     """Write the weights and losses of the original's log as a run: it can be generated with, scored, drawn and begun from.
 
     There is no text to go on with, so it has no checkpoint; `--init-from` trains on from it.
@@ -26,19 +26,13 @@ def bring_over(request: Request) -> None:
         ConfigError: the run has no name, or flags are given that need training.
         RunError: the log is damaged or of another kind, or a run of that name is there.
     """
-    from picogpt.files import atomic_write
-    from picogpt.model import GPT
-    from picogpt.original import read_original
-    from picogpt.plot import draw_losses
-    from picogpt.run import RunFolder
-
     if request.run is None:
         raise ConfigError("run must be given with --import-original and --epochs 0: the name of the new run", "run")
-    if request.text or request.dataset is not None:
+    if request.text.is_named:
         raise ConfigError("epochs 0 trains on no text; leave --text and --dataset out, or give more epochs", "epochs")
     assert request.import_original is not None
-    original = read_original(request.import_original, request.given.get("n_head", GPTConfig().n_head))
-    model = GPT(request.model(None, original.config))
+    original = read_original(request.import_original, request.model.get("n_head", GPTConfig().n_head))
+    model = GPT(request.model_config(None, original.config))
     model.load_arrays(original.weights)
     run = RunFolder(request.logs_dir / request.run)
     told = f"{run.path}: {plural(original.log.iter_num, 'step')} of {request.import_original}{describe_losses(original.log)}"
@@ -46,17 +40,17 @@ def bring_over(request: Request) -> None:
         raise RunError(
             f"{run.path}: there is a run of that name; choose another --run, or --fresh, which keeps it under a new name"
         )
-    if request.dry_run:
-        notice(f"{told}; dry run: nothing is kept")
+    if dry_run:
+        notify(f"{told}; dry run: nothing is kept")
         return
     if run.path.exists():
-        notice(f"the run that was there is kept as {run.set_aside()}")
+        notify(f"the run that was there is kept as {run.set_aside()}")
     run.create()
     run.write_log(original.log)
     atomic_write(run.plot_path, draw_losses({run.name: original.log}))
     run.save_model(model.arrays(), model.config)
     name = request.run
-    notice(f"{told}; picogpt-generate -m {name} writes with it, picogpt-train --init-from {name} trains on from it")
+    notify(f"{told}; picogpt-generate -m {name} writes with it, picogpt-train --init-from {name} trains on from it")
 
 
 def describe_losses(log: LossLog) -> str:

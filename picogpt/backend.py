@@ -1,0 +1,147 @@
+"""Where and how training computes: device, threads, number type and kernels, chosen in one place.
+
+The command, the workers of a distributed run and the benchmarks all choose here. Generation has no part in it: it runs without
+torch (`picogpt.engine`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from picogpt.attention import choose_attention
+from picogpt.config import GPTConfig
+from picogpt.device import check_compiler, choose_device, choose_dtype, flush_denormals, keep_freed_memory, set_threads
+from picogpt.errors import ConfigError
+from picogpt.kernels.compiled import Kernels, choose_kernels, kernels_name
+from picogpt.wording import Notify, plural, say_nothing
+
+__all__ = ["Backend", "BackendChoice"]
+
+
+class BackendChoice(NamedTuple):
+    """A backend by the names of its parts; the defaults leave all of them to the machine."""
+
+    device: str = "auto"
+    """One of `picogpt.config.DEVICES`."""
+    dtype: str = "auto"
+    """One of `picogpt.config.DTYPES`."""
+    kernels: str = "auto"
+    """One of `picogpt.config.KERNELS`."""
+    kernels_asked: bool = True
+    """Whether the kernels were asked for by name: otherwise torch takes the place of native ones that do not fit the rest."""
+    attention: str | None = None
+    """One of `picogpt.config.ATTENTIONS`, where torch computes the blocks; None takes the faster one."""
+    threads: int | None = None
+    """None: one a core, as far as the environment allows."""
+    compile: bool = False
+    """Whether torch.compile translates the blocks."""
+    gradient_checkpointing: bool = False
+    """Whether activations are recomputed in the backward pass instead of kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """Device, threads, number type and kernels, and why each was chosen."""
+
+    device: torch.device
+    device_reason: str
+    threads: int
+    threads_reason: str
+    dtype: torch.dtype
+    """Type of the matrix products: float32 or bfloat16. Weights and sums are float32."""
+    dtype_reason: str
+    kernels: Kernels | None
+    """The native kernels; None where torch computes the blocks."""
+    kernels_reason: str
+    attention: str | None
+    """Form of torch's attention, one of `picogpt.config.ATTENTIONS`; None with native kernels."""
+    attention_reason: str
+    compile: bool
+    gradient_checkpointing: bool
+
+    @classmethod
+    def select(
+        cls, model: GPTConfig, choice: BackendChoice, *, sequences: int, local_rank: int = 0, notify: Notify = say_nothing
+    ) -> Backend:
+        """Choose by name, and where a name is `auto` what is fastest here. Sets torch's threads for this process.
+
+        Args:
+            model: shape of the model.
+            choice: what is asked for.
+            sequences: sequences of a step that this process computes; the forms of attention are timed with as many.
+            local_rank: number of this process on its machine; each has a GPU of its own.
+            notify: given a line before kernels are compiled.
+
+        Raises:
+            ConfigError: parts exclude each other.
+            TrainingError: there is no such device, or no compiler.
+        """
+        device, device_reason = choose_device(choice.device, local_rank)
+        flush_denormals()
+        keep_freed_memory()
+        threads = set_threads(choice.threads)
+        dtype, dtype_reason = choose_dtype(choice.dtype, device)
+        kernels, kernels_reason = _choose_kernels(model, choice, dtype, device, notify)
+        attention, attention_reason = None, ""
+        if kernels is None and choice.attention is not None:
+            attention, attention_reason = choice.attention, "as the run was begun"
+        elif kernels is None:
+            attention, attention_reason = choose_attention(model, sequences, dtype, device)
+        return cls(
+            device=device,
+            device_reason=device_reason,
+            threads=threads.count,
+            threads_reason=threads.reason,
+            dtype=dtype,
+            dtype_reason=dtype_reason,
+            kernels=kernels,
+            kernels_reason=kernels_reason,
+            attention=attention,
+            attention_reason=attention_reason,
+            compile=choice.compile,
+            gradient_checkpointing=choice.gradient_checkpointing,
+        )
+
+    @property
+    def names(self) -> BackendChoice:
+        """The choice that selects the same backend on a machine like this one."""
+        return BackendChoice(
+            device=self.device.type,
+            dtype=str(self.dtype).removeprefix("torch."),
+            kernels=kernels_name(self.kernels),
+            attention=self.attention,
+            threads=self.threads,
+            compile=self.compile,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+
+    def describe(self) -> str:
+        """A line that says what computes, and why."""
+        said = (
+            f"computing in {self.names.dtype} ({self.dtype_reason}) with {plural(self.threads, 'thread')} ({self.threads_reason})"
+        )
+        if self.compile:
+            said += ", blocks compiled by torch (the first steps take longer)"
+        else:
+            said += f", blocks by functions in {'torch' if self.kernels is None else 'C'} ({self.kernels_reason})"
+        return said if self.attention is None else f"{said}, attention {self.attention} ({self.attention_reason})"
+
+
+def _choose_kernels(
+    model: GPTConfig, choice: BackendChoice, dtype: torch.dtype, device: torch.device, notify: Notify
+) -> tuple[Kernels | None, str]:
+    """The native kernels, or None for torch, and why."""
+    if not choice.kernels_asked and (choice.compile or device.type != "cpu"):
+        choice = choice._replace(kernels="torch")  # a run with native kernels is resumed elsewhere, which is printed
+    if not choice.compile:
+        return choose_kernels(choice.kernels, model, dtype, device, notify)
+    if choice.kernels == "c":
+        raise ConfigError(
+            "kernels c and --compile exclude each other, take --no-compile: torch cannot compile what is compiled already",
+            "kernels",
+        )
+    check_compiler()
+    return None, "torch compiles them"
