@@ -52,7 +52,7 @@ _OPCODES = frozenset({
 # fmt: on
 _REPLACED = {"EMPTY_DICT": (1, b"NQ"), "FRAME": (9, b"")}
 """Opcodes that are replaced: bytes they take, and NONE and BINPERSID, or nothing."""
-_DICTS = {"builtins.dict", "collections.OrderedDict", "collections.defaultdict", "torch.optim.adamw.AdamW"}
+_DICTS = {"builtins.dict", "__builtin__.dict", "collections.OrderedDict", "collections.defaultdict", "torch.optim.adamw.AdamW"}
 _FUNCTIONS = {
     "_codecs.encode",
     "torch.storage._load_from_bytes",
@@ -63,7 +63,8 @@ _STORAGE_TYPES = {b"Float": "<f4", b"Double": "<f8", b"Half": "<f2", b"Long": "<
 _HEADER = re.compile(
     rb"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19\."  # magic number
     rb"\x80\x02M\xe9\x03\."  # version of the format
-    rb"\x80\x02\}.{0,255}?\."  # sizes of C's integers
+    rb"\x80\x02\}q\x00\(X\x10\x00\x00\x00protocol_versionq\x01M\xe9\x03X\x0d\x00\x00\x00little_endianq\x02\x88"
+    rb"X\x0a\x00\x00\x00type_sizesq\x03\}q\x04\((?:X.\x00\x00\x00(?:short|int|long)q.K.){3}uu\."
     rb"\x80\x02\(X\x07\x00\x00\x00storage(?:q.)?ctorch\n(?P<type>\w{1,32})Storage\n(?:q.)?"  # persistent id: the type,
     rb"(?P<key>X.{4}\d{1,20})(?:q.)?X.{4}[\w:]{1,20}(?:q.)?"  # key and device,
     rb"(?:[KMJ]|\x8a.)(?P<count>.{1,8}?)Nt(?:q.)?Q\."  # number of elements, no view
@@ -233,9 +234,9 @@ def _extract(content: Any, n_head: int, n_bytes: int) -> OriginalRun:
 def _tensor(value: Any, encode: Callable[[str], bytes]) -> npt.NDArray[Any]:
     """View of a tensor's elements; `_Rejected` if `value` is no call that rebuilds a contiguous one within its storage."""
     match value:
-        case _Call("torch._utils._rebuild_tensor_v2", (storage, int(offset), tuple(shape), tuple(strides), *_)) if (
-            len(shape) == len(strides) <= _MAX_DIMENSIONS
-        ):
+        case _Call(
+            "torch._utils._rebuild_tensor_v2", (storage, int(offset), tuple(shape), tuple(strides), bool(), dict(), *_)
+        ) if len(shape) == len(strides) <= _MAX_DIMENSIONS:
             pass
         case _:
             raise _Rejected("a tensor of another form")
