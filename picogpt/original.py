@@ -4,7 +4,8 @@ The file is a raw pickle that holds a live optimizer. `pickle.Unpickler` reads i
 for the dicts and the optimizer, and functions that only record their calls. A restricted `find_class` alone bounds neither time
 nor memory, so each opcode is checked first:
 
-- Only opcodes of such a file are allowed, and a limited number of them; literals are as long as they say.
+- Only opcodes of such a file are allowed, and a limited number of them; arguments are as long as they say. `pickletools.genops`
+  would parse arguments of the others too, which imports codecs and can take long.
 - A memo index is at most the number of opcodes before it, as the unpickler allocates a table of that length.
 - EMPTY_DICT is replaced by a persistent id, which makes the stand-in: it rejects keys that are not text before they are hashed.
   Hashing nested tuples overflows the stack or takes forever, and integers can be made to collide.
@@ -42,7 +43,7 @@ _MAX_BYTES = 1 << 30
 _MAX_OPCODES = 1_000_000
 _MAX_DIMENSIONS = 8
 # fmt: off
-_OPCODES = frozenset({
+_ALLOWED = frozenset({
     "PROTO", "FRAME", "STOP", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
     "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
     "MARK", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
@@ -50,8 +51,9 @@ _OPCODES = frozenset({
     "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD",
 })
 # fmt: on
-_REPLACED = {"EMPTY_DICT": (1, b"NQ"), "FRAME": (9, b"")}
-"""Opcodes that are replaced: bytes they take, and NONE and BINPERSID, or nothing."""
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+_REPLACED = {"EMPTY_DICT": b"NQ", "FRAME": b""}
+"""Opcodes that are replaced, by NONE and BINPERSID or by nothing."""
 _DICTS = {"builtins.dict", "__builtin__.dict", "collections.OrderedDict", "collections.defaultdict", "torch.optim.adamw.AdamW"}
 _FUNCTIONS = {
     "_codecs.encode",
@@ -176,23 +178,28 @@ def _unpickle(content: bytes) -> Any:
 
 
 def _checked(content: bytes) -> io.BytesIO:
-    """The pickle with opcodes replaced; `_Rejected` for one that is not allowed, ValueError where a literal is cut off."""
-    checked, view, start = io.BytesIO(), memoryview(content), 0
-    for count, (opcode, argument, position) in enumerate(pickletools.genops(content)):
-        if count == _MAX_OPCODES:
-            raise _Rejected("too many opcodes")
-        if opcode.name not in _OPCODES:
+    """The pickle with opcodes replaced; `_Rejected` for one that is not allowed, ValueError where an argument is cut off."""
+    stream, checked, view, start = io.BytesIO(content), io.BytesIO(), memoryview(content), 0
+    for count in range(_MAX_OPCODES):
+        position = stream.tell()
+        code = stream.read(1).decode("latin1")
+        opcode = _OPCODES.get(code)
+        if opcode is None:
+            raise _Rejected(f"byte {ord(code):#x} is no opcode" if code else "it has no end")
+        if opcode.name not in _ALLOWED:
             raise _Rejected(f"opcode {opcode.name}")
-        if opcode.name == "LONG_BINPUT" and (argument or 0) > count:
-            raise _Rejected("a memo index beyond the opcodes before it")
-        if opcode.name in _REPLACED and position is not None:
-            length, replacement = _REPLACED[opcode.name]
+        argument: Any = None if opcode.arg is None else opcode.arg.reader(stream)
+        if opcode.name in _REPLACED:
             checked.write(view[start:position])
-            checked.write(replacement)
-            start = position + length
-    checked.write(view[start:])
-    checked.seek(0)
-    return checked
+            checked.write(_REPLACED[opcode.name])
+            start = stream.tell()
+        if opcode.name == "LONG_BINPUT" and argument > count:
+            raise _Rejected("a memo index beyond the opcodes before it")
+        if opcode.name == "STOP":
+            checked.write(view[start : stream.tell()])
+            checked.seek(0)
+            return checked
+    raise _Rejected("too many opcodes")
 
 
 def _extract(content: Any, n_head: int, n_bytes: int) -> OriginalRun:

@@ -154,7 +154,7 @@ def log_with(weights: Any, **changes: Any) -> bytes:
 
 
 TRICKS: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "it is damaged: .pickle exhausted before seeing STOP"),
+    "empty": (b"", "it has no end"),
     "text": (b"hello", "no log of the original project"),
     "no log": (pickle.dumps({"a": 1}), "best_weight, best_loss, losses or iter_num is missing"),
     "os.system": (pickle.dumps(Call(os.system, "touch ran"), 4), r"it names .(posix|nt)\.system"),
@@ -208,12 +208,13 @@ TRICKS: dict[str, tuple[bytes, str]] = {
     "call with a number": (b"\x80\x02c_codecs\nencode\nK\x01R.", "it is damaged"),
     "call of a call": (b"\x80\x02c_codecs\nencode\n)R)R.", "it is damaged"),
     "long text": (b"\x80\x04X\xff\xff\xff\xff.", "it is damaged: .expected 4294967295 bytes"),
-    "long integer": (b"\x80\x02\x8b\xff\xff\xff\x7f.", "it is damaged"),
-    "long integer of text": (b"L" + b"9" * 1_000_000 + b"\n.", "it is damaged"),
+    "long integer": (b"\x80\x02\x8b\xff\xff\xff\x7f.", "opcode LONG4"),
+    "long integer of text": (b"L" + b"9" * 1_000_000 + b"\n.", "opcode LONG"),
+    "text with escapes": (b"V\\u0041\n.", "opcode UNICODE"),
     "huge bytes": (b"\x80\x04\x8e" + b"\xff" * 8 + b".", "it is damaged"),
     "text not UTF-8": (b"\x80\x04\x8c\x01\xff.", "it is damaged: .*utf-8"),
     "name without end": (b"\x80\x02c" + b"a" * 500, "it is damaged: .no newline"),
-    "no opcode": (b"\x80\x04\xff.", "it is damaged: .at position 2, opcode .* unknown"),
+    "no opcode": (b"\x80\x04\xff.", "is no opcode"),
     "deep": (b"\x80\x04" + b"(" * 100_000 + b".", "it is damaged"),
     "deep lists": (b"\x80\x04" + b"]" * 400_000 + b"a" * 399_999 + b".", "is missing"),
     "deep dicts": (b"\x80\x04" + b"}\x8c\x01a" * 200_000 + b"N" + b"s" * 200_000 + b".", "is missing"),
@@ -421,10 +422,10 @@ def test_a_text_that_is_encoded_often(tmp_path: Path) -> None:
 def test_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without memory is no fault of the file."""
 
-    def fail(content: bytes) -> Iterator[Any]:
+    def fail(content: bytes) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("pickletools.genops", fail)
+    monkeypatch.setattr("picogpt.original._checked", fail)
     with pytest.raises(MemoryError):
         read_original(SEED_LOG, 4)
 
