@@ -1,6 +1,6 @@
 /* The blocks of the model, forward and backward, for one window of all rolls; and Muon's updates of their matrices.
 
-   `picogpt.kernels.compiled` has this compiled for one shape of model; vectors.h says how. Every thread works on rows of its own, and
+   `picogpt.kernels.compiled` has this compiled for one shape of model; simd.h says how. Every thread works on rows of its own, and
    on heads of its own. Threads wait for each other only where they need each other's rows: where rolls cannot be dealt out evenly,
    and for gradients of matrices that are added up window by window.
 
@@ -10,9 +10,9 @@
 
 #include <omp.h>
 
-#include "vectors.h"
-#include "product.h"
-#include "by_rows.h"
+#include "simd.h"
+#include "gemm.h"
+#include "gemm_tn.h"
 #include "bindings.h"
 #include "attention.h"
 #include "muon.h"

@@ -6,9 +6,9 @@
 
    Every number of every result is computed by one thread, in an order that does not depend on how many there are. */
 
-#define HEAD 16 /* for vectors.h: vectors as long as the processor has them */
+#define HEAD 16 /* for simd.h: vectors as long as the processor has them */
 #define WIDTH 16
-#include "vectors.h"
+#include "simd.h"
 #include "layout.h"
 #include "panels.h"
 #include "sampling.h"

@@ -1,4 +1,4 @@
-/* The registers for tiles of Intel's AMX in plain C, as far as product.h uses them: eight tiles of 16 rows of 64 bytes.
+/* The registers for tiles of Intel's AMX in plain C, as far as gemm.h uses them: eight tiles of 16 rows of 64 bytes.
 
    Included before the kernels, it lets a processor with AVX-512 alone run what is written for AMX, and a sanitizer see what that reads
    and writes. */
