@@ -5,9 +5,9 @@
 
 #define SIDE UP(SLOTS, 32)
 
-typedef unit rows_of_head[SIDE][HEAD / 2] __attribute__((aligned(64)));    /* as they are: two entries are a unit */
-typedef unit columns_of_head[HEAD / 2][SIDE] __attribute__((aligned(64))); /* the same, transposed */
-typedef unit pairs_of_head[HEAD / 32][SIDE / 2][32]
+typedef packed_elem rows_of_head[SIDE][HEAD / 2] __attribute__((aligned(64)));    /* as they are: two entries are a unit */
+typedef packed_elem columns_of_head[HEAD / 2][SIDE] __attribute__((aligned(64))); /* the same, transposed */
+typedef packed_elem pairs_of_head[HEAD / 32][SIDE / 2][32]
     __attribute__((aligned(64))); /* entries of one slot and the next are a unit */
 
 /* Everything of one head, of the slots of a window. */
@@ -17,7 +17,7 @@ struct buffers {
     pairs_of_head q_pairs, k_pairs, v_pairs, d_out_pairs;
     /* Of 32 rows: */
     float scores[32][SIDE] __attribute__((aligned(64))), d_weights[32][SIDE] __attribute__((aligned(64)));
-    number weights[32][SIDE] __attribute__((aligned(64))), d_scores[32][SIDE] __attribute__((aligned(64)));
+    elem weights[32][SIDE] __attribute__((aligned(64))), d_scores[32][SIDE] __attribute__((aligned(64)));
     float result[32][HEAD] __attribute__((aligned(64)));
     float d_k[SIDE][HEAD] __attribute__((aligned(64))), d_v[SIDE][HEAD] __attribute__((aligned(64)));
 };
@@ -25,29 +25,29 @@ struct buffers {
 static _Thread_local struct buffers tls_buffers;
 
 /* 16 units of slot i, or zeros beyond the last slot. */
-static inline units of_slot(const number *from, long stride, int i, int slots) {
+static inline packed_vec of_slot(const elem *from, long stride, int i, int slots) {
     typedef uint32_t some __attribute__((vector_size(64), aligned(2), may_alias));
-    return i < slots ? (units) * (const some *)(from + i * stride) : (units){0};
+    return i < slots ? (packed_vec) * (const some *)(from + i * stride) : (packed_vec){0};
 }
 
-static void read_rows(rows_of_head to, const number *from, long stride, int slots) {
+static void read_rows(rows_of_head to, const elem *from, long stride, int slots) {
     for (int i = 0; i < UP(slots, 32); i++) {
-        for (int u = 0; u < HEAD / 2; u += 16) *(units *)&to[i][u] = of_slot(from + 2 * u, stride, i, slots);
+        for (int u = 0; u < HEAD / 2; u += 16) *(packed_vec *)&to[i][u] = of_slot(from + 2 * u, stride, i, slots);
     }
 }
 
-static void read_columns(columns_of_head to, const number *from, long stride, int slots) {
+static void read_columns(columns_of_head to, const elem *from, long stride, int slots) {
     for (int i = 0; i < UP(slots, 32); i += 16) {
         for (int u = 0; u < HEAD / 2; u += 16) {
-            integers tile[16];
-            for (int r = 0; r < 16; r++) tile[r] = (integers)of_slot(from + 2 * u, stride, i + r, slots);
+            vi32 tile[16];
+            for (int r = 0; r < 16; r++) tile[r] = (vi32)of_slot(from + 2 * u, stride, i + r, slots);
             transpose_lanes(tile);
-            for (int r = 0; r < 16; r++) *(integers *)&to[u + r][i] = tile[r];
+            for (int r = 0; r < 16; r++) *(vi32 *)&to[u + r][i] = tile[r];
         }
     }
 }
 
-static void read_pairs(pairs_of_head to, const number *from, long stride, int slots) {
+static void read_pairs(pairs_of_head to, const elem *from, long stride, int slots) {
     for (int d = 0; d < HEAD; d += 32) pack_right(from + d, to[d / 32][0], stride, 32, slots, UP(slots, 32) / 2);
 }
 
@@ -60,16 +60,16 @@ static inline void multiply_rows_with_columns(float scores[32][SIDE], rows_of_he
 }
 
 /* (32, HEAD) = weights x those rows, given in pairs, that are seen by the last of the 32 from `first` on. */
-static inline void multiply_with_pairs(float result[32][HEAD], number weights[32][SIDE], pairs_of_head pairs, int first) {
+static inline void multiply_with_pairs(float result[32][HEAD], elem weights[32][SIDE], pairs_of_head pairs, int first) {
     for (int d = 0; d < HEAD; d += 32) {
-        multiply_tiles(32, &result[0][d], HEAD, WRITE_TO, (struct tiles){weights, 2 * SIDE, 64}, tiles_of_panel(pairs[d / 32][0]),
-                       first / 32 + 1);
+        multiply_tiles(32, &result[0][d], HEAD, WRITE_TO, (struct tiles){weights, 2 * SIDE, 64},
+                       tiles_of_panel(pairs[d / 32][0]), first / 32 + 1);
     }
 }
 
 /* sums (slots, HEAD) += the weights of 32 rows from `first` on, transposed, x those rows, given in pairs. */
-static inline void add_transposed_product(float sums[SIDE][HEAD], number weights[32][SIDE], pairs_of_head pairs, int first) {
-    unit columns[32][16] __attribute__((aligned(64)));
+static inline void add_transposed_product(float sums[SIDE][HEAD], elem weights[32][SIDE], pairs_of_head pairs, int first) {
+    packed_elem columns[32][16] __attribute__((aligned(64)));
     for (int j = 0; j <= first; j += 32) {
         pack_left(&weights[0][j], columns[0], SIDE, 32, 32, 16);
         for (int d = 0; d < HEAD; d += 32) {
@@ -81,16 +81,16 @@ static inline void add_transposed_product(float sums[SIDE][HEAD], number weights
 }
 
 /* The softmax of row i, rounded, and zeros up to `end`; returns the sum. */
-static inline float exponentiate(number *weights, const float *scores, int i, int end, struct softmax_row row) {
-    vector sum = {0};
+static inline float exponentiate(elem *weights, const float *scores, int i, int end, struct softmax_row row) {
+    vf32 sum = {0};
     int j = 0;
     for (; j <= i; j += LANES) {
-        vector found = exponential(load_float(scores + j) * row.scale - row.row_max) * row.inv_sum;
+        vf32 found = exponential(load_float(scores + j) * row.scale - row.row_max) * row.inv_sum;
         if (j + LANES > i + 1) found = mask_and(causal_mask(i, j), found);
         store(weights + j, found);
         sum += found;
     }
-    for (; j < end; j += LANES) store(weights + j, (vector){0});
+    for (; j < end; j += LANES) store(weights + j, (vf32){0});
     return sum_of(sum);
 }
 
@@ -112,7 +112,7 @@ static void attend(struct buffers *b, struct head head) {
         }
         multiply_with_pairs(b->result, b->weights, b->v_pairs, first);
         for (int r = 0; r < count; r++) {
-            number *to = head.out + (long)(first + r) * WIDTH;
+            elem *to = head.out + (long)(first + r) * WIDTH;
             for (int d = 0; d < HEAD; d += LANES) store(to + d, load_float(&b->result[r][d]) * head.inv_sum[first + r]);
         }
     }
@@ -124,24 +124,24 @@ static inline void softmax_backward(struct buffers *b, int r, int i, int end, st
     float *scores = b->scores[r], *d_weights = b->d_weights[r];
     int j = 0;
     for (; j <= i; j += LANES) {
-        vector weights = exponential(load_float(scores + j) * row.scale - row.row_max) * row.inv_sum;
-        vector d_scores = weights * (load_float(d_weights + j) - mean) * row.scale;
+        vf32 weights = exponential(load_float(scores + j) * row.scale - row.row_max) * row.inv_sum;
+        vf32 d_scores = weights * (load_float(d_weights + j) - mean) * row.scale;
         if (j + LANES > i + 1) weights = mask_and(causal_mask(i, j), weights), d_scores = mask_and(causal_mask(i, j), d_scores);
         store(b->weights[r] + j, weights);
         store(b->d_scores[r] + j, d_scores);
     }
     for (; j < end; j += LANES) {
-        store(b->weights[r] + j, (vector){0});
-        store(b->d_scores[r] + j, (vector){0});
+        store(b->weights[r] + j, (vf32){0});
+        store(b->d_scores[r] + j, (vf32){0});
     }
 }
 
 /* `count` rows to `out`, rounded, and added to `sums`. */
-static inline void put_rows(number *out, long stride, float *sums, float rows[][HEAD], int count) {
+static inline void put_rows(elem *out, long stride, float *sums, float rows[][HEAD], int count) {
     for (int d = 0; d < HEAD; d += LANES) {
-        vector total = {0};
+        vf32 total = {0};
         for (int i = 0; i < count; i++) {
-            vector x = load_float(&rows[i][d]);
+            vf32 x = load_float(&rows[i][d]);
             store(out + i * stride + d, x);
             total += x;
         }
@@ -150,7 +150,7 @@ static inline void put_rows(number *out, long stride, float *sums, float rows[][
 }
 
 /* What the backward pass multiplies with, in each order that it is needed in. */
-static void read_for_backward(struct buffers *b, struct head head, const number *d_out) {
+static void read_for_backward(struct buffers *b, struct head head, const elem *d_out) {
     const long row = 3 * WIDTH;
     read_rows(b->q, head.qkv, row, head.slots);
     read_pairs(b->q_pairs, head.qkv, row, head.slots);
@@ -162,7 +162,7 @@ static void read_for_backward(struct buffers *b, struct head head, const number 
 }
 
 /* d_out is the gradient of the head's output, in rows of C; the gradient of its part of qkv's bias is added to `bias_grad` (3C). */
-static void attend_backward(struct buffers *b, struct head head, const number *d_out, float *bias_grad) {
+static void attend_backward(struct buffers *b, struct head head, const elem *d_out, float *bias_grad) {
     const long row = 3 * WIDTH;
     const int slots = head.slots;
     const float scale = 1 / sqrtf(HEAD);
@@ -173,7 +173,7 @@ static void attend_backward(struct buffers *b, struct head head, const number *d
         multiply_rows_with_columns(b->d_weights, b->d_out, b->v_columns, first);
         for (int r = 0; r < 32; r++) {
             int i = first + r;
-            vector products = {0};
+            vf32 products = {0};
             for (int d = 0; r < count && d < HEAD; d += LANES) {
                 products += load(head.out + (long)i * WIDTH + d) * load(d_out + (long)i * WIDTH + d);
             }

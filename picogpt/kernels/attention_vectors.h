@@ -10,23 +10,23 @@
 
 /* Everything of one head, of the slots of a window. */
 struct buffers {
-    vector q[PADDED][VECTORS], k[PADDED][VECTORS], v[PADDED][VECTORS], d_out[PADDED][VECTORS];
-    vector columns[HEAD][COLUMNS / LANES];                        /* keys or values, transposed */
-    float weights[PADDED][COLUMNS] __attribute__((aligned(64)));  /* the backward pass's softmax */
-    float scores[PADDED][COLUMNS] __attribute__((aligned(64)));   /* and then the softmax or the gradient of the scores */
+    vf32 q[PADDED][VECTORS], k[PADDED][VECTORS], v[PADDED][VECTORS], d_out[PADDED][VECTORS];
+    vf32 columns[HEAD][COLUMNS / LANES];                         /* keys or values, transposed */
+    float weights[PADDED][COLUMNS] __attribute__((aligned(64))); /* the backward pass's softmax */
+    float scores[PADDED][COLUMNS] __attribute__((aligned(64)));  /* and then the softmax or the gradient of the scores */
 };
 
 static _Thread_local struct buffers tls_buffers;
 
 /* Rows beyond the last slot are zero, as tiles reach beyond it. */
-static void read_rows(vector to[PADDED][VECTORS], const number *from, long stride, float scale, int slots) {
+static void read_rows(vf32 to[PADDED][VECTORS], const elem *from, long stride, float scale, int slots) {
     for (int v = 0; v < VECTORS; v++) {
         for (int i = 0; i < slots; i++) to[i][v] = load(from + i * stride + v * LANES) * scale;
-        for (int i = slots; i < PADDED; i++) to[i][v] = (vector){0};
+        for (int i = slots; i < PADDED; i++) to[i][v] = (vf32){0};
     }
 }
 
-static void transpose(vector to[HEAD][COLUMNS / LANES], vector from[PADDED][VECTORS], int slots) {
+static void transpose(vf32 to[HEAD][COLUMNS / LANES], vf32 from[PADDED][VECTORS], int slots) {
     float *out = (float *)to;
     const float *in = (const float *)from;
     for (int d = 0; d < HEAD; d++) {
@@ -37,12 +37,12 @@ static void transpose(vector to[HEAD][COLUMNS / LANES], vector from[PADDED][VECT
 }
 
 /* scores = rows x columns, tile by tile, as far as some row of the tile may look. */
-static void multiply_causal(float scores[PADDED][COLUMNS], vector rows[PADDED][VECTORS], vector columns[HEAD][COLUMNS / LANES],
+static void multiply_causal(float scores[PADDED][COLUMNS], vf32 rows[PADDED][VECTORS], vf32 columns[HEAD][COLUMNS / LANES],
                             int slots) {
     const float *entries = (const float *)rows;
     for (int i = 0; i < slots; i += TILE_ROWS) {
         for (int j = 0; j < i + TILE_ROWS && j < slots; j += TILE_COLUMNS * LANES) {
-            vector sums[TILE_ROWS][TILE_COLUMNS] = {0};
+            vf32 sums[TILE_ROWS][TILE_COLUMNS] = {0};
             for (int d = 0; d < HEAD; d++) {
                 for (int r = 0; r < TILE_ROWS; r++) {
                     for (int c = 0; c < TILE_COLUMNS; c++) {
@@ -51,7 +51,7 @@ static void multiply_causal(float scores[PADDED][COLUMNS], vector rows[PADDED][V
                 }
             }
             for (int r = 0; r < TILE_ROWS; r++) {
-                for (int c = 0; c < TILE_COLUMNS; c++) *(vector *)&scores[i + r][j + c * LANES] = sums[r][c];
+                for (int c = 0; c < TILE_COLUMNS; c++) *(vf32 *)&scores[i + r][j + c * LANES] = sums[r][c];
             }
         }
     }
@@ -59,9 +59,9 @@ static void multiply_causal(float scores[PADDED][COLUMNS], vector rows[PADDED][V
 
 /* Rows of an output, `stride` apart, with the sum of all of them. */
 struct out_rows {
-    number *at;
+    elem *at;
     long stride;
-    vector *total; /* (VECTORS) added to */
+    vf32 *total; /* (VECTORS) added to */
 };
 
 /* Factors of a sum over rows k: factor k of output row r is at[r * row_step + k * step]. */
@@ -72,9 +72,9 @@ struct factors {
 
 /* out[r] = inv_sum[r], if there is one, x the sum over k of factor k x rows[k], for `count` rows r; it is called with a constant
    there, so that the sums stay in registers. */
-static inline __attribute__((always_inline)) void combine(int count, struct out_rows out, const float *inv_sum, struct factors f,
-                                                          vector rows[PADDED][VECTORS]) {
-    vector sums[ROWS][VECTORS] = {0};
+static inline __attribute__((always_inline)) void combine(int count, struct out_rows out, const float *inv_sum,
+                                                          struct factors f, vf32 rows[PADDED][VECTORS]) {
+    vf32 sums[ROWS][VECTORS] = {0};
     for (int k = f.first; k < f.end; k++) {
         for (int r = 0; r < count; r++) {
             for (int v = 0; v < VECTORS; v++) sums[r][v] += f.at[r * f.row_step + k * f.step] * rows[k][v];
@@ -91,9 +91,9 @@ static inline __attribute__((always_inline)) void combine(int count, struct out_
 
 /* The causal product of factors (slots, slots) and rows: row i is summed over k <= i. With `sums`, the sum of all output rows is added
    to it. */
-static inline void causal_product(number *out, long stride, float *sums, const float *inv_sum, float factors[PADDED][COLUMNS],
-                                  vector rows[PADDED][VECTORS], int slots) {
-    vector total[VECTORS] = {0};
+static inline void causal_product(elem *out, long stride, float *sums, const float *inv_sum, float factors[PADDED][COLUMNS],
+                                  vf32 rows[PADDED][VECTORS], int slots) {
+    vf32 total[VECTORS] = {0};
     int i = 0;
     for (; i + ROWS <= slots; i += ROWS) {
         struct factors f = {factors[i], COLUMNS, 1, 0, i + ROWS};
@@ -107,9 +107,9 @@ static inline void causal_product(number *out, long stride, float *sums, const f
 }
 
 /* The same of the factors transposed: row j is summed over k >= j. */
-static inline void causal_product_transposed(number *out, long stride, float *sums, float factors[PADDED][COLUMNS],
-                                             vector rows[PADDED][VECTORS], int slots) {
-    vector total[VECTORS] = {0};
+static inline void causal_product_transposed(elem *out, long stride, float *sums, float factors[PADDED][COLUMNS],
+                                             vf32 rows[PADDED][VECTORS], int slots) {
+    vf32 total[VECTORS] = {0};
     int j = 0;
     for (; j + ROWS <= slots; j += ROWS) {
         struct factors f = {&factors[0][j], 1, COLUMNS, j, slots};
@@ -130,9 +130,9 @@ static inline int end_of(int row) {
 
 /* Scores of row i, scaled before, become their softmax, and zero beyond slot i; returns the sum. */
 static inline float exponentiate(float *scores, int i, struct softmax_row row) {
-    vector sum = {0};
+    vf32 sum = {0};
     for (int j = 0; j < end_of(i); j += LANES) {
-        vector weights = exponential(load_float(scores + j) - row.row_max) * row.inv_sum;
+        vf32 weights = exponential(load_float(scores + j) - row.row_max) * row.inv_sum;
         if (j + LANES > i + 1) weights = mask_and(causal_mask(i, j), weights);
         store_float(scores + j, weights);
         sum += weights;
@@ -159,11 +159,11 @@ static void attend(struct buffers *b, struct head head) {
    gradient - their weighted mean). The mean is taken with the very weights that it is subtracted with: where all weight is on one
    slot the two cancel exactly, as they would not with output x d_out, which is the same number rounded in another way. */
 static inline void softmax_backward(float *weights, float *scores, int i, struct softmax_row row) {
-    vector products = {0};
+    vf32 products = {0};
     for (int j = 0; j < end_of(i); j += LANES) {
-        vector weight = exponential(load_float(weights + j) - row.row_max) * row.inv_sum, d_weight = load_float(scores + j);
+        vf32 weight = exponential(load_float(weights + j) - row.row_max) * row.inv_sum, d_weight = load_float(scores + j);
         if (j + LANES > i + 1) {
-            integers mask = causal_mask(i, j);
+            vi32 mask = causal_mask(i, j);
             weight = mask_and(mask, weight), d_weight = mask_and(mask, d_weight);
         }
         store_float(weights + j, weight);
@@ -171,14 +171,14 @@ static inline void softmax_backward(float *weights, float *scores, int i, struct
     }
     float mean = sum_of(products);
     for (int j = 0; j < end_of(i); j += LANES) {
-        vector difference = load_float(scores + j) - mean;
+        vf32 difference = load_float(scores + j) - mean;
         if (j + LANES > i + 1) difference = mask_and(causal_mask(i, j), difference);
         store_float(scores + j, load_float(weights + j) * difference);
     }
 }
 
 /* d_out is the gradient of the head's output, in rows of C; the gradient of its part of qkv's bias is added to `bias_grad` (3C). */
-static void attend_backward(struct buffers *b, struct head head, const number *d_out, float *bias_grad) {
+static void attend_backward(struct buffers *b, struct head head, const elem *d_out, float *bias_grad) {
     const long row = 3 * WIDTH;
     const int slots = head.slots;
     const float scale = 1 / sqrtf(HEAD);

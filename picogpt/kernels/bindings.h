@@ -8,16 +8,16 @@
 
 /* Weights of one block. A matrix is packed twice: as the forward pass multiplies with it, and transposed for the backward pass. */
 struct layer_weights {
-    const float *ln1_weight, *ln1_bias; /* (C) */
-    const unit *attn, *attn_back;       /* (3C, C), packed */
-    const float *attn_bias;             /* (3C) */
-    const unit *proj, *proj_back;       /* (C, C) */
-    const float *proj_bias;             /* (C) */
-    const float *ln2_weight, *ln2_bias; /* (C) */
-    const unit *fc, *fc_back;           /* (4C, C) */
-    const float *fc_bias;               /* (4C) */
-    const unit *out, *out_back;         /* (C, 4C) */
-    const float *out_bias;              /* (C) */
+    const float *ln1_weight, *ln1_bias;  /* (C) */
+    const packed_elem *attn, *attn_back; /* (3C, C), packed */
+    const float *attn_bias;              /* (3C) */
+    const packed_elem *proj, *proj_back; /* (C, C) */
+    const float *proj_bias;              /* (C) */
+    const float *ln2_weight, *ln2_bias;  /* (C) */
+    const packed_elem *fc, *fc_back;     /* (4C, C) */
+    const float *fc_bias;                /* (4C) */
+    const packed_elem *out, *out_back;   /* (C, 4C) */
+    const float *out_bias;               /* (C) */
 };
 
 /* Activations of one block for one window. The forward pass writes them; the backward pass writes a gradient over what it has read
@@ -25,21 +25,21 @@ struct layer_weights {
 struct activations {
     float *x;             /* (R, C) the block's input: written by the caller for the first block, else by the block before */
     float *ln1_stats;     /* (2, R) mean of each row, and 1 / its standard deviation */
-    number *ln1_out;      /* (R, C) written by the backward pass, as the right side of the gradient of attn */
-    number *qkv;          /* (R, 3C), and at last its gradient */
-    number *att_out;      /* (R, C) heads' outputs, side by side */
+    elem *ln1_out;        /* (R, C) written by the backward pass, as the right side of the gradient of attn */
+    elem *qkv;            /* (R, 3C), and at last its gradient */
+    elem *att_out;        /* (R, C) heads' outputs, side by side */
     float *softmax_stats; /* (2, rolls, H, slots) each row's largest score, and 1 / the sum of its exponentials */
     float *resid_mid;     /* (R, C) x plus attention */
     float *ln2_stats;     /* (2, R) */
-    number *ln2_out;      /* (R, C) like ln1_out, for fc */
-    number *fc;           /* (R, 4C) input of GELU, and at last its gradient */
-    number *fc_gelu;      /* (R, 4C) like ln1_out, for out */
-    number *d_mlp_out;    /* (R, C) gradient of what the MLP adds */
-    number *d_attn_out;   /* (R, C) gradient of what attention adds */
-    number *qkv_scratch;  /* (R, 3C) scratch buffers of the whole pass, in the cache: read right after they are written */
-    number *fc_scratch;   /* (R, 4C) */
-    number *ln_scratch;   /* (R, C) */
-    number *branch;       /* (R, C) what attention or the MLP adds to the residual path */
+    elem *ln2_out;        /* (R, C) like ln1_out, for fc */
+    elem *fc;             /* (R, 4C) input of GELU, and at last its gradient */
+    elem *fc_gelu;        /* (R, 4C) like ln1_out, for out */
+    elem *d_mlp_out;      /* (R, C) gradient of what the MLP adds */
+    elem *d_attn_out;     /* (R, C) gradient of what attention adds */
+    elem *qkv_scratch;    /* (R, 3C) scratch buffers of the whole pass, in the cache: read right after they are written */
+    elem *fc_scratch;     /* (R, 4C) */
+    elem *ln_scratch;     /* (R, C) */
+    elem *branch;         /* (R, C) what attention or the MLP adds to the residual path */
 };
 
 /* Gradients of one block's weights, which the backward pass adds to. Each thread, or each roll, has rows of its own for vectors, so
@@ -81,15 +81,15 @@ struct pass_grads {
     const struct param_grads *params; /* (layers) */
     float *dx;                        /* (R, C) gradient of the last block's output; becomes that of the first block's x */
     float *last_bias;                 /* (T, C) gradient of the last block's out_bias */
-    unit *workspace;                  /* `workspace_units` for the gradients of matrices */
+    packed_elem *workspace;           /* `workspace_units` for the gradients of matrices */
     int32_t weight_grads;             /* enum weight_grads */
 };
 
 /* A matrix's gradient, left^T right: the gradient of the product's output, and the product's input. */
 struct matrix_grad {
-    float *sums;         /* (outputs, inputs), written */
-    const number *left;  /* (rows, outputs) */
-    const number *right; /* (rows, inputs) */
+    float *sums;       /* (outputs, inputs), written */
+    const elem *left;  /* (rows, outputs) */
+    const elem *right; /* (rows, inputs) */
     int32_t outputs, inputs, rows, threads;
 };
 
@@ -103,12 +103,12 @@ struct muon_matrix {
 
 /* Settings of an update, and the shape of all its matrices. */
 struct muon_settings {
-    const float *polynomials;    /* (n, 3) coefficients of the Newton-Schulz iterations */
-    const int32_t *gram_reuse;   /* how many of them share a Gram matrix, one group after the other, up to a zero */
-    float momentum, beta2;       /* decay of the mean gradient, and of the mean squares */
-    float decay, step;           /* what weight decay leaves of a weight, and the length of the step */
-    float margin;                /* safety factor: keeps the singular values below 1 after rounding */
-    int32_t rows, columns;       /* one of them is WIDTH, the other WIDTH or 4 WIDTH */
+    const float *polynomials;  /* (n, 3) coefficients of the Newton-Schulz iterations */
+    const int32_t *gram_reuse; /* how many of them share a Gram matrix, one group after the other, up to a zero */
+    float momentum, beta2;     /* decay of the mean gradient, and of the mean squares */
+    float decay, step;         /* what weight decay leaves of a weight, and the length of the step */
+    float margin;              /* safety factor: keeps the singular values below 1 after rounding */
+    int32_t rows, columns;     /* one of them is WIDTH, the other WIDTH or 4 WIDTH */
     int32_t matrices, threads;
 };
 

@@ -30,18 +30,18 @@ __attribute__((constructor)) static void sleep_soon(void) { kmp_set_blocktime(1)
 struct norm {
     const float *weight, *bias; /* (C) */
     float *stats;               /* (2, R) mean of each row, and 1 / its standard deviation: written forward, read backward */
-    number *out;                /* (R, C) written, backward too */
+    elem *out;                  /* (R, C) written, backward too */
 };
 
 /* noinline: the forward pass and its recomputation must round identically. */
 static __attribute__((noinline)) void normalize_row(const float *x, const struct norm *norm, long i, long rows) {
     const float *weight = norm->weight, *bias = norm->bias;
-    number *out = norm->out + i * WIDTH;
-    vector sum = {0}, squares = {0};
+    elem *out = norm->out + i * WIDTH;
+    vf32 sum = {0}, squares = {0};
     for (int c = 0; c < WIDTH; c += LANES) sum += load_float(x + c);
     const float mean = sum_of(sum) / WIDTH;
     for (int c = 0; c < WIDTH; c += LANES) {
-        vector distance = load_float(x + c) - mean;
+        vf32 distance = load_float(x + c) - mean;
         squares += distance * distance;
     }
     const float inv_std = 1 / sqrtf(sum_of(squares) / WIDTH + EPSILON);
@@ -58,16 +58,16 @@ static void layer_norm(const float *x, struct norm norm, struct work work) {
 
 /* The residual path: sum = x + branch + bias. */
 struct residual {
-    const float *x;       /* (R, C) */
-    const number *branch; /* (R, C) the output of attention or the MLP, without its bias */
-    const float *bias;    /* (C) that bias */
-    float *sum;           /* (R, C) written; may be x */
-    float *kept;          /* (R, C) the sum once more, for the backward pass, or null */
+    const float *x;     /* (R, C) */
+    const elem *branch; /* (R, C) the output of attention or the MLP, without its bias */
+    const float *bias;  /* (C) that bias */
+    float *sum;         /* (R, C) written; may be x */
+    float *kept;        /* (R, C) the sum once more, for the backward pass, or null */
 };
 
 static inline void add_row(const struct residual *r, long i) {
     for (long at = i * WIDTH, c = 0; c < WIDTH; c += LANES) {
-        vector y = load_float(r->x + at + c) + load(r->branch + at + c) + load_float(r->bias + c);
+        vf32 y = load_float(r->x + at + c) + load(r->branch + at + c) + load_float(r->bias + c);
         store_float(r->sum + at + c, y);
         if (r->kept) stream_float(r->kept + at + c, y);
     }
@@ -86,23 +86,23 @@ static void add_layer_norm(struct residual residual, struct norm norm, struct wo
 }
 
 /* Where a value goes that a matrix gradient is made of: to the cache, if that is computed next, or past it to memory. */
-static inline void store_or_stream(number *to, vector x, enum weight_grads when) {
+static inline void store_or_stream(elem *to, vf32 x, enum weight_grads when) {
     if (when == GRADS_PER_WINDOW) store(to, x);
     else stream(to, x);
 }
 
 /* The gradient of a LayerNorm's input is added to that of the residual path. */
 struct norm_grads {
-    const number *d_out; /* (R, C) gradient of the LayerNorm's output */
-    const float *x;      /* (R, C) its input */
-    float *d_resid;      /* (R, C) gradient of the residual path, added to */
-    number *d_branch;    /* (R, C) written: the same rounded, for the product that x was the sum with; null if there is none */
-    float *params;       /* (T, 3, C) added to: gradients of weight, bias, and the bias of that product */
+    const elem *d_out; /* (R, C) gradient of the LayerNorm's output */
+    const float *x;    /* (R, C) its input */
+    float *d_resid;    /* (R, C) gradient of the residual path, added to */
+    elem *d_branch;    /* (R, C) written: the same rounded, for the product that x was the sum with; null if there is none */
+    float *params;     /* (T, 3, C) added to: gradients of weight, bias, and the bias of that product */
 };
 
 /* Gradients of one thread's rows, in vectors. */
 struct norm_sums {
-    vector weight[WIDTH / LANES], bias[WIDTH / LANES], branch_bias[WIDTH / LANES];
+    vf32 weight[WIDTH / LANES], bias[WIDTH / LANES], branch_bias[WIDTH / LANES];
 };
 
 static inline __attribute__((always_inline)) void norm_row_backward(const struct norm_grads *g, const struct norm *norm,
@@ -110,9 +110,9 @@ static inline __attribute__((always_inline)) void norm_row_backward(const struct
                                                                     enum weight_grads when) {
     const long at = i * WIDTH;
     const float mean = norm->stats[i], inv_std = norm->stats[rows + i];
-    vector normal[WIDTH / LANES], d_normal[WIDTH / LANES], sum = {0}, products = {0};
+    vf32 normal[WIDTH / LANES], d_normal[WIDTH / LANES], sum = {0}, products = {0};
     for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-        vector d = load(g->d_out + at + c), w = load_float(norm->weight + c);
+        vf32 d = load(g->d_out + at + c), w = load_float(norm->weight + c);
         normal[v] = (load_float(g->x + at + c) - mean) * inv_std;
         d_normal[v] = d * w;
         sum += d_normal[v];
@@ -123,7 +123,7 @@ static inline __attribute__((always_inline)) void norm_row_backward(const struct
     }
     float d_mean = sum_of(sum) / WIDTH, mean_product = sum_of(products) / WIDTH;
     for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-        vector d = load_float(g->d_resid + at + c) + (d_normal[v] - d_mean - normal[v] * mean_product) * inv_std;
+        vf32 d = load_float(g->d_resid + at + c) + (d_normal[v] - d_mean - normal[v] * mean_product) * inv_std;
         store_float(g->d_resid + at + c, d);
         if (g->d_branch) store(g->d_branch + at + c, d);
         sums->branch_bias[v] += d;
@@ -142,11 +142,11 @@ static void layer_norm_backward(struct norm_grads grads, struct norm norm, enum 
 }
 
 /* The gradient of `add`, for the last block's product and its bias: dx (R, C) is rounded to d_branch (R, C). */
-static void add_backward(const float *dx, number *d_branch, float *bias_grad, struct work work) {
-    vector sums[WIDTH / LANES] = {0};
+static void add_backward(const float *dx, elem *d_branch, float *bias_grad, struct work work) {
+    vf32 sums[WIDTH / LANES] = {0};
     for (long i = work.first; i < work.end; i++) {
         for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-            vector d = load_float(dx + i * WIDTH + c);
+            vf32 d = load_float(dx + i * WIDTH + c);
             store(d_branch + i * WIDTH + c, d);
             sums[v] += d;
         }
@@ -155,7 +155,7 @@ static void add_backward(const float *dx, number *d_branch, float *bias_grad, st
 }
 
 /* Rows of `width` numbers to where they are kept for the backward pass, unless that is null. */
-static void keep_rows(const number *x, number *kept, long width, struct work work) {
+static void keep_rows(const elem *x, elem *kept, long width, struct work work) {
     if (!kept) return;
     for (long at = work.first * width; at < work.end * width; at += LANES) stream(kept + at, load(x + at));
 }
@@ -163,37 +163,36 @@ static void keep_rows(const number *x, number *kept, long width, struct work wor
 /* ---- GELU: x times the chance that a normal variable is less than x ---- */
 
 /* That chance, and the density at x: Abramowitz and Stegun, 7.1.26, to 1e-7, and to 1e-4 where `reciprocal` is in bfloat16. */
-static inline vector chance_below(vector x, vector *density) {
+static inline vf32 chance_below(vf32 x, vf32 *density) {
     const int32_t sign = INT32_MIN;
-    vector size = (vector)((integers)x & ~sign), e = exponential_2(x * x * -0.72134752f),
-           t = reciprocal(size * 0.23164189f + 1.0f);
-    vector p = t * 0.5307027145f - 0.7265760135f;
+    vf32 size = (vf32)((vi32)x & ~sign), e = exponential_2(x * x * -0.72134752f), t = reciprocal(size * 0.23164189f + 1.0f);
+    vf32 p = t * 0.5307027145f - 0.7265760135f;
     p = p * t + 0.7107068705f;
     p = p * t - 0.142248368f;
     p = p * t + 0.127414796f;
     *density = e * 0.39894228f;
-    vector beyond = 0.5f - p * t * e; /* the middle, up to x */
-    return 0.5f + (vector)((integers)beyond ^ ((integers)x & sign));
+    vf32 beyond = 0.5f - p * t * e; /* the middle, up to x */
+    return 0.5f + (vf32)((vi32)beyond ^ ((vi32)x & sign));
 }
 
 /* x (R, 4C) becomes its GELU; x itself is kept for the backward pass, unless `kept` is null. */
-static void gelu(number *x, number *kept, struct work work) {
+static void gelu(elem *x, elem *kept, struct work work) {
     for (long at = work.first * 4 * WIDTH; at < work.end * 4 * WIDTH; at += LANES) {
-        vector density, y = load(x + at);
+        vf32 density, y = load(x + at);
         if (kept) stream(kept + at, y);
         store(x + at, y * chance_below(y, &density));
     }
 }
 
 /* x (R, 4C), GELU's input, becomes its gradient, and the GELU is written to `out` once more; d_out is the GELU's gradient. */
-static void gelu_backward(const number *d_out, const struct activations *a, float *bias_grad, enum weight_grads when,
+static void gelu_backward(const elem *d_out, const struct activations *a, float *bias_grad, enum weight_grads when,
                           struct work work) {
-    vector sums[4 * WIDTH / LANES] = {0};
+    vf32 sums[4 * WIDTH / LANES] = {0};
     for (long i = work.first; i < work.end; i++) {
         for (int v = 0, c = 0; c < 4 * WIDTH; v++, c += LANES) {
             long at = i * 4 * WIDTH + c;
-            vector density, y = load(a->fc + at), chance = chance_below(y, &density);
-            vector d = load(d_out + at) * (chance + y * density);
+            vf32 density, y = load(a->fc + at), chance = chance_below(y, &density);
+            vf32 d = load(d_out + at) * (chance + y * density);
             store_or_stream(a->fc_gelu + at, y * chance, when);
             store(a->fc + at, d);
             sums[v] += d;
@@ -226,11 +225,11 @@ static inline void wait_for_rows(struct work work) {
     }
 }
 
-static struct norm norm_1(const struct layer_weights *w, const struct activations *a, number *out) {
+static struct norm norm_1(const struct layer_weights *w, const struct activations *a, elem *out) {
     return (struct norm){w->ln1_weight, w->ln1_bias, a->ln1_stats, out};
 }
 
-static struct norm norm_2(const struct layer_weights *w, const struct activations *a, number *out) {
+static struct norm norm_2(const struct layer_weights *w, const struct activations *a, elem *out) {
     return (struct norm){w->ln2_weight, w->ln2_bias, a->ln2_stats, out};
 }
 
@@ -277,10 +276,11 @@ void forward(const struct pass *pass, float *out) {
 }
 
 /* Write a matrix's gradient, for all windows at once. */
-void weight_grad(const struct matrix_grad *grad, unit *workspace) {
+void weight_grad(const struct matrix_grad *grad, packed_elem *workspace) {
 #pragma omp parallel num_threads(grad->threads)
     {
-        struct gemm_tn p = {grad->sums, grad->left, grad->right, grad->outputs, grad->inputs, grad->rows, WRITE_TO, ALL_ENTRIES};
+        struct gemm_tn p = {grad->sums,   grad->left, grad->right, grad->outputs,
+                            grad->inputs, grad->rows, WRITE_TO,    ALL_ENTRIES};
         begin_tiles();
         gemm_tn(p, workspace, omp_get_thread_num(), omp_get_num_threads());
         end_tiles();
@@ -288,7 +288,7 @@ void weight_grad(const struct matrix_grad *grad, unit *workspace) {
 }
 
 /* Add the gradient of a matrix (n, m) over one window to `sums`. */
-static void add_weight_grad(float *sums, const number *left, int n, const number *right, int m, unit *workspace,
+static void add_weight_grad(float *sums, const elem *left, int n, const elem *right, int m, packed_elem *workspace,
                             const struct work *work) {
     gemm_tn((struct gemm_tn){sums, left, right, n, m, work->rows, ADD_TO, ALL_ENTRIES}, workspace, work->thread, work->threads);
 }
@@ -296,7 +296,7 @@ static void add_weight_grad(float *sums, const number *left, int n, const number
 /* Backward through a block: grads->dx, the gradient of its output, becomes that of its x. d_branch (R, C), or null, is where the block
    before finds the same rounded. */
 static void backward_block(const struct layer_weights *w, const struct activations *a, const struct param_grads *g,
-                           const struct pass_grads *grads, number *d_branch, struct work work) {
+                           const struct pass_grads *grads, elem *d_branch, struct work work) {
     const enum weight_grads when = grads->weight_grads;
     multiply_1_to_4(a->fc_scratch, a->d_mlp_out, w->out_back, 0, work);
     gelu_backward(a->fc_scratch, a, g->fc_bias, when, work);
@@ -351,19 +351,19 @@ void backward(const struct pass *pass, const struct pass_grads *grads) {
 /* ---- Packing and updates of matrices ---- */
 
 /* Pack matrix (out, in) for the forward pass, UP(out, PANEL) x in, and for the backward pass, UP(in, PANEL) x out. */
-static void pack_matrix(const float *matrix, unit *packed, unit *back, int out, int in) {
+static void pack_matrix(const float *matrix, packed_elem *packed, packed_elem *back, int out, int in) {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     const int panels = UP(out, PANEL) / PANEL, panels_back = UP(in, PANEL) / PANEL;
     for (int j = first_of(panels, thread, threads); j < first_of(panels, thread + 1, threads); j++) {
-        pack_transposed(matrix, packed + (long)j * PANEL * (in / PAIR), out, in, j * PANEL);
+        pack_transposed(matrix, packed + (long)j * PANEL * (in / PER_PACKED), out, in, j * PANEL);
     }
     for (int j = first_of(panels_back, thread, threads); j < first_of(panels_back, thread + 1, threads); j++) {
-        pack_as_it_is(matrix, back + (long)j * PANEL * (out / PAIR), out, in, j * PANEL);
+        pack_as_it_is(matrix, back + (long)j * PANEL * (out / PER_PACKED), out, in, j * PANEL);
     }
 }
 
 /* Pack the four matrices of each block: attn, proj, fc and out. `packed` are the buffers for each of them, forward and backward. */
-void pack(const float *const *matrices, unit *const *packed, int layers, int threads) {
+void pack(const float *const *matrices, packed_elem *const *packed, int layers, int threads) {
     static const int shapes[4][2] = {{3 * WIDTH, WIDTH}, {WIDTH, WIDTH}, {4 * WIDTH, WIDTH}, {WIDTH, 4 * WIDTH}};
 #pragma omp parallel num_threads(threads)
     for (int i = 0; i < 4 * layers; i++) {
@@ -372,13 +372,13 @@ void pack(const float *const *matrices, unit *const *packed, int layers, int thr
 }
 
 /* Take a step of Muon with matrices of one shape, each by one thread. */
-void update_matrices(const struct muon_matrix *matrices, const struct muon_settings *settings, unit *workspace) {
+void update_matrices(const struct muon_matrix *matrices, const struct muon_settings *settings, packed_elem *workspace) {
 #pragma omp parallel num_threads(settings->threads)
     {
         begin_tiles();
 #pragma omp for schedule(dynamic)
         for (int i = 0; i < settings->matrices; i++) {
-            update_matrix(matrices + i, settings, workspace + omp_get_thread_num() * MUON_UNITS);
+            update_matrix(matrices + i, settings, workspace + omp_get_thread_num() * MUON_ELEMS);
         }
         end_tiles();
     }
@@ -386,7 +386,7 @@ void update_matrices(const struct muon_matrix *matrices, const struct muon_setti
 
 /* Columns of a panel, and units of the workspace that threads need: for Muon's updates the most. */
 int panel_columns(void) { return PANEL; }
-long workspace_units(int threads) { return threads * MUON_UNITS; }
+long workspace_elems(int threads) { return threads * MUON_ELEMS; }
 int uses_matrix_tiles(void) {
 #ifdef MATRIX_TILES
     return 1;

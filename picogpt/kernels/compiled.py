@@ -70,7 +70,7 @@ _FUNCTIONS: dict[str, tuple[object, Sequence[object]]] = {
     "update_matrices": (None, (POINTER(MuonMatrix), POINTER(MuonSettings), c_void_p)),
     "uses_matrix_tiles": (c_int, ()),
     "panel_columns": (c_int, ()),
-    "workspace_units": (c_long, (c_int,)),
+    "workspace_elems": (c_long, (c_int,)),
 }
 """What each function of block.c returns and takes."""
 
@@ -148,7 +148,7 @@ class Kernels:
     @cached_property
     def workspace(self) -> Tensor:
         """Memory that threads pack matrices in, and update them."""
-        return torch.empty(self._library.workspace_units(self.threads), dtype=torch.float32)
+        return torch.empty(self._library.workspace_elems(self.threads), dtype=torch.float32)
 
     def pack(self, matrices: Addresses, packed: Addresses, layers: int) -> None:
         """Pack four matrices of each block: those of attention, its projection, and the MLP."""

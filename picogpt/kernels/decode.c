@@ -162,14 +162,14 @@ static inline int rows_of(const struct pass *pass) { return pass->windows->texts
 /* (x - mean) / sqrt(variance + epsilon) * gain + bias; what is beyond C stays zero, as gain and bias are. */
 static void normalize_row(const struct model *m, const float *x, const float *gain, const float *bias, float *out) {
     const int C = m->n_embd;
-    vector sum = {0}, squares = {0};
+    vf32 sum = {0}, squares = {0};
     for (int c = 0; c < C; c += LANES) sum += load_float(x + c);
     const float mean = sum_of(sum) / (float)C;
-    integers lane;
+    vi32 lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
     for (int c = 0; c < C; c += LANES) {
-        vector distance = load_float(x + c) - mean;
-        if (c + LANES > C) distance = choose(lane < C - c, distance, (vector){0});
+        vf32 distance = load_float(x + c) - mean;
+        if (c + LANES > C) distance = choose(lane < C - c, distance, (vf32){0});
         squares += distance * distance;
     }
     const float scale = 1 / sqrtf(sum_of(squares) / (float)C + EPSILON);
@@ -188,7 +188,8 @@ static const float *normalize(struct pass *pass, const float *gain, const float 
     }
     const long first = first_of(rows, pass->worker.index, pass->worker.count);
     const long end = first_of(rows, pass->worker.index + 1, pass->worker.count);
-    for (long r = first; r < end; r++) normalize_row(m, pass->activations.x + r * C, gain, bias, pass->activations.normed + r * C);
+    for (long r = first; r < end; r++)
+        normalize_row(m, pass->activations.x + r * C, gain, bias, pass->activations.normed + r * C);
     meet(pass->worker);
     return pass->activations.normed;
 }
@@ -238,18 +239,19 @@ static struct head head_of(const struct pass *pass, int layer, int text, int ind
 static inline long key_place(struct head head, int slot) { return (long)slot / PANEL * PANEL * head.entries + slot % PANEL; }
 
 /* Numbers from `place` on, of `size` bytes, which is a constant where this is called. */
-static inline __attribute__((always_inline)) vector load_cached(const char *cache, long place, int size) {
+static inline __attribute__((always_inline)) vf32 load_cached(const char *cache, long place, int size) {
     return size == 2 ? load_halves((const uint16_t *)cache + place) : load_float((const float *)cache + place);
 }
 
 /* sums (PANEL) += one entry of the keys of PANEL slots x that of the query. */
-static inline __attribute__((always_inline)) void add_keys(vector sums[LINE_VECTORS], struct head head, int size, long at, float entry) {
+static inline __attribute__((always_inline)) void add_keys(vf32 sums[LINE_VECTORS], struct head head, int size, long at,
+                                                           float entry) {
 #pragma GCC unroll 4
     for (int v = 0; v < LINE_VECTORS; v++) sums[v] += load_cached(head.keys, at + v * LANES, size) * entry;
 }
 
 /* sums (PANEL) += PANEL entries of the value of a slot x its weight. */
-static inline __attribute__((always_inline)) void add_values(vector sums[LINE_VECTORS], struct head head, int size, long at,
+static inline __attribute__((always_inline)) void add_values(vf32 sums[LINE_VECTORS], struct head head, int size, long at,
                                                              float weight) {
 #pragma GCC unroll 4
     for (int v = 0; v < LINE_VECTORS; v++) sums[v] += load_cached(head.values, at + v * LANES, size) * weight;
@@ -259,11 +261,11 @@ static inline __attribute__((always_inline)) void add_values(vector sums[LINE_VE
 static inline __attribute__((always_inline)) float score_slots(const float *query, struct head head, int size, int count,
                                                                float *scores) {
     const float by = 1.44269504f / sqrtf((float)head.entries);
-    integers lane;
+    vi32 lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
-    vector largest = (vector){0} + (float)NOTHING;
+    vf32 largest = (vf32){0} + (float)NOTHING;
     for (int s = 0; s < count; s += PANEL) {
-        vector sums[2][LINE_VECTORS] = {0}; /* by turns, as one would wait for itself */
+        vf32 sums[2][LINE_VECTORS] = {0}; /* by turns, as one would wait for itself */
         const long at = key_place(head, s);
         int d = 0;
         for (; d + 2 <= head.entries; d += 2) {
@@ -273,8 +275,8 @@ static inline __attribute__((always_inline)) float score_slots(const float *quer
         if (d < head.entries) add_keys(sums[0], head, size, at + d * PANEL, query[d]);
         for (int v = 0; v < LINE_VECTORS; v++) {
             const int first = s + v * LANES;
-            vector score = (sums[0][v] + sums[1][v]) * by;
-            if (first + LANES > count) score = choose(lane < count - first, score, (vector){0} + (float)NOTHING);
+            vf32 score = (sums[0][v] + sums[1][v]) * by;
+            if (first + LANES > count) score = choose(lane < count - first, score, (vf32){0} + (float)NOTHING);
             store_float(scores + first, score);
             largest = choose(score > largest, score, largest);
         }
@@ -286,9 +288,9 @@ static inline __attribute__((always_inline)) float score_slots(const float *quer
 static inline __attribute__((always_inline)) void attend_cached(const float *query, struct head head, int size, int count,
                                                                 float *scores, float *out) {
     const float most = score_slots(query, head, size, count, scores);
-    vector total = {0};
+    vf32 total = {0};
     for (int s = 0; s < count; s += LANES) {
-        vector weight = exponential_2(load_float(scores + s) - most);
+        vf32 weight = exponential_2(load_float(scores + s) - most);
         if (s + LANES > count) {
             for (int i = count - s; i < LANES; i++) weight[i] = 0;
         }
@@ -298,7 +300,7 @@ static inline __attribute__((always_inline)) void attend_cached(const float *que
     const float by = 1 / sum_of(total);
     const long row = head.entries_padded;
     for (int d = 0; d < row; d += PANEL) {
-        vector sums[4][LINE_VECTORS] = {0};
+        vf32 sums[4][LINE_VECTORS] = {0};
         int s = 0;
         for (; s + 4 <= count; s += 4) {
 #pragma GCC unroll 4
@@ -395,7 +397,8 @@ static void embed(struct pass *pass, const int32_t *ids) {
         const long text = r / pass->length, i = r % pass->length;
         const float *what = pass->windows->contexts + text * C, *position = m->positions + (pass->filled + i) * C;
         if (i >= begins) what = m->tokens + ids[text * (pass->length - begins) + i - begins] * C;
-        for (long c = 0; c < C; c += LANES) store_float(pass->activations.x + r * C + c, load_float(what + c) + load_float(position + c));
+        for (long c = 0; c < C; c += LANES)
+            store_float(pass->activations.x + r * C + c, load_float(what + c) + load_float(position + c));
     }
 }
 
@@ -457,7 +460,8 @@ static void decode_job(void *job, struct worker worker) {
     const struct model *m = d->model;
     struct pass pass = {.model = m, .windows = d->windows, .worker = worker, .filled = d->windows->filled, .length = 1};
     const int texts = d->windows->texts;
-    const int first = (int)first_of(texts, worker.index, worker.count), end = (int)first_of(texts, worker.index + 1, worker.count);
+    const int first = (int)first_of(texts, worker.index, worker.count),
+              end = (int)first_of(texts, worker.index + 1, worker.count);
     struct arena arena = {.memory = d->workspace};
     pass.activations = take_activations(m, &arena, texts);
     for (int i = 0; i <= worker.index; i++) pass.scratch = take_scratch(m, &arena);
@@ -490,7 +494,7 @@ static float loss_of(const float *logits, int count, int target) {
     double sum = 0;
     for (int v = 1; v < count; v++) most = logits[v] > most ? logits[v] : most;
     for (int v = 0; v < count; v += LANES) {
-        vector e = exponential(load_float(logits + v) - most);
+        vf32 e = exponential(load_float(logits + v) - most);
         for (int lane = 0; lane < LANES && v + lane < count; lane++) sum += e[lane];
     }
     return (float)log(sum) + most - logits[target];

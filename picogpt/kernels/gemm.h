@@ -4,14 +4,14 @@
    In bfloat16 two numbers that follow each other in a sum are one `unit`, as the processor multiplies them together. */
 
 #ifdef BFLOAT16
-typedef uint32_t unit __attribute__((may_alias));
-typedef uint32_t units __attribute__((vector_size(4 * LANES), may_alias));
-typedef float float_unit __attribute__((may_alias));
-#define PAIR 2 /* numbers of a unit */
+typedef uint32_t packed_elem __attribute__((may_alias));
+typedef uint32_t packed_vec __attribute__((vector_size(4 * LANES), may_alias));
+typedef float float_elem __attribute__((may_alias));
+#define PER_PACKED 2 /* numbers of a unit */
 #else
-typedef float unit __attribute__((may_alias));
-typedef vector units;
-#define PAIR 1
+typedef float packed_elem __attribute__((may_alias));
+typedef vf32 packed_vec;
+#define PER_PACKED 1
 #endif
 #define PANEL (2 * LANES)
 #define AHEAD 16             /* rows of a panel that are asked for before they are needed */
@@ -22,38 +22,39 @@ typedef vector units;
 #endif
 
 /* Depth of a sum over `rows` in units; with zeros up to there where tiles are 16 units deep. */
-#define DEPTH_OF(rows) UP(UP(rows, PAIR) / PAIR, PAIR == 2 ? 16 : 1)
+#define DEPTH_OF(rows) UP(UP(rows, PER_PACKED) / PER_PACKED, PER_PACKED == 2 ? 16 : 1)
 
 /* A unit in all lanes. */
-static inline units spread(const unit *a) {
+static inline packed_vec spread(const packed_elem *a) {
 #if defined(BFLOAT16) && LANES == 16
-    return (units)_mm512_set1_ps(*(const float_unit *)a); /* as a float it comes straight from memory */
+    return (packed_vec)_mm512_set1_ps(*(const float_elem *)a); /* as a float it comes straight from memory */
 #else
-    return (units){0} + *a;
+    return (packed_vec){0} + *a;
 #endif
 }
 
 /* sums + a x b, lane by lane; in bfloat16 of both numbers of a unit. */
-static inline vector plus_product(vector sums, units a, units b) {
+static inline vf32 plus_product(vf32 sums, packed_vec a, packed_vec b) {
 #ifndef BFLOAT16
     return sums + a * b;
 #elif LANES == 16 && defined(__AVX512BF16__)
-    return (vector)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+    return (vf32)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
 #else
-    return sums + (vector)(a << 16) * (vector)(b << 16) + (vector)(a & 0xffff0000u) * (vector)(b & 0xffff0000u);
+    return sums + (vf32)(a << 16) * (vf32)(b << 16) + (vf32)(a & 0xffff0000u) * (vf32)(b & 0xffff0000u);
 #endif
 }
 
 /* sums[r] = row r of a x panel, over `depth` units, for `count` rows; called with a constant there, so that the sums stay in
    registers. Unit k of row r is a[r * row + k * step]. */
-static inline __attribute__((always_inline)) void multiply_tile(int count, vector sums[TILE][2], const unit *a, long row,
-                                                                long step, const unit *panel, int depth) {
-    for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = (vector){0};
+static inline __attribute__((always_inline)) void multiply_tile(int count, vf32 sums[TILE][2], const packed_elem *a, long row,
+                                                                long step, const packed_elem *panel, int depth) {
+    for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = (vf32){0};
     for (int k = 0; k < depth; k++) {
         __builtin_prefetch(panel + (long)(k + AHEAD) * PANEL); /* a long panel does not fit in the first cache */
-        units first = *(const units *)(panel + (long)k * PANEL), second = *(const units *)(panel + (long)k * PANEL + LANES);
+        packed_vec first = *(const packed_vec *)(panel + (long)k * PANEL),
+                   second = *(const packed_vec *)(panel + (long)k * PANEL + LANES);
         for (int r = 0; r < count; r++) {
-            units x = spread(a + r * row + k * step);
+            packed_vec x = spread(a + r * row + k * step);
             sums[r][0] = plus_product(sums[r][0], x, first);
             sums[r][1] = plus_product(sums[r][1], x, second);
         }
@@ -65,14 +66,14 @@ enum result { WRITE_TO, ADD_TO };
 
 /* out (rows, columns) = x (rows, inner) x packed (inner, columns) + bias, if there is one; inner and columns are constants. */
 struct product {
-    number *out;
-    const number *x;
-    const unit *packed;
+    elem *out;
+    const elem *x;
+    const packed_elem *packed;
     const float *bias; /* (columns), or null */
     int inner, columns;
 };
 
-static inline vector bias_of(const float *bias, int column) { return bias ? load_float(bias + column) : (vector){0}; }
+static inline vf32 bias_of(const float *bias, int column) { return bias ? load_float(bias + column) : (vf32){0}; }
 
 #ifdef MATRIX_TILES
 struct tile_shape {
@@ -108,7 +109,7 @@ struct tiles {
 static inline __attribute__((always_inline)) void multiply_tiles(int rows, float *sums, long row, enum result result,
                                                                  struct tiles a, struct tiles b, int steps) {
     const char *left = a.at, *right = b.at;
-    const int both = rows == 32; /* the second 16 rows too */
+    const int both = rows == 32;       /* the second 16 rows too */
     __asm__ volatile("" ::: "memory"); /* the loads below do not tell the compiler what they read */
     if (result == ADD_TO) {
         _tile_loadd(0, sums, 4 * row);
@@ -140,22 +141,22 @@ static inline __attribute__((always_inline)) void multiply_tiles(int rows, float
 }
 
 /* A panel of `depth` units, from its first tile on. */
-static inline struct tiles tiles_of_panel(const unit *panel) { return (struct tiles){panel, 4 * PANEL, 64 * PANEL}; }
+static inline struct tiles tiles_of_panel(const packed_elem *panel) { return (struct tiles){panel, 4 * PANEL, 64 * PANEL}; }
 
 static inline __attribute__((always_inline)) void multiply_by_tiles(struct product p, int first, int end) {
-    const int depth = p.inner / PAIR;
+    const int depth = p.inner / PER_PACKED;
     for (int j = 0; j < p.columns; j += PANEL) {
         struct tiles panel = tiles_of_panel(p.packed + (long)j * depth);
-        vector low = bias_of(p.bias, j), high = bias_of(p.bias, j + LANES);
+        vf32 low = bias_of(p.bias, j), high = bias_of(p.bias, j + LANES);
         for (int i = first; i < end;) {
             int both = i + 32 <= end, at = both || i + 16 <= end ? i : end - 16; /* the last rows may be among those before */
-            struct tiles rows = {p.x + (long)at * depth * PAIR, 4L * depth, 64};
+            struct tiles rows = {p.x + (long)at * depth * PER_PACKED, 4L * depth, 64};
             if (both) multiply_tiles(32, tile_sums[0], PANEL, WRITE_TO, rows, panel, depth / 16);
             else multiply_tiles(16, tile_sums[0], PANEL, WRITE_TO, rows, panel, depth / 16);
             for (int r = 0; r < (both ? 32 : 16); r++) {
-                number *to = p.out + (long)(at + r) * p.columns + j;
-                store(to, *(vector *)tile_sums[r] + low);
-                store(to + LANES, *(vector *)(tile_sums[r] + LANES) + high);
+                elem *to = p.out + (long)(at + r) * p.columns + j;
+                store(to, *(vf32 *)tile_sums[r] + low);
+                store(to + LANES, *(vf32 *)(tile_sums[r] + LANES) + high);
             }
             i = at + (both ? 32 : 16);
         }
@@ -167,22 +168,22 @@ static void end_tiles(void) {}
 #endif
 
 /* `count` rows from `row` on, in the columns of the panel that begins at `column`. */
-static inline __attribute__((always_inline)) void multiply_rows(int count, struct product p, const unit *panel, int row,
+static inline __attribute__((always_inline)) void multiply_rows(int count, struct product p, const packed_elem *panel, int row,
                                                                 int column) {
-    const int depth = p.inner / PAIR;
-    vector sums[TILE][2];
-    multiply_tile(count, sums, (const unit *)(p.x + (long)row * p.inner), depth, 1, panel, depth);
+    const int depth = p.inner / PER_PACKED;
+    vf32 sums[TILE][2];
+    multiply_tile(count, sums, (const packed_elem *)(p.x + (long)row * p.inner), depth, 1, panel, depth);
     for (int r = 0; r < count; r++) {
-        number *to = p.out + (long)(row + r) * p.columns + column;
+        elem *to = p.out + (long)(row + r) * p.columns + column;
         store(to, sums[r][0] + bias_of(p.bias, column));
         if (column + LANES < p.columns) store(to + LANES, sums[r][1] + bias_of(p.bias, column + LANES));
     }
 }
 
 /* Units of LANES entries of one row and the next. */
-static inline units units_of(const number *first, const number *second) {
+static inline packed_vec pack_rows(const elem *first, const elem *second) {
 #ifdef BFLOAT16
-    return (units)widen(first) | (units)widen(second) << 16;
+    return (packed_vec)widen(first) | (packed_vec)widen(second) << 16;
 #else
     (void)second;
     return load_float(first);
@@ -191,7 +192,7 @@ static inline units units_of(const number *first, const number *second) {
 
 /* Have a panel come to the cache while the one before it is multiplied with: what falls to `count` rows of `all`, from `row`
    on. */
-static inline void prefetch_part(const unit *panel, int depth, int row, int count, int all) {
+static inline void prefetch_part(const packed_elem *panel, int depth, int row, int count, int all) {
     const long lines = 4L * PANEL * depth / 64;
     for (long line = lines * row / all; line < lines * (row + count) / all; line++) {
         __builtin_prefetch((const char *)panel + 64 * line);
@@ -200,7 +201,7 @@ static inline void prefetch_part(const unit *panel, int depth, int row, int coun
 
 /* Rows from `first` to `end` of a product. */
 static inline __attribute__((always_inline)) void multiply(struct product p, int first, int end) {
-    const int depth = p.inner / PAIR;
+    const int depth = p.inner / PER_PACKED;
 #ifdef MATRIX_TILES
     if (end - first >= 16) {
         multiply_by_tiles(p, first, end);
@@ -208,7 +209,7 @@ static inline __attribute__((always_inline)) void multiply(struct product p, int
     }
 #endif
     for (int j = 0; j < p.columns; j += PANEL) {
-        const unit *panel = p.packed + (long)j * depth;
+        const packed_elem *panel = p.packed + (long)j * depth;
         int i = first;
         for (; i + TILE <= end; i += TILE) {
             prefetch_part(panel + (long)PANEL * depth, depth, i - first, TILE, end - first);
@@ -223,10 +224,10 @@ static inline __attribute__((always_inline)) void multiply(struct product p, int
 }
 
 /* A function for each shape of product, so that inner and columns are constants in it. */
-#define PRODUCT(name, inner, columns)                                                                                            \
-    static __attribute__((noinline)) void name(number *out, const number *x, const unit *packed, const float *bias,              \
-                                               struct work work) {                                                               \
-        multiply((struct product){out, x, packed, bias, inner, columns}, work.first, work.end);                                  \
+#define PRODUCT(name, inner, columns)                                                                                          \
+    static __attribute__((noinline)) void name(elem *out, const elem *x, const packed_elem *packed, const float *bias,         \
+                                               struct work work) {                                                             \
+        multiply((struct product){out, x, packed, bias, inner, columns}, work.first, work.end);                                \
     }
 PRODUCT(multiply_1_to_1, WIDTH, WIDTH)
 PRODUCT(multiply_1_to_3, WIDTH, 3 * WIDTH)
@@ -238,33 +239,33 @@ PRODUCT(multiply_4_to_1, 4 * WIDTH, WIDTH)
 
 /* A panel of the transpose of matrix (out, in), from its row `column` on, for rows of `in` entries: LANES x LANES units at a
    time. */
-static void pack_transposed(const float *matrix, unit *panel, int out, int in, int column) {
-    for (int k = 0; k < in; k += LANES * PAIR) {
+static void pack_transposed(const float *matrix, packed_elem *panel, int out, int in, int column) {
+    for (int k = 0; k < in; k += LANES * PER_PACKED) {
         for (int c = 0; c < PANEL; c += LANES) {
-            integers tile[LANES];
+            vi32 tile[LANES];
             for (int j = 0; j < LANES; j++) {
-                number row[LANES * PAIR] __attribute__((aligned(64))) = {0};
+                elem row[LANES * PER_PACKED] __attribute__((aligned(64))) = {0};
                 const float *from = matrix + (long)(column + c + j) * in + k;
-                for (int p = 0; p < LANES * PAIR && k + p < in && column + c < out; p += LANES)
+                for (int p = 0; p < LANES * PER_PACKED && k + p < in && column + c < out; p += LANES)
                     store(row + p, load_float(from + p));
-                tile[j] = *(integers *)row;
+                tile[j] = *(vi32 *)row;
             }
             transpose_lanes(tile);
-            for (int i = 0; i < LANES && k + i * PAIR < in; i++)
-                *(integers *)(panel + (long)(k / PAIR + i) * PANEL + c) = tile[i];
+            for (int i = 0; i < LANES && k + i * PER_PACKED < in; i++)
+                *(vi32 *)(panel + (long)(k / PER_PACKED + i) * PANEL + c) = tile[i];
         }
     }
 }
 
 /* A panel of matrix (out, in), from its column `column` on, for rows of `out` entries. */
-static void pack_as_it_is(const float *matrix, unit *panel, int out, int in, int column) {
-    for (int k = 0; k < out; k += PAIR) {
+static void pack_as_it_is(const float *matrix, packed_elem *panel, int out, int in, int column) {
+    for (int k = 0; k < out; k += PER_PACKED) {
         for (int c = 0; c < PANEL; c += LANES) {
-            number rows[PAIR][LANES];
-            for (int p = 0; p < PAIR; p++) {
-                store(rows[p], column + c < in ? load_float(matrix + (long)(k + p) * in + column + c) : (vector){0});
+            elem rows[PER_PACKED][LANES];
+            for (int p = 0; p < PER_PACKED; p++) {
+                store(rows[p], column + c < in ? load_float(matrix + (long)(k + p) * in + column + c) : (vf32){0});
             }
-            *(units *)(panel + (long)(k / PAIR) * PANEL + c) = units_of(rows[0], rows[PAIR - 1]);
+            *(packed_vec *)(panel + (long)(k / PER_PACKED) * PANEL + c) = pack_rows(rows[0], rows[PER_PACKED - 1]);
         }
     }
 }

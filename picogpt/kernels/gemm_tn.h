@@ -11,7 +11,7 @@ enum triangle { ALL_ENTRIES, UPPER_ENTRIES /* at least those on the diagonal and
 /* sums (n, m) = left (rows, n), transposed, x right (rows, m). */
 struct gemm_tn {
     float *sums;
-    const number *left, *right;
+    const elem *left, *right;
     int n, m;
     long rows;
     enum result result;
@@ -19,10 +19,10 @@ struct gemm_tn {
 };
 
 /* Units of LANES entries of row k x PAIR and the one after it, of `rows` that are `stride` apart; zeros where there are none. */
-static inline units of_rows(const number *x, long stride, int rows, int k) {
-    static const number none[LANES];
-    int first = k * PAIR, second = first + PAIR - 1;
-    return units_of(first < rows ? x + first * stride : none, second < rows ? x + second * stride : none);
+static inline packed_vec of_rows(const elem *x, long stride, int rows, int k) {
+    static const elem none[LANES];
+    int first = k * PER_PACKED, second = first + PER_PACKED - 1;
+    return pack_rows(first < rows ? x + first * stride : none, second < rows ? x + second * stride : none);
 }
 
 /* Rows that are packed at once: as even parts of them as can be, of a multiple of 32. */
@@ -33,20 +33,20 @@ static inline long rows_at_once(long rows) {
 
 #ifdef MATRIX_TILES
 /* For each thread: units of the matrix that is packed whole, of its part of the other one, and sums of that. */
-#define WHOLE_UNITS ((long)WIDTH * DEPTH_OF(ROWS_AT_ONCE))
-#define PART_UNITS (4 * WHOLE_UNITS)
-#define THREAD_UNITS (WHOLE_UNITS + PART_UNITS + 4L * WIDTH * WIDTH)
+#define WHOLE_ELEMS ((long)WIDTH * DEPTH_OF(ROWS_AT_ONCE))
+#define PART_ELEMS (4 * WHOLE_ELEMS)
+#define THREAD_ELEMS (WHOLE_ELEMS + PART_ELEMS + 4L * WIDTH * WIDTH)
 
 /* The first `columns` of x, whose rows are `stride` apart, 32 of them after the other, in tiles of 16 columns and 16 units. Rows
    are read from beginning to end, for the sake of memory; so they are by `pack_right`. */
-static void pack_left(const number *x, unit *packed, long stride, int columns, int rows, int depth) {
+static void pack_left(const elem *x, packed_elem *packed, long stride, int columns, int rows, int depth) {
     for (int k = 0; k < depth; k += 16) {
         for (int i = 0; i < columns; i += 16) {
-            integers tile[16];
-            for (int r = 0; r < 16; r++) tile[r] = (integers)of_rows(x + i, stride, rows, k + r);
+            vi32 tile[16];
+            for (int r = 0; r < 16; r++) tile[r] = (vi32)of_rows(x + i, stride, rows, k + r);
             transpose_lanes(tile);
-            unit *to = packed + (long)(i / 32) * 32 * depth + (2 * k + i % 32) * 16;
-            for (int r = 0; r < 16; r++) *(integers *)(to + 16 * r) = tile[r];
+            packed_elem *to = packed + (long)(i / 32) * 32 * depth + (2 * k + i % 32) * 16;
+            for (int r = 0; r < 16; r++) *(vi32 *)(to + 16 * r) = tile[r];
         }
     }
 }
@@ -55,12 +55,12 @@ static void pack_left(const number *x, unit *packed, long stride, int columns, i
 #define PAIRS_FROM(k) k, 32 + k, k + 1, 33 + k, k + 2, 34 + k, k + 3, 35 + k
 
 /* Panels of the first `columns` of x, whose rows are `stride` apart. */
-static void pack_right(const number *x, unit *packed, long stride, int columns, int rows, int depth) {
+static void pack_right(const elem *x, packed_elem *packed, long stride, int columns, int rows, int depth) {
     typedef uint16_t line __attribute__((vector_size(64), aligned(2), may_alias));
     int k = 0;
     for (; 2 * k + 1 < rows; k++) {
         for (int j = 0; j < columns / PANEL; j++) {
-            unit *to = packed + ((long)j * depth + k) * PANEL;
+            packed_elem *to = packed + ((long)j * depth + k) * PANEL;
             line a = *(const line *)(x + 2 * k * stride + j * PANEL), b = *(const line *)(x + (2 * k + 1) * stride + j * PANEL);
             *(line *)to = SHUFFLE(line, a, b, PAIRS_FROM(0), PAIRS_FROM(4), PAIRS_FROM(8), PAIRS_FROM(12));
             *(line *)(to + LANES) = SHUFFLE(line, a, b, PAIRS_FROM(16), PAIRS_FROM(20), PAIRS_FROM(24), PAIRS_FROM(28));
@@ -68,7 +68,7 @@ static void pack_right(const number *x, unit *packed, long stride, int columns, 
     }
     for (; k < depth; k++) {
         for (int c = 0; c < columns; c += LANES) {
-            *(units *)(packed + ((long)(c / PANEL) * depth + k) * PANEL + c % PANEL) = of_rows(x + c, stride, rows, k);
+            *(packed_vec *)(packed + ((long)(c / PANEL) * depth + k) * PANEL + c % PANEL) = of_rows(x + c, stride, rows, k);
         }
     }
 }
@@ -81,13 +81,13 @@ static void put_tile(float *sums, long row, float *tile, enum orientation orient
     const int transposed = orientation == TRANSPOSED;
     for (int i = 0; i < 32; i += 16) {
         for (int j = 0; j < 32; j += 16) {
-            integers x[16];
-            for (int r = 0; r < 16; r++) x[r] = *(integers *)(tile + (i + r) * 32 + j);
+            vi32 x[16];
+            for (int r = 0; r < 16; r++) x[r] = *(vi32 *)(tile + (i + r) * 32 + j);
             if (transposed) transpose_lanes(x);
             float *to = transposed ? sums + j * row + i : sums + i * row + j;
             for (int r = 0; r < 16; r++) {
-                if (result == ADD_TO) accumulate(to + r * row, (vector)x[r]);
-                else store_float(to + r * row, (vector)x[r]);
+                if (result == ADD_TO) accumulate(to + r * row, (vf32)x[r]);
+                else store_float(to + r * row, (vf32)x[r]);
             }
         }
     }
@@ -95,12 +95,12 @@ static void put_tile(float *sums, long row, float *tile, enum orientation orient
 
 /* The part of a transposed product that is one thread's. The wider matrix is multiplied from the right, as it is sooner packed so;
    what comes out is transposed where it was the left one. */
-static void gemm_tn(struct gemm_tn p, unit *workspace, int thread, int threads) {
+static void gemm_tn(struct gemm_tn p, packed_elem *workspace, int thread, int threads) {
     const int swapped = p.n > p.m, columns = swapped ? p.n : p.m, panels = columns / PANEL;
     const int first = first_of(panels, thread, threads), end = first_of(panels, thread + 1, threads);
-    const number *narrow = swapped ? p.right : p.left, *wide = swapped ? p.left : p.right;
-    unit *whole = workspace + (long)thread * THREAD_UNITS, *part = whole + WHOLE_UNITS;
-    float *totals = (float *)(part + PART_UNITS);
+    const elem *narrow = swapped ? p.right : p.left, *wide = swapped ? p.left : p.right;
+    packed_elem *whole = workspace + (long)thread * THREAD_ELEMS, *part = whole + WHOLE_ELEMS;
+    float *totals = (float *)(part + PART_ELEMS);
     const long most = rows_at_once(p.rows);
     for (long start = 0; start < p.rows; start += most) {
         int count = p.rows - start < most ? p.rows - start : most, depth = DEPTH_OF(count), last = start + most >= p.rows;
@@ -123,11 +123,11 @@ static void gemm_tn(struct gemm_tn p, unit *workspace, int thread, int threads) 
 }
 #else
 /* For each thread: units of what it packs of both matrices, of which one may be four times as wide as WIDTH. */
-#define THREAD_UNITS ((5L * WIDTH + TILE + PANEL + 1) * DEPTH_OF(ROWS_AT_ONCE))
+#define THREAD_ELEMS ((5L * WIDTH + TILE + PANEL + 1) * DEPTH_OF(ROWS_AT_ONCE))
 
-static inline unit unit_of(const number *first, const number *second) {
+static inline packed_elem pack_elem(const elem *first, const elem *second) {
 #ifdef BFLOAT16
-    return *first | (unit)*second << 16;
+    return *first | (packed_elem)*second << 16;
 #else
     (void)second;
     return *first;
@@ -136,28 +136,27 @@ static inline unit unit_of(const number *first, const number *second) {
 
 /* The first `columns` of x in blocks of TILE, and zeros beyond them. Rows are read from beginning to end, for the sake of
    memory; so they are by `pack_right`. */
-static void pack_left(const number *x, unit *packed, long stride, int columns, int rows, int depth) {
-    static const number none[TILE];
+static void pack_left(const elem *x, packed_elem *packed, long stride, int columns, int rows, int depth) {
+    static const elem none[TILE];
     for (int k = 0; k < depth; k++) {
-        int first = k * PAIR, second = first + PAIR - 1;
+        int first = k * PER_PACKED, second = first + PER_PACKED - 1;
         for (int i = 0; i < columns; i += TILE) {
-            const number *a = first < rows ? x + first * stride + i : none,
-                         *b = second < rows ? x + second * stride + i : none;
-            unit *to = packed + (long)i * depth + k * TILE;
-            if (PAIR == 1 && i + TILE <= columns) memcpy(to, a, TILE * sizeof *to);
+            const elem *a = first < rows ? x + first * stride + i : none, *b = second < rows ? x + second * stride + i : none;
+            packed_elem *to = packed + (long)i * depth + k * TILE;
+            if (PER_PACKED == 1 && i + TILE <= columns) memcpy(to, a, TILE * sizeof *to);
             else {
-                for (int r = 0; r < TILE; r++) to[r] = i + r < columns ? unit_of(a + r, b + r) : 0;
+                for (int r = 0; r < TILE; r++) to[r] = i + r < columns ? pack_elem(a + r, b + r) : 0;
             }
         }
     }
 }
 
 /* The first `columns` of x in panels, and zeros beyond them. */
-static void pack_right(const number *x, unit *packed, long stride, int columns, int rows, int depth) {
+static void pack_right(const elem *x, packed_elem *packed, long stride, int columns, int rows, int depth) {
     for (int k = 0; k < depth; k++) {
         for (int c = 0; c < UP(columns, PANEL); c += LANES) {
-            unit *to = packed + (long)(c / PANEL) * PANEL * depth + k * PANEL + c % PANEL;
-            *(units *)to = c < columns ? of_rows(x + c, stride, rows, k) : (units){0};
+            packed_elem *to = packed + (long)(c / PANEL) * PANEL * depth + k * PANEL + c % PANEL;
+            *(packed_vec *)to = c < columns ? of_rows(x + c, stride, rows, k) : (packed_vec){0};
         }
     }
 }
@@ -170,8 +169,8 @@ struct sums_at {
 };
 
 /* A tile of sums = packed left x packed right. */
-static void sum_tile(struct sums_at at, const unit *left, const unit *right, int depth, enum result result) {
-    vector tile[TILE][2];
+static void sum_tile(struct sums_at at, const packed_elem *left, const packed_elem *right, int depth, enum result result) {
+    vf32 tile[TILE][2];
     for (int r = TILE; r < 2 * TILE && r < at.rows; r++) __builtin_prefetch(at.sums + r * at.row, 1); /* of the next tile */
     multiply_tile(TILE, tile, left, 1, TILE, right, depth);
     for (int r = 0; r < TILE && r < at.rows; r++) {
@@ -184,18 +183,18 @@ static void sum_tile(struct sums_at at, const unit *left, const unit *right, int
 }
 
 /* The part of a transposed product that is one thread's: rows of the sums where there are more of them, else columns. */
-static void gemm_tn(struct gemm_tn p, unit *workspace, int thread, int threads) {
+static void gemm_tn(struct gemm_tn p, packed_elem *workspace, int thread, int threads) {
     const int blocks = UP(p.n, TILE) / TILE, panels = UP(p.m, PANEL) / PANEL, by_blocks = p.n > p.m;
     const int i_first = by_blocks ? first_of(blocks, thread, threads) * TILE : 0,
               j_first = by_blocks ? 0 : first_of(panels, thread, threads) * PANEL;
     const int i_end = by_blocks ? first_of(blocks, thread + 1, threads) * TILE : p.n,
               j_end = by_blocks ? p.m : first_of(panels, thread + 1, threads) * PANEL;
     const int i_count = (i_end < p.n ? i_end : p.n) - i_first, j_count = (j_end < p.m ? j_end : p.m) - j_first;
-    unit *lefts = workspace + (long)thread * THREAD_UNITS;
+    packed_elem *lefts = workspace + (long)thread * THREAD_ELEMS;
     const long most = rows_at_once(p.rows);
     for (long start = 0; start < p.rows; start += most, p.result = ADD_TO) {
         int count = p.rows - start < most ? p.rows - start : most, depth = DEPTH_OF(count);
-        unit *rights = lefts + UP((long)UP(i_count, TILE) * depth, LANES);
+        packed_elem *rights = lefts + UP((long)UP(i_count, TILE) * depth, LANES);
         pack_left(p.left + start * p.n + i_first, lefts, p.n, i_count, count, depth);
         pack_right(p.right + start * p.m + j_first, rights, p.m, j_count, count, depth);
         for (int j = 0; j < j_count; j += PANEL) {

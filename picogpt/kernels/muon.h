@@ -6,28 +6,30 @@
    taken for it, the error grows until the iteration runs away. */
 
 #define SQUARE ((long)WIDTH * WIDTH)
-#define PACKED_SQUARE (UP(WIDTH, PANEL) * (long)WIDTH / PAIR)
+#define PACKED_SQUARE (UP(WIDTH, PANEL) * (long)WIDTH / PER_PACKED)
 /* Two matrices of 4 WIDTH rows, four small ones, and sums: no number is longer than a unit. */
-#define MUON_UNITS (UP(13 * SQUARE + PACKED_SQUARE, LANES) + THREAD_UNITS)
+#define MUON_ELEMS (UP(13 * SQUARE + PACKED_SQUARE, LANES) + THREAD_ELEMS)
 
 /* Buffers of one matrix's update, all of them in the workspace of its thread. */
 struct iteration {
-    number *x, *next;                          /* (rows, WIDTH): X, and the X that is made of it */
-    number *gram, *factor, *product, *scratch; /* (WIDTH, WIDTH): X^T X, a polynomial in it, and the product of several */
-    float *sums;                               /* (WIDTH, WIDTH): a symmetric product before it is rounded, its upper half */
-    unit *packed;                              /* one of the small matrices, packed */
-    unit *workspace;                           /* of `gemm_tn` */
+    elem *x, *next;                          /* (rows, WIDTH): X, and the X that is made of it */
+    elem *gram, *factor, *product, *scratch; /* (WIDTH, WIDTH): X^T X, a polynomial in it, and the product of several */
+    float *sums;                             /* (WIDTH, WIDTH): a symmetric product before it is rounded, its upper half */
+    packed_elem *packed;                     /* one of the small matrices, packed */
+    packed_elem *workspace;                  /* of `gemm_tn` */
     int rows;
 };
 
-static void pack_square(const number *matrix, unit *packed) { pack_right(matrix, packed, WIDTH, WIDTH, WIDTH, WIDTH / PAIR); }
+static void pack_square(const elem *matrix, packed_elem *packed) {
+    pack_right(matrix, packed, WIDTH, WIDTH, WIDTH, WIDTH / PER_PACKED);
+}
 
 /* What is above the diagonal is copied below it. */
 static void mirror(float *sums) {
     for (int i = 0; i < WIDTH; i += LANES) {
         for (int j = i; j < WIDTH; j += LANES) {
-            integers tile[LANES];
-            for (int r = 0; r < LANES; r++) tile[r] = (integers)load_float(sums + (long)(i + r) * WIDTH + j);
+            vi32 tile[LANES];
+            for (int r = 0; r < LANES; r++) tile[r] = (vi32)load_float(sums + (long)(i + r) * WIDTH + j);
             transpose_lanes(tile);
             for (int r = 0; r < LANES; r++) {
                 int below = i == j ? r : LANES; /* entries of this row */
@@ -38,7 +40,7 @@ static void mirror(float *sums) {
 }
 
 /* out = sums, of which there is what is on the diagonal and above, + diagonal. */
-static void round_square(float *sums, float diagonal, number *out) {
+static void round_square(float *sums, float diagonal, elem *out) {
     for (int i = 0; i < WIDTH; i++) sums[i * (WIDTH + 1L)] += diagonal;
     mirror(sums);
     for (long i = 0; i < SQUARE; i += LANES) store(out + i, load_float(sums + i));
@@ -47,37 +49,37 @@ static void round_square(float *sums, float diagonal, number *out) {
 /* scale x a product + weight x plus, with `plus` null for none. */
 struct linear {
     float scale;
-    const number *plus;
+    const elem *plus;
     float weight;
 };
 
-static inline vector scaled_sum(vector sum, struct linear f, long at) {
+static inline vf32 scaled_sum(vf32 sum, struct linear f, long at) {
     return f.plus ? sum * f.scale + load(f.plus + at) * f.weight : sum * f.scale;
 }
 
 /* f of a (rows, WIDTH) x packed: rounded to `out`, or where that is null, to `sums`, of which only the entries on the diagonal
    and above are written. */
-static void combine_products(number *out, float *sums, const number *a, const unit *packed, struct linear f, int rows) {
-    const int depth = WIDTH / PAIR;
+static void combine_products(elem *out, float *sums, const elem *a, const packed_elem *packed, struct linear f, int rows) {
+    const int depth = WIDTH / PER_PACKED;
     for (int j = 0; j < WIDTH; j += PANEL) {
-        const unit *panel = packed + (long)j * depth;
+        const packed_elem *panel = packed + (long)j * depth;
         for (int i = 0; i < rows && (out || i < j + PANEL);) {
 #ifdef MATRIX_TILES
             const int count = 32;
             struct tiles left = {a + (long)i * WIDTH, 2 * WIDTH, 64};
             multiply_tiles(32, tile_sums[0], PANEL, WRITE_TO, left, tiles_of_panel(panel), depth / 16);
-#define SUM(r, c) (*(vector *)&tile_sums[r][(c) * LANES])
+#define SUM(r, c) (*(vf32 *)&tile_sums[r][(c) * LANES])
 #else
             const int count = i + TILE <= rows ? TILE : 1;
-            vector tile[TILE][2];
-            if (count == TILE) multiply_tile(TILE, tile, (const unit *)(a + (long)i * WIDTH), depth, 1, panel, depth);
-            else multiply_tile(1, tile, (const unit *)(a + (long)i * WIDTH), depth, 1, panel, depth);
+            vf32 tile[TILE][2];
+            if (count == TILE) multiply_tile(TILE, tile, (const packed_elem *)(a + (long)i * WIDTH), depth, 1, panel, depth);
+            else multiply_tile(1, tile, (const packed_elem *)(a + (long)i * WIDTH), depth, 1, panel, depth);
 #define SUM(r, c) tile[r][c]
 #endif
             for (int r = 0; r < count; r++) {
                 for (int c = 0; c < 2 && j + c * LANES < WIDTH; c++) {
                     long at = (long)(i + r) * WIDTH + j + c * LANES;
-                    vector y = scaled_sum(SUM(r, c), f, at);
+                    vf32 y = scaled_sum(SUM(r, c), f, at);
                     if (out) store(out + at, y);
                     else store_float(sums + at, y);
                 }
@@ -89,7 +91,7 @@ static void combine_products(number *out, float *sums, const number *a, const un
 }
 
 /* f of a x packed, plus `diagonal` on the diagonal, to `out`: a small matrix that is symmetric. */
-static void multiply_symmetric(struct iteration *it, number *out, const number *a, struct linear f, float diagonal) {
+static void multiply_symmetric(struct iteration *it, elem *out, const elem *a, struct linear f, float diagonal) {
     combine_products(0, it->sums, a, it->packed, f, WIDTH);
     round_square(it->sums, diagonal, out);
 }
@@ -100,8 +102,8 @@ static void form_gram(struct iteration *it) {
     round_square(it->sums, 0, it->gram);
 }
 
-static void swap(number **a, number **b) {
-    number *before = *a;
+static void swap(elem **a, elem **b) {
+    elem *before = *a;
     *a = *b;
     *b = before;
 }
@@ -147,19 +149,19 @@ static void iterate(struct iteration *it, const float (*polynomials)[3], int cou
 static void transpose_floats(float *out, const float *x, int rows, int columns) {
     for (int i = 0; i < rows; i += LANES) {
         for (int j = 0; j < columns; j += LANES) {
-            integers tile[LANES];
-            for (int r = 0; r < LANES; r++) tile[r] = (integers)load_float(x + (long)(i + r) * columns + j);
+            vi32 tile[LANES];
+            for (int r = 0; r < LANES; r++) tile[r] = (vi32)load_float(x + (long)(i + r) * columns + j);
             transpose_lanes(tile);
-            for (int r = 0; r < LANES; r++) store_float(out + (long)(j + r) * rows + i, (vector)tile[r]);
+            for (int r = 0; r < LANES; r++) store_float(out + (long)(j + r) * rows + i, (vf32)tile[r]);
         }
     }
 }
 
 /* out = the mean gradient, looking one step ahead (Nesterov); returns its norm. */
 static float nesterov(const struct muon_matrix *matrix, float momentum, float *out, long size) {
-    vector squares = {0};
+    vf32 squares = {0};
     for (long i = 0; i < size; i += LANES) {
-        vector mean = load_float(matrix->momentum + i);
+        vf32 mean = load_float(matrix->momentum + i);
         mean -= (mean - load_float(matrix->gradient + i)) * (1 - momentum);
         store_float(out + i, mean);
         squares += mean * mean;
@@ -169,10 +171,10 @@ static float nesterov(const struct muon_matrix *matrix, float momentum, float *o
 
 /* out = x (rows, WIDTH), each row times the length of a step and a factor that evens them out over time; the norm of the whole
    stays as it was: `_evened_out` of picogpt.optim. */
-static void normuon_scale(const number *x, float *mean_square, const struct muon_settings *settings, float *out, int rows) {
+static void normuon_scale(const elem *x, float *mean_square, const struct muon_settings *settings, float *out, int rows) {
     float factors[4 * WIDTH], before = 0, after = 0;
     for (int r = 0; r < rows; r++) {
-        vector sum = {0};
+        vf32 sum = {0};
         for (int c = 0; c < WIDTH; c += LANES) sum += load(x + (long)r * WIDTH + c) * load(x + (long)r * WIDTH + c);
         float square = sum_of(sum) / WIDTH;
         mean_square[r] += (square - mean_square[r]) * (1 - settings->beta2);
@@ -189,21 +191,21 @@ static void normuon_scale(const number *x, float *mean_square, const struct muon
 }
 
 /* Where the buffers of an update are in a thread's MUON_UNITS; no number is longer than a unit. */
-static struct iteration iteration_in(unit *workspace, int rows) {
-    return (struct iteration){.x = (number *)workspace,
-                              .next = (number *)(workspace + 4 * SQUARE),
-                              .gram = (number *)(workspace + 8 * SQUARE),
-                              .factor = (number *)(workspace + 9 * SQUARE),
-                              .product = (number *)(workspace + 10 * SQUARE),
-                              .scratch = (number *)(workspace + 11 * SQUARE),
+static struct iteration iteration_in(packed_elem *workspace, int rows) {
+    return (struct iteration){.x = (elem *)workspace,
+                              .next = (elem *)(workspace + 4 * SQUARE),
+                              .gram = (elem *)(workspace + 8 * SQUARE),
+                              .factor = (elem *)(workspace + 9 * SQUARE),
+                              .product = (elem *)(workspace + 10 * SQUARE),
+                              .scratch = (elem *)(workspace + 11 * SQUARE),
                               .sums = (float *)(workspace + 12 * SQUARE),
                               .packed = workspace + 13 * SQUARE,
-                              .workspace = workspace + MUON_UNITS - THREAD_UNITS,
+                              .workspace = workspace + MUON_ELEMS - THREAD_ELEMS,
                               .rows = rows};
 }
 
 /* One step for one matrix, by one thread. */
-static void update_matrix(const struct muon_matrix *matrix, const struct muon_settings *settings, unit *workspace) {
+static void update_matrix(const struct muon_matrix *matrix, const struct muon_settings *settings, packed_elem *workspace) {
     const int rows = settings->rows, columns = settings->columns, wide = rows < columns;
     const long size = (long)rows * columns;
     struct iteration it = iteration_in(workspace, size / WIDTH);

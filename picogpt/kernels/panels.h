@@ -36,18 +36,18 @@ struct quantized {
 /* What becomes of a product: it is written, added to what is there, or its GELU is written. */
 enum use { WRITE, ADD, GELU };
 
-typedef uint32_t words __attribute__((vector_size(4 * LANES), may_alias));
+typedef uint32_t vu32 __attribute__((vector_size(4 * LANES), may_alias));
 
-typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint16_t vu16 __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 /* Numbers in bfloat16, the upper halves of float32. */
-static inline vector load_halves(const uint16_t *from) {
+static inline vf32 load_halves(const uint16_t *from) {
 #if LANES == 16 /* one instruction, of which the compiler makes several */
-    return (vector)((integers)_mm512_cvtepu16_epi32((__m256i)(*(const halves *)from)) << 16);
+    return (vf32)((vi32)_mm512_cvtepu16_epi32((__m256i)(*(const vu16 *)from)) << 16);
 #elif LANES == 8
-    return (vector)((integers)_mm256_cvtepu16_epi32((__m128i)(*(const halves *)from)) << 16);
+    return (vf32)((vi32)_mm256_cvtepu16_epi32((__m128i)(*(const vu16 *)from)) << 16);
 #else
-    return (vector)(__builtin_convertvector(*(const halves *)from, integers) << 16);
+    return (vf32)(__builtin_convertvector(*(const vu16 *)from, vi32) << 16);
 #endif
 }
 
@@ -58,27 +58,28 @@ static inline uint32_t bfloat16_of(float x) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-static inline vector load_line(const void *line, int v) { return ((const vector *)line)[v]; }
-static inline words load_words(const void *line, int v) { return ((const words *)line)[v]; }
+static inline vf32 load_line(const void *line, int v) { return ((const vf32 *)line)[v]; }
+static inline vu32 load_words(const void *line, int v) { return ((const vu32 *)line)[v]; }
 
 /* x times the chance that a normal variable is less than x. The chance of less than -|x| is e^(-x^2 / 2) t P(t), t = 1 / (1 +
    0.3 |x|), with a polynomial fitted to 1.5e-7 of the chance itself for |x| up to 13. */
-static inline vector gelu_of(vector x) {
+static inline vf32 gelu_of(vf32 x) {
     const int32_t sign = INT32_MIN;
-    vector size = (vector)((integers)x & ~sign), t = 1.0f / (size * 0.3f + 1.0f);
-    vector p = t * 0.0356748769f - 0.157203499f;
+    vf32 size = (vf32)((vi32)x & ~sign), t = 1.0f / (size * 0.3f + 1.0f);
+    vf32 p = t * 0.0356748769f - 0.157203499f;
     p = p * t + 0.206354196f;
     p = p * t - 0.0536842455f;
     p = p * t + 0.128561924f;
     p = p * t + 0.0999134088f;
     p = p * t + 0.120753968f;
     p = p * t + 0.119629298f;
-    vector below = p * t * exponential_2(x * x * -0.72134752f);
-    below = choose(size > 12.0f, (vector){0}, below); /* else a product with it may be denormal, which takes a hundred times as long */
+    vf32 below = p * t * exponential_2(x * x * -0.72134752f);
+    below = choose(size > 12.0f, (vf32){0},
+                   below); /* else a product with it may be denormal, which takes a hundred times as long */
     return x * choose(x < 0.0f, below, 1.0f - below);
 }
 
-static inline void put_product(float *out, vector sum, enum use use) {
+static inline void put_product(float *out, vf32 sum, enum use use) {
     if (use == GELU) sum = gelu_of(sum);
     if (use == ADD) sum += load_float(out);
     store_float(out, sum);
@@ -89,7 +90,7 @@ static inline void put_product(float *out, vector sum, enum use use) {
 /* Sums of a panel are kept eight times, or what of them depends on the one before would wait for it. */
 #define UNROLL (8 / LINE_VECTORS)
 
-static inline void add_chains(vector sums[UNROLL][LINE_VECTORS]) {
+static inline void add_chains(vf32 sums[UNROLL][LINE_VECTORS]) {
     for (int width = UNROLL / 2; width; width /= 2) {
         for (int u = 0; u < width; u++) {
             for (int v = 0; v < LINE_VECTORS; v++) sums[u][v] += sums[u + width][v];
@@ -97,20 +98,20 @@ static inline void add_chains(vector sums[UNROLL][LINE_VECTORS]) {
     }
 }
 
-static inline void multiply_line_float32(vector sums[LINE_VECTORS], const char *line, const float *x) {
+static inline void multiply_line_float32(vf32 sums[LINE_VECTORS], const char *line, const float *x) {
     for (int v = 0; v < LINE_VECTORS; v++) sums[v] += load_line(line, v) * x[0];
 }
 
-static inline void multiply_line_bfloat16(vector sums[2][LINE_VECTORS], const char *line, const float *x) {
+static inline void multiply_line_bfloat16(vf32 sums[2][LINE_VECTORS], const char *line, const float *x) {
     for (int v = 0; v < LINE_VECTORS; v++) {
-        words pair = load_words(line, v);
-        sums[0][v] += (vector)(pair << 16) * x[0];
-        sums[1][v] += (vector)(pair & 0xffff0000u) * x[1];
+        vu32 pair = load_words(line, v);
+        sums[0][v] += (vf32)(pair << 16) * x[0];
+        sums[1][v] += (vf32)(pair & 0xffff0000u) * x[1];
     }
 }
 
-static inline void multiply_panel_float32(const char *panel, int lines, const float *x, vector out[LINE_VECTORS]) {
-    vector sums[UNROLL][LINE_VECTORS] = {0};
+static inline void multiply_panel_float32(const char *panel, int lines, const float *x, vf32 out[LINE_VECTORS]) {
+    vf32 sums[UNROLL][LINE_VECTORS] = {0};
     for (int k = 0; k < lines; k += UNROLL) {
 #pragma GCC unroll 8
         for (int u = 0; u < UNROLL; u++) {
@@ -122,8 +123,8 @@ static inline void multiply_panel_float32(const char *panel, int lines, const fl
     for (int v = 0; v < LINE_VECTORS; v++) out[v] = sums[0][v];
 }
 
-static inline void multiply_panel_bfloat16(const char *panel, int lines, const float *x, vector out[LINE_VECTORS]) {
-    vector sums[UNROLL][LINE_VECTORS] = {0};
+static inline void multiply_panel_bfloat16(const char *panel, int lines, const float *x, vf32 out[LINE_VECTORS]) {
+    vf32 sums[UNROLL][LINE_VECTORS] = {0};
     for (int k = 0; k < lines; k += UNROLL / 2) {
 #pragma GCC unroll 4
         for (int u = 0; u < UNROLL / 2; u++) {
@@ -136,28 +137,28 @@ static inline void multiply_panel_bfloat16(const char *panel, int lines, const f
 }
 
 /* sums + four bytes of w x four signed bytes of x, lane by lane. */
-static inline integers plus_fours(integers sums, words w, int32_t x) {
+static inline vi32 plus_fours(vi32 sums, vu32 w, int32_t x) {
 #if LANES == 16 && defined(__AVX512VNNI__)
-    return (integers)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(x));
+    return (vi32)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(x));
 #elif LANES == 16 && defined(__AVX512BW__)
     __m512i twos = _mm512_maddubs_epi16((__m512i)w, _mm512_set1_epi32(x));
-    return sums + (integers)_mm512_madd_epi16(twos, _mm512_set1_epi16(1));
+    return sums + (vi32)_mm512_madd_epi16(twos, _mm512_set1_epi16(1));
 #elif LANES == 8 && defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return (integers)_mm256_dpbusd_epi32((__m256i)sums, (__m256i)w, _mm256_set1_epi32(x));
+    return (vi32)_mm256_dpbusd_epi32((__m256i)sums, (__m256i)w, _mm256_set1_epi32(x));
 #elif LANES == 8
     __m256i twos = _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x));
-    return sums + (integers)_mm256_madd_epi16(twos, _mm256_set1_epi16(1));
+    return sums + (vi32)_mm256_madd_epi16(twos, _mm256_set1_epi16(1));
 #else
-    for (int byte = 0; byte < 4; byte++) sums += (integers)(w >> 8 * byte & 255u) * (int32_t)(int8_t)(x >> 8 * byte);
+    for (int byte = 0; byte < 4; byte++) sums += (vi32)(w >> 8 * byte & 255u) * (int32_t)(int8_t)(x >> 8 * byte);
     return sums;
 #endif
 }
 
-static inline void multiply_panel_int8(const char *panel, int lines, struct quantized x, vector out[LINE_VECTORS]) {
+static inline void multiply_panel_int8(const char *panel, int lines, struct quantized x, vf32 out[LINE_VECTORS]) {
     enum { CHAINS = UNROLL / 2 > 0 ? UNROLL / 2 : 1 };
-    for (int v = 0; v < LINE_VECTORS; v++) out[v] = (vector){0};
+    for (int v = 0; v < LINE_VECTORS; v++) out[v] = (vf32){0};
     for (int group = 0; group * (GROUP / 4) < lines; group++) {
-        integers sums[CHAINS][LINE_VECTORS] = {0};
+        vi32 sums[CHAINS][LINE_VECTORS] = {0};
         for (int v = 0; v < LINE_VECTORS; v++) sums[0][v] -= x.offsets[group];
         const int first = group * (GROUP / 4);
         for (int k = first; k < first + GROUP / 4; k += CHAINS) {
@@ -170,7 +171,7 @@ static inline void multiply_panel_int8(const char *panel, int lines, struct quan
         }
         for (int v = 0; v < LINE_VECTORS; v++) {
             for (int u = 1; u < CHAINS; u++) sums[0][v] += sums[u][v];
-            out[v] += __builtin_convertvector(sums[0][v], vector) * x.scales[group];
+            out[v] += __builtin_convertvector(sums[0][v], vf32) * x.scales[group];
         }
     }
 }
@@ -179,18 +180,18 @@ static inline void multiply_panel_int8(const char *panel, int lines, struct quan
 static void quantize(const float *x, int in, struct quantized out) {
     for (int group = 0; group * GROUP < in; group++) {
         const int first = group * GROUP, end = first + GROUP < in ? first + GROUP : in;
-        vector largest = {0};
+        vf32 largest = {0};
         for (int i = first; i < end; i += LANES) {
-            vector size = (vector)((integers)load_float(x + i) & INT32_MAX);
+            vf32 size = (vf32)((vi32)load_float(x + i) & INT32_MAX);
             largest = choose(size > largest, size, largest);
         }
         const float most = largest_of(largest), by = most > 0 ? 63 / most : 0;
         int8_t *bytes = (int8_t *)(out.units + first / 4);
-        integers sum = {0};
+        vi32 sum = {0};
         memset(bytes, 0, GROUP);
         for (int i = first; i < end; i += LANES) {
-            vector scaled = load_float(x + i) * by;
-            integers whole = __builtin_convertvector(scaled + choose(scaled < 0.0f, (vector){0} - 0.5f, (vector){0} + 0.5f), integers);
+            vf32 scaled = load_float(x + i) * by;
+            vi32 whole = __builtin_convertvector(scaled + choose(scaled < 0.0f, (vf32){0} - 0.5f, (vf32){0} + 0.5f), vi32);
             sum += whole;
             for (int lane = 0; lane < LANES; lane++) bytes[i - first + lane] = (int8_t)whole[lane];
         }
@@ -202,11 +203,11 @@ static void quantize(const float *x, int in, struct quantized out) {
 }
 
 /* Panels from `first` to `end` of out = matrix x row + bias; `fours` is the row in int8, where the matrix is. */
-static void multiply_row(const struct matrix *matrix, const float *x, struct quantized fours, float *out, enum use use, int first,
-                         int end) {
+static void multiply_row(const struct matrix *matrix, const float *x, struct quantized fours, float *out, enum use use,
+                         int first, int end) {
     for (int p = first; p < end; p++) {
         const char *panel = (const char *)matrix->packed + 64L * p * matrix->lines;
-        vector sums[LINE_VECTORS];
+        vf32 sums[LINE_VECTORS];
         if (matrix->type == INT8_FOURS) multiply_panel_int8(panel, matrix->lines, fours, sums);
         else if (matrix->type == BFLOAT16_PAIRS) multiply_panel_bfloat16(panel, matrix->lines, x, sums);
         else multiply_panel_float32(panel, matrix->lines, x, sums);
@@ -237,19 +238,19 @@ static void widen_panel(const struct matrix *matrix, int p, float *out) {
     const char *panel = (const char *)matrix->packed + 64L * p * matrix->lines;
     const int fours = matrix->type == INT8_FOURS;
     const int per_line = inputs_of_word(matrix->type);
-    vector scales[LINE_VECTORS];
+    vf32 scales[LINE_VECTORS];
     for (int v = 0; fours && v < LINE_VECTORS; v++) scales[v] = load_float(matrix->scales + p * PANEL + v * LANES);
     for (int k = 0; k < matrix->n_in / per_line; k++) {
         for (int v = 0; v < LINE_VECTORS; v++) {
-            words line = load_words(panel + 64L * k, v);
+            vu32 line = load_words(panel + 64L * k, v);
             float *to = out + (long)k * per_line * PANEL + v * LANES;
             if (!fours) {
-                store_float(to, (vector)(line << 16));
-                store_float(to + PANEL, (vector)(line & 0xffff0000u));
+                store_float(to, (vf32)(line << 16));
+                store_float(to + PANEL, (vf32)(line & 0xffff0000u));
             }
             for (int byte = 0; fours && byte < 4; byte++) {
-                integers weight = (integers)(line >> 8 * byte & 255u) - 128;
-                store_float(to + byte * PANEL, __builtin_convertvector(weight, vector) * scales[v]);
+                vi32 weight = (vi32)(line >> 8 * byte & 255u) - 128;
+                store_float(to + byte * PANEL, __builtin_convertvector(weight, vf32) * scales[v]);
             }
         }
     }
@@ -269,17 +270,18 @@ static inline __attribute__((always_inline)) void multiply_tile_of(int count, in
     const int vectors = panels * LINE_VECTORS, n_in = tile->matrix->n_in;
     const long stride = tile->rows.x_stride;
     const float *x = tile->rows.x + row * stride, *bias = tile->matrix->bias + tile->column;
-    vector sums[TILE_ROWS][TILE_VECTORS];
+    vf32 sums[TILE_ROWS][TILE_VECTORS];
 #pragma GCC unroll 16
     for (int r = 0; r < count; r++) {
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) sums[r][v] = load_float(bias + v * LANES);
     }
     for (int k = 0; k < n_in; k++) {
-        vector line[TILE_VECTORS];
+        vf32 line[TILE_VECTORS];
         for (int p = 0; p < panels; p++) __builtin_prefetch(tile->panels[p] + (long)(k + ROWS_AHEAD) * PANEL);
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) line[v] = load_line(tile->panels[v / LINE_VECTORS] + (long)k * PANEL, v % LINE_VECTORS);
+        for (int v = 0; v < vectors; v++)
+            line[v] = load_line(tile->panels[v / LINE_VECTORS] + (long)k * PANEL, v % LINE_VECTORS);
 #pragma GCC unroll 16
         for (int r = 0; r < count; r++) {
 #pragma GCC unroll 4
@@ -302,11 +304,11 @@ static void gelu_of_rows(const struct rows *rows, int row, int count, int column
 }
 
 static __attribute__((noinline)) void multiply_tile(int count, int panels, const struct tile *tile, int row) {
-#define ROWS_CASE(n)                                                                                                             \
-    case n:                                                                                                                      \
-        if (n > TILE_ROWS) break;                                                                                                \
-        if (panels == TILE_PANELS) multiply_tile_of(n > TILE_ROWS ? 1 : n, TILE_PANELS, tile, row);                              \
-        else multiply_tile_of(n > TILE_ROWS ? 1 : n, 1, tile, row);                                                              \
+#define ROWS_CASE(n)                                                                                                           \
+    case n:                                                                                                                    \
+        if (n > TILE_ROWS) break;                                                                                              \
+        if (panels == TILE_PANELS) multiply_tile_of(n > TILE_ROWS ? 1 : n, TILE_PANELS, tile, row);                            \
+        else multiply_tile_of(n > TILE_ROWS ? 1 : n, 1, tile, row);                                                            \
         break;
     switch (count) {
         ROWS_CASE(1)

@@ -25,56 +25,54 @@
 
 #define HEADS (WIDTH / HEAD)
 
-typedef float vector __attribute__((vector_size(4 * LANES), may_alias));
-typedef int32_t integers __attribute__((vector_size(4 * LANES), may_alias));
+typedef float vf32 __attribute__((vector_size(4 * LANES), may_alias));
+typedef int32_t vi32 __attribute__((vector_size(4 * LANES), may_alias));
 
-static inline vector choose(integers where, vector yes, vector no) {
-    return (vector)(((integers)yes & where) | ((integers)no & ~where));
-}
+static inline vf32 choose(vi32 where, vf32 yes, vf32 no) { return (vf32)(((vi32)yes & where) | ((vi32)no & ~where)); }
 
 #ifdef BFLOAT16
-typedef uint16_t number;
-typedef uint16_t numbers __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint16_t elem;
+typedef uint16_t elems __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-static inline integers widen(const number *from) {
+static inline vi32 widen(const elem *from) {
 #if LANES == 16 /* one instruction, of which the compiler makes five */
-    return (integers)_mm512_cvtepu16_epi32((__m256i)(*(const numbers *)from));
+    return (vi32)_mm512_cvtepu16_epi32((__m256i)(*(const elems *)from));
 #elif LANES == 8
-    return (integers)_mm256_cvtepu16_epi32((__m128i)(*(const numbers *)from));
+    return (vi32)_mm256_cvtepu16_epi32((__m128i)(*(const elems *)from));
 #else
-    return __builtin_convertvector(*(const numbers *)from, integers);
+    return __builtin_convertvector(*(const elems *)from, vi32);
 #endif
 }
 
-static inline vector load(const number *from) { return (vector)(widen(from) << 16); }
+static inline vf32 load(const elem *from) { return (vf32)(widen(from) << 16); }
 
 /* Rounds to nearest, ties to even; what is not a number stays so. */
-static inline void store(number *to, vector x) {
+static inline void store(elem *to, vf32 x) {
 #if LANES == 16 && defined(__AVX512BF16__)
     __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
-    *(numbers *)to = (numbers)rounded;
+    *(elems *)to = (elems)rounded;
 #else
-    integers bits = (integers)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    vi32 bits = (vi32)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     rounded = ((x == x) & rounded) | (~(x == x) & 0x7fc0);
-    *(numbers *)to = __builtin_convertvector(rounded, numbers);
+    *(elems *)to = __builtin_convertvector(rounded, elems);
 #endif
 }
 #else
-typedef float number;
+typedef float elem;
 #define load load_float
 #define store store_float
 #endif
 
-typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float vf32u __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-static inline vector load_float(const float *from) { return *(const floats *)from; }
+static inline vf32 load_float(const float *from) { return *(const vf32u *)from; }
 
-static inline void store_float(float *to, vector x) { *(floats *)to = x; }
+static inline void store_float(float *to, vf32 x) { *(vf32u *)to = x; }
 
 /* To where it is not read again soon: past the cache, which need not fetch a line that is written as a whole. Rows begin where
    lines do; `finish_streams` comes before another thread reads them. */
 #if defined(__AVX__) && LANES > 4 && WIDTH % 32 == 0
-static inline void stream_float(float *to, vector x) {
+static inline void stream_float(float *to, vf32 x) {
 #if LANES == 16
     _mm512_stream_ps(to, (__m512)x);
 #else
@@ -82,10 +80,10 @@ static inline void stream_float(float *to, vector x) {
 #endif
 }
 
-static inline void stream(number *to, vector x) {
+static inline void stream(elem *to, vf32 x) {
 #ifdef BFLOAT16
-    numbers rounded;
-    store((number *)&rounded, x);
+    elems rounded;
+    store((elem *)&rounded, x);
 #if LANES == 16
     _mm256_stream_si256((__m256i *)to, (__m256i)rounded);
 #else
@@ -103,18 +101,18 @@ static inline void finish_streams(void) { _mm_sfence(); }
 static inline void finish_streams(void) {}
 #endif
 
-static inline void accumulate(float *to, vector x) { store_float(to, load_float(to) + x); }
+static inline void accumulate(float *to, vf32 x) { store_float(to, load_float(to) + x); }
 
 #if LANES == 16
-static inline float sum_of(vector x) { return _mm512_reduce_add_ps((__m512)x); }
-static inline float largest_of(vector x) { return _mm512_reduce_max_ps((__m512)x); }
+static inline float sum_of(vf32 x) { return _mm512_reduce_add_ps((__m512)x); }
+static inline float largest_of(vf32 x) { return _mm512_reduce_max_ps((__m512)x); }
 #else
 static inline float plus(float a, float b) { return a + b; }
 
 static inline float larger(float a, float b) { return b < a ? a : b; }
 
 /* Half of the lanes with the other half, again and again. */
-static inline __attribute__((always_inline)) float folded(vector x, float (*combined)(float, float)) {
+static inline __attribute__((always_inline)) float folded(vf32 x, float (*combined)(float, float)) {
     float lanes[LANES];
     store_float(lanes, x);
     for (int width = LANES / 2; width; width /= 2) {
@@ -123,28 +121,28 @@ static inline __attribute__((always_inline)) float folded(vector x, float (*comb
     return lanes[0];
 }
 
-static inline float sum_of(vector x) { return folded(x, plus); }
-static inline float largest_of(vector x) { return folded(x, larger); }
+static inline float sum_of(vf32 x) { return folded(x, plus); }
+static inline float largest_of(vf32 x) { return folded(x, larger); }
 #endif
 
 /* 1 / x for x >= 1; in bfloat16 to 6e-5 of itself, in longest vectors. */
-static inline vector reciprocal(vector x) {
+static inline vf32 reciprocal(vf32 x) {
 #if defined(BFLOAT16) && LANES == 16
-    return (vector)_mm512_rcp14_ps((__m512)x);
+    return (vf32)_mm512_rcp14_ps((__m512)x);
 #else
     return 1.0f / x;
 #endif
 }
 
 /* 2^f for f from -0.5 to 0.5, to 3e-6 of itself in bfloat16, and to 2e-7 in float. */
-static inline vector power_of_two(vector f) {
+static inline vf32 power_of_two(vf32 f) {
 #ifdef BFLOAT16
-    vector p = f * 9.5701019e-3f + 5.5917862e-2f;
+    vf32 p = f * 9.5701019e-3f + 5.5917862e-2f;
     p = p * f + 2.4024745e-1f;
     p = p * f + 6.9312182e-1f;
     return p * f + 9.9999926e-1f;
 #else
-    vector p = f * 1.5403530e-4f + 1.3333558e-3f;
+    vf32 p = f * 1.5403530e-4f + 1.3333558e-3f;
     p = p * f + 9.6181291e-3f;
     p = p * f + 5.5504109e-2f;
     p = p * f + 2.4022651e-1f;
@@ -154,19 +152,19 @@ static inline vector power_of_two(vector f) {
 }
 
 /* 2^x for x <= 0; 1e-38 from -126 on. */
-static inline vector exponential_2(vector x) {
+static inline vf32 exponential_2(vf32 x) {
 #if LANES == 16
-    x = (vector)_mm512_max_ps(_mm512_set1_ps(-126), (__m512)x); /* in this order what is not a number comes through */
+    x = (vf32)_mm512_max_ps(_mm512_set1_ps(-126), (__m512)x); /* in this order what is not a number comes through */
     __m512 whole = _mm512_roundscale_ps((__m512)x, 0);
-    return (vector)_mm512_scalef_ps((__m512)power_of_two(x - (vector)whole), whole);
+    return (vf32)_mm512_scalef_ps((__m512)power_of_two(x - (vf32)whole), whole);
 #else
-    x = choose(x < -126.0f, (vector){0} - 126.0f, x);
-    integers whole = __builtin_convertvector(x - 0.5f, integers);
-    return power_of_two(x - __builtin_convertvector(whole, vector)) * (vector)((whole + 127) << 23);
+    x = choose(x < -126.0f, (vf32){0} - 126.0f, x);
+    vi32 whole = __builtin_convertvector(x - 0.5f, vi32);
+    return power_of_two(x - __builtin_convertvector(whole, vf32)) * (vf32)((whole + 127) << 23);
 #endif
 }
 
-static inline vector exponential(vector x) { return exponential_2(x * 1.44269504f); }
+static inline vf32 exponential(vf32 x) { return exponential_2(x * 1.44269504f); }
 
 /* A vector of entries of a and b by constant indices, those of b counted from the length of a on. `type` is a vector of integers. */
 #ifdef __clang__
@@ -185,16 +183,16 @@ static inline vector exponential(vector x) { return exponential_2(x * 1.44269504
 #else
 #define EXCHANGED_ALL(d, o) EXCHANGED_4(0, d, o)
 #endif
-#define EXCHANGE(x, d)                                                                                                           \
-    for (int i = 0; i < LANES; i++) {                                                                                            \
-        if (i & (d)) continue;                                                                                                   \
-        integers a = (x)[i], b = (x)[i + (d)];                                                                                   \
-        (x)[i] = SHUFFLE(integers, a, b, EXCHANGED_ALL(d, 0));                                                                   \
-        (x)[i + (d)] = SHUFFLE(integers, a, b, EXCHANGED_ALL(d, d));                                                             \
+#define EXCHANGE(x, d)                                                                                                         \
+    for (int i = 0; i < LANES; i++) {                                                                                          \
+        if (i & (d)) continue;                                                                                                 \
+        vi32 a = (x)[i], b = (x)[i + (d)];                                                                                     \
+        (x)[i] = SHUFFLE(vi32, a, b, EXCHANGED_ALL(d, 0));                                                                     \
+        (x)[i + (d)] = SHUFFLE(vi32, a, b, EXCHANGED_ALL(d, d));                                                               \
     }
 
 /* lanes[i] of vector j becomes lanes[j] of vector i. */
-static inline __attribute__((always_inline)) void transpose_lanes(integers x[LANES]) {
+static inline __attribute__((always_inline)) void transpose_lanes(vi32 x[LANES]) {
 #pragma GCC unroll 16
     EXCHANGE(x, 1)
 #pragma GCC unroll 16

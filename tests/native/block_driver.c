@@ -56,16 +56,16 @@ struct model {
 };
 
 static void make_model(struct model *m, int threads) {
-    unit *packed[2 * LAYERS * MATRICES];
+    packed_elem *packed[2 * LAYERS * MATRICES];
     for (int i = 0; i < LAYERS * MATRICES; i++) {
         const int out = shapes[i % MATRICES][0], in = shapes[i % MATRICES][1];
         m->matrices[i] = floats_of((size_t)out * in, 0.3f);
-        packed[2 * i] = buffer((size_t)UP(out, PANEL) * in, sizeof(number));
-        packed[2 * i + 1] = buffer((size_t)UP(in, PANEL) * out, sizeof(number));
+        packed[2 * i] = buffer((size_t)UP(out, PANEL) * in, sizeof(elem));
+        packed[2 * i + 1] = buffer((size_t)UP(in, PANEL) * out, sizeof(elem));
     }
     pack((const float *const *)m->matrices, packed, LAYERS, threads);
     for (int i = 0; i < LAYERS; i++) {
-        unit **p = packed + 2 * MATRICES * i;
+        packed_elem **p = packed + 2 * MATRICES * i;
         m->layers[i] = (struct layer_weights){
             floats_of(WIDTH, 1), floats_of(WIDTH, 1), p[0], p[1], floats_of(3 * WIDTH, 1), p[2], p[3], floats_of(WIDTH, 1),
             floats_of(WIDTH, 1), floats_of(WIDTH, 1), p[4], p[5], floats_of(4 * WIDTH, 1), p[6], p[7], floats_of(WIDTH, 1),
@@ -78,21 +78,21 @@ static void make_activations(struct activations *a, size_t rows) {
         a[i] = (struct activations){
             .x = buffer(rows * WIDTH, 4),
             .ln1_stats = buffer(2 * rows, 4),
-            .ln1_out = buffer(rows * WIDTH, sizeof(number)),
-            .qkv = buffer(rows * 3 * WIDTH, sizeof(number)),
-            .att_out = buffer(rows * WIDTH, sizeof(number)),
+            .ln1_out = buffer(rows * WIDTH, sizeof(elem)),
+            .qkv = buffer(rows * 3 * WIDTH, sizeof(elem)),
+            .att_out = buffer(rows * WIDTH, sizeof(elem)),
             .softmax_stats = buffer(2 * rows * HEADS, 4),
             .resid_mid = buffer(rows * WIDTH, 4),
             .ln2_stats = buffer(2 * rows, 4),
-            .ln2_out = buffer(rows * WIDTH, sizeof(number)),
-            .fc = buffer(rows * 4 * WIDTH, sizeof(number)),
-            .fc_gelu = buffer(rows * 4 * WIDTH, sizeof(number)),
-            .d_mlp_out = buffer(rows * WIDTH, sizeof(number)),
-            .d_attn_out = buffer(rows * WIDTH, sizeof(number)),
-            .qkv_scratch = buffer(rows * 3 * WIDTH, sizeof(number)),
-            .fc_scratch = buffer(rows * 4 * WIDTH, sizeof(number)),
-            .ln_scratch = buffer(rows * WIDTH, sizeof(number)),
-            .branch = buffer(rows * WIDTH, sizeof(number)),
+            .ln2_out = buffer(rows * WIDTH, sizeof(elem)),
+            .fc = buffer(rows * 4 * WIDTH, sizeof(elem)),
+            .fc_gelu = buffer(rows * 4 * WIDTH, sizeof(elem)),
+            .d_mlp_out = buffer(rows * WIDTH, sizeof(elem)),
+            .d_attn_out = buffer(rows * WIDTH, sizeof(elem)),
+            .qkv_scratch = buffer(rows * 3 * WIDTH, sizeof(elem)),
+            .fc_scratch = buffer(rows * 4 * WIDTH, sizeof(elem)),
+            .ln_scratch = buffer(rows * WIDTH, sizeof(elem)),
+            .branch = buffer(rows * WIDTH, sizeof(elem)),
         };
     }
 }
@@ -113,7 +113,8 @@ static void make_grads(struct param_grads *g, int rolls, int threads) {
 }
 
 /* Forward and backward; returns dx (R, C). */
-static float *run(const struct model *m, const float *x, int rolls, int slots, int threads, enum keep keep, enum weight_grads when) {
+static float *run(const struct model *m, const float *x, int rolls, int slots, int threads, enum keep keep,
+                  enum weight_grads when) {
     const size_t rows = (size_t)rolls * slots;
     struct activations activations[LAYERS];
     struct param_grads params[LAYERS];
@@ -122,7 +123,7 @@ static float *run(const struct model *m, const float *x, int rolls, int slots, i
     memcpy(activations[0].x, x, rows * WIDTH * sizeof *x);
     struct pass pass = {m->layers, activations, LAYERS, rolls, slots, threads, keep};
     float *out = buffer(rows * WIDTH, sizeof *out);
-    unit *workspace = buffer(workspace_units(threads), sizeof *workspace);
+    packed_elem *workspace = buffer(workspace_elems(threads), sizeof *workspace);
     forward(&pass, out);
     check_finite(out, rows * WIDTH, "the output is not finite");
     if (keep == KEEP_NOTHING) return out;
@@ -150,16 +151,18 @@ static float *run(const struct model *m, const float *x, int rolls, int slots, i
 }
 
 static void update(int rows, int columns, int threads) {
-    static const float polynomials[5][3] = {{8.2f, -22.5f, 16.6f}, {4, -2.9f, .5f}, {3.9f, -2.8f, .5f}, {3.3f, -2.4f, .5f}, {2.3f, -1.6f, .4f}};
+    static const float polynomials[5][3] = {
+        {8.2f, -22.5f, 16.6f}, {4, -2.9f, .5f}, {3.9f, -2.8f, .5f}, {3.3f, -2.4f, .5f}, {2.3f, -1.6f, .4f}};
     static const int32_t reuse[][4] = {{1, 2, 2, 0}, {5, 0}};
     for (int k = 0; k < 2; k++) {
         struct muon_matrix matrices[3];
         const size_t size = (size_t)rows * columns;
         for (int i = 0; i < 3; i++) {
-            matrices[i] = (struct muon_matrix){floats_of(size, 1), floats_of(size, 1), floats_of(size, 1), zeros(rows > columns ? rows : columns)};
+            matrices[i] = (struct muon_matrix){floats_of(size, 1), floats_of(size, 1), floats_of(size, 1),
+                                               zeros(rows > columns ? rows : columns)};
         }
         struct muon_settings settings = {polynomials[0], reuse[k], .95f, .95f, .99f, .02f, 1.01f, rows, columns, 3, threads};
-        update_matrices(matrices, &settings, buffer(workspace_units(threads), sizeof(unit)));
+        update_matrices(matrices, &settings, buffer(workspace_elems(threads), sizeof(packed_elem)));
         for (int i = 0; i < 3; i++) check_finite(matrices[i].weights, size, "an updated matrix is not finite");
         free_all();
     }
