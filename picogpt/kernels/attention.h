@@ -1,6 +1,6 @@
 /* Causal attention, a head at a time, all of it in the processor's cache. */
 
-#define NEVER (-INFINITY)
+#define NEG_INF (-INFINITY)
 
 /* Which of the scores from column j on belong to row i: those of slots up to its own. Entries are masked rather than overwritten one
    by one: a vector that is read right after parts of it were written waits for them. */
@@ -13,10 +13,10 @@ static inline vi32 causal_mask(int i, int j) {
 static inline vf32 mask_and(vi32 mask, vf32 x) { return (vf32)((vi32)x & mask); }
 
 /* The largest of row i's scores. */
-static inline float row_max_of(const float *scores, int i) {
+static inline float causal_row_max(const float *scores, int i) {
     vf32 found = {0};
     int j = 0;
-    for (found += NEVER; j + LANES <= i + 1; j += LANES) {
+    for (found += NEG_INF; j + LANES <= i + 1; j += LANES) {
         vf32 next = load_float(scores + j);
         found = choose(next < found, found, next);
     }

@@ -5,16 +5,16 @@
 
 #define SIDE UP(SLOTS, 32)
 
-typedef packed_elem rows_of_head[SIDE][HEAD / 2] __attribute__((aligned(64)));    /* as they are: two entries are a unit */
-typedef packed_elem columns_of_head[HEAD / 2][SIDE] __attribute__((aligned(64))); /* the same, transposed */
-typedef packed_elem pairs_of_head[HEAD / 32][SIDE / 2][32]
+typedef packed_elem head_rows[SIDE][HEAD / 2] __attribute__((aligned(64)));    /* as they are: two entries are a unit */
+typedef packed_elem head_columns[HEAD / 2][SIDE] __attribute__((aligned(64))); /* the same, transposed */
+typedef packed_elem head_pairs[HEAD / 32][SIDE / 2][32]
     __attribute__((aligned(64))); /* entries of one slot and the next are a unit */
 
 /* Everything of one head, of the slots of a window. */
 struct buffers {
-    rows_of_head q, d_out;
-    columns_of_head k_columns, v_columns;
-    pairs_of_head q_pairs, k_pairs, v_pairs, d_out_pairs;
+    head_rows q, d_out;
+    head_columns k_columns, v_columns;
+    head_pairs q_pairs, k_pairs, v_pairs, d_out_pairs;
     /* Of 32 rows: */
     float scores[32][SIDE] __attribute__((aligned(64))), d_weights[32][SIDE] __attribute__((aligned(64)));
     elem weights[32][SIDE] __attribute__((aligned(64))), d_scores[32][SIDE] __attribute__((aligned(64)));
@@ -25,63 +25,63 @@ struct buffers {
 static _Thread_local struct buffers tls_buffers;
 
 /* 16 units of slot i, or zeros beyond the last slot. */
-static inline packed_vec of_slot(const elem *from, long stride, int i, int slots) {
+static inline packed_vec load_slot(const elem *from, long stride, int i, int slots) {
     typedef uint32_t some __attribute__((vector_size(64), aligned(2), may_alias));
     return i < slots ? (packed_vec) * (const some *)(from + i * stride) : (packed_vec){0};
 }
 
-static void read_rows(rows_of_head to, const elem *from, long stride, int slots) {
+static void load_rows(head_rows to, const elem *from, long stride, int slots) {
     for (int i = 0; i < UP(slots, 32); i++) {
-        for (int u = 0; u < HEAD / 2; u += 16) *(packed_vec *)&to[i][u] = of_slot(from + 2 * u, stride, i, slots);
+        for (int u = 0; u < HEAD / 2; u += 16) *(packed_vec *)&to[i][u] = load_slot(from + 2 * u, stride, i, slots);
     }
 }
 
-static void read_columns(columns_of_head to, const elem *from, long stride, int slots) {
+static void load_columns(head_columns to, const elem *from, long stride, int slots) {
     for (int i = 0; i < UP(slots, 32); i += 16) {
         for (int u = 0; u < HEAD / 2; u += 16) {
             vi32 tile[16];
-            for (int r = 0; r < 16; r++) tile[r] = (vi32)of_slot(from + 2 * u, stride, i + r, slots);
+            for (int r = 0; r < 16; r++) tile[r] = (vi32)load_slot(from + 2 * u, stride, i + r, slots);
             transpose_lanes(tile);
             for (int r = 0; r < 16; r++) *(vi32 *)&to[u + r][i] = tile[r];
         }
     }
 }
 
-static void read_pairs(pairs_of_head to, const elem *from, long stride, int slots) {
+static void load_pairs(head_pairs to, const elem *from, long stride, int slots) {
     for (int d = 0; d < HEAD; d += 32) pack_right(from + d, to[d / 32][0], stride, 32, slots, UP(slots, 32) / 2);
 }
 
 /* 32 rows of scores, or gradients of weights, from row `first` on: rows x columns, as far as the last of them sees. */
-static inline void multiply_rows_with_columns(float scores[32][SIDE], rows_of_head rows, columns_of_head columns, int first) {
+static inline void rows_times_columns(float scores[32][SIDE], head_rows rows, head_columns columns, int first) {
     for (int j = 0; j <= first; j += 32) {
-        multiply_tiles(32, &scores[0][j], SIDE, WRITE_TO, (struct tiles){rows[first], 2 * HEAD, 64},
-                       (struct tiles){&columns[0][j], 4 * SIDE, 64 * SIDE}, HEAD / 32);
+        amx_micro_kernel(32, &scores[0][j], SIDE, OVERWRITE, (struct tiles){rows[first], 2 * HEAD, 64},
+                         (struct tiles){&columns[0][j], 4 * SIDE, 64 * SIDE}, HEAD / 32);
     }
 }
 
 /* (32, HEAD) = weights x those rows, given in pairs, that are seen by the last of the 32 from `first` on. */
-static inline void multiply_with_pairs(float result[32][HEAD], elem weights[32][SIDE], pairs_of_head pairs, int first) {
+static inline void weights_times_pairs(float result[32][HEAD], elem weights[32][SIDE], head_pairs pairs, int first) {
     for (int d = 0; d < HEAD; d += 32) {
-        multiply_tiles(32, &result[0][d], HEAD, WRITE_TO, (struct tiles){weights, 2 * SIDE, 64},
-                       tiles_of_panel(pairs[d / 32][0]), first / 32 + 1);
+        amx_micro_kernel(32, &result[0][d], HEAD, OVERWRITE, (struct tiles){weights, 2 * SIDE, 64},
+                         tiles_of_panel(pairs[d / 32][0]), first / 32 + 1);
     }
 }
 
 /* sums (slots, HEAD) += the weights of 32 rows from `first` on, transposed, x those rows, given in pairs. */
-static inline void add_transposed_product(float sums[SIDE][HEAD], elem weights[32][SIDE], pairs_of_head pairs, int first) {
+static inline void add_weights_t_times_pairs(float sums[SIDE][HEAD], elem weights[32][SIDE], head_pairs pairs, int first) {
     packed_elem columns[32][16] __attribute__((aligned(64)));
     for (int j = 0; j <= first; j += 32) {
         pack_left(&weights[0][j], columns[0], SIDE, 32, 32, 16);
         for (int d = 0; d < HEAD; d += 32) {
             struct tiles left = {columns, 64, 0}, right = tiles_of_panel(pairs[d / 32][first / 2]);
-            if (j < first) multiply_tiles(32, &sums[j][d], HEAD, ADD_TO, left, right, 1);
-            else multiply_tiles(32, &sums[j][d], HEAD, WRITE_TO, left, right, 1);
+            if (j < first) amx_micro_kernel(32, &sums[j][d], HEAD, ACCUMULATE, left, right, 1);
+            else amx_micro_kernel(32, &sums[j][d], HEAD, OVERWRITE, left, right, 1);
         }
     }
 }
 
 /* The softmax of row i, rounded, and zeros up to `end`; returns the sum. */
-static inline float exponentiate(elem *weights, const float *scores, int i, int end, struct softmax_row row) {
+static inline float softmax_numerators(elem *weights, const float *scores, int i, int end, struct softmax_row row) {
     vf32 sum = {0};
     int j = 0;
     for (; j <= i; j += LANES) {
@@ -98,19 +98,19 @@ static void attend(struct buffers *b, struct head head) {
     const long row = 3 * WIDTH;
     const int slots = head.slots;
     const float scale = 1 / sqrtf(HEAD);
-    read_rows(b->q, head.qkv, row, slots);
-    read_columns(b->k_columns, head.qkv + WIDTH, row, slots);
-    read_pairs(b->v_pairs, head.qkv + 2 * WIDTH, row, slots);
+    load_rows(b->q, head.qkv, row, slots);
+    load_columns(b->k_columns, head.qkv + WIDTH, row, slots);
+    load_pairs(b->v_pairs, head.qkv + 2 * WIDTH, row, slots);
     for (int first = 0; first < slots; first += 32) {
         int count = slots - first < 32 ? slots - first : 32;
-        multiply_rows_with_columns(b->scores, b->q, b->k_columns, first);
+        rows_times_columns(b->scores, b->q, b->k_columns, first);
         for (int r = 0; r < count; r++) {
             int i = first + r;
-            head.row_max[i] = scale * row_max_of(b->scores[r], i);
+            head.row_max[i] = scale * causal_row_max(b->scores[r], i);
             struct softmax_row softmax = {scale, head.row_max[i], 1};
-            head.inv_sum[i] = 1 / exponentiate(b->weights[r], b->scores[r], i, first + 32, softmax);
+            head.inv_sum[i] = 1 / softmax_numerators(b->weights[r], b->scores[r], i, first + 32, softmax);
         }
-        multiply_with_pairs(b->result, b->weights, b->v_pairs, first);
+        weights_times_pairs(b->result, b->weights, b->v_pairs, first);
         for (int r = 0; r < count; r++) {
             elem *to = head.out + (long)(first + r) * WIDTH;
             for (int d = 0; d < HEAD; d += LANES) store(to + d, load_float(&b->result[r][d]) * head.inv_sum[first + r]);
@@ -137,7 +137,7 @@ static inline void softmax_backward(struct buffers *b, int r, int i, int end, st
 }
 
 /* `count` rows to `out`, rounded, and added to `sums`. */
-static inline void put_rows(elem *out, long stride, float *sums, float rows[][HEAD], int count) {
+static inline void store_rows(elem *out, long stride, float *sums, float rows[][HEAD], int count) {
     for (int d = 0; d < HEAD; d += LANES) {
         vf32 total = {0};
         for (int i = 0; i < count; i++) {
@@ -150,15 +150,15 @@ static inline void put_rows(elem *out, long stride, float *sums, float rows[][HE
 }
 
 /* What the backward pass multiplies with, in each order that it is needed in. */
-static void read_for_backward(struct buffers *b, struct head head, const elem *d_out) {
+static void load_for_backward(struct buffers *b, struct head head, const elem *d_out) {
     const long row = 3 * WIDTH;
-    read_rows(b->q, head.qkv, row, head.slots);
-    read_pairs(b->q_pairs, head.qkv, row, head.slots);
-    read_columns(b->k_columns, head.qkv + WIDTH, row, head.slots);
-    read_pairs(b->k_pairs, head.qkv + WIDTH, row, head.slots);
-    read_columns(b->v_columns, head.qkv + 2 * WIDTH, row, head.slots);
-    read_rows(b->d_out, d_out, WIDTH, head.slots);
-    read_pairs(b->d_out_pairs, d_out, WIDTH, head.slots);
+    load_rows(b->q, head.qkv, row, head.slots);
+    load_pairs(b->q_pairs, head.qkv, row, head.slots);
+    load_columns(b->k_columns, head.qkv + WIDTH, row, head.slots);
+    load_pairs(b->k_pairs, head.qkv + WIDTH, row, head.slots);
+    load_columns(b->v_columns, head.qkv + 2 * WIDTH, row, head.slots);
+    load_rows(b->d_out, d_out, WIDTH, head.slots);
+    load_pairs(b->d_out_pairs, d_out, WIDTH, head.slots);
 }
 
 /* d_out is the gradient of the head's output, in rows of C; the gradient of its part of qkv's bias is added to `bias_grad` (3C). */
@@ -166,11 +166,11 @@ static void attend_backward(struct buffers *b, struct head head, const elem *d_o
     const long row = 3 * WIDTH;
     const int slots = head.slots;
     const float scale = 1 / sqrtf(HEAD);
-    read_for_backward(b, head, d_out);
+    load_for_backward(b, head, d_out);
     for (int first = 0; first < slots; first += 32) {
         int count = slots - first < 32 ? slots - first : 32;
-        multiply_rows_with_columns(b->scores, b->q, b->k_columns, first);
-        multiply_rows_with_columns(b->d_weights, b->d_out, b->v_columns, first);
+        rows_times_columns(b->scores, b->q, b->k_columns, first);
+        rows_times_columns(b->d_weights, b->d_out, b->v_columns, first);
         for (int r = 0; r < 32; r++) {
             int i = first + r;
             vf32 products = {0};
@@ -184,11 +184,11 @@ static void attend_backward(struct buffers *b, struct head head, const elem *d_o
                 softmax_backward(b, r, i, first + 32, softmax, sum_of(products));
             }
         }
-        multiply_with_pairs(b->result, b->d_scores, b->k_pairs, first);
-        put_rows(head.qkv + first * row, row, bias_grad, b->result, count);
-        add_transposed_product(b->d_k, b->d_scores, b->q_pairs, first);
-        add_transposed_product(b->d_v, b->weights, b->d_out_pairs, first);
+        weights_times_pairs(b->result, b->d_scores, b->k_pairs, first);
+        store_rows(head.qkv + first * row, row, bias_grad, b->result, count);
+        add_weights_t_times_pairs(b->d_k, b->d_scores, b->q_pairs, first);
+        add_weights_t_times_pairs(b->d_v, b->weights, b->d_out_pairs, first);
     }
-    put_rows(head.qkv + WIDTH, row, bias_grad + WIDTH, b->d_k, slots);
-    put_rows(head.qkv + 2 * WIDTH, row, bias_grad + 2 * WIDTH, b->d_v, slots);
+    store_rows(head.qkv + WIDTH, row, bias_grad + WIDTH, b->d_k, slots);
+    store_rows(head.qkv + 2 * WIDTH, row, bias_grad + 2 * WIDTH, b->d_v, slots);
 }

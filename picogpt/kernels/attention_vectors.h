@@ -19,14 +19,14 @@ struct buffers {
 static _Thread_local struct buffers tls_buffers;
 
 /* Rows beyond the last slot are zero, as tiles reach beyond it. */
-static void read_rows(vf32 to[PADDED][VECTORS], const elem *from, long stride, float scale, int slots) {
+static void load_rows(vf32 to[PADDED][VECTORS], const elem *from, long stride, float scale, int slots) {
     for (int v = 0; v < VECTORS; v++) {
         for (int i = 0; i < slots; i++) to[i][v] = load(from + i * stride + v * LANES) * scale;
         for (int i = slots; i < PADDED; i++) to[i][v] = (vf32){0};
     }
 }
 
-static void transpose(vf32 to[HEAD][COLUMNS / LANES], vf32 from[PADDED][VECTORS], int slots) {
+static void transpose_head(vf32 to[HEAD][COLUMNS / LANES], vf32 from[PADDED][VECTORS], int slots) {
     float *out = (float *)to;
     const float *in = (const float *)from;
     for (int d = 0; d < HEAD; d++) {
@@ -37,8 +37,8 @@ static void transpose(vf32 to[HEAD][COLUMNS / LANES], vf32 from[PADDED][VECTORS]
 }
 
 /* scores = rows x columns, tile by tile, as far as some row of the tile may look. */
-static void multiply_causal(float scores[PADDED][COLUMNS], vf32 rows[PADDED][VECTORS], vf32 columns[HEAD][COLUMNS / LANES],
-                            int slots) {
+static void scores_gemm(float scores[PADDED][COLUMNS], vf32 rows[PADDED][VECTORS], vf32 columns[HEAD][COLUMNS / LANES],
+                        int slots) {
     const float *entries = (const float *)rows;
     for (int i = 0; i < slots; i += TILE_ROWS) {
         for (int j = 0; j < i + TILE_ROWS && j < slots; j += TILE_COLUMNS * LANES) {
@@ -65,15 +65,15 @@ struct out_rows {
 };
 
 /* Factors of a sum over rows k: factor k of output row r is at[r * row_step + k * step]. */
-struct factors {
+struct row_weights {
     const float *at;
     int row_step, step, first, end; /* k from `first` to `end` */
 };
 
 /* out[r] = inv_sum[r], if there is one, x the sum over k of factor k x rows[k], for `count` rows r; it is called with a constant
    there, so that the sums stay in registers. */
-static inline __attribute__((always_inline)) void combine(int count, struct out_rows out, const float *inv_sum,
-                                                          struct factors f, vf32 rows[PADDED][VECTORS]) {
+static inline __attribute__((always_inline)) void weighted_sum_rows(int count, struct out_rows out, const float *inv_sum,
+                                                                    struct row_weights f, vf32 rows[PADDED][VECTORS]) {
     vf32 sums[ROWS][VECTORS] = {0};
     for (int k = f.first; k < f.end; k++) {
         for (int r = 0; r < count; r++) {
@@ -91,47 +91,47 @@ static inline __attribute__((always_inline)) void combine(int count, struct out_
 
 /* The causal product of factors (slots, slots) and rows: row i is summed over k <= i. With `sums`, the sum of all output rows is added
    to it. */
-static inline void causal_product(elem *out, long stride, float *sums, const float *inv_sum, float factors[PADDED][COLUMNS],
-                                  vf32 rows[PADDED][VECTORS], int slots) {
+static inline void causal_gemm(elem *out, long stride, float *sums, const float *inv_sum, float weights[PADDED][COLUMNS],
+                               vf32 rows[PADDED][VECTORS], int slots) {
     vf32 total[VECTORS] = {0};
     int i = 0;
     for (; i + ROWS <= slots; i += ROWS) {
-        struct factors f = {factors[i], COLUMNS, 1, 0, i + ROWS};
-        combine(ROWS, (struct out_rows){out + i * stride, stride, total}, inv_sum ? inv_sum + i : 0, f, rows);
+        struct row_weights f = {weights[i], COLUMNS, 1, 0, i + ROWS};
+        weighted_sum_rows(ROWS, (struct out_rows){out + i * stride, stride, total}, inv_sum ? inv_sum + i : 0, f, rows);
     }
     for (; i < slots; i++) {
-        struct factors f = {factors[i], COLUMNS, 1, 0, i + 1};
-        combine(1, (struct out_rows){out + i * stride, stride, total}, inv_sum ? inv_sum + i : 0, f, rows);
+        struct row_weights f = {weights[i], COLUMNS, 1, 0, i + 1};
+        weighted_sum_rows(1, (struct out_rows){out + i * stride, stride, total}, inv_sum ? inv_sum + i : 0, f, rows);
     }
     for (int v = 0; sums && v < VECTORS; v++) accumulate(sums + v * LANES, total[v]);
 }
 
 /* The same of the factors transposed: row j is summed over k >= j. */
-static inline void causal_product_transposed(elem *out, long stride, float *sums, float factors[PADDED][COLUMNS],
-                                             vf32 rows[PADDED][VECTORS], int slots) {
+static inline void causal_gemm_tn(elem *out, long stride, float *sums, float weights[PADDED][COLUMNS],
+                                  vf32 rows[PADDED][VECTORS], int slots) {
     vf32 total[VECTORS] = {0};
     int j = 0;
     for (; j + ROWS <= slots; j += ROWS) {
-        struct factors f = {&factors[0][j], 1, COLUMNS, j, slots};
-        combine(ROWS, (struct out_rows){out + j * stride, stride, total}, 0, f, rows);
+        struct row_weights f = {&weights[0][j], 1, COLUMNS, j, slots};
+        weighted_sum_rows(ROWS, (struct out_rows){out + j * stride, stride, total}, 0, f, rows);
     }
     for (; j < slots; j++) {
-        struct factors f = {&factors[0][j], 1, COLUMNS, j, slots};
-        combine(1, (struct out_rows){out + j * stride, stride, total}, 0, f, rows);
+        struct row_weights f = {&weights[0][j], 1, COLUMNS, j, slots};
+        weighted_sum_rows(1, (struct out_rows){out + j * stride, stride, total}, 0, f, rows);
     }
     for (int v = 0; v < VECTORS; v++) accumulate(sums + v * LANES, total[v]);
 }
 
 /* Columns that a row has to have for the tiles of `combine`, beyond those that it sees. */
-static inline int end_of(int row) {
+static inline int padded_end(int row) {
     int end = UP(row + ROWS, LANES);
     return end < COLUMNS ? end : COLUMNS;
 }
 
 /* Scores of row i, scaled before, become their softmax, and zero beyond slot i; returns the sum. */
-static inline float exponentiate(float *scores, int i, struct softmax_row row) {
+static inline float softmax_numerators(float *scores, int i, struct softmax_row row) {
     vf32 sum = {0};
-    for (int j = 0; j < end_of(i); j += LANES) {
+    for (int j = 0; j < padded_end(i); j += LANES) {
         vf32 weights = exponential(load_float(scores + j) - row.row_max) * row.inv_sum;
         if (j + LANES > i + 1) weights = mask_and(causal_mask(i, j), weights);
         store_float(scores + j, weights);
@@ -143,16 +143,16 @@ static inline float exponentiate(float *scores, int i, struct softmax_row row) {
 static void attend(struct buffers *b, struct head head) {
     const long row = 3 * WIDTH;
     const int slots = head.slots;
-    read_rows(b->q, head.qkv, row, 1 / sqrtf(HEAD), slots);
-    read_rows(b->k, head.qkv + WIDTH, row, 1, slots);
-    read_rows(b->v, head.qkv + 2 * WIDTH, row, 1, slots);
-    transpose(b->columns, b->k, slots);
-    multiply_causal(b->scores, b->q, b->columns, slots);
+    load_rows(b->q, head.qkv, row, 1 / sqrtf(HEAD), slots);
+    load_rows(b->k, head.qkv + WIDTH, row, 1, slots);
+    load_rows(b->v, head.qkv + 2 * WIDTH, row, 1, slots);
+    transpose_head(b->columns, b->k, slots);
+    scores_gemm(b->scores, b->q, b->columns, slots);
     for (int i = 0; i < slots; i++) {
-        head.row_max[i] = row_max_of(b->scores[i], i);
-        head.inv_sum[i] = 1 / exponentiate(b->scores[i], i, (struct softmax_row){1, head.row_max[i], 1});
+        head.row_max[i] = causal_row_max(b->scores[i], i);
+        head.inv_sum[i] = 1 / softmax_numerators(b->scores[i], i, (struct softmax_row){1, head.row_max[i], 1});
     }
-    causal_product(head.out, WIDTH, 0, head.inv_sum, b->scores, b->v, slots);
+    causal_gemm(head.out, WIDTH, 0, head.inv_sum, b->scores, b->v, slots);
 }
 
 /* Scores of row i, scaled before, become their softmax, and `scores`, the softmax's gradient, becomes that of the scores: softmax x (its
@@ -160,7 +160,7 @@ static void attend(struct buffers *b, struct head head) {
    slot the two cancel exactly, as they would not with output x d_out, which is the same number rounded in another way. */
 static inline void softmax_backward(float *weights, float *scores, int i, struct softmax_row row) {
     vf32 products = {0};
-    for (int j = 0; j < end_of(i); j += LANES) {
+    for (int j = 0; j < padded_end(i); j += LANES) {
         vf32 weight = exponential(load_float(weights + j) - row.row_max) * row.inv_sum, d_weight = load_float(scores + j);
         if (j + LANES > i + 1) {
             vi32 mask = causal_mask(i, j);
@@ -170,7 +170,7 @@ static inline void softmax_backward(float *weights, float *scores, int i, struct
         products += weight * d_weight;
     }
     float mean = sum_of(products);
-    for (int j = 0; j < end_of(i); j += LANES) {
+    for (int j = 0; j < padded_end(i); j += LANES) {
         vf32 difference = load_float(scores + j) - mean;
         if (j + LANES > i + 1) difference = mask_and(causal_mask(i, j), difference);
         store_float(scores + j, load_float(weights + j) * difference);
@@ -182,21 +182,21 @@ static void attend_backward(struct buffers *b, struct head head, const elem *d_o
     const long row = 3 * WIDTH;
     const int slots = head.slots;
     const float scale = 1 / sqrtf(HEAD);
-    read_rows(b->q, head.qkv, row, scale, slots);
-    read_rows(b->k, head.qkv + WIDTH, row, 1, slots);
-    read_rows(b->v, head.qkv + 2 * WIDTH, row, 1, slots);
-    read_rows(b->d_out, d_out, WIDTH, 1, slots);
-    transpose(b->columns, b->k, slots);
-    multiply_causal(b->weights, b->q, b->columns, slots);
-    transpose(b->columns, b->v, slots);
-    multiply_causal(b->scores, b->d_out, b->columns, slots); /* the gradient of the softmax */
+    load_rows(b->q, head.qkv, row, scale, slots);
+    load_rows(b->k, head.qkv + WIDTH, row, 1, slots);
+    load_rows(b->v, head.qkv + 2 * WIDTH, row, 1, slots);
+    load_rows(b->d_out, d_out, WIDTH, 1, slots);
+    transpose_head(b->columns, b->k, slots);
+    scores_gemm(b->weights, b->q, b->columns, slots);
+    transpose_head(b->columns, b->v, slots);
+    scores_gemm(b->scores, b->d_out, b->columns, slots); /* the gradient of the softmax */
     for (int i = 0; i < slots; i++) {
         softmax_backward(b->weights[i], b->scores[i], i, (struct softmax_row){1, head.row_max[i], head.inv_sum[i]});
     }
     for (int i = 0; i < slots; i++) {
         for (int v = 0; v < VECTORS; v++) b->k[i][v] *= scale;
     }
-    causal_product(head.qkv, row, bias_grad, 0, b->scores, b->k, slots);
-    causal_product_transposed(head.qkv + WIDTH, row, bias_grad + WIDTH, b->scores, b->q, slots);
-    causal_product_transposed(head.qkv + 2 * WIDTH, row, bias_grad + 2 * WIDTH, b->weights, b->d_out, slots);
+    causal_gemm(head.qkv, row, bias_grad, 0, b->scores, b->k, slots);
+    causal_gemm_tn(head.qkv + WIDTH, row, bias_grad + WIDTH, b->scores, b->q, slots);
+    causal_gemm_tn(head.qkv + 2 * WIDTH, row, bias_grad + 2 * WIDTH, b->weights, b->d_out, slots);
 }

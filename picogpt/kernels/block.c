@@ -238,18 +238,18 @@ static struct norm norm_2(const struct layer_weights *w, const struct activation
 static __attribute__((noinline)) void forward_block(const struct layer_weights *w, const struct activations *a, const float *x,
                                                     float *resid, enum keep keep, struct work work) {
     const int keeps = keep == KEEP_ACTIVATIONS;
-    multiply_1_to_3(a->qkv_scratch, a->ln_scratch, w->attn, w->attn_bias, work);
+    gemm_c_3c(a->qkv_scratch, a->ln_scratch, w->attn, w->attn_bias, work);
     keep_rows(a->qkv_scratch, keeps ? a->qkv : 0, 3 * WIDTH, work);
     wait_for_rows(work);
     attention(a->qkv_scratch, a->att_out, a->softmax_stats, work);
     wait_for_rows(work);
-    multiply_1_to_1(a->branch, a->att_out, w->proj, 0, work);
+    gemm_c_c(a->branch, a->att_out, w->proj, 0, work);
     /* Where the block is computed again, `resid` is resid_mid itself. */
     struct residual residual = {x, a->branch, w->proj_bias, resid, keeps && resid != a->resid_mid ? a->resid_mid : 0};
     add_layer_norm(residual, norm_2(w, a, a->ln_scratch), work);
-    multiply_1_to_4(a->fc_scratch, a->ln_scratch, w->fc, w->fc_bias, work);
+    gemm_c_4c(a->fc_scratch, a->ln_scratch, w->fc, w->fc_bias, work);
     gelu(a->fc_scratch, keeps ? a->fc : 0, work);
-    multiply_4_to_1(a->branch, a->fc_scratch, w->out, 0, work);
+    gemm_4c_c(a->branch, a->fc_scratch, w->out, 0, work);
 }
 
 /* The first block's x through all blocks, to out (R, C). Activations are kept as pass->keep says. */
@@ -279,8 +279,16 @@ void forward(const struct pass *pass, float *out) {
 void weight_grad(const struct matrix_grad *grad, packed_elem *workspace) {
 #pragma omp parallel num_threads(grad->threads)
     {
-        struct gemm_tn p = {grad->sums,   grad->left, grad->right, grad->outputs,
-                            grad->inputs, grad->rows, WRITE_TO,    ALL_ENTRIES};
+        const struct gemm_tn p = {
+            .sums = grad->sums,
+            .left = grad->left,
+            .right = grad->right,
+            .n = grad->outputs,
+            .m = grad->inputs,
+            .rows = grad->rows,
+            .result = OVERWRITE,
+            .triangle = ALL_ENTRIES,
+        };
         begin_tiles();
         gemm_tn(p, workspace, omp_get_thread_num(), omp_get_num_threads());
         end_tiles();
@@ -290,7 +298,8 @@ void weight_grad(const struct matrix_grad *grad, packed_elem *workspace) {
 /* Add the gradient of a matrix (n, m) over one window to `sums`. */
 static void add_weight_grad(float *sums, const elem *left, int n, const elem *right, int m, packed_elem *workspace,
                             const struct work *work) {
-    gemm_tn((struct gemm_tn){sums, left, right, n, m, work->rows, ADD_TO, ALL_ENTRIES}, workspace, work->thread, work->threads);
+    const struct gemm_tn p = {sums, left, right, n, m, work->rows, ACCUMULATE, ALL_ENTRIES};
+    gemm_tn(p, workspace, work->thread, work->threads);
 }
 
 /* Backward through a block: grads->dx, the gradient of its output, becomes that of its x. d_branch (R, C), or null, is where the block
@@ -298,12 +307,12 @@ static void add_weight_grad(float *sums, const elem *left, int n, const elem *ri
 static void backward_block(const struct layer_weights *w, const struct activations *a, const struct param_grads *g,
                            const struct pass_grads *grads, elem *d_branch, struct work work) {
     const enum weight_grads when = grads->weight_grads;
-    multiply_1_to_4(a->fc_scratch, a->d_mlp_out, w->out_back, 0, work);
+    gemm_c_4c(a->fc_scratch, a->d_mlp_out, w->out_back, 0, work);
     gelu_backward(a->fc_scratch, a, g->fc_bias, when, work);
-    multiply_4_to_1(a->ln_scratch, a->fc, w->fc_back, 0, work);
+    gemm_4c_c(a->ln_scratch, a->fc, w->fc_back, 0, work);
     struct norm_grads ln2 = {a->ln_scratch, a->resid_mid, grads->dx, a->d_attn_out, g->ln2};
     layer_norm_backward(ln2, norm_2(w, a, a->ln2_out), when, work);
-    multiply_1_to_1(a->branch, a->d_attn_out, w->proj_back, 0, work);
+    gemm_c_c(a->branch, a->d_attn_out, w->proj_back, 0, work);
     if (when == GRADS_DEFERRED) wait_for_rows(work);
     else {
 #pragma omp barrier
@@ -316,7 +325,7 @@ static void backward_block(const struct layer_weights *w, const struct activatio
     else {
 #pragma omp barrier /* also as gradients are about to be written over what other threads may still multiply with */
     }
-    multiply_3_to_1(a->ln_scratch, a->qkv, w->attn_back, 0, work);
+    gemm_3c_c(a->ln_scratch, a->qkv, w->attn_back, 0, work);
     struct norm_grads ln1 = {a->ln_scratch, a->x, grads->dx, d_branch, g->ln1};
     layer_norm_backward(ln1, norm_1(w, a, a->ln1_out), when, work);
     if (when == GRADS_PER_WINDOW) {
@@ -358,7 +367,7 @@ static void pack_matrix(const float *matrix, packed_elem *packed, packed_elem *b
         pack_transposed(matrix, packed + (long)j * PANEL * (in / PER_PACKED), out, in, j * PANEL);
     }
     for (int j = first_of(panels_back, thread, threads); j < first_of(panels_back, thread + 1, threads); j++) {
-        pack_as_it_is(matrix, back + (long)j * PANEL * (out / PER_PACKED), out, in, j * PANEL);
+        pack_untransposed(matrix, back + (long)j * PANEL * (out / PER_PACKED), out, in, j * PANEL);
     }
 }
 

@@ -14,7 +14,7 @@ typedef vf32 packed_vec;
 #define PER_PACKED 1
 #endif
 #define PANEL (2 * LANES)
-#define AHEAD 16             /* rows of a panel that are asked for before they are needed */
+#define PREFETCH_ROWS 16     /* rows of a panel that are asked for before they are needed */
 #define TILE (REGISTERS / 2) /* rows that are multiplied with a panel at once */
 
 #if defined(AMX) && defined(BFLOAT16) && defined(__AMX_BF16__) && LANES == 16 && WIDTH % 32 == 0
@@ -25,7 +25,7 @@ typedef vf32 packed_vec;
 #define DEPTH_OF(rows) UP(UP(rows, PER_PACKED) / PER_PACKED, PER_PACKED == 2 ? 16 : 1)
 
 /* A unit in all lanes. */
-static inline packed_vec spread(const packed_elem *a) {
+static inline packed_vec broadcast(const packed_elem *a) {
 #if defined(BFLOAT16) && LANES == 16
     return (packed_vec)_mm512_set1_ps(*(const float_elem *)a); /* as a float it comes straight from memory */
 #else
@@ -34,7 +34,7 @@ static inline packed_vec spread(const packed_elem *a) {
 }
 
 /* sums + a x b, lane by lane; in bfloat16 of both numbers of a unit. */
-static inline vf32 plus_product(vf32 sums, packed_vec a, packed_vec b) {
+static inline vf32 multiply_add(vf32 sums, packed_vec a, packed_vec b) {
 #ifndef BFLOAT16
     return sums + a * b;
 #elif LANES == 16 && defined(__AVX512BF16__)
@@ -46,26 +46,26 @@ static inline vf32 plus_product(vf32 sums, packed_vec a, packed_vec b) {
 
 /* sums[r] = row r of a x panel, over `depth` units, for `count` rows; called with a constant there, so that the sums stay in
    registers. Unit k of row r is a[r * row + k * step]. */
-static inline __attribute__((always_inline)) void multiply_tile(int count, vf32 sums[TILE][2], const packed_elem *a, long row,
-                                                                long step, const packed_elem *panel, int depth) {
+static inline __attribute__((always_inline)) void micro_kernel(int count, vf32 sums[TILE][2], const packed_elem *a, long row,
+                                                               long step, const packed_elem *panel, int depth) {
     for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = (vf32){0};
     for (int k = 0; k < depth; k++) {
-        __builtin_prefetch(panel + (long)(k + AHEAD) * PANEL); /* a long panel does not fit in the first cache */
+        __builtin_prefetch(panel + (long)(k + PREFETCH_ROWS) * PANEL); /* a long panel does not fit in the first cache */
         packed_vec first = *(const packed_vec *)(panel + (long)k * PANEL),
                    second = *(const packed_vec *)(panel + (long)k * PANEL + LANES);
         for (int r = 0; r < count; r++) {
-            packed_vec x = spread(a + r * row + k * step);
-            sums[r][0] = plus_product(sums[r][0], x, first);
-            sums[r][1] = plus_product(sums[r][1], x, second);
+            packed_vec x = broadcast(a + r * row + k * step);
+            sums[r][0] = multiply_add(sums[r][0], x, first);
+            sums[r][1] = multiply_add(sums[r][1], x, second);
         }
     }
 }
 
 /* Whether a product is written, or added to what is there. */
-enum result { WRITE_TO, ADD_TO };
+enum result { OVERWRITE, ACCUMULATE };
 
 /* out (rows, columns) = x (rows, inner) x packed (inner, columns) + bias, if there is one; inner and columns are constants. */
-struct product {
+struct gemm {
     elem *out;
     const elem *x;
     const packed_elem *packed;
@@ -73,7 +73,7 @@ struct product {
     int inner, columns;
 };
 
-static inline vf32 bias_of(const float *bias, int column) { return bias ? load_float(bias + column) : (vf32){0}; }
+static inline vf32 load_bias(const float *bias, int column) { return bias ? load_float(bias + column) : (vf32){0}; }
 
 #ifdef MATRIX_TILES
 struct tile_shape {
@@ -82,19 +82,19 @@ struct tile_shape {
     uint8_t rows[16];
 } __attribute__((aligned(64)));
 
-static _Thread_local struct tile_shape others;
-static _Thread_local float tile_sums[32][PANEL] __attribute__((aligned(64)));
+static _Thread_local struct tile_shape saved_tile_config;
+static _Thread_local float tls_tile_sums[32][PANEL] __attribute__((aligned(64)));
 
 /* Eight tiles of 16 rows of 64 bytes. What other code of this thread has set is put back by `end_tiles`. */
 static void begin_tiles(void) {
     static const struct tile_shape shape = {
         .palette = 1, .bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
-    _tile_storeconfig(&others);
+    _tile_storeconfig(&saved_tile_config);
     _tile_loadconfig(&shape);
 }
 
 static void end_tiles(void) {
-    if (others.palette) _tile_loadconfig(&others);
+    if (saved_tile_config.palette) _tile_loadconfig(&saved_tile_config);
     else _tile_release();
 }
 
@@ -106,12 +106,12 @@ struct tiles {
 
 /* 16 or 32 rows of a x 32 columns of b, over 32 `steps` numbers, to rows of `sums` that are `row` apart. b has units of two
    numbers that follow each other in the sum. */
-static inline __attribute__((always_inline)) void multiply_tiles(int rows, float *sums, long row, enum result result,
-                                                                 struct tiles a, struct tiles b, int steps) {
+static inline __attribute__((always_inline)) void amx_micro_kernel(int rows, float *sums, long row, enum result result,
+                                                                   struct tiles a, struct tiles b, int steps) {
     const char *left = a.at, *right = b.at;
     const int both = rows == 32;       /* the second 16 rows too */
     __asm__ volatile("" ::: "memory"); /* the loads below do not tell the compiler what they read */
-    if (result == ADD_TO) {
+    if (result == ACCUMULATE) {
         _tile_loadd(0, sums, 4 * row);
         _tile_loadd(1, sums + 16, 4 * row);
         if (both) _tile_loadd(2, sums + 16 * row, 4 * row);
@@ -143,20 +143,20 @@ static inline __attribute__((always_inline)) void multiply_tiles(int rows, float
 /* A panel of `depth` units, from its first tile on. */
 static inline struct tiles tiles_of_panel(const packed_elem *panel) { return (struct tiles){panel, 4 * PANEL, 64 * PANEL}; }
 
-static inline __attribute__((always_inline)) void multiply_by_tiles(struct product p, int first, int end) {
+static inline __attribute__((always_inline)) void gemm_amx(struct gemm p, int first, int end) {
     const int depth = p.inner / PER_PACKED;
     for (int j = 0; j < p.columns; j += PANEL) {
         struct tiles panel = tiles_of_panel(p.packed + (long)j * depth);
-        vf32 low = bias_of(p.bias, j), high = bias_of(p.bias, j + LANES);
+        vf32 low = load_bias(p.bias, j), high = load_bias(p.bias, j + LANES);
         for (int i = first; i < end;) {
             int both = i + 32 <= end, at = both || i + 16 <= end ? i : end - 16; /* the last rows may be among those before */
             struct tiles rows = {p.x + (long)at * depth * PER_PACKED, 4L * depth, 64};
-            if (both) multiply_tiles(32, tile_sums[0], PANEL, WRITE_TO, rows, panel, depth / 16);
-            else multiply_tiles(16, tile_sums[0], PANEL, WRITE_TO, rows, panel, depth / 16);
+            if (both) amx_micro_kernel(32, tls_tile_sums[0], PANEL, OVERWRITE, rows, panel, depth / 16);
+            else amx_micro_kernel(16, tls_tile_sums[0], PANEL, OVERWRITE, rows, panel, depth / 16);
             for (int r = 0; r < (both ? 32 : 16); r++) {
                 elem *to = p.out + (long)(at + r) * p.columns + j;
-                store(to, *(vf32 *)tile_sums[r] + low);
-                store(to + LANES, *(vf32 *)(tile_sums[r] + LANES) + high);
+                store(to, *(vf32 *)tls_tile_sums[r] + low);
+                store(to + LANES, *(vf32 *)(tls_tile_sums[r] + LANES) + high);
             }
             i = at + (both ? 32 : 16);
         }
@@ -168,15 +168,15 @@ static void end_tiles(void) {}
 #endif
 
 /* `count` rows from `row` on, in the columns of the panel that begins at `column`. */
-static inline __attribute__((always_inline)) void multiply_rows(int count, struct product p, const packed_elem *panel, int row,
-                                                                int column) {
+static inline __attribute__((always_inline)) void gemm_rows(int count, struct gemm p, const packed_elem *panel, int row,
+                                                            int column) {
     const int depth = p.inner / PER_PACKED;
     vf32 sums[TILE][2];
-    multiply_tile(count, sums, (const packed_elem *)(p.x + (long)row * p.inner), depth, 1, panel, depth);
+    micro_kernel(count, sums, (const packed_elem *)(p.x + (long)row * p.inner), depth, 1, panel, depth);
     for (int r = 0; r < count; r++) {
         elem *to = p.out + (long)(row + r) * p.columns + column;
-        store(to, sums[r][0] + bias_of(p.bias, column));
-        if (column + LANES < p.columns) store(to + LANES, sums[r][1] + bias_of(p.bias, column + LANES));
+        store(to, sums[r][0] + load_bias(p.bias, column));
+        if (column + LANES < p.columns) store(to + LANES, sums[r][1] + load_bias(p.bias, column + LANES));
     }
 }
 
@@ -200,11 +200,11 @@ static inline void prefetch_part(const packed_elem *panel, int depth, int row, i
 }
 
 /* Rows from `first` to `end` of a product. */
-static inline __attribute__((always_inline)) void multiply(struct product p, int first, int end) {
+static inline __attribute__((always_inline)) void gemm(struct gemm p, int first, int end) {
     const int depth = p.inner / PER_PACKED;
 #ifdef MATRIX_TILES
     if (end - first >= 16) {
-        multiply_by_tiles(p, first, end);
+        gemm_amx(p, first, end);
         return;
     }
 #endif
@@ -213,27 +213,27 @@ static inline __attribute__((always_inline)) void multiply(struct product p, int
         int i = first;
         for (; i + TILE <= end; i += TILE) {
             prefetch_part(panel + (long)PANEL * depth, depth, i - first, TILE, end - first);
-            multiply_rows(TILE, p, panel, i, j);
+            gemm_rows(TILE, p, panel, i, j);
         }
         if (i < end && end - first >= TILE) {
-            multiply_rows(TILE, p, panel, end - TILE, j); /* some rows are done again: that is sooner than one by one */
+            gemm_rows(TILE, p, panel, end - TILE, j); /* some rows are done again: that is sooner than one by one */
             i = end;
         }
-        for (; i < end; i++) multiply_rows(1, p, panel, i, j);
+        for (; i < end; i++) gemm_rows(1, p, panel, i, j);
     }
 }
 
 /* A function for each shape of product, so that inner and columns are constants in it. */
-#define PRODUCT(name, inner, columns)                                                                                          \
+#define GEMM(name, inner, columns)                                                                                             \
     static __attribute__((noinline)) void name(elem *out, const elem *x, const packed_elem *packed, const float *bias,         \
                                                struct work work) {                                                             \
-        multiply((struct product){out, x, packed, bias, inner, columns}, work.first, work.end);                                \
+        gemm((struct gemm){out, x, packed, bias, inner, columns}, work.first, work.end);                                       \
     }
-PRODUCT(multiply_1_to_1, WIDTH, WIDTH)
-PRODUCT(multiply_1_to_3, WIDTH, 3 * WIDTH)
-PRODUCT(multiply_1_to_4, WIDTH, 4 * WIDTH)
-PRODUCT(multiply_3_to_1, 3 * WIDTH, WIDTH)
-PRODUCT(multiply_4_to_1, 4 * WIDTH, WIDTH)
+GEMM(gemm_c_c, WIDTH, WIDTH)
+GEMM(gemm_c_3c, WIDTH, 3 * WIDTH)
+GEMM(gemm_c_4c, WIDTH, 4 * WIDTH)
+GEMM(gemm_3c_c, 3 * WIDTH, WIDTH)
+GEMM(gemm_4c_c, 4 * WIDTH, WIDTH)
 
 /* ---- Packing ---- */
 
@@ -258,7 +258,7 @@ static void pack_transposed(const float *matrix, packed_elem *panel, int out, in
 }
 
 /* A panel of matrix (out, in), from its column `column` on, for rows of `out` entries. */
-static void pack_as_it_is(const float *matrix, packed_elem *panel, int out, int in, int column) {
+static void pack_untransposed(const float *matrix, packed_elem *panel, int out, int in, int column) {
     for (int k = 0; k < out; k += PER_PACKED) {
         for (int c = 0; c < PANEL; c += LANES) {
             elem rows[PER_PACKED][LANES];

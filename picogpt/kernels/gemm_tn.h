@@ -3,7 +3,7 @@
    One of the two matrices is WIDTH wide. Each thread packs all of that one, and of the other, which may be wider, its own part, so
    that no thread waits for another. */
 
-#define ROWS_AT_ONCE 512 /* what is packed of them stays in the cache */
+#define MAX_CHUNK_ROWS 512 /* what is packed of them stays in the cache */
 
 /* Which entries of a square product are needed. */
 enum triangle { ALL_ENTRIES, UPPER_ENTRIES /* at least those on the diagonal and above: the product is symmetric */ };
@@ -19,21 +19,21 @@ struct gemm_tn {
 };
 
 /* Units of LANES entries of row k x PAIR and the one after it, of `rows` that are `stride` apart; zeros where there are none. */
-static inline packed_vec of_rows(const elem *x, long stride, int rows, int k) {
+static inline packed_vec load_row_pair(const elem *x, long stride, int rows, int k) {
     static const elem none[LANES];
     int first = k * PER_PACKED, second = first + PER_PACKED - 1;
     return pack_rows(first < rows ? x + first * stride : none, second < rows ? x + second * stride : none);
 }
 
 /* Rows that are packed at once: as even parts of them as can be, of a multiple of 32. */
-static inline long rows_at_once(long rows) {
-    long chunks = UP(rows, ROWS_AT_ONCE) / ROWS_AT_ONCE;
+static inline long rows_per_chunk(long rows) {
+    long chunks = UP(rows, MAX_CHUNK_ROWS) / MAX_CHUNK_ROWS;
     return UP(UP(rows, chunks) / chunks, 32);
 }
 
 #ifdef MATRIX_TILES
 /* For each thread: units of the matrix that is packed whole, of its part of the other one, and sums of that. */
-#define WHOLE_ELEMS ((long)WIDTH * DEPTH_OF(ROWS_AT_ONCE))
+#define WHOLE_ELEMS ((long)WIDTH * DEPTH_OF(MAX_CHUNK_ROWS))
 #define PART_ELEMS (4 * WHOLE_ELEMS)
 #define THREAD_ELEMS (WHOLE_ELEMS + PART_ELEMS + 4L * WIDTH * WIDTH)
 
@@ -43,7 +43,7 @@ static void pack_left(const elem *x, packed_elem *packed, long stride, int colum
     for (int k = 0; k < depth; k += 16) {
         for (int i = 0; i < columns; i += 16) {
             vi32 tile[16];
-            for (int r = 0; r < 16; r++) tile[r] = (vi32)of_rows(x + i, stride, rows, k + r);
+            for (int r = 0; r < 16; r++) tile[r] = (vi32)load_row_pair(x + i, stride, rows, k + r);
             transpose_lanes(tile);
             packed_elem *to = packed + (long)(i / 32) * 32 * depth + (2 * k + i % 32) * 16;
             for (int r = 0; r < 16; r++) *(vi32 *)(to + 16 * r) = tile[r];
@@ -68,16 +68,17 @@ static void pack_right(const elem *x, packed_elem *packed, long stride, int colu
     }
     for (; k < depth; k++) {
         for (int c = 0; c < columns; c += LANES) {
-            *(packed_vec *)(packed + ((long)(c / PANEL) * depth + k) * PANEL + c % PANEL) = of_rows(x + c, stride, rows, k);
+            *(packed_vec *)(packed + ((long)(c / PANEL) * depth + k) * PANEL + c % PANEL) =
+                load_row_pair(x + c, stride, rows, k);
         }
     }
 }
 
 /* Which way a tile of sums is written. */
-enum orientation { AS_IT_IS, TRANSPOSED };
+enum orientation { UNTRANSPOSED, TRANSPOSED };
 
 /* A tile of 32 x 32 sums to `sums`, whose rows are `row` apart. */
-static void put_tile(float *sums, long row, float *tile, enum orientation orientation, enum result result) {
+static void write_tile(float *sums, long row, float *tile, enum orientation orientation, enum result result) {
     const int transposed = orientation == TRANSPOSED;
     for (int i = 0; i < 32; i += 16) {
         for (int j = 0; j < 32; j += 16) {
@@ -86,7 +87,7 @@ static void put_tile(float *sums, long row, float *tile, enum orientation orient
             if (transposed) transpose_lanes(x);
             float *to = transposed ? sums + j * row + i : sums + i * row + j;
             for (int r = 0; r < 16; r++) {
-                if (result == ADD_TO) accumulate(to + r * row, (vf32)x[r]);
+                if (result == ACCUMULATE) accumulate(to + r * row, (vf32)x[r]);
                 else store_float(to + r * row, (vf32)x[r]);
             }
         }
@@ -101,9 +102,9 @@ static void gemm_tn(struct gemm_tn p, packed_elem *workspace, int thread, int th
     const elem *narrow = swapped ? p.right : p.left, *wide = swapped ? p.left : p.right;
     packed_elem *whole = workspace + (long)thread * THREAD_ELEMS, *part = whole + WHOLE_ELEMS;
     float *totals = (float *)(part + PART_ELEMS);
-    const long most = rows_at_once(p.rows);
-    for (long start = 0; start < p.rows; start += most) {
-        int count = p.rows - start < most ? p.rows - start : most, depth = DEPTH_OF(count), last = start + most >= p.rows;
+    const long chunk = rows_per_chunk(p.rows);
+    for (long start = 0; start < p.rows; start += chunk) {
+        int count = p.rows - start < chunk ? p.rows - start : chunk, depth = DEPTH_OF(count), last = start + chunk >= p.rows;
         pack_left(narrow + start * WIDTH, whole, WIDTH, WIDTH, count, depth);
         pack_right(wide + start * columns + first * PANEL, part, columns, (end - first) * PANEL, count, depth);
         for (int j = first; j < end; j++) {
@@ -112,18 +113,18 @@ static void gemm_tn(struct gemm_tn p, packed_elem *workspace, int thread, int th
                 if (p.triangle == UPPER_ENTRIES && i > j * PANEL) continue;
                 float *tile = totals + (long)((j - first) * WIDTH + i) * 32;
                 struct tiles block = {whole + (long)i * depth, 64, 64 * 32};
-                if (start) multiply_tiles(32, tile, 32, ADD_TO, block, panel, depth / 16);
-                else multiply_tiles(32, tile, 32, WRITE_TO, block, panel, depth / 16);
+                if (start) amx_micro_kernel(32, tile, 32, ACCUMULATE, block, panel, depth / 16);
+                else amx_micro_kernel(32, tile, 32, OVERWRITE, block, panel, depth / 16);
                 if (!last) continue;
-                if (swapped) put_tile(p.sums + (long)j * PANEL * p.m + i, p.m, tile, TRANSPOSED, p.result);
-                else put_tile(p.sums + (long)i * p.m + j * PANEL, p.m, tile, AS_IT_IS, p.result);
+                if (swapped) write_tile(p.sums + (long)j * PANEL * p.m + i, p.m, tile, TRANSPOSED, p.result);
+                else write_tile(p.sums + (long)i * p.m + j * PANEL, p.m, tile, UNTRANSPOSED, p.result);
             }
         }
     }
 }
 #else
 /* For each thread: units of what it packs of both matrices, of which one may be four times as wide as WIDTH. */
-#define THREAD_ELEMS ((5L * WIDTH + TILE + PANEL + 1) * DEPTH_OF(ROWS_AT_ONCE))
+#define THREAD_ELEMS ((5L * WIDTH + TILE + PANEL + 1) * DEPTH_OF(MAX_CHUNK_ROWS))
 
 static inline packed_elem pack_elem(const elem *first, const elem *second) {
 #ifdef BFLOAT16
@@ -156,27 +157,28 @@ static void pack_right(const elem *x, packed_elem *packed, long stride, int colu
     for (int k = 0; k < depth; k++) {
         for (int c = 0; c < UP(columns, PANEL); c += LANES) {
             packed_elem *to = packed + (long)(c / PANEL) * PANEL * depth + k * PANEL + c % PANEL;
-            *(packed_vec *)to = c < columns ? of_rows(x + c, stride, rows, k) : (packed_vec){0};
+            *(packed_vec *)to = c < columns ? load_row_pair(x + c, stride, rows, k) : (packed_vec){0};
         }
     }
 }
 
 /* Where a tile of sums is, and how much of it belongs to the matrix, which may end within it. */
-struct sums_at {
+struct sums_tile {
     float *sums;
     long row; /* entries from one row to the next */
     int rows, columns;
 };
 
 /* A tile of sums = packed left x packed right. */
-static void sum_tile(struct sums_at at, const packed_elem *left, const packed_elem *right, int depth, enum result result) {
+static void gemm_tn_tile(struct sums_tile at, const packed_elem *left, const packed_elem *right, int depth,
+                         enum result result) {
     vf32 tile[TILE][2];
     for (int r = TILE; r < 2 * TILE && r < at.rows; r++) __builtin_prefetch(at.sums + r * at.row, 1); /* of the next tile */
-    multiply_tile(TILE, tile, left, 1, TILE, right, depth);
+    micro_kernel(TILE, tile, left, 1, TILE, right, depth);
     for (int r = 0; r < TILE && r < at.rows; r++) {
         for (int c = 0; c < 2 && c * LANES < at.columns; c++) {
             float *to = at.sums + r * at.row + c * LANES;
-            if (result == ADD_TO) accumulate(to, tile[r][c]);
+            if (result == ACCUMULATE) accumulate(to, tile[r][c]);
             else store_float(to, tile[r][c]);
         }
     }
@@ -191,16 +193,16 @@ static void gemm_tn(struct gemm_tn p, packed_elem *workspace, int thread, int th
               j_end = by_blocks ? p.m : first_of(panels, thread + 1, threads) * PANEL;
     const int i_count = (i_end < p.n ? i_end : p.n) - i_first, j_count = (j_end < p.m ? j_end : p.m) - j_first;
     packed_elem *lefts = workspace + (long)thread * THREAD_ELEMS;
-    const long most = rows_at_once(p.rows);
-    for (long start = 0; start < p.rows; start += most, p.result = ADD_TO) {
-        int count = p.rows - start < most ? p.rows - start : most, depth = DEPTH_OF(count);
+    const long chunk = rows_per_chunk(p.rows);
+    for (long start = 0; start < p.rows; start += chunk, p.result = ACCUMULATE) {
+        int count = p.rows - start < chunk ? p.rows - start : chunk, depth = DEPTH_OF(count);
         packed_elem *rights = lefts + UP((long)UP(i_count, TILE) * depth, LANES);
         pack_left(p.left + start * p.n + i_first, lefts, p.n, i_count, count, depth);
         pack_right(p.right + start * p.m + j_first, rights, p.m, j_count, count, depth);
         for (int j = 0; j < j_count; j += PANEL) {
             for (int i = 0; i < i_count && !(p.triangle == UPPER_ENTRIES && i_first + i >= j_first + j + PANEL); i += TILE) {
-                struct sums_at at = {p.sums + (long)(i_first + i) * p.m + j_first + j, p.m, i_count - i, j_count - j};
-                sum_tile(at, lefts + (long)i * depth, rights + (long)j * depth, depth, p.result);
+                struct sums_tile at = {p.sums + (long)(i_first + i) * p.m + j_first + j, p.m, i_count - i, j_count - j};
+                gemm_tn_tile(at, lefts + (long)i * depth, rights + (long)j * depth, depth, p.result);
             }
         }
     }

@@ -25,7 +25,7 @@ static void pack_square(const elem *matrix, packed_elem *packed) {
 }
 
 /* What is above the diagonal is copied below it. */
-static void mirror(float *sums) {
+static void mirror_upper(float *sums) {
     for (int i = 0; i < WIDTH; i += LANES) {
         for (int j = i; j < WIDTH; j += LANES) {
             vi32 tile[LANES];
@@ -40,26 +40,26 @@ static void mirror(float *sums) {
 }
 
 /* out = sums, of which there is what is on the diagonal and above, + diagonal. */
-static void round_square(float *sums, float diagonal, elem *out) {
+static void round_symmetric(float *sums, float diagonal, elem *out) {
     for (int i = 0; i < WIDTH; i++) sums[i * (WIDTH + 1L)] += diagonal;
-    mirror(sums);
+    mirror_upper(sums);
     for (long i = 0; i < SQUARE; i += LANES) store(out + i, load_float(sums + i));
 }
 
 /* scale x a product + weight x plus, with `plus` null for none. */
-struct linear {
+struct epilogue {
     float scale;
     const elem *plus;
     float weight;
 };
 
-static inline vf32 scaled_sum(vf32 sum, struct linear f, long at) {
+static inline vf32 apply_epilogue(vf32 sum, struct epilogue f, long at) {
     return f.plus ? sum * f.scale + load(f.plus + at) * f.weight : sum * f.scale;
 }
 
 /* f of a (rows, WIDTH) x packed: rounded to `out`, or where that is null, to `sums`, of which only the entries on the diagonal
    and above are written. */
-static void combine_products(elem *out, float *sums, const elem *a, const packed_elem *packed, struct linear f, int rows) {
+static void gemm_epilogue(elem *out, float *sums, const elem *a, const packed_elem *packed, struct epilogue f, int rows) {
     const int depth = WIDTH / PER_PACKED;
     for (int j = 0; j < WIDTH; j += PANEL) {
         const packed_elem *panel = packed + (long)j * depth;
@@ -67,19 +67,19 @@ static void combine_products(elem *out, float *sums, const elem *a, const packed
 #ifdef MATRIX_TILES
             const int count = 32;
             struct tiles left = {a + (long)i * WIDTH, 2 * WIDTH, 64};
-            multiply_tiles(32, tile_sums[0], PANEL, WRITE_TO, left, tiles_of_panel(panel), depth / 16);
-#define SUM(r, c) (*(vf32 *)&tile_sums[r][(c) * LANES])
+            amx_micro_kernel(32, tls_tile_sums[0], PANEL, OVERWRITE, left, tiles_of_panel(panel), depth / 16);
+#define SUM(r, c) (*(vf32 *)&tls_tile_sums[r][(c) * LANES])
 #else
             const int count = i + TILE <= rows ? TILE : 1;
             vf32 tile[TILE][2];
-            if (count == TILE) multiply_tile(TILE, tile, (const packed_elem *)(a + (long)i * WIDTH), depth, 1, panel, depth);
-            else multiply_tile(1, tile, (const packed_elem *)(a + (long)i * WIDTH), depth, 1, panel, depth);
+            if (count == TILE) micro_kernel(TILE, tile, (const packed_elem *)(a + (long)i * WIDTH), depth, 1, panel, depth);
+            else micro_kernel(1, tile, (const packed_elem *)(a + (long)i * WIDTH), depth, 1, panel, depth);
 #define SUM(r, c) tile[r][c]
 #endif
             for (int r = 0; r < count; r++) {
                 for (int c = 0; c < 2 && j + c * LANES < WIDTH; c++) {
                     long at = (long)(i + r) * WIDTH + j + c * LANES;
-                    vf32 y = scaled_sum(SUM(r, c), f, at);
+                    vf32 y = apply_epilogue(SUM(r, c), f, at);
                     if (out) store(out + at, y);
                     else store_float(sums + at, y);
                 }
@@ -91,15 +91,15 @@ static void combine_products(elem *out, float *sums, const elem *a, const packed
 }
 
 /* f of a x packed, plus `diagonal` on the diagonal, to `out`: a small matrix that is symmetric. */
-static void multiply_symmetric(struct iteration *it, elem *out, const elem *a, struct linear f, float diagonal) {
-    combine_products(0, it->sums, a, it->packed, f, WIDTH);
-    round_square(it->sums, diagonal, out);
+static void gemm_symmetric(struct iteration *it, elem *out, const elem *a, struct epilogue f, float diagonal) {
+    gemm_epilogue(0, it->sums, a, it->packed, f, WIDTH);
+    round_symmetric(it->sums, diagonal, out);
 }
 
 static void form_gram(struct iteration *it) {
-    struct gemm_tn gram = {it->sums, it->x, it->x, WIDTH, WIDTH, it->rows, WRITE_TO, UPPER_ENTRIES};
+    struct gemm_tn gram = {it->sums, it->x, it->x, WIDTH, WIDTH, it->rows, OVERWRITE, UPPER_ENTRIES};
     gemm_tn(gram, it->workspace, 0, 1);
-    round_square(it->sums, 0, it->gram);
+    round_symmetric(it->sums, 0, it->gram);
 }
 
 static void swap(elem **a, elem **b) {
@@ -109,40 +109,40 @@ static void swap(elem **a, elem **b) {
 }
 
 /* X x packed + weight x X becomes X. */
-static void multiply_x(struct iteration *it, float weight) {
-    combine_products(it->next, 0, it->x, it->packed, (struct linear){1, weight != 0 ? it->x : 0, weight}, it->rows);
+static void update_x(struct iteration *it, float weight) {
+    gemm_epilogue(it->next, 0, it->x, it->packed, (struct epilogue){1, weight != 0 ? it->x : 0, weight}, it->rows);
     swap(&it->x, &it->next);
 }
 
 /* Apply `count` polynomials p[0] + p[1] G + p[2] G^2, the Gram matrix G formed once: `_iterate` of picogpt.optim. */
 static void iterate(struct iteration *it, const float (*polynomials)[3], int count) {
-    const struct linear plain = {1, 0, 0};
+    const struct epilogue plain = {1, 0, 0};
     const float *p = polynomials[0];
     form_gram(it);
     pack_square(it->gram, it->packed);
     if (count == 1) {
-        multiply_symmetric(it, it->factor, it->gram, (struct linear){p[2], it->gram, p[1]}, 0);
+        gemm_symmetric(it, it->factor, it->gram, (struct epilogue){p[2], it->gram, p[1]}, 0);
         pack_square(it->factor, it->packed);
-        multiply_x(it, p[0]);
+        update_x(it, p[0]);
         return;
     }
-    multiply_symmetric(it, it->factor, it->gram, (struct linear){p[2], it->gram, p[1]}, p[0]);
+    gemm_symmetric(it, it->factor, it->gram, (struct epilogue){p[2], it->gram, p[1]}, p[0]);
     memcpy(it->product, it->factor, SQUARE * sizeof *it->product);
     for (int k = 1; k < count; k++) {
         p = polynomials[k];
         /* G becomes F G F, the Gram matrix of X F; then F the polynomial of that. */
         pack_square(it->gram, it->packed);
-        combine_products(it->scratch, 0, it->factor, it->packed, plain, WIDTH);
+        gemm_epilogue(it->scratch, 0, it->factor, it->packed, plain, WIDTH);
         pack_square(it->factor, it->packed);
-        multiply_symmetric(it, it->gram, it->scratch, plain, 0);
+        gemm_symmetric(it, it->gram, it->scratch, plain, 0);
         pack_square(it->gram, it->packed);
-        multiply_symmetric(it, it->factor, it->gram, (struct linear){p[2], it->gram, p[1]}, p[0]);
+        gemm_symmetric(it, it->factor, it->gram, (struct epilogue){p[2], it->gram, p[1]}, p[0]);
         pack_square(it->product, it->packed);
-        combine_products(it->scratch, 0, it->factor, it->packed, plain, WIDTH);
+        gemm_epilogue(it->scratch, 0, it->factor, it->packed, plain, WIDTH);
         swap(&it->product, &it->scratch);
     }
     pack_square(it->product, it->packed);
-    multiply_x(it, 0);
+    update_x(it, 0);
 }
 
 /* out (columns, rows) = x (rows, columns), transposed; both are multiples of LANES. */
