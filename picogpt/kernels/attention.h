@@ -18,13 +18,13 @@ static inline float causal_row_max(const float *scores, int i) {
     int j = 0;
     for (found += NEG_INF; j + LANES <= i + 1; j += LANES) {
         vf32 next = load_float(scores + j);
-        found = choose(next < found, found, next);
+        found = select_lanes(next < found, found, next);
     }
     if (j <= i) {
         vf32 next = load_float(scores + j);
-        found = choose(causal_mask(i, j) & ~(next < found), next, found);
+        found = select_lanes(causal_mask(i, j) & ~(next < found), next, found);
     }
-    return largest_of(found);
+    return reduce_max(found);
 }
 
 /* One head of one roll, in one window. In a row of qkv, (slots, 3C), are q of all heads, then k, then v. */

@@ -85,13 +85,13 @@ static inline float softmax_numerators(elem *weights, const float *scores, int i
     vf32 sum = {0};
     int j = 0;
     for (; j <= i; j += LANES) {
-        vf32 found = exponential(load_float(scores + j) * row.scale - row.row_max) * row.inv_sum;
+        vf32 found = vexp(load_float(scores + j) * row.scale - row.row_max) * row.inv_sum;
         if (j + LANES > i + 1) found = mask_and(causal_mask(i, j), found);
         store(weights + j, found);
         sum += found;
     }
     for (; j < end; j += LANES) store(weights + j, (vf32){0});
-    return sum_of(sum);
+    return reduce_sum(sum);
 }
 
 static void attend(struct buffers *b, struct head head) {
@@ -124,7 +124,7 @@ static inline void softmax_backward(struct buffers *b, int r, int i, int end, st
     float *scores = b->scores[r], *d_weights = b->d_weights[r];
     int j = 0;
     for (; j <= i; j += LANES) {
-        vf32 weights = exponential(load_float(scores + j) * row.scale - row.row_max) * row.inv_sum;
+        vf32 weights = vexp(load_float(scores + j) * row.scale - row.row_max) * row.inv_sum;
         vf32 d_scores = weights * (load_float(d_weights + j) - mean) * row.scale;
         if (j + LANES > i + 1) weights = mask_and(causal_mask(i, j), weights), d_scores = mask_and(causal_mask(i, j), d_scores);
         store(b->weights[r] + j, weights);
@@ -181,7 +181,7 @@ static void attend_backward(struct buffers *b, struct head head, const elem *d_o
             if (r >= count) softmax_backward(b, r, -1, first + 32, none, 0);
             else {
                 struct softmax_row softmax = {scale, head.row_max[i], head.inv_sum[i]};
-                softmax_backward(b, r, i, first + 32, softmax, sum_of(products));
+                softmax_backward(b, r, i, first + 32, softmax, reduce_sum(products));
             }
         }
         weights_times_pairs(b->result, b->d_scores, b->k_pairs, first);

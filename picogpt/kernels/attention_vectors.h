@@ -132,12 +132,12 @@ static inline int padded_end(int row) {
 static inline float softmax_numerators(float *scores, int i, struct softmax_row row) {
     vf32 sum = {0};
     for (int j = 0; j < padded_end(i); j += LANES) {
-        vf32 weights = exponential(load_float(scores + j) - row.row_max) * row.inv_sum;
+        vf32 weights = vexp(load_float(scores + j) - row.row_max) * row.inv_sum;
         if (j + LANES > i + 1) weights = mask_and(causal_mask(i, j), weights);
         store_float(scores + j, weights);
         sum += weights;
     }
-    return sum_of(sum);
+    return reduce_sum(sum);
 }
 
 static void attend(struct buffers *b, struct head head) {
@@ -161,7 +161,7 @@ static void attend(struct buffers *b, struct head head) {
 static inline void softmax_backward(float *weights, float *scores, int i, struct softmax_row row) {
     vf32 products = {0};
     for (int j = 0; j < padded_end(i); j += LANES) {
-        vf32 weight = exponential(load_float(weights + j) - row.row_max) * row.inv_sum, d_weight = load_float(scores + j);
+        vf32 weight = vexp(load_float(weights + j) - row.row_max) * row.inv_sum, d_weight = load_float(scores + j);
         if (j + LANES > i + 1) {
             vi32 mask = causal_mask(i, j);
             weight = mask_and(mask, weight), d_weight = mask_and(mask, d_weight);
@@ -169,7 +169,7 @@ static inline void softmax_backward(float *weights, float *scores, int i, struct
         store_float(weights + j, weight);
         products += weight * d_weight;
     }
-    float mean = sum_of(products);
+    float mean = reduce_sum(products);
     for (int j = 0; j < padded_end(i); j += LANES) {
         vf32 difference = load_float(scores + j) - mean;
         if (j + LANES > i + 1) difference = mask_and(causal_mask(i, j), difference);

@@ -56,10 +56,10 @@ struct param_grads {
 };
 
 /* What the forward pass leaves for the backward pass. */
-enum keep {
-    KEEP_NOTHING,     /* validation: there is no backward pass */
-    KEEP_INPUTS,      /* each block's x; the backward pass computes the rest again (gradient checkpointing) */
-    KEEP_ACTIVATIONS, /* everything it needs */
+enum save {
+    SAVE_NOTHING,     /* validation: there is no backward pass */
+    SAVE_INPUTS,      /* each block's x; the backward pass computes the rest again (gradient checkpointing) */
+    SAVE_ACTIVATIONS, /* everything it needs */
 };
 
 /* When the gradients of the matrices are computed. */
@@ -73,7 +73,7 @@ struct pass {
     const struct layer_weights *weights;   /* (layers) */
     const struct activations *activations; /* (layers) */
     int32_t layers, rolls, slots, threads;
-    int32_t keep; /* enum keep */
+    int32_t save; /* enum save */
 };
 
 /* What a backward pass writes to. */
@@ -129,7 +129,7 @@ const struct layout_entry *layout(void) {
         FIELD(param_grads, proj), FIELD(param_grads, ln2), FIELD(param_grads, fc), FIELD(param_grads, fc_bias),
         FIELD(param_grads, out),
         STRUCTURE(pass), FIELD(pass, weights), FIELD(pass, activations), FIELD(pass, layers), FIELD(pass, rolls),
-        FIELD(pass, slots), FIELD(pass, threads), FIELD(pass, keep),
+        FIELD(pass, slots), FIELD(pass, threads), FIELD(pass, save),
         STRUCTURE(pass_grads), FIELD(pass_grads, params), FIELD(pass_grads, dx), FIELD(pass_grads, last_bias),
         FIELD(pass_grads, workspace), FIELD(pass_grads, weight_grads),
         STRUCTURE(matrix_grad), FIELD(matrix_grad, sums), FIELD(matrix_grad, left), FIELD(matrix_grad, right),
@@ -140,7 +140,7 @@ const struct layout_entry *layout(void) {
         FIELD(muon_settings, momentum), FIELD(muon_settings, beta2), FIELD(muon_settings, decay), FIELD(muon_settings, step),
         FIELD(muon_settings, margin), FIELD(muon_settings, rows), FIELD(muon_settings, columns), FIELD(muon_settings, matrices),
         FIELD(muon_settings, threads),
-        CONSTANT(KEEP_NOTHING), CONSTANT(KEEP_INPUTS), CONSTANT(KEEP_ACTIVATIONS),
+        CONSTANT(SAVE_NOTHING), CONSTANT(SAVE_INPUTS), CONSTANT(SAVE_ACTIVATIONS),
         CONSTANT(GRADS_PER_WINDOW), CONSTANT(GRADS_DEFERRED),
         {0},
     };

@@ -14,7 +14,6 @@ from picogpt.kernels.layout import compare_layouts
 
 __all__ = [
     "Activations",
-    "Keep",
     "LayerWeights",
     "MatrixGrad",
     "MuonMatrix",
@@ -22,6 +21,7 @@ __all__ = [
     "ParamGrads",
     "Pass",
     "PassGrads",
+    "Save",
     "WeightGrads",
     "check_layout",
 ]
@@ -57,8 +57,8 @@ class ParamGrads(Structure):
     _fields_ = tuple((name, c_void_p) for name in ("ln1", "attn", "attn_bias", "proj", "ln2", "fc", "fc_bias", "out"))
 
 
-class Keep(IntEnum):
-    """What the forward pass leaves for the backward pass: `enum keep`."""
+class Save(IntEnum):
+    """What the forward pass leaves for the backward pass: `enum save`."""
 
     NOTHING = 0
     INPUTS = 1
@@ -82,7 +82,7 @@ class Pass(Structure):
         ("rolls", c_int32),
         ("slots", c_int32),
         ("threads", c_int32),
-        ("keep", c_int32),
+        ("save", c_int32),
     )
 
 
@@ -146,7 +146,7 @@ _STRUCTURES: dict[str, type[Structure]] = {
     "muon_matrix": MuonMatrix,
     "muon_settings": MuonSettings,
 }
-_CONSTANTS: dict[str, type[IntEnum]] = {"KEEP": Keep, "GRADS": WeightGrads}
+_CONSTANTS: dict[str, type[IntEnum]] = {"SAVE": Save, "GRADS": WeightGrads}
 
 
 def check_layout(library: ctypes.CDLL) -> None:

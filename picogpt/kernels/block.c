@@ -39,12 +39,12 @@ static __attribute__((noinline)) void normalize_row(const float *x, const struct
     elem *out = norm->out + i * WIDTH;
     vf32 sum = {0}, squares = {0};
     for (int c = 0; c < WIDTH; c += LANES) sum += load_float(x + c);
-    const float mean = sum_of(sum) / WIDTH;
+    const float mean = reduce_sum(sum) / WIDTH;
     for (int c = 0; c < WIDTH; c += LANES) {
         vf32 distance = load_float(x + c) - mean;
         squares += distance * distance;
     }
-    const float inv_std = 1 / sqrtf(sum_of(squares) / WIDTH + EPSILON);
+    const float inv_std = 1 / sqrtf(reduce_sum(squares) / WIDTH + EPSILON);
     for (int c = 0; c < WIDTH; c += LANES) {
         store(out + c, (load_float(x + c) - mean) * inv_std * load_float(weight + c) + load_float(bias + c));
     }
@@ -62,14 +62,14 @@ struct residual {
     const elem *branch; /* (R, C) the output of attention or the MLP, without its bias */
     const float *bias;  /* (C) that bias */
     float *sum;         /* (R, C) written; may be x */
-    float *kept;        /* (R, C) the sum once more, for the backward pass, or null */
+    float *saved;       /* (R, C) the sum once more, for the backward pass, or null */
 };
 
 static inline void add_row(const struct residual *r, long i) {
     for (long at = i * WIDTH, c = 0; c < WIDTH; c += LANES) {
         vf32 y = load_float(r->x + at + c) + load(r->branch + at + c) + load_float(r->bias + c);
         store_float(r->sum + at + c, y);
-        if (r->kept) stream_float(r->kept + at + c, y);
+        if (r->saved) stream_float(r->saved + at + c, y);
     }
 }
 
@@ -121,7 +121,7 @@ static inline __attribute__((always_inline)) void norm_row_backward(const struct
         sums->bias[v] += d;
         store_or_stream(norm->out + at + c, normal[v] * w + load_float(norm->bias + c), when);
     }
-    float d_mean = sum_of(sum) / WIDTH, mean_product = sum_of(products) / WIDTH;
+    float d_mean = reduce_sum(sum) / WIDTH, mean_product = reduce_sum(products) / WIDTH;
     for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
         vf32 d = load_float(g->d_resid + at + c) + (d_normal[v] - d_mean - normal[v] * mean_product) * inv_std;
         store_float(g->d_resid + at + c, d);
@@ -155,17 +155,17 @@ static void add_backward(const float *dx, elem *d_branch, float *bias_grad, stru
 }
 
 /* Rows of `width` numbers to where they are kept for the backward pass, unless that is null. */
-static void keep_rows(const elem *x, elem *kept, long width, struct work work) {
-    if (!kept) return;
-    for (long at = work.first * width; at < work.end * width; at += LANES) stream(kept + at, load(x + at));
+static void save_rows(const elem *x, elem *saved, long width, struct work work) {
+    if (!saved) return;
+    for (long at = work.first * width; at < work.end * width; at += LANES) stream(saved + at, load(x + at));
 }
 
 /* ---- GELU: x times the chance that a normal variable is less than x ---- */
 
 /* That chance, and the density at x: Abramowitz and Stegun, 7.1.26, to 1e-7, and to 1e-4 where `reciprocal` is in bfloat16. */
-static inline vf32 chance_below(vf32 x, vf32 *density) {
+static inline vf32 normal_cdf(vf32 x, vf32 *density) {
     const int32_t sign = INT32_MIN;
-    vf32 size = (vf32)((vi32)x & ~sign), e = exponential_2(x * x * -0.72134752f), t = reciprocal(size * 0.23164189f + 1.0f);
+    vf32 size = (vf32)((vi32)x & ~sign), e = vexp2(x * x * -0.72134752f), t = vreciprocal(size * 0.23164189f + 1.0f);
     vf32 p = t * 0.5307027145f - 0.7265760135f;
     p = p * t + 0.7107068705f;
     p = p * t - 0.142248368f;
@@ -176,11 +176,11 @@ static inline vf32 chance_below(vf32 x, vf32 *density) {
 }
 
 /* x (R, 4C) becomes its GELU; x itself is kept for the backward pass, unless `kept` is null. */
-static void gelu(elem *x, elem *kept, struct work work) {
+static void gelu(elem *x, elem *saved, struct work work) {
     for (long at = work.first * 4 * WIDTH; at < work.end * 4 * WIDTH; at += LANES) {
         vf32 density, y = load(x + at);
-        if (kept) stream(kept + at, y);
-        store(x + at, y * chance_below(y, &density));
+        if (saved) stream(saved + at, y);
+        store(x + at, y * normal_cdf(y, &density));
     }
 }
 
@@ -191,9 +191,9 @@ static void gelu_backward(const elem *d_out, const struct activations *a, float 
     for (long i = work.first; i < work.end; i++) {
         for (int v = 0, c = 0; c < 4 * WIDTH; v++, c += LANES) {
             long at = i * 4 * WIDTH + c;
-            vf32 density, y = load(a->fc + at), chance = chance_below(y, &density);
-            vf32 d = load(d_out + at) * (chance + y * density);
-            store_or_stream(a->fc_gelu + at, y * chance, when);
+            vf32 density, y = load(a->fc + at), cdf = normal_cdf(y, &density);
+            vf32 d = load(d_out + at) * (cdf + y * density);
+            store_or_stream(a->fc_gelu + at, y * cdf, when);
             store(a->fc + at, d);
             sums[v] += d;
         }
@@ -236,19 +236,19 @@ static struct norm norm_2(const struct layer_weights *w, const struct activation
 /* A block without its first LayerNorm, whose output is in a->ln_scratch, and without the last addition: the block's output is `resid`
    + a->branch + out_bias. resid (R, C) is written; x (R, C), which may be the same, is read. */
 static __attribute__((noinline)) void forward_block(const struct layer_weights *w, const struct activations *a, const float *x,
-                                                    float *resid, enum keep keep, struct work work) {
-    const int keeps = keep == KEEP_ACTIVATIONS;
+                                                    float *resid, enum save save, struct work work) {
+    const int saves = save == SAVE_ACTIVATIONS;
     gemm_c_3c(a->qkv_scratch, a->ln_scratch, w->attn, w->attn_bias, work);
-    keep_rows(a->qkv_scratch, keeps ? a->qkv : 0, 3 * WIDTH, work);
+    save_rows(a->qkv_scratch, saves ? a->qkv : 0, 3 * WIDTH, work);
     wait_for_rows(work);
     attention(a->qkv_scratch, a->att_out, a->softmax_stats, work);
     wait_for_rows(work);
     gemm_c_c(a->branch, a->att_out, w->proj, 0, work);
     /* Where the block is computed again, `resid` is resid_mid itself. */
-    struct residual residual = {x, a->branch, w->proj_bias, resid, keeps && resid != a->resid_mid ? a->resid_mid : 0};
+    struct residual residual = {x, a->branch, w->proj_bias, resid, saves && resid != a->resid_mid ? a->resid_mid : 0};
     add_layer_norm(residual, norm_2(w, a, a->ln_scratch), work);
     gemm_c_4c(a->fc_scratch, a->ln_scratch, w->fc, w->fc_bias, work);
-    gelu(a->fc_scratch, keeps ? a->fc : 0, work);
+    gelu(a->fc_scratch, saves ? a->fc : 0, work);
     gemm_4c_c(a->branch, a->fc_scratch, w->out, 0, work);
 }
 
@@ -262,11 +262,11 @@ void forward(const struct pass *pass, float *out) {
         begin_tiles();
         layer_norm(a->x, norm_1(w, a, a->ln_scratch), work);
         for (int i = 0; i < pass->layers; i++, w++, a++) {
-            forward_block(w, a, i ? out : a->x, out, pass->keep, work);
+            forward_block(w, a, i ? out : a->x, out, pass->save, work);
             struct residual residual = {out, a->branch, w->out_bias, out, 0};
             if (i + 1 == pass->layers) add(residual, work);
             else {
-                if (pass->keep != KEEP_NOTHING) residual.kept = a[1].x;
+                if (pass->save != SAVE_NOTHING) residual.saved = a[1].x;
                 add_layer_norm(residual, norm_1(w + 1, a + 1, a[1].ln_scratch), work);
             }
         }
@@ -344,10 +344,10 @@ void backward(const struct pass *pass, const struct pass_grads *grads) {
         for (int i = pass->layers - 1; i >= 0; i--) {
             const struct layer_weights *w = pass->weights + i;
             const struct activations *a = pass->activations + i;
-            if (pass->keep == KEEP_INPUTS) {
+            if (pass->save == SAVE_INPUTS) {
 #pragma omp barrier /* as qkv is about to be written over, which other threads may still multiply with */
                 layer_norm(a->x, norm_1(w, a, a->ln_scratch), work);
-                forward_block(w, a, a->x, a->resid_mid, KEEP_ACTIVATIONS, work);
+                forward_block(w, a, a->x, a->resid_mid, SAVE_ACTIVATIONS, work);
                 finish_streams();
             }
             backward_block(w, a, grads->params + i, grads, i ? pass->activations[i - 1].d_mlp_out : 0, work);

@@ -27,12 +27,12 @@ from picogpt.config import GPTConfig
 from picogpt.device import has_matrix_tiles, instruction_set
 from picogpt.errors import BuildError, TrainingError
 from picogpt.kernels.bindings import (
-    Keep,
     MatrixGrad,
     MuonMatrix,
     MuonSettings,
     Pass,
     PassGrads,
+    Save,
     check_layout,
 )
 from picogpt.kernels.build import load_library
@@ -88,11 +88,11 @@ class Use(NamedTuple):
     """Whether a block's activations are computed again in the backward pass, instead of kept for it."""
 
     @property
-    def keep(self) -> Keep:
+    def save(self) -> Save:
         """What the forward pass leaves for the backward pass."""
         if not self.trained:
-            return Keep.NOTHING
-        return Keep.INPUTS if self.recompute else Keep.ACTIVATIONS
+            return Save.NOTHING
+        return Save.INPUTS if self.recompute else Save.ACTIVATIONS
 
 
 class MuonStep(NamedTuple):

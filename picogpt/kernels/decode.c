@@ -164,15 +164,15 @@ static void normalize_row(const struct model *m, const float *x, const float *ga
     const int C = m->n_embd;
     vf32 sum = {0}, squares = {0};
     for (int c = 0; c < C; c += LANES) sum += load_float(x + c);
-    const float mean = sum_of(sum) / (float)C;
+    const float mean = reduce_sum(sum) / (float)C;
     vi32 lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
     for (int c = 0; c < C; c += LANES) {
         vf32 distance = load_float(x + c) - mean;
-        if (c + LANES > C) distance = choose(lane < C - c, distance, (vf32){0});
+        if (c + LANES > C) distance = select_lanes(lane < C - c, distance, (vf32){0});
         squares += distance * distance;
     }
-    const float scale = 1 / sqrtf(sum_of(squares) / (float)C + EPSILON);
+    const float scale = 1 / sqrtf(reduce_sum(squares) / (float)C + EPSILON);
     for (int c = 0; c < padded(C); c += LANES) {
         store_float(out + c, (load_float(x + c) - mean) * scale * load_float(gain + c) + load_float(bias + c));
     }
@@ -276,12 +276,12 @@ static inline __attribute__((always_inline)) float score_slots(const float *quer
         for (int v = 0; v < LINE_VECTORS; v++) {
             const int first = s + v * LANES;
             vf32 score = (sums[0][v] + sums[1][v]) * by;
-            if (first + LANES > count) score = choose(lane < count - first, score, (vf32){0} + (float)NOTHING);
+            if (first + LANES > count) score = select_lanes(lane < count - first, score, (vf32){0} + (float)NOTHING);
             store_float(scores + first, score);
-            largest = choose(score > largest, score, largest);
+            largest = select_lanes(score > largest, score, largest);
         }
     }
-    return largest_of(largest);
+    return reduce_max(largest);
 }
 
 /* The output of one head for a query that sees `count` slots. */
@@ -290,14 +290,14 @@ static inline __attribute__((always_inline)) void attend_cached(const float *que
     const float most = score_slots(query, head, size, count, scores);
     vf32 total = {0};
     for (int s = 0; s < count; s += LANES) {
-        vf32 weight = exponential_2(load_float(scores + s) - most);
+        vf32 weight = vexp2(load_float(scores + s) - most);
         if (s + LANES > count) {
             for (int i = count - s; i < LANES; i++) weight[i] = 0;
         }
         store_float(scores + s, weight);
         total += weight;
     }
-    const float by = 1 / sum_of(total);
+    const float by = 1 / reduce_sum(total);
     const long row = head.entries_padded;
     for (int d = 0; d < row; d += PANEL) {
         vf32 sums[4][LINE_VECTORS] = {0};
@@ -494,7 +494,7 @@ static float loss_of(const float *logits, int count, int target) {
     double sum = 0;
     for (int v = 1; v < count; v++) most = logits[v] > most ? logits[v] : most;
     for (int v = 0; v < count; v += LANES) {
-        vf32 e = exponential(load_float(logits + v) - most);
+        vf32 e = vexp(load_float(logits + v) - most);
         for (int lane = 0; lane < LANES && v + lane < count; lane++) sum += e[lane];
     }
     return (float)log(sum) + most - logits[target];

@@ -49,12 +49,12 @@ static void round_symmetric(float *sums, float diagonal, elem *out) {
 /* scale x a product + weight x plus, with `plus` null for none. */
 struct epilogue {
     float scale;
-    const elem *plus;
+    const elem *addend;
     float weight;
 };
 
 static inline vf32 apply_epilogue(vf32 sum, struct epilogue f, long at) {
-    return f.plus ? sum * f.scale + load(f.plus + at) * f.weight : sum * f.scale;
+    return f.addend ? sum * f.scale + load(f.addend + at) * f.weight : sum * f.scale;
 }
 
 /* f of a (rows, WIDTH) x packed: rounded to `out`, or where that is null, to `sums`, of which only the entries on the diagonal
@@ -166,7 +166,7 @@ static float nesterov(const struct muon_matrix *matrix, float momentum, float *o
         store_float(out + i, mean);
         squares += mean * mean;
     }
-    return sqrtf(sum_of(squares));
+    return sqrtf(reduce_sum(squares));
 }
 
 /* out = x (rows, WIDTH), each row times the length of a step and a factor that evens them out over time; the norm of the whole
@@ -176,7 +176,7 @@ static void normuon_scale(const elem *x, float *mean_square, const struct muon_s
     for (int r = 0; r < rows; r++) {
         vf32 sum = {0};
         for (int c = 0; c < WIDTH; c += LANES) sum += load(x + (long)r * WIDTH + c) * load(x + (long)r * WIDTH + c);
-        float square = sum_of(sum) / WIDTH;
+        float square = reduce_sum(sum) / WIDTH;
         mean_square[r] += (square - mean_square[r]) * (1 - settings->beta2);
         factors[r] = 1 / (sqrtf(mean_square[r]) + 1e-8f);
         before += square;

@@ -73,10 +73,10 @@ static inline vf32 gelu_of(vf32 x) {
     p = p * t + 0.0999134088f;
     p = p * t + 0.120753968f;
     p = p * t + 0.119629298f;
-    vf32 below = p * t * exponential_2(x * x * -0.72134752f);
-    below = choose(size > 12.0f, (vf32){0},
-                   below); /* else a product with it may be denormal, which takes a hundred times as long */
-    return x * choose(x < 0.0f, below, 1.0f - below);
+    vf32 below = p * t * vexp2(x * x * -0.72134752f);
+    below = select_lanes(size > 12.0f, (vf32){0},
+                         below); /* else a product with it may be denormal, which takes a hundred times as long */
+    return x * select_lanes(x < 0.0f, below, 1.0f - below);
 }
 
 static inline void put_product(float *out, vf32 sum, enum use use) {
@@ -183,15 +183,16 @@ static void quantize(const float *x, int in, struct quantized out) {
         vf32 largest = {0};
         for (int i = first; i < end; i += LANES) {
             vf32 size = (vf32)((vi32)load_float(x + i) & INT32_MAX);
-            largest = choose(size > largest, size, largest);
+            largest = select_lanes(size > largest, size, largest);
         }
-        const float most = largest_of(largest), by = most > 0 ? 63 / most : 0;
+        const float most = reduce_max(largest), by = most > 0 ? 63 / most : 0;
         int8_t *bytes = (int8_t *)(out.units + first / 4);
         vi32 sum = {0};
         memset(bytes, 0, GROUP);
         for (int i = first; i < end; i += LANES) {
             vf32 scaled = load_float(x + i) * by;
-            vi32 whole = __builtin_convertvector(scaled + choose(scaled < 0.0f, (vf32){0} - 0.5f, (vf32){0} + 0.5f), vi32);
+            vi32 whole =
+                __builtin_convertvector(scaled + select_lanes(scaled < 0.0f, (vf32){0} - 0.5f, (vf32){0} + 0.5f), vi32);
             sum += whole;
             for (int lane = 0; lane < LANES; lane++) bytes[i - first + lane] = (int8_t)whole[lane];
         }

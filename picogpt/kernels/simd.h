@@ -28,7 +28,7 @@
 typedef float vf32 __attribute__((vector_size(4 * LANES), may_alias));
 typedef int32_t vi32 __attribute__((vector_size(4 * LANES), may_alias));
 
-static inline vf32 choose(vi32 where, vf32 yes, vf32 no) { return (vf32)(((vi32)yes & where) | ((vi32)no & ~where)); }
+static inline vf32 select_lanes(vi32 where, vf32 yes, vf32 no) { return (vf32)(((vi32)yes & where) | ((vi32)no & ~where)); }
 
 #ifdef BFLOAT16
 typedef uint16_t elem;
@@ -104,15 +104,15 @@ static inline void finish_streams(void) {}
 static inline void accumulate(float *to, vf32 x) { store_float(to, load_float(to) + x); }
 
 #if LANES == 16
-static inline float sum_of(vf32 x) { return _mm512_reduce_add_ps((__m512)x); }
-static inline float largest_of(vf32 x) { return _mm512_reduce_max_ps((__m512)x); }
+static inline float reduce_sum(vf32 x) { return _mm512_reduce_add_ps((__m512)x); }
+static inline float reduce_max(vf32 x) { return _mm512_reduce_max_ps((__m512)x); }
 #else
-static inline float plus(float a, float b) { return a + b; }
+static inline float add_floats(float a, float b) { return a + b; }
 
-static inline float larger(float a, float b) { return b < a ? a : b; }
+static inline float max_float(float a, float b) { return b < a ? a : b; }
 
 /* Half of the lanes with the other half, again and again. */
-static inline __attribute__((always_inline)) float folded(vf32 x, float (*combined)(float, float)) {
+static inline __attribute__((always_inline)) float reduce_lanes(vf32 x, float (*combined)(float, float)) {
     float lanes[LANES];
     store_float(lanes, x);
     for (int width = LANES / 2; width; width /= 2) {
@@ -121,12 +121,12 @@ static inline __attribute__((always_inline)) float folded(vf32 x, float (*combin
     return lanes[0];
 }
 
-static inline float sum_of(vf32 x) { return folded(x, plus); }
-static inline float largest_of(vf32 x) { return folded(x, larger); }
+static inline float reduce_sum(vf32 x) { return reduce_lanes(x, add_floats); }
+static inline float reduce_max(vf32 x) { return reduce_lanes(x, max_float); }
 #endif
 
 /* 1 / x for x >= 1; in bfloat16 to 6e-5 of itself, in longest vectors. */
-static inline vf32 reciprocal(vf32 x) {
+static inline vf32 vreciprocal(vf32 x) {
 #if defined(BFLOAT16) && LANES == 16
     return (vf32)_mm512_rcp14_ps((__m512)x);
 #else
@@ -135,7 +135,7 @@ static inline vf32 reciprocal(vf32 x) {
 }
 
 /* 2^f for f from -0.5 to 0.5, to 3e-6 of itself in bfloat16, and to 2e-7 in float. */
-static inline vf32 power_of_two(vf32 f) {
+static inline vf32 exp2_fraction(vf32 f) {
 #ifdef BFLOAT16
     vf32 p = f * 9.5701019e-3f + 5.5917862e-2f;
     p = p * f + 2.4024745e-1f;
@@ -152,19 +152,19 @@ static inline vf32 power_of_two(vf32 f) {
 }
 
 /* 2^x for x <= 0; 1e-38 from -126 on. */
-static inline vf32 exponential_2(vf32 x) {
+static inline vf32 vexp2(vf32 x) {
 #if LANES == 16
     x = (vf32)_mm512_max_ps(_mm512_set1_ps(-126), (__m512)x); /* in this order what is not a number comes through */
     __m512 whole = _mm512_roundscale_ps((__m512)x, 0);
-    return (vf32)_mm512_scalef_ps((__m512)power_of_two(x - (vf32)whole), whole);
+    return (vf32)_mm512_scalef_ps((__m512)exp2_fraction(x - (vf32)whole), whole);
 #else
-    x = choose(x < -126.0f, (vf32){0} - 126.0f, x);
+    x = select_lanes(x < -126.0f, (vf32){0} - 126.0f, x);
     vi32 whole = __builtin_convertvector(x - 0.5f, vi32);
-    return power_of_two(x - __builtin_convertvector(whole, vf32)) * (vf32)((whole + 127) << 23);
+    return exp2_fraction(x - __builtin_convertvector(whole, vf32)) * (vf32)((whole + 127) << 23);
 #endif
 }
 
-static inline vf32 exponential(vf32 x) { return exponential_2(x * 1.44269504f); }
+static inline vf32 vexp(vf32 x) { return vexp2(x * 1.44269504f); }
 
 /* A vector of entries of a and b by constant indices, those of b counted from the length of a on. `type` is a vector of integers. */
 #ifdef __clang__

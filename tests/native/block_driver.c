@@ -113,7 +113,7 @@ static void make_grads(struct param_grads *g, int rolls, int threads) {
 }
 
 /* Forward and backward; returns dx (R, C). */
-static float *run(const struct model *m, const float *x, int rolls, int slots, int threads, enum keep keep,
+static float *run(const struct model *m, const float *x, int rolls, int slots, int threads, enum save save,
                   enum weight_grads when) {
     const size_t rows = (size_t)rolls * slots;
     struct activations activations[LAYERS];
@@ -121,12 +121,12 @@ static float *run(const struct model *m, const float *x, int rolls, int slots, i
     make_activations(activations, rows);
     make_grads(params, rolls, threads);
     memcpy(activations[0].x, x, rows * WIDTH * sizeof *x);
-    struct pass pass = {m->layers, activations, LAYERS, rolls, slots, threads, keep};
+    struct pass pass = {m->layers, activations, LAYERS, rolls, slots, threads, save};
     float *out = buffer(rows * WIDTH, sizeof *out);
     packed_elem *workspace = buffer(workspace_elems(threads), sizeof *workspace);
     forward(&pass, out);
     check_finite(out, rows * WIDTH, "the output is not finite");
-    if (keep == KEEP_NOTHING) return out;
+    if (save == SAVE_NOTHING) return out;
     struct pass_grads grads = {params, out, zeros(threads * WIDTH), workspace, when};
     backward(&pass, &grads);
     check_finite(out, rows * WIDTH, "the gradient is not finite");
@@ -178,10 +178,10 @@ int main(void) {
                 struct model model;
                 make_model(&model, threads[t]);
                 const float *x = floats_of(bytes / sizeof *x, 1);
-                run(&model, x, rolls[r], slots, threads[t], KEEP_NOTHING, GRADS_PER_WINDOW);
-                float *kept = run(&model, x, rolls[r], slots, threads[t], KEEP_ACTIVATIONS, GRADS_PER_WINDOW);
-                float *again = run(&model, x, rolls[r], slots, threads[t], KEEP_INPUTS, GRADS_PER_WINDOW);
-                float *deferred = run(&model, x, rolls[r], slots, threads[t], KEEP_ACTIVATIONS, GRADS_DEFERRED);
+                run(&model, x, rolls[r], slots, threads[t], SAVE_NOTHING, GRADS_PER_WINDOW);
+                float *kept = run(&model, x, rolls[r], slots, threads[t], SAVE_ACTIVATIONS, GRADS_PER_WINDOW);
+                float *again = run(&model, x, rolls[r], slots, threads[t], SAVE_INPUTS, GRADS_PER_WINDOW);
+                float *deferred = run(&model, x, rolls[r], slots, threads[t], SAVE_ACTIVATIONS, GRADS_DEFERRED);
                 check(!memcmp(kept, deferred, bytes), "deferred weight gradients change the gradient");
                 check(!memcmp(kept, again, bytes), "recomputed activations change the gradient");
                 free_all();
