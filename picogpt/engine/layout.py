@@ -51,9 +51,9 @@ class LayerStruct(ctypes.Structure):
     """The weights of one layer."""
 
     _fields_ = (
-        *_pointers("gain_1 bias_1"),
+        *_pointers("ln1_weight ln1_bias"),
         *((name, MatrixStruct) for name in ("qkv", "proj")),
-        *_pointers("gain_2 bias_2"),
+        *_pointers("ln2_weight ln2_bias"),
         *((name, MatrixStruct) for name in ("fc", "out")),
     )
 
@@ -62,7 +62,7 @@ class ModelStruct(ctypes.Structure):
     """All weights, and the model's shape."""
 
     _fields_ = (
-        *_pointers("tokens positions layers final_gain final_bias"),
+        *_pointers("tokens positions layers lnf_weight lnf_bias"),
         ("head", MatrixStruct),
         *_int32("n_layer n_head head_size n_embd slots vocab_size"),
     )
@@ -89,7 +89,7 @@ class PrefillStruct(ctypes.Structure):
 class DecodeStruct(ctypes.Structure):
     """A request to read and draw ids in turns."""
 
-    _fields_ = (*_pointers("model windows sampling ids numbers drawn workspace"), *_int32("count threads"))
+    _fields_ = (*_pointers("model windows sampling ids uniforms drawn workspace"), *_int32("count threads"))
 
 
 class ScoringStruct(ctypes.Structure):

@@ -19,9 +19,9 @@
 /* ---- The structures of `picogpt.engine.layout`, field by field ---- */
 
 struct layer {
-    const float *gain_1, *bias_1; /* (C) of the LayerNorm before the attention */
+    const float *ln1_weight, *ln1_bias; /* (C) of the LayerNorm before the attention */
     struct matrix qkv, proj;
-    const float *gain_2, *bias_2;
+    const float *ln2_weight, *ln2_bias;
     struct matrix fc, out;
 };
 
@@ -29,7 +29,7 @@ struct model {
     const float *tokens;    /* (V, C) */
     const float *positions; /* (S, C) */
     const struct layer *layers;
-    const float *final_gain, *final_bias;
+    const float *lnf_weight, *lnf_bias;
     struct matrix head;
     int32_t n_layer, n_head, head_size, n_embd, slots, vocab_size;
 };
@@ -65,9 +65,9 @@ struct decode {
     const struct model *model;
     struct windows *windows;
     const struct sampling *sampling;
-    const int32_t *ids;    /* (B), drawn before and not read yet */
-    const double *numbers; /* (count, B) from 0 to 1 */
-    int32_t *drawn;        /* (count, B) */
+    const int32_t *ids;     /* (B), drawn before and not read yet */
+    const double *uniforms; /* (count, B) from 0 to 1 */
+    int32_t *drawn;         /* (count, B) */
     void *workspace;
     int32_t count, threads;
 };
@@ -86,7 +86,7 @@ struct scoring {
 static inline long padded(long count) { return UP(count, PANEL); }
 
 /* The longest row that is multiplied with a matrix. */
-static inline long most_inputs(const struct model *m) {
+static inline long max_inputs(const struct model *m) {
     const long hidden = padded(4L * m->n_embd), heads = m->n_head * padded(m->head_size);
     return hidden > heads ? hidden : heads;
 }
@@ -101,9 +101,9 @@ struct activations {
 
 struct scratch {
     float *normed, *scores, *panels; /* (C), (SP), (TILE_PANELS, most_inputs, PANEL) */
-    struct quantized fours;
-    double *chances; /* (V) */
-    int *order;      /* (V) */
+    struct quantized int8_row;
+    double *probs; /* (V) */
+    int *order;    /* (V) */
 };
 
 /* Memory that is taken piece by piece, each on cache lines of its own; where there is none it is only counted. */
@@ -112,35 +112,35 @@ struct arena {
     long taken;
 };
 
-static void *take(struct arena *arena, long bytes) {
+static void *arena_take(struct arena *arena, long bytes) {
     void *piece = arena->memory ? arena->memory + arena->taken : 0;
     arena->taken += UP(bytes, 64);
     return piece;
 }
 
-static struct activations take_activations(const struct model *m, struct arena *arena, long rows) {
+static struct activations arena_activations(const struct model *m, struct arena *arena, long rows) {
     const long C = padded(m->n_embd), heads = m->n_head * padded(m->head_size);
     struct activations activations;
-    activations.x = take(arena, 4 * rows * C);
-    activations.normed = take(arena, 4 * rows * C);
-    activations.qkv = take(arena, 4 * rows * 3 * heads);
-    activations.heads = take(arena, 4 * rows * heads);
-    activations.hidden = take(arena, 4 * rows * padded(4L * m->n_embd));
-    activations.logits = take(arena, 4 * rows * padded(m->vocab_size));
+    activations.x = arena_take(arena, 4 * rows * C);
+    activations.normed = arena_take(arena, 4 * rows * C);
+    activations.qkv = arena_take(arena, 4 * rows * 3 * heads);
+    activations.heads = arena_take(arena, 4 * rows * heads);
+    activations.hidden = arena_take(arena, 4 * rows * padded(4L * m->n_embd));
+    activations.logits = arena_take(arena, 4 * rows * padded(m->vocab_size));
     return activations;
 }
 
-static struct scratch take_scratch(const struct model *m, struct arena *arena) {
-    const long inputs = UP(most_inputs(m), GROUP);
+static struct scratch arena_scratch(const struct model *m, struct arena *arena) {
+    const long inputs = UP(max_inputs(m), GROUP);
     struct scratch scratch;
-    scratch.normed = take(arena, 4 * padded(m->n_embd));
-    scratch.scores = take(arena, 4 * padded(m->slots));
-    scratch.panels = take(arena, 4L * TILE_PANELS * inputs * PANEL);
-    scratch.fours.units = take(arena, inputs);
-    scratch.fours.scales = take(arena, 4 * inputs / GROUP);
-    scratch.fours.offsets = take(arena, 4 * inputs / GROUP);
-    scratch.chances = take(arena, 8L * m->vocab_size);
-    scratch.order = take(arena, 4L * m->vocab_size);
+    scratch.normed = arena_take(arena, 4 * padded(m->n_embd));
+    scratch.scores = arena_take(arena, 4 * padded(m->slots));
+    scratch.panels = arena_take(arena, 4L * TILE_PANELS * inputs * PANEL);
+    scratch.int8_row.words = arena_take(arena, inputs);
+    scratch.int8_row.scales = arena_take(arena, 4 * inputs / GROUP);
+    scratch.int8_row.offsets = arena_take(arena, 4 * inputs / GROUP);
+    scratch.probs = arena_take(arena, 8L * m->vocab_size);
+    scratch.order = arena_take(arena, 4L * m->vocab_size);
     return scratch;
 }
 
@@ -152,15 +152,15 @@ struct pass {
     struct activations activations;
     struct scratch scratch;
     struct worker worker;
-    int filled, length; /* slots of a window before this pass, and k */
-    int one_layer;      /* whether all layers use one layer's cache, as nothing is read after this pass */
-    int as_decoded;     /* whether rows are rounded to int8 where the matrix is, as those of decode are */
+    int filled, length;     /* slots of a window before this pass, and k */
+    int shares_layer_cache; /* whether all layers use one layer's cache, as nothing is read after this pass */
+    int quantizes_rows;     /* whether rows are rounded to int8 where the matrix is, as those of decode are */
 };
 
-static inline int rows_of(const struct pass *pass) { return pass->windows->texts * pass->length; }
+static inline int row_count(const struct pass *pass) { return pass->windows->texts * pass->length; }
 
 /* (x - mean) / sqrt(variance + epsilon) * gain + bias; what is beyond C stays zero, as gain and bias are. */
-static void normalize_row(const struct model *m, const float *x, const float *gain, const float *bias, float *out) {
+static void layer_norm_row(const struct model *m, const float *x, const float *weight, const float *bias, float *out) {
     const int C = m->n_embd;
     vf32 sum = {0}, squares = {0};
     for (int c = 0; c < C; c += LANES) sum += load_float(x + c);
@@ -174,46 +174,47 @@ static void normalize_row(const struct model *m, const float *x, const float *ga
     }
     const float scale = 1 / sqrtf(reduce_sum(squares) / (float)C + EPSILON);
     for (int c = 0; c < padded(C); c += LANES) {
-        store_float(out + c, (load_float(x + c) - mean) * scale * load_float(gain + c) + load_float(bias + c));
+        store_float(out + c, (load_float(x + c) - mean) * scale * load_float(weight + c) + load_float(bias + c));
     }
 }
 
 /* A LayerNorm of all rows. One row every worker normalizes for itself, which takes less time than to meet. */
-static const float *normalize(struct pass *pass, const float *gain, const float *bias) {
+static const float *layer_norm(struct pass *pass, const float *weight, const float *bias) {
     const struct model *m = pass->model;
-    const long C = padded(m->n_embd), rows = rows_of(pass);
+    const long C = padded(m->n_embd), rows = row_count(pass);
     if (rows == 1) {
-        normalize_row(m, pass->activations.x, gain, bias, pass->scratch.normed);
+        layer_norm_row(m, pass->activations.x, weight, bias, pass->scratch.normed);
         return pass->scratch.normed;
     }
     const long first = first_of(rows, pass->worker.index, pass->worker.count);
     const long end = first_of(rows, pass->worker.index + 1, pass->worker.count);
     for (long r = first; r < end; r++)
-        normalize_row(m, pass->activations.x + r * C, gain, bias, pass->activations.normed + r * C);
-    meet(pass->worker);
+        layer_norm_row(m, pass->activations.x + r * C, weight, bias, pass->activations.normed + r * C);
+    barrier_wait(pass->worker);
     return pass->activations.normed;
 }
 
 /* Panels from `first` to `end` of rows x matrix. */
-static void multiply(struct pass *pass, const struct matrix *matrix, struct rows rows, enum use use, int first, int end) {
-    const int fours = matrix->type == INT8_FOURS;
-    if (rows.count > 1 && !(fours && pass->as_decoded)) {
-        multiply_rows(matrix, rows, use, first, end, pass->scratch.panels);
+static void matmul(struct pass *pass, const struct matrix *matrix, struct rows rows, enum epilogue epilogue, int first,
+                   int end) {
+    const int is_int8 = matrix->type == INT8_FOURS;
+    if (rows.count > 1 && !(is_int8 && pass->quantizes_rows)) {
+        gemm(matrix, rows, epilogue, first, end, pass->scratch.panels);
         return;
     }
     for (int r = 0; r < rows.count && first < end; r++) {
         const float *x = rows.x + r * rows.x_stride;
-        if (fours) quantize(x, matrix->n_in, pass->scratch.fours);
-        multiply_row(matrix, x, pass->scratch.fours, rows.out + r * rows.out_stride, use, first, end);
+        if (is_int8) quantize(x, matrix->n_in, pass->scratch.int8_row);
+        gemv(matrix, x, pass->scratch.int8_row, rows.out + r * rows.out_stride, epilogue, first, end);
     }
 }
 
 /* This worker's share of the panels. */
-static void multiply_share(struct pass *pass, const struct matrix *matrix, struct rows rows, enum use use) {
+static void matmul_share(struct pass *pass, const struct matrix *matrix, struct rows rows, enum epilogue epilogue) {
     const struct worker worker = pass->worker;
     const long panels = matrix->n_out / PANEL;
-    multiply(pass, matrix, rows, use, (int)first_of(panels, worker.index, worker.count),
-             (int)first_of(panels, worker.index + 1, worker.count));
+    matmul(pass, matrix, rows, epilogue, (int)first_of(panels, worker.index, worker.count),
+           (int)first_of(panels, worker.index + 1, worker.count));
 }
 
 /* ---- Attention ---- */
@@ -228,7 +229,7 @@ struct head {
 static struct head head_of(const struct pass *pass, int layer, int text, int index) {
     const struct model *m = pass->model;
     struct head head = {.entries = m->head_size, .entries_padded = (int)padded(m->head_size)};
-    const long at = ((long)(pass->one_layer ? 0 : layer) * pass->windows->texts + text) * m->n_head + index;
+    const long at = ((long)(pass->shares_layer_cache ? 0 : layer) * pass->windows->texts + text) * m->n_head + index;
     head.size = pass->windows->cache == CACHE_BFLOAT16 ? 2 : 4;
     head.keys = (char *)pass->windows->keys + at * head.entries * padded(m->slots) * head.size;
     head.values = (char *)pass->windows->values + at * m->slots * head.entries_padded * head.size;
@@ -236,16 +237,16 @@ static struct head head_of(const struct pass *pass, int layer, int text, int ind
 }
 
 /* Where the first entry of a slot's key is; the next ones are PANEL apart. */
-static inline long key_place(struct head head, int slot) { return (long)slot / PANEL * PANEL * head.entries + slot % PANEL; }
+static inline long key_offset(struct head head, int slot) { return (long)slot / PANEL * PANEL * head.entries + slot % PANEL; }
 
 /* Numbers from `place` on, of `size` bytes, which is a constant where this is called. */
 static inline __attribute__((always_inline)) vf32 load_cached(const char *cache, long place, int size) {
-    return size == 2 ? load_halves((const uint16_t *)cache + place) : load_float((const float *)cache + place);
+    return size == 2 ? load_bfloat16((const uint16_t *)cache + place) : load_float((const float *)cache + place);
 }
 
 /* sums (PANEL) += one entry of the keys of PANEL slots x that of the query. */
-static inline __attribute__((always_inline)) void add_keys(vf32 sums[LINE_VECTORS], struct head head, int size, long at,
-                                                           float entry) {
+static inline __attribute__((always_inline)) void add_scores(vf32 sums[LINE_VECTORS], struct head head, int size, long at,
+                                                             float entry) {
 #pragma GCC unroll 4
     for (int v = 0; v < LINE_VECTORS; v++) sums[v] += load_cached(head.keys, at + v * LANES, size) * entry;
 }
@@ -258,25 +259,25 @@ static inline __attribute__((always_inline)) void add_values(vf32 sums[LINE_VECT
 }
 
 /* Scores of a query against `count` slots, in powers of two, and -inf up to the next multiple of LANES; return the largest. */
-static inline __attribute__((always_inline)) float score_slots(const float *query, struct head head, int size, int count,
-                                                               float *scores) {
+static inline __attribute__((always_inline)) float attention_scores(const float *query, struct head head, int size, int count,
+                                                                    float *scores) {
     const float by = 1.44269504f / sqrtf((float)head.entries);
     vi32 lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
-    vf32 largest = (vf32){0} + (float)NOTHING;
+    vf32 largest = (vf32){0} + (float)NEG_INF;
     for (int s = 0; s < count; s += PANEL) {
         vf32 sums[2][LINE_VECTORS] = {0}; /* by turns, as one would wait for itself */
-        const long at = key_place(head, s);
+        const long at = key_offset(head, s);
         int d = 0;
         for (; d + 2 <= head.entries; d += 2) {
-            add_keys(sums[0], head, size, at + d * PANEL, query[d]);
-            add_keys(sums[1], head, size, at + (d + 1) * PANEL, query[d + 1]);
+            add_scores(sums[0], head, size, at + d * PANEL, query[d]);
+            add_scores(sums[1], head, size, at + (d + 1) * PANEL, query[d + 1]);
         }
-        if (d < head.entries) add_keys(sums[0], head, size, at + d * PANEL, query[d]);
+        if (d < head.entries) add_scores(sums[0], head, size, at + d * PANEL, query[d]);
         for (int v = 0; v < LINE_VECTORS; v++) {
             const int first = s + v * LANES;
             vf32 score = (sums[0][v] + sums[1][v]) * by;
-            if (first + LANES > count) score = select_lanes(lane < count - first, score, (vf32){0} + (float)NOTHING);
+            if (first + LANES > count) score = select_lanes(lane < count - first, score, (vf32){0} + (float)NEG_INF);
             store_float(scores + first, score);
             largest = select_lanes(score > largest, score, largest);
         }
@@ -285,12 +286,12 @@ static inline __attribute__((always_inline)) float score_slots(const float *quer
 }
 
 /* The output of one head for a query that sees `count` slots. */
-static inline __attribute__((always_inline)) void attend_cached(const float *query, struct head head, int size, int count,
-                                                                float *scores, float *out) {
-    const float most = score_slots(query, head, size, count, scores);
+static inline __attribute__((always_inline)) void attend_head(const float *query, struct head head, int size, int count,
+                                                              float *scores, float *out) {
+    const float max_score = attention_scores(query, head, size, count, scores);
     vf32 total = {0};
     for (int s = 0; s < count; s += LANES) {
-        vf32 weight = vexp2(load_float(scores + s) - most);
+        vf32 weight = vexp2(load_float(scores + s) - max_score);
         if (s + LANES > count) {
             for (int i = count - s; i < LANES; i++) weight[i] = 0;
         }
@@ -314,17 +315,17 @@ static inline __attribute__((always_inline)) void attend_cached(const float *que
 }
 
 static void attend(const float *query, struct head head, int count, float *scores, float *out) {
-    if (head.size == 2) attend_cached(query, head, 2, count, scores, out);
-    else attend_cached(query, head, 4, count, scores, out);
+    if (head.size == 2) attend_head(query, head, 2, count, scores, out);
+    else attend_head(query, head, 4, count, scores, out);
 }
 
 /* Write key and value of a slot. */
-static void cache_slot(struct head head, int slot, const float *key, const float *value) {
-    const long key_at = key_place(head, slot), value_at = (long)slot * head.entries_padded;
+static void write_kv(struct head head, int slot, const float *key, const float *value) {
+    const long key_at = key_offset(head, slot), value_at = (long)slot * head.entries_padded;
     if (head.size == 2) {
         uint16_t *keys = (uint16_t *)head.keys + key_at, *values = (uint16_t *)head.values + value_at;
-        for (int d = 0; d < head.entries; d++) keys[d * PANEL] = (uint16_t)bfloat16_of(key[d]);
-        for (int d = 0; d < head.entries_padded; d++) values[d] = (uint16_t)bfloat16_of(value[d]);
+        for (int d = 0; d < head.entries; d++) keys[d * PANEL] = (uint16_t)round_bfloat16(key[d]);
+        for (int d = 0; d < head.entries_padded; d++) values[d] = (uint16_t)round_bfloat16(value[d]);
     } else {
         float *keys = (float *)head.keys + key_at, *values = (float *)head.values + value_at;
         for (int d = 0; d < head.entries; d++) keys[d * PANEL] = key[d];
@@ -348,7 +349,7 @@ static void attend_rows(struct pass *pass, int layer, int text, int index) {
         const long row = (long)text * pass->length + i;
         const float *query = pass->activations.qkv + (row * pass->model->n_head + index) * 3 * head.entries_padded;
         float *out = pass->activations.heads + row * width + (long)index * head.entries_padded;
-        cache_slot(head, pass->filled + i, query + head.entries_padded, query + 2 * head.entries_padded);
+        write_kv(head, pass->filled + i, query + head.entries_padded, query + 2 * head.entries_padded);
         attend(query, head, pass->filled + i + 1, pass->scratch.scores, out);
     }
 }
@@ -359,12 +360,12 @@ static void run_layer(struct pass *pass, int index) {
     const struct worker worker = pass->worker;
     const struct activations a = pass->activations;
     const long C = padded(m->n_embd), hidden = padded(4L * m->n_embd), DP = padded(m->head_size), heads = m->n_head * DP;
-    const int rows = rows_of(pass), panels = (int)(3 * DP / PANEL);
+    const int rows = row_count(pass), panels = (int)(3 * DP / PANEL);
     const int first = (int)first_of(m->n_head, worker.index, worker.count);
     const int end = (int)first_of(m->n_head, worker.index + 1, worker.count);
 
-    const float *normed = normalize(pass, layer->gain_1, layer->bias_1);
-    multiply(pass, &layer->qkv, (struct rows){normed, a.qkv, C, 3 * heads, rows}, WRITE, first * panels, end * panels);
+    const float *normed = layer_norm(pass, layer->ln1_weight, layer->ln1_bias);
+    matmul(pass, &layer->qkv, (struct rows){normed, a.qkv, C, 3 * heads, rows}, STORE, first * panels, end * panels);
     for (int text = 0; text < pass->windows->texts; text++) {
         for (int head = first; head < end; head++) {
             if (pass->length == 1 && head + 1 < end) prefetch_head(head_of(pass, index, text, head + 1), pass->filled);
@@ -373,14 +374,14 @@ static void run_layer(struct pass *pass, int index) {
             attend_rows(pass, index, text, head);
         }
     }
-    meet(worker);
-    multiply_share(pass, &layer->proj, (struct rows){a.heads, a.x, heads, C, rows}, ADD);
-    meet(worker);
-    normed = normalize(pass, layer->gain_2, layer->bias_2);
-    multiply_share(pass, &layer->fc, (struct rows){normed, a.hidden, C, hidden, rows}, GELU);
-    meet(worker);
-    multiply_share(pass, &layer->out, (struct rows){a.hidden, a.x, hidden, C, rows}, ADD);
-    meet(worker);
+    barrier_wait(worker);
+    matmul_share(pass, &layer->proj, (struct rows){a.heads, a.x, heads, C, rows}, ADD);
+    barrier_wait(worker);
+    normed = layer_norm(pass, layer->ln2_weight, layer->ln2_bias);
+    matmul_share(pass, &layer->fc, (struct rows){normed, a.hidden, C, hidden, rows}, GELU);
+    barrier_wait(worker);
+    matmul_share(pass, &layer->out, (struct rows){a.hidden, a.x, hidden, C, rows}, ADD);
+    barrier_wait(worker);
 }
 
 /* ---- From ids to logits ---- */
@@ -391,26 +392,26 @@ static inline int has_context(const struct pass *pass) { return pass->filled == 
 /* This worker's rows: ids (B, k) or (B, k - 1) behind the context vector, at their positions. */
 static void embed(struct pass *pass, const int32_t *ids) {
     const struct model *m = pass->model;
-    const long C = padded(m->n_embd), rows = rows_of(pass), begins = has_context(pass);
+    const long C = padded(m->n_embd), rows = row_count(pass), has_context_slot = has_context(pass);
     const long end = first_of(rows, pass->worker.index + 1, pass->worker.count);
     for (long r = first_of(rows, pass->worker.index, pass->worker.count); r < end; r++) {
         const long text = r / pass->length, i = r % pass->length;
         const float *what = pass->windows->contexts + text * C, *position = m->positions + (pass->filled + i) * C;
-        if (i >= begins) what = m->tokens + ids[text * (pass->length - begins) + i - begins] * C;
+        if (i >= has_context_slot) what = m->tokens + ids[text * (pass->length - has_context_slot) + i - has_context_slot] * C;
         for (long c = 0; c < C; c += LANES)
             store_float(pass->activations.x + r * C + c, load_float(what + c) + load_float(position + c));
     }
 }
 
 /* The final LayerNorm of all rows; it is also added to the windows' sums, each column by one worker. */
-static const float *finish(struct pass *pass) {
+static const float *final_norm(struct pass *pass) {
     const struct model *m = pass->model;
     const struct worker worker = pass->worker;
     const long C = padded(m->n_embd), vectors = C / LANES;
-    const float *normed = normalize(pass, m->final_gain, m->final_bias);
+    const float *normed = layer_norm(pass, m->lnf_weight, m->lnf_bias);
     const long first = first_of(vectors, worker.index, worker.count) * LANES;
     const long end = first_of(vectors, worker.index + 1, worker.count) * LANES;
-    for (long r = 0; r < rows_of(pass); r++) {
+    for (long r = 0; r < row_count(pass); r++) {
         float *sums = pass->windows->sums + r / pass->length * C;
         for (long c = first; c < end; c += LANES) accumulate(sums + c, load_float(normed + r * C + c));
     }
@@ -418,39 +419,40 @@ static const float *finish(struct pass *pass) {
 }
 
 /* Logits, for rows of `every` id (B, k, V) or after the last one (B, V), from what `finish` returned. */
-static void predict(struct pass *pass, const float *normed, int every, float *logits) {
+static void compute_logits(struct pass *pass, const float *normed, int every, float *logits) {
     const struct model *m = pass->model;
-    const long C = padded(m->n_embd), V = padded(m->vocab_size), begins = has_context(pass), texts = pass->windows->texts;
+    const long C = padded(m->n_embd), V = padded(m->vocab_size), has_context_slot = has_context(pass),
+               texts = pass->windows->texts;
     if (!every) {
         const float *last = normed + (pass->length - 1) * C;
-        multiply_share(pass, &m->head, (struct rows){last, logits, pass->length * C, V, (int)texts}, WRITE);
+        matmul_share(pass, &m->head, (struct rows){last, logits, pass->length * C, V, (int)texts}, STORE);
         return;
     }
-    const int count = pass->length - (int)begins;
+    const int count = pass->length - (int)has_context_slot;
     for (long text = 0; text < texts; text++) {
-        const float *first = normed + (text * pass->length + begins) * C;
-        multiply_share(pass, &m->head, (struct rows){first, logits + text * count * V, C, V, count}, WRITE);
+        const float *first = normed + (text * pass->length + has_context_slot) * C;
+        matmul_share(pass, &m->head, (struct rows){first, logits + text * count * V, C, V, count}, STORE);
     }
 }
 
 /* All layers for the rows that have been embedded; workers have met before. */
 static const float *run_layers(struct pass *pass) {
     for (int i = 0; i < pass->model->n_layer; i++) run_layer(pass, i);
-    return finish(pass);
+    return final_norm(pass);
 }
 
 static void prefill_job(void *job, struct worker worker) {
     struct prefill *p = job;
-    const int begins = p->windows->filled == 0;
+    const int has_context_slot = p->windows->filled == 0;
     struct pass pass = {.model = p->model, .windows = p->windows, .worker = worker, .filled = p->windows->filled};
-    pass.length = p->length + begins;
+    pass.length = p->length + has_context_slot;
     struct arena arena = {.memory = p->workspace};
-    pass.activations = take_activations(p->model, &arena, rows_of(&pass));
-    for (int i = 0; i <= worker.index; i++) pass.scratch = take_scratch(p->model, &arena);
+    pass.activations = arena_activations(p->model, &arena, row_count(&pass));
+    for (int i = 0; i <= worker.index; i++) pass.scratch = arena_scratch(p->model, &arena);
     embed(&pass, p->ids);
-    meet(worker);
+    barrier_wait(worker);
     const float *normed = run_layers(&pass);
-    predict(&pass, normed, p->every, p->logits);
+    compute_logits(&pass, normed, p->every, p->logits);
 }
 
 /* ---- Decode ---- */
@@ -463,19 +465,19 @@ static void decode_job(void *job, struct worker worker) {
     const int first = (int)first_of(texts, worker.index, worker.count),
               end = (int)first_of(texts, worker.index + 1, worker.count);
     struct arena arena = {.memory = d->workspace};
-    pass.activations = take_activations(m, &arena, texts);
-    for (int i = 0; i <= worker.index; i++) pass.scratch = take_scratch(m, &arena);
+    pass.activations = arena_activations(m, &arena, texts);
+    for (int i = 0; i <= worker.index; i++) pass.scratch = arena_scratch(m, &arena);
     embed(&pass, d->ids);
     for (int i = 0; i < d->count; i++) {
-        meet(worker);
-        predict(&pass, run_layers(&pass), 0, pass.activations.logits);
-        meet(worker);
+        barrier_wait(worker);
+        compute_logits(&pass, run_layers(&pass), 0, pass.activations.logits);
+        barrier_wait(worker);
         pass.filled++;
         int32_t *drawn = d->drawn + (long)i * texts;
         for (int text = first; text < end; text++) {
             const float *logits = pass.activations.logits + text * padded(m->vocab_size);
-            const double number = d->numbers[(long)i * texts + text];
-            drawn[text] = draw(d->sampling, logits, m->vocab_size, number, pass.scratch.chances, pass.scratch.order);
+            const double uniform = d->uniforms[(long)i * texts + text];
+            drawn[text] = draw(d->sampling, logits, m->vocab_size, uniform, pass.scratch.probs, pass.scratch.order);
         }
         if (i + 1 < d->count) embed(&pass, drawn);
     }
@@ -489,15 +491,15 @@ struct scoring_job {
 };
 
 /* Of -log softmax(logits)[target]. */
-static float loss_of(const float *logits, int count, int target) {
-    float most = logits[0];
+static float cross_entropy(const float *logits, int count, int target) {
+    float max_logit = logits[0];
     double sum = 0;
-    for (int v = 1; v < count; v++) most = logits[v] > most ? logits[v] : most;
+    for (int v = 1; v < count; v++) max_logit = logits[v] > max_logit ? logits[v] : max_logit;
     for (int v = 0; v < count; v += LANES) {
-        vf32 e = vexp(load_float(logits + v) - most);
+        vf32 e = vexp(load_float(logits + v) - max_logit);
         for (int lane = 0; lane < LANES && v + lane < count; lane++) sum += e[lane];
     }
-    return (float)log(sum) + most - logits[target];
+    return (float)log(sum) + max_logit - logits[target];
 }
 
 static void score_window(struct pass *pass, const struct scoring *s, int window) {
@@ -507,14 +509,14 @@ static void score_window(struct pass *pass, const struct scoring *s, int window)
     float *sums = pass->windows->sums;
     memset(sums, 0, 4UL * C);
     embed(pass, ids);
-    predict(pass, run_layers(pass), 1, pass->activations.logits);
+    compute_logits(pass, run_layers(pass), 1, pass->activations.logits);
     for (int i = 0; i < s->length; i++) {
-        s->losses[(long)window * s->length + i] = loss_of(pass->activations.logits + i * V, m->vocab_size, ids[i + 1]);
+        s->losses[(long)window * s->length + i] = cross_entropy(pass->activations.logits + i * V, m->vocab_size, ids[i + 1]);
     }
     for (long c = 0; c < C; c++) s->means[window * C + c] = sums[c] / (float)(s->length + 1);
 }
 
-static long cache_floats(const struct model *m, int values) {
+static long kv_floats(const struct model *m, int values) {
     const long slots = values ? m->slots : padded(m->slots), entries = values ? padded(m->head_size) : m->head_size;
     return (long)m->n_head * slots * entries;
 }
@@ -525,15 +527,15 @@ static void scoring_job(void *job, struct worker worker) {
     const struct scoring *s = all->scoring;
     const struct model *m = s->model;
     struct windows windows = {.texts = 1};
-    struct pass pass = {.model = m, .windows = &windows, .worker = {0, 1}, .length = s->length + 1, .one_layer = 1};
-    pass.as_decoded = 1; /* so that the losses in int8 are those of generated text */
+    struct pass pass = {.model = m, .windows = &windows, .worker = {0, 1}, .length = s->length + 1, .shares_layer_cache = 1};
+    pass.quantizes_rows = 1; /* so that the losses in int8 are those of generated text */
     struct arena arena = {.memory = s->workspace};
     for (int i = 0; i <= worker.index; i++) {
-        windows.keys = take(&arena, 4 * cache_floats(m, 0));
-        windows.values = take(&arena, 4 * cache_floats(m, 1));
-        windows.sums = take(&arena, 4 * padded(m->n_embd));
-        pass.activations = take_activations(m, &arena, pass.length);
-        pass.scratch = take_scratch(m, &arena);
+        windows.keys = arena_take(&arena, 4 * kv_floats(m, 0));
+        windows.values = arena_take(&arena, 4 * kv_floats(m, 1));
+        windows.sums = arena_take(&arena, 4 * padded(m->n_embd));
+        pass.activations = arena_activations(m, &arena, pass.length);
+        pass.scratch = arena_scratch(m, &arena);
     }
     for (int window; (window = atomic_fetch_add(&all->next, 1)) < s->windows;) {
         windows.contexts = (float *)s->contexts + window * padded(m->n_embd);
@@ -546,8 +548,8 @@ static void scoring_job(void *job, struct worker worker) {
 /* Bytes that `threads` threads need for passes of `rows` rows. */
 long workspace_bytes(const struct model *model, int rows, int threads) {
     struct arena arena = {0};
-    take_activations(model, &arena, rows);
-    for (int i = 0; i < threads; i++) take_scratch(model, &arena);
+    arena_activations(model, &arena, rows);
+    for (int i = 0; i < threads; i++) arena_scratch(model, &arena);
     return arena.taken;
 }
 
@@ -555,11 +557,11 @@ long workspace_bytes(const struct model *model, int rows, int threads) {
 long scoring_bytes(const struct model *model, int length, int threads) {
     struct arena arena = {0};
     for (int i = 0; i < threads; i++) {
-        take(&arena, 4 * cache_floats(model, 0));
-        take(&arena, 4 * cache_floats(model, 1));
-        take(&arena, 4 * padded(model->n_embd));
-        take_activations(model, &arena, length + 1);
-        take_scratch(model, &arena);
+        arena_take(&arena, 4 * kv_floats(model, 0));
+        arena_take(&arena, 4 * kv_floats(model, 1));
+        arena_take(&arena, 4 * padded(model->n_embd));
+        arena_activations(model, &arena, length + 1);
+        arena_scratch(model, &arena);
     }
     return arena.taken;
 }
@@ -582,10 +584,10 @@ const struct layout_entry *layout(void) {
     static const struct layout_entry entries[] = {
         STRUCTURE(matrix), FIELD(matrix, packed), FIELD(matrix, scales), FIELD(matrix, bias), FIELD(matrix, type),
         FIELD(matrix, n_out), FIELD(matrix, n_in), FIELD(matrix, lines),
-        STRUCTURE(layer), FIELD(layer, gain_1), FIELD(layer, bias_1), FIELD(layer, qkv), FIELD(layer, proj),
-        FIELD(layer, gain_2), FIELD(layer, bias_2), FIELD(layer, fc), FIELD(layer, out),
-        STRUCTURE(model), FIELD(model, tokens), FIELD(model, positions), FIELD(model, layers), FIELD(model, final_gain),
-        FIELD(model, final_bias), FIELD(model, head), FIELD(model, n_layer), FIELD(model, n_head), FIELD(model, head_size),
+        STRUCTURE(layer), FIELD(layer, ln1_weight), FIELD(layer, ln1_bias), FIELD(layer, qkv), FIELD(layer, proj),
+        FIELD(layer, ln2_weight), FIELD(layer, ln2_bias), FIELD(layer, fc), FIELD(layer, out),
+        STRUCTURE(model), FIELD(model, tokens), FIELD(model, positions), FIELD(model, layers), FIELD(model, lnf_weight),
+        FIELD(model, lnf_bias), FIELD(model, head), FIELD(model, n_layer), FIELD(model, n_head), FIELD(model, head_size),
         FIELD(model, n_embd), FIELD(model, slots), FIELD(model, vocab_size),
         STRUCTURE(windows), FIELD(windows, keys), FIELD(windows, values), FIELD(windows, sums), FIELD(windows, contexts),
         FIELD(windows, texts), FIELD(windows, filled), FIELD(windows, cache), FIELD(windows, reserved),
@@ -595,7 +597,7 @@ const struct layout_entry *layout(void) {
         FIELD(prefill, workspace), FIELD(prefill, length), FIELD(prefill, every), FIELD(prefill, threads),
         FIELD(prefill, reserved),
         STRUCTURE(decode), FIELD(decode, model), FIELD(decode, windows), FIELD(decode, sampling), FIELD(decode, ids),
-        FIELD(decode, numbers), FIELD(decode, drawn), FIELD(decode, workspace), FIELD(decode, count), FIELD(decode, threads),
+        FIELD(decode, uniforms), FIELD(decode, drawn), FIELD(decode, workspace), FIELD(decode, count), FIELD(decode, threads),
         STRUCTURE(scoring), FIELD(scoring, model), FIELD(scoring, ids), FIELD(scoring, contexts), FIELD(scoring, losses),
         FIELD(scoring, means), FIELD(scoring, workspace), FIELD(scoring, windows), FIELD(scoring, length),
         FIELD(scoring, threads), FIELD(scoring, reserved),

@@ -10,13 +10,13 @@
 #define PANEL 16
 #define LINE_VECTORS (PANEL / LANES)
 #define GROUP 64 /* inputs of an int8 product that have one scale in the row */
-#define LINES_AHEAD 32
-#define ROWS_AHEAD 16 /* of a panel in float32, which may not fit in the first cache */
+#define PREFETCH_LINES 32
+#define PREFETCH_ROWS 16 /* of a panel in float32, which may not fit in the first cache */
 
 enum number_type { FLOAT32, BFLOAT16_PAIRS, INT8_FOURS };
 
 /* Inputs of an output that share 32 bits. */
-static inline int inputs_of_word(enum number_type type) { return type == INT8_FOURS ? 4 : type == BFLOAT16_PAIRS ? 2 : 1; }
+static inline int inputs_per_word(enum number_type type) { return type == INT8_FOURS ? 4 : type == BFLOAT16_PAIRS ? 2 : 1; }
 
 /* Outputs and inputs are multiples of PANEL; what goes beyond the model's own is zero. A panel has `lines` lines. */
 struct matrix {
@@ -28,20 +28,20 @@ struct matrix {
 
 /* A row in int8: units of four, the scale of each group, and 128 times the group's sum. */
 struct quantized {
-    int32_t *units;
+    int32_t *words;
     float *scales;
     int32_t *offsets;
 };
 
 /* What becomes of a product: it is written, added to what is there, or its GELU is written. */
-enum use { WRITE, ADD, GELU };
+enum epilogue { STORE, ADD, GELU };
 
 typedef uint32_t vu32 __attribute__((vector_size(4 * LANES), may_alias));
 
 typedef uint16_t vu16 __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 /* Numbers in bfloat16, the upper halves of float32. */
-static inline vf32 load_halves(const uint16_t *from) {
+static inline vf32 load_bfloat16(const uint16_t *from) {
 #if LANES == 16 /* one instruction, of which the compiler makes several */
     return (vf32)((vi32)_mm512_cvtepu16_epi32((__m256i)(*(const vu16 *)from)) << 16);
 #elif LANES == 8
@@ -52,7 +52,7 @@ static inline vf32 load_halves(const uint16_t *from) {
 }
 
 /* Rounds to nearest, ties to even. */
-static inline uint32_t bfloat16_of(float x) {
+static inline uint32_t round_bfloat16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -63,7 +63,7 @@ static inline vu32 load_words(const void *line, int v) { return ((const vu32 *)l
 
 /* x times the chance that a normal variable is less than x. The chance of less than -|x| is e^(-x^2 / 2) t P(t), t = 1 / (1 +
    0.3 |x|), with a polynomial fitted to 1.5e-7 of the chance itself for |x| up to 13. */
-static inline vf32 gelu_of(vf32 x) {
+static inline vf32 gelu(vf32 x) {
     const int32_t sign = INT32_MIN;
     vf32 size = (vf32)((vi32)x & ~sign), t = 1.0f / (size * 0.3f + 1.0f);
     vf32 p = t * 0.0356748769f - 0.157203499f;
@@ -79,9 +79,9 @@ static inline vf32 gelu_of(vf32 x) {
     return x * select_lanes(x < 0.0f, below, 1.0f - below);
 }
 
-static inline void put_product(float *out, vf32 sum, enum use use) {
-    if (use == GELU) sum = gelu_of(sum);
-    if (use == ADD) sum += load_float(out);
+static inline void store_result(float *out, vf32 sum, enum epilogue epilogue) {
+    if (epilogue == GELU) sum = gelu(sum);
+    if (epilogue == ADD) sum += load_float(out);
     store_float(out, sum);
 }
 
@@ -98,11 +98,11 @@ static inline void add_chains(vf32 sums[UNROLL][LINE_VECTORS]) {
     }
 }
 
-static inline void multiply_line_float32(vf32 sums[LINE_VECTORS], const char *line, const float *x) {
+static inline void add_line_float32(vf32 sums[LINE_VECTORS], const char *line, const float *x) {
     for (int v = 0; v < LINE_VECTORS; v++) sums[v] += load_line(line, v) * x[0];
 }
 
-static inline void multiply_line_bfloat16(vf32 sums[2][LINE_VECTORS], const char *line, const float *x) {
+static inline void add_line_bfloat16(vf32 sums[2][LINE_VECTORS], const char *line, const float *x) {
     for (int v = 0; v < LINE_VECTORS; v++) {
         vu32 pair = load_words(line, v);
         sums[0][v] += (vf32)(pair << 16) * x[0];
@@ -110,26 +110,26 @@ static inline void multiply_line_bfloat16(vf32 sums[2][LINE_VECTORS], const char
     }
 }
 
-static inline void multiply_panel_float32(const char *panel, int lines, const float *x, vf32 out[LINE_VECTORS]) {
+static inline void gemv_panel_float32(const char *panel, int lines, const float *x, vf32 out[LINE_VECTORS]) {
     vf32 sums[UNROLL][LINE_VECTORS] = {0};
     for (int k = 0; k < lines; k += UNROLL) {
 #pragma GCC unroll 8
         for (int u = 0; u < UNROLL; u++) {
-            __builtin_prefetch(panel + 64L * (k + u + LINES_AHEAD));
-            multiply_line_float32(sums[u], panel + 64L * (k + u), x + k + u);
+            __builtin_prefetch(panel + 64L * (k + u + PREFETCH_LINES));
+            add_line_float32(sums[u], panel + 64L * (k + u), x + k + u);
         }
     }
     add_chains(sums);
     for (int v = 0; v < LINE_VECTORS; v++) out[v] = sums[0][v];
 }
 
-static inline void multiply_panel_bfloat16(const char *panel, int lines, const float *x, vf32 out[LINE_VECTORS]) {
+static inline void gemv_panel_bfloat16(const char *panel, int lines, const float *x, vf32 out[LINE_VECTORS]) {
     vf32 sums[UNROLL][LINE_VECTORS] = {0};
     for (int k = 0; k < lines; k += UNROLL / 2) {
 #pragma GCC unroll 4
         for (int u = 0; u < UNROLL / 2; u++) {
-            __builtin_prefetch(panel + 64L * (k + u + LINES_AHEAD));
-            multiply_line_bfloat16(sums + 2 * u, panel + 64L * (k + u), x + 2 * (k + u));
+            __builtin_prefetch(panel + 64L * (k + u + PREFETCH_LINES));
+            add_line_bfloat16(sums + 2 * u, panel + 64L * (k + u), x + 2 * (k + u));
         }
     }
     add_chains(sums);
@@ -137,7 +137,7 @@ static inline void multiply_panel_bfloat16(const char *panel, int lines, const f
 }
 
 /* sums + four bytes of w x four signed bytes of x, lane by lane. */
-static inline vi32 plus_fours(vi32 sums, vu32 w, int32_t x) {
+static inline vi32 dot_int8(vi32 sums, vu32 w, int32_t x) {
 #if LANES == 16 && defined(__AVX512VNNI__)
     return (vi32)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(x));
 #elif LANES == 16 && defined(__AVX512BW__)
@@ -154,7 +154,7 @@ static inline vi32 plus_fours(vi32 sums, vu32 w, int32_t x) {
 #endif
 }
 
-static inline void multiply_panel_int8(const char *panel, int lines, struct quantized x, vf32 out[LINE_VECTORS]) {
+static inline void gemv_panel_int8(const char *panel, int lines, struct quantized x, vf32 out[LINE_VECTORS]) {
     enum { CHAINS = UNROLL / 2 > 0 ? UNROLL / 2 : 1 };
     for (int v = 0; v < LINE_VECTORS; v++) out[v] = (vf32){0};
     for (int group = 0; group * (GROUP / 4) < lines; group++) {
@@ -165,8 +165,8 @@ static inline void multiply_panel_int8(const char *panel, int lines, struct quan
 #pragma GCC unroll 4
             for (int u = 0; u < CHAINS; u++) {
                 const char *line = panel + 64L * (k + u);
-                __builtin_prefetch(line + 64L * LINES_AHEAD);
-                for (int v = 0; v < LINE_VECTORS; v++) sums[u][v] = plus_fours(sums[u][v], load_words(line, v), x.units[k + u]);
+                __builtin_prefetch(line + 64L * PREFETCH_LINES);
+                for (int v = 0; v < LINE_VECTORS; v++) sums[u][v] = dot_int8(sums[u][v], load_words(line, v), x.words[k + u]);
             }
         }
         for (int v = 0; v < LINE_VECTORS; v++) {
@@ -185,8 +185,8 @@ static void quantize(const float *x, int in, struct quantized out) {
             vf32 size = (vf32)((vi32)load_float(x + i) & INT32_MAX);
             largest = select_lanes(size > largest, size, largest);
         }
-        const float most = reduce_max(largest), by = most > 0 ? 63 / most : 0;
-        int8_t *bytes = (int8_t *)(out.units + first / 4);
+        const float largest_abs = reduce_max(largest), by = largest_abs > 0 ? 63 / largest_abs : 0;
+        int8_t *bytes = (int8_t *)(out.words + first / 4);
         vi32 sum = {0};
         memset(bytes, 0, GROUP);
         for (int i = first; i < end; i += LANES) {
@@ -198,24 +198,24 @@ static void quantize(const float *x, int in, struct quantized out) {
         }
         int32_t total = 0;
         for (int lane = 0; lane < LANES; lane++) total += sum[lane];
-        out.scales[group] = most / 63;
+        out.scales[group] = largest_abs / 63;
         out.offsets[group] = 128 * total;
     }
 }
 
 /* Panels from `first` to `end` of out = matrix x row + bias; `fours` is the row in int8, where the matrix is. */
-static void multiply_row(const struct matrix *matrix, const float *x, struct quantized fours, float *out, enum use use,
-                         int first, int end) {
+static void gemv(const struct matrix *matrix, const float *x, struct quantized int8_row, float *out, enum epilogue epilogue,
+                 int first, int end) {
     for (int p = first; p < end; p++) {
         const char *panel = (const char *)matrix->packed + 64L * p * matrix->lines;
         vf32 sums[LINE_VECTORS];
-        if (matrix->type == INT8_FOURS) multiply_panel_int8(panel, matrix->lines, fours, sums);
-        else if (matrix->type == BFLOAT16_PAIRS) multiply_panel_bfloat16(panel, matrix->lines, x, sums);
-        else multiply_panel_float32(panel, matrix->lines, x, sums);
+        if (matrix->type == INT8_FOURS) gemv_panel_int8(panel, matrix->lines, int8_row, sums);
+        else if (matrix->type == BFLOAT16_PAIRS) gemv_panel_bfloat16(panel, matrix->lines, x, sums);
+        else gemv_panel_float32(panel, matrix->lines, x, sums);
         for (int v = 0; v < LINE_VECTORS; v++) {
             const int at = p * PANEL + v * LANES;
             if (matrix->type == INT8_FOURS) sums[v] *= load_float(matrix->scales + at);
-            put_product(out + at, sums[v] + load_float(matrix->bias + at), use);
+            store_result(out + at, sums[v] + load_float(matrix->bias + at), epilogue);
         }
     }
 }
@@ -237,19 +237,19 @@ struct rows {
 /* A panel (in, PANEL) in float32. */
 static void widen_panel(const struct matrix *matrix, int p, float *out) {
     const char *panel = (const char *)matrix->packed + 64L * p * matrix->lines;
-    const int fours = matrix->type == INT8_FOURS;
-    const int per_line = inputs_of_word(matrix->type);
+    const int is_int8 = matrix->type == INT8_FOURS;
+    const int per_word = inputs_per_word(matrix->type);
     vf32 scales[LINE_VECTORS];
-    for (int v = 0; fours && v < LINE_VECTORS; v++) scales[v] = load_float(matrix->scales + p * PANEL + v * LANES);
-    for (int k = 0; k < matrix->n_in / per_line; k++) {
+    for (int v = 0; is_int8 && v < LINE_VECTORS; v++) scales[v] = load_float(matrix->scales + p * PANEL + v * LANES);
+    for (int k = 0; k < matrix->n_in / per_word; k++) {
         for (int v = 0; v < LINE_VECTORS; v++) {
             vu32 line = load_words(panel + 64L * k, v);
-            float *to = out + (long)k * per_line * PANEL + v * LANES;
-            if (!fours) {
+            float *to = out + (long)k * per_word * PANEL + v * LANES;
+            if (!is_int8) {
                 store_float(to, (vf32)(line << 16));
                 store_float(to + PANEL, (vf32)(line & 0xffff0000u));
             }
-            for (int byte = 0; fours && byte < 4; byte++) {
+            for (int byte = 0; is_int8 && byte < 4; byte++) {
                 vi32 weight = (vi32)(line >> 8 * byte & 255u) - 128;
                 store_float(to + byte * PANEL, __builtin_convertvector(weight, vf32) * scales[v]);
             }
@@ -263,11 +263,11 @@ struct tile {
     struct rows rows;
     const float *panels[TILE_PANELS];
     int column;
-    enum use use;
+    enum epilogue epilogue;
 };
 
 /* `count` rows from `row` on x `panels` panels; called with constants, so that the sums stay in registers. */
-static inline __attribute__((always_inline)) void multiply_tile_of(int count, int panels, const struct tile *tile, int row) {
+static inline __attribute__((always_inline)) void micro_kernel(int count, int panels, const struct tile *tile, int row) {
     const int vectors = panels * LINE_VECTORS, n_in = tile->matrix->n_in;
     const long stride = tile->rows.x_stride;
     const float *x = tile->rows.x + row * stride, *bias = tile->matrix->bias + tile->column;
@@ -279,7 +279,7 @@ static inline __attribute__((always_inline)) void multiply_tile_of(int count, in
     }
     for (int k = 0; k < n_in; k++) {
         vf32 line[TILE_VECTORS];
-        for (int p = 0; p < panels; p++) __builtin_prefetch(tile->panels[p] + (long)(k + ROWS_AHEAD) * PANEL);
+        for (int p = 0; p < panels; p++) __builtin_prefetch(tile->panels[p] + (long)(k + PREFETCH_ROWS) * PANEL);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++)
             line[v] = load_line(tile->panels[v / LINE_VECTORS] + (long)k * PANEL, v % LINE_VECTORS);
@@ -293,23 +293,23 @@ static inline __attribute__((always_inline)) void multiply_tile_of(int count, in
     for (int r = 0; r < count; r++) {
         float *out = tile->rows.out + (row + r) * tile->rows.out_stride + tile->column;
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) put_product(out + v * LANES, sums[r][v], tile->use == ADD ? ADD : WRITE);
+        for (int v = 0; v < vectors; v++) store_result(out + v * LANES, sums[r][v], tile->epilogue == ADD ? ADD : STORE);
     }
 }
 
-static void gelu_of_rows(const struct rows *rows, int row, int count, int column, int width) {
+static void gelu_rows(const struct rows *rows, int row, int count, int column, int width) {
     for (int r = row; r < row + count; r++) {
         float *out = rows->out + r * rows->out_stride + column;
-        for (int c = 0; c < width; c += LANES) store_float(out + c, gelu_of(load_float(out + c)));
+        for (int c = 0; c < width; c += LANES) store_float(out + c, gelu(load_float(out + c)));
     }
 }
 
-static __attribute__((noinline)) void multiply_tile(int count, int panels, const struct tile *tile, int row) {
+static __attribute__((noinline)) void micro_kernel_of_height(int count, int panels, const struct tile *tile, int row) {
 #define ROWS_CASE(n)                                                                                                           \
     case n:                                                                                                                    \
         if (n > TILE_ROWS) break;                                                                                              \
-        if (panels == TILE_PANELS) multiply_tile_of(n > TILE_ROWS ? 1 : n, TILE_PANELS, tile, row);                            \
-        else multiply_tile_of(n > TILE_ROWS ? 1 : n, 1, tile, row);                                                            \
+        if (panels == TILE_PANELS) micro_kernel(n > TILE_ROWS ? 1 : n, TILE_PANELS, tile, row);                                \
+        else micro_kernel(n > TILE_ROWS ? 1 : n, 1, tile, row);                                                                \
         break;
     switch (count) {
         ROWS_CASE(1)
@@ -325,7 +325,7 @@ static __attribute__((noinline)) void multiply_tile(int count, int panels, const
         ROWS_CASE(11)
         ROWS_CASE(12)
     }
-    if (tile->use == GELU) gelu_of_rows(&tile->rows, row, count, tile->column, panels * PANEL);
+    if (tile->epilogue == GELU) gelu_rows(&tile->rows, row, count, tile->column, panels * PANEL);
 }
 
 /* Part `part` of `parts` of the next panels comes to the cache while those before them are multiplied with. */
@@ -336,8 +336,8 @@ static void prefetch_part(const struct matrix *matrix, int p, int part, int part
 }
 
 /* Panels from `first` to `end` of out = rows x matrix + bias; `scratch` (TILE_PANELS, in, PANEL) is the thread's own. */
-static void multiply_rows(const struct matrix *matrix, struct rows rows, enum use use, int first, int end, float *scratch) {
-    struct tile tile = {.matrix = matrix, .rows = rows, .use = use};
+static void gemm(const struct matrix *matrix, struct rows rows, enum epilogue epilogue, int first, int end, float *scratch) {
+    struct tile tile = {.matrix = matrix, .rows = rows, .epilogue = epilogue};
     const int tiles = (rows.count + TILE_ROWS - 1) / TILE_ROWS;
     for (int p = first, panels; p < end; p += panels) {
         panels = p + TILE_PANELS <= end ? TILE_PANELS : 1;
@@ -352,7 +352,7 @@ static void multiply_rows(const struct matrix *matrix, struct rows rows, enum us
         for (int t = 0; t < tiles; t++) {
             const int row = (int)first_of(rows.count, t, tiles), next = (int)first_of(rows.count, t + 1, tiles);
             if (p + panels < end) prefetch_part(matrix, p + panels, t, tiles);
-            multiply_tile(next - row, panels, &tile, row);
+            micro_kernel_of_height(next - row, panels, &tile, row);
         }
     }
 }
@@ -361,14 +361,15 @@ static void multiply_rows(const struct matrix *matrix, struct rows rows, enum us
 
 /* The 32 bits of a line that hold the inputs from k on of one output, x (in); `type` is a constant where this is called. In int8
    they are multiplied by `by` first. */
-static inline __attribute__((always_inline)) uint32_t word_of(enum number_type type, const float *x, int k, int in, float by) {
-    const int per_line = inputs_of_word(type);
+static inline __attribute__((always_inline)) uint32_t pack_word(enum number_type type, const float *x, int k, int in,
+                                                                float by) {
+    const int per_word = inputs_per_word(type);
     uint32_t word = 0, bits;
-    for (int i = 0; i < per_line; i++) {
-        const float number = k + i < in ? x[k + i] : 0;
-        if (type == INT8_FOURS) bits = (uint32_t)(128 + (int)lrintf(number * by)) << 8 * i;
-        else if (type == BFLOAT16_PAIRS) bits = bfloat16_of(number) << 16 * i;
-        else memcpy(&bits, &number, 4);
+    for (int i = 0; i < per_word; i++) {
+        const float value = k + i < in ? x[k + i] : 0;
+        if (type == INT8_FOURS) bits = (uint32_t)(128 + (int)lrintf(value * by)) << 8 * i;
+        else if (type == BFLOAT16_PAIRS) bits = round_bfloat16(value) << 16 * i;
+        else memcpy(&bits, &value, 4);
         word |= bits;
     }
     return word;
@@ -376,8 +377,8 @@ static inline __attribute__((always_inline)) uint32_t word_of(enum number_type t
 
 static inline __attribute__((always_inline)) void pack_output(enum number_type type, uint32_t *line, int lines, const float *x,
                                                               int in, float by) {
-    const int per_line = inputs_of_word(type);
-    for (int k = 0; k < lines; k++) line[k * PANEL] = word_of(type, x, k * per_line, in, by);
+    const int per_word = inputs_per_word(type);
+    for (int k = 0; k < lines; k++) line[k * PANEL] = pack_word(type, x, k * per_word, in, by);
 }
 
 /* Output `o` of a matrix, x (in) of finite floats, into its panel; in int8 also its scale. */
@@ -386,9 +387,9 @@ static void pack_row(const struct matrix *to, int o, const float *x, int in) {
     if (to->type == FLOAT32) pack_output(FLOAT32, line, to->lines, x, in, 1);
     else if (to->type == BFLOAT16_PAIRS) pack_output(BFLOAT16_PAIRS, line, to->lines, x, in, 1);
     else {
-        float most = 0;
-        for (int k = 0; k < in; k++) most = fabsf(x[k]) > most ? fabsf(x[k]) : most;
-        ((float *)to->scales)[o] = most / 127;
-        pack_output(INT8_FOURS, line, to->lines, x, in, most > 0 ? 127 / most : 0);
+        float largest_abs = 0;
+        for (int k = 0; k < in; k++) largest_abs = fabsf(x[k]) > largest_abs ? fabsf(x[k]) : largest_abs;
+        ((float *)to->scales)[o] = largest_abs / 127;
+        pack_output(INT8_FOURS, line, to->lines, x, in, largest_abs > 0 ? 127 / largest_abs : 0);
     }
 }

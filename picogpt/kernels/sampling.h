@@ -1,6 +1,6 @@
 /* Drawing an id from logits: `picogpt.generate.sample_ids` for one text, in the same order and in float64. */
 
-#define NOTHING (-INFINITY)
+#define NEG_INF (-INFINITY)
 
 struct sampling {
     double temperature, top_p, min_p;
@@ -8,14 +8,14 @@ struct sampling {
     int32_t top_k, reserved;
 };
 
-static int likeliest(const double *scores, int count) {
+static int argmax(const double *scores, int count) {
     int best = 0;
     for (int v = 1; v < count; v++) best = scores[v] > scores[best] ? v : best;
     return best;
 }
 
 /* Ids by falling score, of equals the first one first. */
-static void sort_ids(const double *scores, int *order, int count) {
+static void argsort_descending(const double *scores, int *order, int count) {
     for (int v = 0; v < count; v++) {
         int at = v;
         for (; at > 0 && scores[order[at - 1]] < scores[v]; at--) order[at] = order[at - 1];
@@ -24,35 +24,35 @@ static void sort_ids(const double *scores, int *order, int count) {
 }
 
 /* Leave the likeliest ids that together reach probability p. */
-static void keep_top_p(double *scores, const int *order, int count, double p) {
-    const double most = scores[order[0]];
+static void top_p_filter(double *scores, const int *order, int count, double p) {
+    const double max_kept = scores[order[0]];
     double total = 0, before = 0;
-    for (int v = 0; v < count; v++) total += exp(scores[v] - most);
+    for (int v = 0; v < count; v++) total += exp(scores[v] - max_kept);
     for (int i = 0; i < count; i++) {
-        const double share = exp(scores[order[i]] - most) / total;
-        if (before >= p) scores[order[i]] = NOTHING;
-        before += share;
+        const double prob = exp(scores[order[i]] - max_kept) / total;
+        if (before >= p) scores[order[i]] = NEG_INF;
+        before += prob;
     }
 }
 
 /* An id by the logits (V) and one number from 0 to 1; `scores` and `order` (V) are overwritten. */
-static int draw(const struct sampling *sampling, const float *logits, int count, double number, double *scores, int *order) {
+static int draw(const struct sampling *sampling, const float *logits, int count, double uniform, double *scores, int *order) {
     for (int v = 0; v < count; v++) scores[v] = logits[v] + sampling->allowed[v];
-    if (sampling->temperature == 0) return likeliest(scores, count);
+    if (sampling->temperature == 0) return argmax(scores, count);
     /* The maximum goes first, so that a tiny temperature makes no infinity less infinity. */
-    const double top = scores[likeliest(scores, count)];
-    for (int v = 0; v < count; v++) scores[v] = (scores[v] - top) / sampling->temperature;
-    if (sampling->top_k || sampling->top_p < 1) sort_ids(scores, order, count);
-    for (int i = sampling->top_k; sampling->top_k && i < count; i++) scores[order[i]] = NOTHING;
-    if (sampling->top_p < 1) keep_top_p(scores, order, count, sampling->top_p);
-    const double most = scores[likeliest(scores, count)];
+    const double max_score = scores[argmax(scores, count)];
+    for (int v = 0; v < count; v++) scores[v] = (scores[v] - max_score) / sampling->temperature;
+    if (sampling->top_k || sampling->top_p < 1) argsort_descending(scores, order, count);
+    for (int i = sampling->top_k; sampling->top_k && i < count; i++) scores[order[i]] = NEG_INF;
+    if (sampling->top_p < 1) top_p_filter(scores, order, count, sampling->top_p);
+    const double max_kept = scores[argmax(scores, count)];
     if (sampling->min_p > 0) {
-        for (int v = 0; v < count; v++) scores[v] = scores[v] >= most + log(sampling->min_p) ? scores[v] : NOTHING;
+        for (int v = 0; v < count; v++) scores[v] = scores[v] >= max_kept + log(sampling->min_p) ? scores[v] : NEG_INF;
     }
     double sum = 0;
-    for (int v = 0; v < count; v++) scores[v] = sum += exp(scores[v] - most);
+    for (int v = 0; v < count; v++) scores[v] = sum += exp(scores[v] - max_kept);
     for (int v = 0; v < count; v++) {
-        if (scores[v] > number * sum) return v;
+        if (scores[v] > uniform * sum) return v;
     }
     return count - 1; /* not reached, as the number is below 1 */
 }

@@ -24,7 +24,7 @@ typedef void job_function(void *job, struct worker worker);
 /* Somewhere to wait for a number to change. `sleepers` is read after the number was changed, and raised before it is looked at
    for the last time, so that nobody sleeps through a change. */
 struct gate {
-    _Alignas(64) atomic_ulong number;
+    _Alignas(64) atomic_ulong value;
     atomic_int sleepers;
     pthread_mutex_t mutex;
     pthread_cond_t changed;
@@ -45,7 +45,7 @@ static struct {
     .barrier = {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER},
 };
 
-static inline void relax(void) {
+static inline void cpu_relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__) || defined(__arm__)
@@ -53,31 +53,31 @@ static inline void relax(void) {
 #endif
 }
 
-static inline long nanoseconds(void) {
+static inline long monotonic_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * 1000000000L + now.tv_nsec;
 }
 
 /* Return the gate's number once it is not `old`. */
-static unsigned long await_change(struct gate *gate, unsigned long old) {
-    unsigned long number;
-    for (long deadline = 0; !deadline || nanoseconds() < deadline;) {
-        for (int look = 0; look < 32; look++, relax()) {
-            if ((number = atomic_load_explicit(&gate->number, memory_order_acquire)) != old) return number;
+static unsigned long wait_for_change(struct gate *gate, unsigned long old) {
+    unsigned long value;
+    for (long deadline = 0; !deadline || monotonic_ns() < deadline;) {
+        for (int look = 0; look < 32; look++, cpu_relax()) {
+            if ((value = atomic_load_explicit(&gate->value, memory_order_acquire)) != old) return value;
         }
-        if (!deadline) deadline = nanoseconds() + SPIN_NANOSECONDS;
+        if (!deadline) deadline = monotonic_ns() + SPIN_NANOSECONDS;
     }
     pthread_mutex_lock(&gate->mutex);
     atomic_fetch_add(&gate->sleepers, 1);
-    while ((number = atomic_load(&gate->number)) == old) pthread_cond_wait(&gate->changed, &gate->mutex);
+    while ((value = atomic_load(&gate->value)) == old) pthread_cond_wait(&gate->changed, &gate->mutex);
     atomic_fetch_sub(&gate->sleepers, 1);
     pthread_mutex_unlock(&gate->mutex);
-    return number;
+    return value;
 }
 
-static void change(struct gate *gate, unsigned long number) {
-    atomic_store(&gate->number, number);
+static void set_and_wake(struct gate *gate, unsigned long value) {
+    atomic_store(&gate->value, value);
     if (!atomic_load(&gate->sleepers)) return;
     pthread_mutex_lock(&gate->mutex); /* whoever is about to sleep does so first */
     pthread_cond_broadcast(&gate->changed);
@@ -85,14 +85,14 @@ static void change(struct gate *gate, unsigned long number) {
 }
 
 /* Wait until all workers of the job have come here; what they wrote before is seen by all after it. */
-static inline void meet(struct worker worker) {
+static inline void barrier_wait(struct worker worker) {
     if (worker.count == 1) return;
-    unsigned long met = atomic_load_explicit(&pool.barrier.number, memory_order_relaxed);
+    unsigned long met = atomic_load_explicit(&pool.barrier.value, memory_order_relaxed);
     if (atomic_fetch_add(&pool.arrived, 1) + 1 < worker.count) {
-        await_change(&pool.barrier, met);
+        wait_for_change(&pool.barrier, met);
     } else {
         atomic_store_explicit(&pool.arrived, 0, memory_order_relaxed);
-        change(&pool.barrier, met + 1);
+        set_and_wake(&pool.barrier, met + 1);
     }
 }
 
@@ -116,21 +116,21 @@ static void restore_denormals(unsigned setting) {
 #endif
 }
 
-static void *work(void *index) {
+static void *worker_main(void *index) {
     struct worker worker = {.index = (int)(intptr_t)index};
     flush_denormals();
     for (unsigned long order = pool.before;;) {
-        order = await_change(&pool.start, order);
+        order = wait_for_change(&pool.start, order);
         worker.count = (int)(order % (MAX_THREADS + 1));
         if (worker.index >= worker.count) continue;
         pool.function(pool.job, worker);
-        meet(worker);
+        barrier_wait(worker);
     }
     return 0;
 }
 
 /* A forked child has none of the workers, whatever they were doing. */
-static void forget_workers(void) {
+static void reset_after_fork(void) {
     pthread_mutex_init(&pool.one_job, 0);
     for (int i = 0; i < 2; i++) {
         struct gate *gate = i ? &pool.start : &pool.barrier;
@@ -142,20 +142,20 @@ static void forget_workers(void) {
     pool.started = 0;
 }
 
-static void on_first_job(void) { pthread_atfork(0, 0, forget_workers); }
+static void register_fork_handler(void) { pthread_atfork(0, 0, reset_after_fork); }
 
 /* Have `count` workers at least, or as many as the system gives; signals are for the threads of the program. */
 static int start_workers(int count) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, on_first_job);
+    pthread_once(&once, register_fork_handler);
     if (pool.started >= count - 1) return count;
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    pool.before = atomic_load(&pool.start.number);
+    pool.before = atomic_load(&pool.start.value);
     while (pool.started < count - 1) {
         pthread_t thread;
-        if (pthread_create(&thread, 0, work, (void *)(intptr_t)(pool.started + 1))) break;
+        if (pthread_create(&thread, 0, worker_main, (void *)(intptr_t)(pool.started + 1))) break;
         pthread_detach(thread);
         pool.started++;
     }
@@ -177,12 +177,12 @@ static void run_job(job_function *function, void *job, int count) {
     struct worker caller = {.index = 0, .count = count};
     if (count > 1) {
         pool.function = function, pool.job = job;
-        unsigned long jobs = atomic_load(&pool.start.number) / (MAX_THREADS + 1);
-        change(&pool.start, (jobs + 1) * (MAX_THREADS + 1) + (unsigned long)count);
+        unsigned long jobs = atomic_load(&pool.start.value) / (MAX_THREADS + 1);
+        set_and_wake(&pool.start, (jobs + 1) * (MAX_THREADS + 1) + (unsigned long)count);
     }
     const unsigned setting = flush_denormals(); /* which the program's own numbers need */
     function(job, caller);
-    meet(caller);
+    barrier_wait(caller);
     restore_denormals(setting);
     pthread_mutex_unlock(&pool.one_job);
 }

@@ -35,9 +35,9 @@ static float *floats_of(long count, long used) {
 
 /* A matrix (n_out, n_in) of random numbers; what is padded is zero. */
 static struct matrix random_matrix(int n_out, int n_in, enum number_type type) {
-    const int per_line = type == INT8_FOURS ? 4 : type == BFLOAT16_PAIRS ? 2 : 1;
+    const int per_word = type == INT8_FOURS ? 4 : type == BFLOAT16_PAIRS ? 2 : 1;
     const int inputs = (int)(type == INT8_FOURS ? UP(n_in, GROUP) : padded(n_in));
-    struct matrix m = {.type = type, .n_out = (int)padded(n_out), .n_in = (int)padded(n_in), .lines = inputs / per_line};
+    struct matrix m = {.type = type, .n_out = (int)padded(n_out), .n_in = (int)padded(n_in), .lines = inputs / per_word};
     m.packed = memory(64UL * (m.n_out / PANEL) * m.lines, 0);
     m.scales = floats_of(m.n_out, 0);
     m.bias = floats_of(m.n_out, n_out);
@@ -58,8 +58,10 @@ static struct model random_model(struct shape s, enum number_type type) {
     const int C = s.width, CP = (int)padded(C), heads = s.heads * (int)padded(C / s.heads);
     struct layer *layers = malloc(sizeof(struct layer) * s.layers);
     for (int i = 0; i < s.layers; i++) {
-        layers[i] = (struct layer){
-            .gain_1 = floats_of(CP, C), .bias_1 = floats_of(CP, C), .gain_2 = floats_of(CP, C), .bias_2 = floats_of(CP, C)};
+        layers[i] = (struct layer){.ln1_weight = floats_of(CP, C),
+                                   .ln1_bias = floats_of(CP, C),
+                                   .ln2_weight = floats_of(CP, C),
+                                   .ln2_bias = floats_of(CP, C)};
         layers[i].qkv = random_matrix(3 * heads, C, type);
         layers[i].proj = random_matrix(C, heads, type);
         layers[i].fc = random_matrix(4 * C, C, type);
@@ -73,7 +75,7 @@ static struct model random_model(struct shape s, enum number_type type) {
         for (int t = 0; t < m.slots; t++) positions[(long)t * CP + c] = random_float();
     }
     m.tokens = tokens, m.positions = positions;
-    m.final_gain = floats_of(CP, C), m.final_bias = floats_of(CP, C);
+    m.lnf_weight = floats_of(CP, C), m.lnf_bias = floats_of(CP, C);
     m.head = random_matrix(V, C, type == INT8_FOURS ? BFLOAT16_PAIRS : type);
     return m;
 }
@@ -82,10 +84,10 @@ static void free_model(struct model m) {
     for (int i = 0; i < m.n_layer; i++) {
         const struct layer l = m.layers[i];
         const struct matrix matrices[] = {l.qkv, l.proj, l.fc, l.out};
-        const float *const vectors[] = {l.gain_1, l.bias_1, l.gain_2, l.bias_2};
+        const float *const vectors[] = {l.ln1_weight, l.ln1_bias, l.ln2_weight, l.ln2_bias};
         for (int k = 0; k < 4; k++) free_matrix(matrices[k]), free((void *)vectors[k]);
     }
-    const float *const vectors[] = {m.tokens, m.positions, m.final_gain, m.final_bias, (const float *)m.layers};
+    const float *const vectors[] = {m.tokens, m.positions, m.lnf_weight, m.lnf_bias, (const float *)m.layers};
     for (int k = 0; k < 5; k++) free((void *)vectors[k]);
     free_matrix(m.head);
 }
@@ -131,9 +133,9 @@ static struct results run_all(const struct model *m, int texts, int threads) {
         free(last);
     }
     if (w.filled < m->slots) {
-        double allowed[V] = {NOTHING}, numbers[TEXTS] = {0.1, 0.5, 0.9};
+        double allowed[V] = {NEG_INF}, uniforms[TEXTS] = {0.1, 0.5, 0.9};
         struct sampling how = {.temperature = 1.5, .top_p = 0.9, .min_p = 0.01, .allowed = allowed, .top_k = 7};
-        struct decode step = {m, &w, &how, ids, numbers, r.drawn, workspace, 1, threads};
+        struct decode step = {m, &w, &how, ids, uniforms, r.drawn, workspace, 1, threads};
         decode(&step);
     } else {
         memset(r.drawn, 0, sizeof(int32_t) * r.n_drawn);
