@@ -337,8 +337,8 @@ static void write_kv(struct head head, int slot, const float *key, const float *
    too short for the processor to foresee. */
 static void prefetch_head(struct head head, int count) {
     const long keys = padded(count) * head.entries * head.size, values = (long)count * head.entries_padded * head.size;
-    for (long at = 0; at < keys; at += 64) __builtin_prefetch(head.keys + at);
-    for (long at = 0; at < values; at += 64) __builtin_prefetch(head.values + at);
+    prefetch_lines(head.keys, 0, UP(keys, 64) / 64);
+    prefetch_lines(head.values, 0, UP(values, 64) / 64);
 }
 
 /* Keys and values of new slots go to the cache, and every query looks at what stands up to its own slot. */

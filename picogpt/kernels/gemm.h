@@ -194,9 +194,7 @@ static inline packed_vec pack_rows(const elem *first, const elem *second) {
    on. */
 static inline void prefetch_part(const packed_elem *panel, int depth, int row, int count, int all) {
     const long lines = 4L * PANEL * depth / 64;
-    for (long line = lines * row / all; line < lines * (row + count) / all; line++) {
-        __builtin_prefetch((const char *)panel + 64 * line);
-    }
+    prefetch_lines(panel, lines * row / all, lines * (row + count) / all);
 }
 
 /* Rows from `first` to `end` of a product. */

@@ -332,7 +332,7 @@ static __attribute__((noinline)) void micro_kernel_of_height(int count, int pane
 static void prefetch_part(const struct matrix *matrix, int p, int part, int parts) {
     const char *panels = (const char *)matrix->packed + 64L * p * matrix->lines;
     const long lines = (long)TILE_PANELS * matrix->lines;
-    for (long i = first_of(lines, part, parts); i < first_of(lines, part + 1, parts); i++) __builtin_prefetch(panels + 64 * i);
+    prefetch_lines(panels, first_of(lines, part, parts), first_of(lines, part + 1, parts));
 }
 
 /* Panels from `first` to `end` of out = rows x matrix + bias; `scratch` (TILE_PANELS, in, PANEL) is the thread's own. */

@@ -210,6 +210,11 @@ static inline __attribute__((always_inline)) void transpose_lanes(vi32 x[LANES])
 /* Of `count` pieces the first one of a thread. */
 static inline long first_of(long count, long thread, long threads) { return count * thread / threads; }
 
+/* Ask for the 64-byte cache lines of `memory` from `first` to `end`. */
+static inline void prefetch_lines(const void *memory, long first, long end) {
+    for (long line = first; line < end; line++) __builtin_prefetch((const char *)memory + 64 * line);
+}
+
 /* The part of a window that one thread works on. */
 struct work {
     int thread, threads;
