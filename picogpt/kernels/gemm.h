@@ -271,8 +271,8 @@ static inline __attribute__((always_inline)) void gemm(struct gemm p, int first,
 }
 
 /* One function for each shape, so that inner and columns are constants in it. c is WIDTH: gemm_c_3c maps
-   rows of C entries to rows of 3 C. noinline, as a GEMM of the same rows must round identically wherever
-   it is called. */
+   rows of C entries to rows of 3 C. noinline keeps one copy of each, which rounds alike wherever it is
+   called. */
 #define GEMM(name, inner, columns)                                                                                             \
     static __attribute__((noinline)) void name(elem *out, const elem *x, const packed_elem *packed, const float *bias,         \
                                                struct work work) {                                                             \
