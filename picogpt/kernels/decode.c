@@ -1,12 +1,19 @@
-/* The model in C, for reading and writing text: prefill of many characters, decode of one after the other, and losses.
+/* The whole model in C for inference: prefill of many characters, decode of one after the other, and
+   losses of whole windows.
 
-   Shapes come at run time, so one library serves all models. L layers, B texts side by side, k new slots of each, R = B k rows, H
-   heads of D entries, C = n_embd, S slots of a window, V ids. Everything that vectors run over is padded with zeros to a multiple of
-   PANEL: C, 4 C, V, and D, which is then DP. The output of all heads is H DP wide, and their q, k and v 3 H DP, head by head.
+      embed -> n_layer x (x += proj attention(LayerNorm(x)), x += out gelu(fc LayerNorm(x))) -> LayerNorm -> logits
 
-   Every number of every result is computed by one thread, in an order that does not depend on how many there are. */
+   Python (picogpt/engine) packs the weights, allocates the KV cache and the workspace, and calls
+   `prefill`, `decode` and `score`. Shapes come at run time, so one library serves all models: L layers,
+   B sequences side by side ("texts"), k new positions of each, R = B k rows, H heads of D entries, C =
+   n_embd, S slots (positions) of a window, V ids. Vectors run over C, 4 C, V and D, which are padded
+   with zeros to multiples of PANEL: D becomes DP. The outputs of all heads are H DP wide, and their q, k
+   and v 3 H DP, head by head, so that a head's q, k and v are one piece of memory.
 
-#define HEAD 16 /* for simd.h: vectors as long as the processor has them */
+   Every number of every result is computed by one thread, in an order that does not depend on the number
+   of threads: results are bit-identical for any number. */
+
+#define HEAD 16 /* for simd.h: the longest vectors that the processor has */
 #define WIDTH 16
 #include "simd.h"
 #include "layout.h"
@@ -14,43 +21,46 @@
 #include "sampling.h"
 #include "threads.h"
 
-#define EPSILON 1e-5f
+#define EPSILON 1e-5f /* of LayerNorm, as in torch */
 
 /* ---- The structures of `picogpt.engine.layout`, field by field ---- */
 
+/* Weights of one layer: the four packed matrices, and the two LayerNorms. */
 struct layer {
-    const float *ln1_weight, *ln1_bias; /* (C) of the LayerNorm before the attention */
+    const float *ln1_weight, *ln1_bias; /* (C) of the LayerNorm before attention */
     struct matrix qkv, proj;
-    const float *ln2_weight, *ln2_bias;
+    const float *ln2_weight, *ln2_bias; /* (C) of the LayerNorm before the MLP */
     struct matrix fc, out;
 };
 
+/* The model. The matrix `head` is the token embedding, packed: nanoGPT ties the two. */
 struct model {
     const float *tokens;    /* (V, C) */
     const float *positions; /* (S, C) */
     const struct layer *layers;
-    const float *lnf_weight, *lnf_bias;
+    const float *lnf_weight, *lnf_bias; /* (C) of the final LayerNorm */
     struct matrix head;
     int32_t n_layer, n_head, head_size, n_embd, slots, vocab_size;
 };
 
-/* Numbers of the KV cache. Many texts have more of them than fit in the processor's caches, and reading them takes longer than
-   rounding costs. */
+/* Types of the KV cache. With many texts it does not fit in the processor's caches, and reading it takes
+   longer than converting it: then bfloat16 halves the bytes. */
 enum cache_type { CACHE_FLOAT32, CACHE_BFLOAT16 };
 
-/* Windows of B texts: the KV cache, and the sum over slots that the next context vector is made of.
-   The keys of PANEL neighbouring slots stand side by side, so that their scores are one vector. */
+/* Windows of B texts: the KV cache, and the sums of the final LayerNorm's outputs, whose mean is the
+   next context vector. Keys are stored so that those of PANEL neighbouring slots are a line for each
+   entry of the head: the scores of PANEL slots are then vectors, and no reduction over lanes is needed. */
 struct windows {
-    void *keys;      /* (L, B, H, SP / PANEL, D, PANEL), SP = S padded */
-    void *values;    /* (L, B, H, S, DP) */
-    float *sums;     /* (B, C) of the final LayerNorm's outputs */
-    float *contexts; /* (B, C), which stand in the first slot */
-    int32_t texts, filled;
-    int32_t cache; /* enum cache_type of keys and values */
+    void *keys;            /* (L, B, H, SP / PANEL, D, PANEL), SP = S padded */
+    void *values;          /* (L, B, H, S, DP) */
+    float *sums;           /* (B, C) of the final LayerNorm's outputs */
+    float *contexts;       /* (B, C) context vectors, which take the first slot */
+    int32_t texts, filled; /* B, and slots that are in the cache */
+    int32_t cache;         /* enum cache_type of keys and values */
     int32_t reserved;
 };
 
-/* Reads ids that follow in the windows. */
+/* A request to read k ids of each text, behind those in the windows. */
 struct prefill {
     const struct model *model;
     struct windows *windows;
@@ -60,32 +70,33 @@ struct prefill {
     int32_t length, every, threads, reserved;
 };
 
-/* Reads an id of each text and draws the next, `count` times. */
+/* A request to read one id of each text and draw the next, `count` times. */
 struct decode {
     const struct model *model;
     struct windows *windows;
     const struct sampling *sampling;
-    const int32_t *ids;     /* (B), drawn before and not read yet */
-    const double *uniforms; /* (count, B) from 0 to 1 */
-    int32_t *drawn;         /* (count, B) */
+    const int32_t *ids;     /* (B) drawn before, and not read yet */
+    const double *uniforms; /* (count, B) random numbers in [0, 1) */
+    int32_t *drawn;         /* (count, B) written */
     void *workspace;
     int32_t count, threads;
 };
 
-/* Losses of whole windows, each by itself, from its context vector. */
+/* A request for the losses of whole windows, each by itself, from its context vector. */
 struct scoring {
     const struct model *model;
-    const int32_t *ids;    /* (windows, length + 1): what is read, and what should follow */
+    const int32_t *ids;    /* (windows, length + 1) the inputs, and one target more */
     const float *contexts; /* (windows, C) */
     float *losses;         /* (windows, length) in nats */
-    float *means;          /* (windows, C): the context vectors for the windows behind these */
+    float *means;          /* (windows, C) written: context vectors for the windows that follow */
     void *workspace;
     int32_t windows, length, threads, reserved;
 };
 
+/* count rounded up to whole panels. */
 static inline long padded(long count) { return UP(count, PANEL); }
 
-/* The longest row that is multiplied with a matrix. */
+/* Inputs of the widest matrix: rows of the MLP's hidden layer, or of all heads. */
 static inline long max_inputs(const struct model *m) {
     const long hidden = padded(4L * m->n_embd), heads = m->n_head * padded(m->head_size);
     return hidden > heads ? hidden : heads;
@@ -93,31 +104,37 @@ static inline long max_inputs(const struct model *m) {
 
 /* ---- Memory ---- */
 
-/* What threads share, for R rows, and what one thread has to itself. */
+/* Buffers that all workers share, for R rows. */
 struct activations {
     float *x, *normed, *qkv, *heads, *hidden; /* (R, C), (R, C), (R, 3 H DP), (R, H DP), (R, 4 C) */
     float *logits;                            /* (R, V) */
 };
 
+/* Buffers that each worker has for itself. */
 struct scratch {
     float *normed, *scores, *panels; /* (C), (SP), (TILE_PANELS, most_inputs, PANEL) */
+    /* the row that GEMV multiplies, quantized */
     struct quantized int8_row;
     double *probs; /* (V) */
     int *order;    /* (V) */
 };
 
-/* Memory that is taken piece by piece, each on cache lines of its own; where there is none it is only counted. */
+/* A bump allocator over the workspace that Python gives: each piece begins at a cache line, so that
+   workers do not share one. With no memory it only counts bytes, so the same code measures the workspace
+   and cuts it up. */
 struct arena {
     char *memory;
     long taken;
 };
 
+/* `bytes` bytes, or null while counting. */
 static void *arena_take(struct arena *arena, long bytes) {
     void *piece = arena->memory ? arena->memory + arena->taken : 0;
     arena->taken += UP(bytes, 64);
     return piece;
 }
 
+/* The shared buffers for `rows` rows. */
 static struct activations arena_activations(const struct model *m, struct arena *arena, long rows) {
     const long C = padded(m->n_embd), heads = m->n_head * padded(m->head_size);
     struct activations activations;
@@ -130,6 +147,7 @@ static struct activations arena_activations(const struct model *m, struct arena 
     return activations;
 }
 
+/* One worker's buffers. Worker i takes i + 1 of them and uses the last. */
 static struct scratch arena_scratch(const struct model *m, struct arena *arena) {
     const long inputs = UP(max_inputs(m), GROUP);
     struct scratch scratch;
@@ -146,25 +164,29 @@ static struct scratch arena_scratch(const struct model *m, struct arena *arena) 
 
 /* ---- One pass of all layers, as one worker sees it ---- */
 
+/* What every function of a pass needs: the request, the buffers, and which worker this is. */
 struct pass {
     const struct model *model;
     const struct windows *windows;
     struct activations activations;
     struct scratch scratch;
     struct worker worker;
-    int filled, length;     /* slots of a window before this pass, and k */
-    int shares_layer_cache; /* whether all layers use one layer's cache, as nothing is read after this pass */
-    int quantizes_rows;     /* whether rows are rounded to int8 where the matrix is, as those of decode are */
+    int filled, length;     /* slots in the cache before this pass, and k */
+    int shares_layer_cache; /* scoring: one layer's KV cache serves all in turn, as nothing reads it later */
+    int quantizes_rows;     /* scoring: rows are quantized for int8 matrices, as in decode */
 };
 
+/* R. */
 static inline int row_count(const struct pass *pass) { return pass->windows->texts * pass->length; }
 
-/* (x - mean) / sqrt(variance + epsilon) * gain + bias; what is beyond C stays zero, as gain and bias are. */
+/* LayerNorm of one row (C): (x - mean) / sqrt(variance + epsilon) weight + bias. Padding stays zero, as
+   weight and bias are zero there. */
 static void layer_norm_row(const struct model *m, const float *x, const float *weight, const float *bias, float *out) {
     const int C = m->n_embd;
     vf32 sum = {0}, squares = {0};
     for (int c = 0; c < C; c += LANES) sum += load_float(x + c);
     const float mean = reduce_sum(sum) / (float)C;
+    /* Padding is zero, not the mean: it must not count in the variance. */
     vi32 lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
     for (int c = 0; c < C; c += LANES) {
@@ -178,7 +200,8 @@ static void layer_norm_row(const struct model *m, const float *x, const float *w
     }
 }
 
-/* A LayerNorm of all rows. One row every worker normalizes for itself, which takes less time than to meet. */
+/* LayerNorm of all rows: workers divide them, and meet at a barrier. A single row is normalized by every
+   worker for itself, to its own scratch: that takes less time than a barrier. */
 static const float *layer_norm(struct pass *pass, const float *weight, const float *bias) {
     const struct model *m = pass->model;
     const long C = padded(m->n_embd), rows = row_count(pass);
@@ -194,7 +217,9 @@ static const float *layer_norm(struct pass *pass, const float *weight, const flo
     return pass->activations.normed;
 }
 
-/* Panels from `first` to `end` of rows x matrix. */
+/* Panels [first, end) of rows W^T with an epilogue: GEMM for many rows, GEMV for one. With
+   quantizes_rows, rows times an int8 matrix go one by one through GEMV, which rounds them as decode
+   does. */
 static void matmul(struct pass *pass, const struct matrix *matrix, struct rows rows, enum epilogue epilogue, int first,
                    int end) {
     const int is_int8 = matrix->type == INT8_FOURS;
@@ -209,7 +234,7 @@ static void matmul(struct pass *pass, const struct matrix *matrix, struct rows r
     }
 }
 
-/* This worker's share of the panels. */
+/* The same for this worker's share of the panels. */
 static void matmul_share(struct pass *pass, const struct matrix *matrix, struct rows rows, enum epilogue epilogue) {
     const struct worker worker = pass->worker;
     const long panels = matrix->n_out / PANEL;
@@ -219,13 +244,14 @@ static void matmul_share(struct pass *pass, const struct matrix *matrix, struct 
 
 /* ---- Attention ---- */
 
-/* A head of one text in one layer: its keys (SP / PANEL, D, PANEL) and values (S, DP). */
+/* The KV cache of one head of one text in one layer: keys (SP / PANEL, D, PANEL) and values (S, DP). */
 struct head {
     char *keys, *values;
     int entries, entries_padded;
-    int size; /* bytes of a number */
+    int size; /* bytes of an element: 4, or 2 in bfloat16 */
 };
 
+/* The head's addresses in the cache. */
 static struct head head_of(const struct pass *pass, int layer, int text, int index) {
     const struct model *m = pass->model;
     struct head head = {.entries = m->head_size, .entries_padded = (int)padded(m->head_size)};
@@ -236,29 +262,30 @@ static struct head head_of(const struct pass *pass, int layer, int text, int ind
     return head;
 }
 
-/* Where the first entry of a slot's key is; the next ones are PANEL apart. */
+/* Index of the first entry of a slot's key; its other entries are PANEL apart. */
 static inline long key_offset(struct head head, int slot) { return (long)slot / PANEL * PANEL * head.entries + slot % PANEL; }
 
-/* Numbers from `place` on, of `size` bytes, which is a constant where this is called. */
+/* LANES elements of a cache from index `place` on. `size` must be a constant where this is inlined. */
 static inline __attribute__((always_inline)) vf32 load_cached(const char *cache, long place, int size) {
     return size == 2 ? load_bfloat16((const uint16_t *)cache + place) : load_float((const float *)cache + place);
 }
 
-/* sums (PANEL) += one entry of the keys of PANEL slots x that of the query. */
+/* sums (PANEL) += the keys' entry at `at`, of PANEL slots, times the query's entry. */
 static inline __attribute__((always_inline)) void add_scores(vf32 sums[LINE_VECTORS], struct head head, int size, long at,
                                                              float entry) {
 #pragma GCC unroll 4
     for (int v = 0; v < LINE_VECTORS; v++) sums[v] += load_cached(head.keys, at + v * LANES, size) * entry;
 }
 
-/* sums (PANEL) += PANEL entries of the value of a slot x its weight. */
+/* sums (PANEL) += PANEL entries of a slot's value, times its weight. */
 static inline __attribute__((always_inline)) void add_values(vf32 sums[LINE_VECTORS], struct head head, int size, long at,
                                                              float weight) {
 #pragma GCC unroll 4
     for (int v = 0; v < LINE_VECTORS; v++) sums[v] += load_cached(head.values, at + v * LANES, size) * weight;
 }
 
-/* Scores of a query against `count` slots, in powers of two, and -inf up to the next multiple of LANES; return the largest. */
+/* scores (count) = q k^T / sqrt(D), in powers of two: log2(e) is part of the scale, so softmax needs 2^x
+   instead of e^x. -inf follows up to the next multiple of LANES. Returns the maximum. */
 static inline __attribute__((always_inline)) float attention_scores(const float *query, struct head head, int size, int count,
                                                                     float *scores) {
     const float by = 1.44269504f / sqrtf((float)head.entries);
@@ -266,7 +293,7 @@ static inline __attribute__((always_inline)) float attention_scores(const float 
     for (int i = 0; i < LANES; i++) lane[i] = i;
     vf32 largest = (vf32){0} + (float)NEG_INF;
     for (int s = 0; s < count; s += PANEL) {
-        vf32 sums[2][LINE_VECTORS] = {0}; /* by turns, as one would wait for itself */
+        vf32 sums[2][LINE_VECTORS] = {0}; /* two chains, as one would wait for the latency of each multiply-add */
         const long at = key_offset(head, s);
         int d = 0;
         for (; d + 2 <= head.entries; d += 2) {
@@ -275,6 +302,7 @@ static inline __attribute__((always_inline)) float attention_scores(const float 
         }
         if (d < head.entries) add_scores(sums[0], head, size, at + d * PANEL, query[d]);
         for (int v = 0; v < LINE_VECTORS; v++) {
+            /* Slots beyond `count` in the last panel are masked: the cache holds anything there. */
             const int first = s + v * LANES;
             vf32 score = (sums[0][v] + sums[1][v]) * by;
             if (first + LANES > count) score = select_lanes(lane < count - first, score, (vf32){0} + (float)NEG_INF);
@@ -285,7 +313,7 @@ static inline __attribute__((always_inline)) float attention_scores(const float 
     return reduce_max(largest);
 }
 
-/* The output of one head for a query that sees `count` slots. */
+/* Attention of one head for a query that attends to `count` slots: out (DP) = softmax(scores) values. */
 static inline __attribute__((always_inline)) void attend_head(const float *query, struct head head, int size, int count,
                                                               float *scores, float *out) {
     const float max_score = attention_scores(query, head, size, count, scores);
@@ -293,14 +321,16 @@ static inline __attribute__((always_inline)) void attend_head(const float *query
     for (int s = 0; s < count; s += LANES) {
         vf32 weight = vexp2(load_float(scores + s) - max_score);
         if (s + LANES > count) {
+            /* Masked lanes give about 1e-38, not zero. */
             for (int i = count - s; i < LANES; i++) weight[i] = 0;
         }
         store_float(scores + s, weight);
         total += weight;
     }
-    const float by = 1 / reduce_sum(total);
+    const float by = 1 / reduce_sum(total); /* the softmax denominator divides the output, not each weight */
     const long row = head.entries_padded;
     for (int d = 0; d < row; d += PANEL) {
+        /* Four chains, each over every fourth slot. */
         vf32 sums[4][LINE_VECTORS] = {0};
         int s = 0;
         for (; s + 4 <= count; s += 4) {
@@ -314,12 +344,14 @@ static inline __attribute__((always_inline)) void attend_head(const float *query
     }
 }
 
+/* Two copies of the code, so that the size of an element is a constant in each. */
 static void attend(const float *query, struct head head, int count, float *scores, float *out) {
     if (head.size == 2) attend_head(query, head, 2, count, scores, out);
     else attend_head(query, head, 4, count, scores, out);
 }
 
-/* Write key and value of a slot. */
+/* Write the key (D) and value (DP) of a slot to the cache. Keys are scattered, so that scores read them
+   in lines. */
 static void write_kv(struct head head, int slot, const float *key, const float *value) {
     const long key_at = key_offset(head, slot), value_at = (long)slot * head.entries_padded;
     if (head.size == 2) {
@@ -333,15 +365,16 @@ static void write_kv(struct head head, int slot, const float *key, const float *
     }
 }
 
-/* Have the first `count` slots of a head come to the cache while another head is computed: each head is read in streams of its own,
-   too short for the processor to foresee. */
+/* Prefetch the first `count` slots of a head while another head is computed: each head is read in
+   streams of its own, too short for the hardware prefetcher. */
 static void prefetch_head(struct head head, int count) {
     const long keys = padded(count) * head.entries * head.size, values = (long)count * head.entries_padded * head.size;
     prefetch_lines(head.keys, 0, UP(keys, 64) / 64);
     prefetch_lines(head.values, 0, UP(values, 64) / 64);
 }
 
-/* Keys and values of new slots go to the cache, and every query looks at what stands up to its own slot. */
+/* One head of one text: write keys and values of the k new slots to the cache, and let each query attend
+   to the slots up to its own. Row by row, so causality needs no mask. */
 static void attend_rows(struct pass *pass, int layer, int text, int index) {
     const struct head head = head_of(pass, layer, text, index);
     const long width = (long)pass->model->n_head * head.entries_padded;
@@ -354,6 +387,10 @@ static void attend_rows(struct pass *pass, int layer, int text, int index) {
     }
 }
 
+/* One layer: x += proj attention(LayerNorm(x)), then x += out gelu(fc LayerNorm(x)). For attention,
+   workers divide the heads: each computes q, k, v of its own heads and attends with them, so no barrier
+   is needed in between. The other GEMMs are divided by panels of outputs, and each ends at a barrier, as
+   the next step reads whole rows. */
 static void run_layer(struct pass *pass, int index) {
     const struct model *m = pass->model;
     const struct layer *layer = m->layers + index;
@@ -366,6 +403,7 @@ static void run_layer(struct pass *pass, int index) {
 
     const float *normed = layer_norm(pass, layer->ln1_weight, layer->ln1_bias);
     matmul(pass, &layer->qkv, (struct rows){normed, a.qkv, C, 3 * heads, rows}, STORE, first * panels, end * panels);
+    /* In decode the next head's cache is fetched while this head is computed. */
     for (int text = 0; text < pass->windows->texts; text++) {
         for (int head = first; head < end; head++) {
             if (pass->length == 1 && head + 1 < end) prefetch_head(head_of(pass, index, text, head + 1), pass->filled);
@@ -386,10 +424,11 @@ static void run_layer(struct pass *pass, int index) {
 
 /* ---- From ids to logits ---- */
 
-/* Whether a pass begins with the slot of the context vector. */
+/* Whether a pass begins with the context vector's slot. */
 static inline int has_context(const struct pass *pass) { return pass->filled == 0; }
 
-/* This worker's rows: ids (B, k) or (B, k - 1) behind the context vector, at their positions. */
+/* x = token embedding + position embedding, for this worker's rows. ids are (B, k), or (B, k - 1) behind
+   the context vector, which takes the place of a token embedding in the first slot. */
 static void embed(struct pass *pass, const int32_t *ids) {
     const struct model *m = pass->model;
     const long C = padded(m->n_embd), rows = row_count(pass), has_context_slot = has_context(pass);
@@ -403,7 +442,8 @@ static void embed(struct pass *pass, const int32_t *ids) {
     }
 }
 
-/* The final LayerNorm of all rows; it is also added to the windows' sums, each column by one worker. */
+/* The final LayerNorm of all rows. Its outputs are added to the windows' sums (B, C): each column by one
+   worker, row after row, so the order of additions is fixed. */
 static const float *final_norm(struct pass *pass) {
     const struct model *m = pass->model;
     const struct worker worker = pass->worker;
@@ -418,12 +458,15 @@ static const float *final_norm(struct pass *pass) {
     return normed;
 }
 
-/* Logits, for rows of `every` id (B, k, V) or after the last one (B, V), from what `finish` returned. */
+/* logits = rows W^T for the tied embedding W (V, C): for each id that was read (B, k, V) with `every`,
+   or the last one of each text (B, V). `normed` is what `final_norm` returned. The context vector's slot
+   has no logits. */
 static void compute_logits(struct pass *pass, const float *normed, int every, float *logits) {
     const struct model *m = pass->model;
     const long C = padded(m->n_embd), V = padded(m->vocab_size), has_context_slot = has_context(pass),
                texts = pass->windows->texts;
     if (!every) {
+        /* The last row of each text: rows that are k rows apart. */
         const float *last = normed + (pass->length - 1) * C;
         matmul_share(pass, &m->head, (struct rows){last, logits, pass->length * C, V, (int)texts}, STORE);
         return;
@@ -435,12 +478,13 @@ static void compute_logits(struct pass *pass, const float *normed, int every, fl
     }
 }
 
-/* All layers for the rows that have been embedded; workers have met before. */
+/* All layers, for rows that have been embedded; a barrier must have passed since. */
 static const float *run_layers(struct pass *pass) {
     for (int i = 0; i < pass->model->n_layer; i++) run_layer(pass, i);
     return final_norm(pass);
 }
 
+/* A worker's part of a prefill. */
 static void prefill_job(void *job, struct worker worker) {
     struct prefill *p = job;
     const int has_context_slot = p->windows->filled == 0;
@@ -457,6 +501,8 @@ static void prefill_job(void *job, struct worker worker) {
 
 /* ---- Decode ---- */
 
+/* A worker's part of decode. Sampling is divided by texts: a worker draws for its texts and embeds what
+   it has drawn, so between two characters there are two barriers. */
 static void decode_job(void *job, struct worker worker) {
     struct decode *d = job;
     const struct model *m = d->model;
@@ -472,7 +518,7 @@ static void decode_job(void *job, struct worker worker) {
         barrier_wait(worker);
         compute_logits(&pass, run_layers(&pass), 0, pass.activations.logits);
         barrier_wait(worker);
-        pass.filled++;
+        pass.filled++; /* the slot that has just been read */
         int32_t *drawn = d->drawn + (long)i * texts;
         for (int text = first; text < end; text++) {
             const float *logits = pass.activations.logits + text * padded(m->vocab_size);
@@ -485,12 +531,13 @@ static void decode_job(void *job, struct worker worker) {
 
 /* ---- Losses ---- */
 
+/* Windows to score, which workers take one by one. */
 struct scoring_job {
     struct scoring *scoring;
-    atomic_int next; /* window that nobody has taken */
+    atomic_int next; /* next window that no worker has taken */
 };
 
-/* Of -log softmax(logits)[target]. */
+/* Cross entropy: -log softmax(logits)[target], with the sum in float64. */
 static float cross_entropy(const float *logits, int count, int target) {
     float max_logit = logits[0];
     double sum = 0;
@@ -502,6 +549,8 @@ static float cross_entropy(const float *logits, int count, int target) {
     return (float)log(sum) + max_logit - logits[target];
 }
 
+/* Losses of one window (length), and the mean of its final LayerNorm outputs: context vector and ids are
+   read in one prefill. */
 static void score_window(struct pass *pass, const struct scoring *s, int window) {
     const struct model *m = pass->model;
     const long C = padded(m->n_embd), V = padded(m->vocab_size);
@@ -516,19 +565,21 @@ static void score_window(struct pass *pass, const struct scoring *s, int window)
     for (long c = 0; c < C; c++) s->means[window * C + c] = sums[c] / (float)(s->length + 1);
 }
 
+/* Elements of one layer's keys, or values, for one text. */
 static long kv_floats(const struct model *m, int values) {
     const long slots = values ? m->slots : padded(m->slots), entries = values ? padded(m->head_size) : m->head_size;
     return (long)m->n_head * slots * entries;
 }
 
-/* Each worker takes whole windows, and has all that they need to itself. */
+/* A worker's part of scoring: whole windows, with buffers of its own, so workers never wait for each
+   other. */
 static void scoring_job(void *job, struct worker worker) {
     struct scoring_job *all = job;
     const struct scoring *s = all->scoring;
     const struct model *m = s->model;
     struct windows windows = {.texts = 1};
     struct pass pass = {.model = m, .windows = &windows, .worker = {0, 1}, .length = s->length + 1, .shares_layer_cache = 1};
-    pass.quantizes_rows = 1; /* so that the losses in int8 are those of generated text */
+    pass.quantizes_rows = 1; /* the losses in int8 are then those of generated text */
     struct arena arena = {.memory = s->workspace};
     for (int i = 0; i <= worker.index; i++) {
         windows.keys = arena_take(&arena, 4 * kv_floats(m, 0));
@@ -543,9 +594,9 @@ static void scoring_job(void *job, struct worker worker) {
     }
 }
 
-/* ---- What Python calls ---- */
+/* ---- Exported functions ---- */
 
-/* Bytes that `threads` threads need for passes of `rows` rows. */
+/* Bytes of workspace that `threads` threads need for passes of `rows` rows. */
 long workspace_bytes(const struct model *model, int rows, int threads) {
     struct arena arena = {0};
     arena_activations(model, &arena, rows);
@@ -553,7 +604,7 @@ long workspace_bytes(const struct model *model, int rows, int threads) {
     return arena.taken;
 }
 
-/* Bytes that `threads` threads need for scoring windows of `length` ids. */
+/* Bytes of workspace that `threads` threads need to score windows of `length` ids. */
 long scoring_bytes(const struct model *model, int length, int threads) {
     struct arena arena = {0};
     for (int i = 0; i < threads; i++) {
@@ -574,12 +625,13 @@ void score(struct scoring *scoring) {
     run_job(scoring_job, &job, scoring->threads);
 }
 
-/* Rows of a matrix (count, in) in float32 into their panels, which are zero before. */
+/* Pack rows (count, in) of a float32 matrix into its panels, which must be zero before. */
 void pack(const struct matrix *matrix, const float *rows, int count, int in) {
     for (int o = 0; o < count; o++) pack_row(matrix, o, rows + (long)o * in, in);
 }
 
-/* The structures and constants of `picogpt.engine.layout`, ended by an entry without a name. */
+/* The table of structures and constants that `picogpt.engine.layout` compares when the library is
+   loaded; an entry without a name ends it. */
 const struct layout_entry *layout(void) {
     static const struct layout_entry entries[] = {
         STRUCTURE(matrix), FIELD(matrix, packed), FIELD(matrix, scales), FIELD(matrix, bias), FIELD(matrix, type),
