@@ -1,7 +1,9 @@
-/* Runs the training kernels on odd shapes, for sanitizers to watch: every buffer has exactly the size that it needs.
+/* Runs the training kernels on odd shapes under sanitizers: every buffer has exactly the size that it
+   needs, so one entry too many is an error that AddressSanitizer reports.
 
-   tests/test_native.py compiles this with the kernels for one shape of model. All memory begins as NaN, so that what is read before it
-   was written shows in the results, which must be finite; and the same with activations kept and computed again. */
+   tests/test_native.py compiles this with block.c for one shape of model. All memory begins as NaN, so
+   that reading what was never written shows in the results, which must be finite. Saved, recomputed and
+   deferred activations must give bit-identical gradients. */
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,13 +12,15 @@
 
 enum { LAYERS = 2, MATRICES = 4 };
 
+/* (out, in) of attn, proj, fc and out. */
 static const int shapes[MATRICES][2] = {{3 * WIDTH, WIDTH}, {WIDTH, WIDTH}, {4 * WIDTH, WIDTH}, {WIDTH, 4 * WIDTH}};
 
-/* Memory is never given back before the end: a text's buffers are few. */
+/* All buffers of a case, which `free_all` frees at its end. */
 static void *allocated[4096];
 static int n_allocated;
 
-/* `count` entries of `size` bytes, aligned as torch aligns them, all of them NaN. */
+/* A buffer of `count` entries of `size` bytes, aligned as torch aligns them. Bytes of 0xff are NaN in
+   float32 and in bfloat16. */
 static void *buffer(size_t count, size_t size) {
     void *memory;
     if (n_allocated == 4096 || posix_memalign(&memory, 64, count * size)) exit(3);
@@ -24,10 +28,13 @@ static void *buffer(size_t count, size_t size) {
     return allocated[n_allocated++] = memory;
 }
 
+/* End of a case. */
 static void free_all(void) {
     while (n_allocated) free(allocated[--n_allocated]);
 }
 
+/* `count` floats in (-scale, scale), from a linear congruential generator: the same numbers in every
+   run. */
 static float *floats_of(size_t count, float scale) {
     static uint32_t state = 1;
     float *x = buffer(count, sizeof *x);
@@ -38,8 +45,10 @@ static float *floats_of(size_t count, float scale) {
     return x;
 }
 
+/* Gradients are added to, so they begin as zeros. */
 static float *zeros(size_t count) { return memset(buffer(count, sizeof(float)), 0, count * sizeof(float)); }
 
+/* End with an error unless `holds`. */
 static void check(int holds, const char *what) {
     if (holds) return;
     fprintf(stderr, "block_driver: %s\n", what);
@@ -50,16 +59,19 @@ static void check_finite(const float *x, size_t count, const char *what) {
     for (size_t i = 0; i < count; i++) check(isfinite(x[i]), what);
 }
 
+/* Packed weights of LAYERS blocks, and the matrices that they were packed from. */
 struct model {
     struct layer_weights layers[LAYERS];
     float *matrices[LAYERS * MATRICES];
 };
 
+/* Random weights. p[2 i] is matrix i packed for the forward pass, p[2 i + 1] for the backward pass. */
 static void make_model(struct model *m, int threads) {
     packed_elem *packed[2 * LAYERS * MATRICES];
     for (int i = 0; i < LAYERS * MATRICES; i++) {
         const int out = shapes[i % MATRICES][0], in = shapes[i % MATRICES][1];
         m->matrices[i] = floats_of((size_t)out * in, 0.3f);
+        /* Whole panels: as Python's Kernels.packed allocates them. */
         packed[2 * i] = buffer((size_t)UP(out, PANEL) * in, sizeof(elem));
         packed[2 * i + 1] = buffer((size_t)UP(in, PANEL) * out, sizeof(elem));
     }
@@ -73,6 +85,7 @@ static void make_model(struct model *m, int threads) {
     }
 }
 
+/* Buffers of all blocks for `rows` rows, none of them shared, in the sizes of bindings.h. */
 static void make_activations(struct activations *a, size_t rows) {
     for (int i = 0; i < LAYERS; i++) {
         a[i] = (struct activations){
@@ -97,6 +110,7 @@ static void make_activations(struct activations *a, size_t rows) {
     }
 }
 
+/* Gradients, with a row for each thread or each roll where bindings.h says so. */
 static void make_grads(struct param_grads *g, int rolls, int threads) {
     for (int i = 0; i < LAYERS; i++) {
         g[i] = (struct param_grads){
@@ -126,6 +140,8 @@ static float *run(const struct model *m, const float *x, int rolls, int slots, i
     packed_elem *workspace = buffer(workspace_elems(threads), sizeof *workspace);
     forward(&pass, out);
     check_finite(out, rows * WIDTH, "the output is not finite");
+    /* Validation ends here. dx is the gradient of the output: here the output itself, for want of a
+       loss. */
     if (save == SAVE_NOTHING) return out;
     struct pass_grads grads = {params, out, zeros(threads * WIDTH), workspace, when};
     backward(&pass, &grads);
@@ -133,6 +149,7 @@ static float *run(const struct model *m, const float *x, int rolls, int slots, i
     for (int i = 0; i < LAYERS; i++) {
         const struct activations *a = activations + i;
         const struct param_grads *g = params + i;
+        /* Deferred weight gradients are computed from the saved activations, as kernels/block.py does. */
         if (when == GRADS_DEFERRED) {
             const struct matrix_grad of[MATRICES] = {
                 {g->attn, a->qkv, a->ln1_out, 3 * WIDTH, WIDTH, rows, threads},
@@ -142,6 +159,7 @@ static float *run(const struct model *m, const float *x, int rolls, int slots, i
             };
             for (int k = 0; k < MATRICES; k++) weight_grad(of + k, workspace);
         }
+        /* Row 0 of each vector's gradient, and the matrices. */
         check_finite(g->ln1, 3 * WIDTH, "a norm's gradient is not finite");
         check_finite(g->attn, 3 * WIDTH * WIDTH, "a matrix's gradient is not finite");
         check_finite(g->out, 4 * WIDTH * WIDTH, "a matrix's gradient is not finite");
@@ -150,6 +168,8 @@ static float *run(const struct model *m, const float *x, int rolls, int slots, i
     return out;
 }
 
+/* Three matrices through a step of Muon, with both ways to share Gram matrices: 1 + 2 + 2 iterations and
+   all five at once. */
 static void update(int rows, int columns, int threads) {
     static const float polynomials[5][3] = {
         {8.2f, -22.5f, 16.6f}, {4, -2.9f, .5f}, {3.9f, -2.8f, .5f}, {3.3f, -2.4f, .5f}, {2.3f, -1.6f, .4f}};
@@ -168,26 +188,30 @@ static void update(int rows, int columns, int threads) {
     }
 }
 
+/* All combinations of rolls, window lengths and threads: fewer rolls than threads, one character, and
+   full windows. */
 int main(void) {
     static const int rolls[] = {1, 7}, characters[] = {1, 37, SLOTS - 1}, threads[] = {1, 9};
     for (int r = 0; r < 2; r++) {
         for (int c = 0; c < 3; c++) {
             for (int t = 0; t < 2; t++) {
-                const int slots = characters[c] + 1;
+                const int slots = characters[c] + 1; /* the context vector's slot, and one for each character */
                 const size_t bytes = (size_t)rolls[r] * slots * WIDTH * sizeof(float);
                 struct model model;
                 make_model(&model, threads[t]);
                 const float *x = floats_of(bytes / sizeof *x, 1);
                 run(&model, x, rolls[r], slots, threads[t], SAVE_NOTHING, GRADS_PER_WINDOW);
-                float *kept = run(&model, x, rolls[r], slots, threads[t], SAVE_ACTIVATIONS, GRADS_PER_WINDOW);
-                float *again = run(&model, x, rolls[r], slots, threads[t], SAVE_INPUTS, GRADS_PER_WINDOW);
+                float *saved = run(&model, x, rolls[r], slots, threads[t], SAVE_ACTIVATIONS, GRADS_PER_WINDOW);
+                float *recomputed = run(&model, x, rolls[r], slots, threads[t], SAVE_INPUTS, GRADS_PER_WINDOW);
                 float *deferred = run(&model, x, rolls[r], slots, threads[t], SAVE_ACTIVATIONS, GRADS_DEFERRED);
-                check(!memcmp(kept, deferred, bytes), "deferred weight gradients change the gradient");
-                check(!memcmp(kept, again, bytes), "recomputed activations change the gradient");
+                /* To the last bit, not nearly. */
+                check(!memcmp(saved, deferred, bytes), "deferred weight gradients change the gradient");
+                check(!memcmp(saved, recomputed, bytes), "recomputed activations change the gradient");
                 free_all();
             }
         }
     }
+    /* attn is three matrices (C, C) for Muon, as proj is. */
     for (int i = 1; i < MATRICES; i++) update(shapes[i][0], shapes[i][1], 2);
     puts("ok");
     return 0;
