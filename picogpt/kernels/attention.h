@@ -48,7 +48,7 @@ struct head {
     elem *qkv;      /* its q in the first row; its gradient is written over it */
     elem *out;      /* its output in the first row of (slots, C); written by the forward pass */
     float *row_max; /* (slots) row max of the scores; written by the forward pass */
-    float *inv_sum; /* (slots) 1 / softmax denominator; likewise */
+    float *inv_sum; /* (slots) 1 / softmax denominator; written by the forward pass */
     int slots;
 };
 

@@ -19,7 +19,7 @@ typedef packed_elem head_rows[SIDE][HEAD / 2] __attribute__((aligned(64)));
 typedef packed_elem head_columns[HEAD / 2][SIDE] __attribute__((aligned(64)));
 /* Right operand of weights x rows: pairs of neighbouring slots, in panels of 32 entries. */
 typedef packed_elem head_pairs[HEAD / 32][SIDE / 2][32]
-    __attribute__((aligned(64))); /* entries of one slot and the next are a unit */
+    __attribute__((aligned(64))); /* entries of one slot and the next are a pair */
 
 /* Buffers of one head, of SIDE slots. They are thread-local, and reused for each head. */
 struct buffers {

@@ -59,7 +59,7 @@ struct param_grads {
     float *out;       /* (C, 4C) */
 };
 
-/* What the forward pass saves for the backward pass. */
+/* How much the forward pass saves for the backward pass. */
 enum save {
     SAVE_NOTHING,     /* no backward pass follows */
     SAVE_INPUTS,      /* each block's x; the rest is recomputed (gradient checkpointing) */
@@ -80,7 +80,7 @@ struct pass {
     int32_t save; /* enum save */
 };
 
-/* What the backward pass writes to. */
+/* Outputs of the backward pass, and its workspace. */
 struct pass_grads {
     const struct param_grads *params; /* (layers) */
     float *dx;                        /* (R, C) gradient of the last block's output; becomes that of the first block's x */

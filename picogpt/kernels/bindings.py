@@ -54,7 +54,7 @@ class ParamGrads(Structure):
 
 
 class Save(IntEnum):
-    """What the forward pass leaves for the backward pass: `enum save`."""
+    """How much the forward pass saves for the backward pass: `enum save`."""
 
     NOTHING = 0
     INPUTS = 1
@@ -79,7 +79,7 @@ class Pass(Structure):
 
 
 class PassGrads(Structure):
-    """What a backward pass writes to."""
+    """Outputs of the backward pass, and its workspace."""
 
     _fields_ = (
         ("params", POINTER(ParamGrads)),
@@ -89,7 +89,7 @@ class PassGrads(Structure):
 
 
 class MatrixGrad(Structure):
-    """A matrix's gradient, over all windows."""
+    """The gradient of one matrix, over all windows."""
 
     _fields_ = (
         *fields_of(c_void_p, "sums left right"),

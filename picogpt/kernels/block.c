@@ -46,7 +46,7 @@ struct norm {
 
 /* LayerNorm of row i of R = rows: x (C) to out (C). noinline: the forward pass and its recomputation
    must round identically. */
-static __attribute__((noinline)) void normalize_row(const float *x, const struct norm *norm, long i, long rows) {
+static __attribute__((noinline)) void layer_norm_row(const float *x, const struct norm *norm, long i, long rows) {
     const float *weight = norm->weight, *bias = norm->bias;
     elem *out = norm->out + i * WIDTH;
     vf32 sum = {0}, squares = {0};
@@ -66,7 +66,7 @@ static __attribute__((noinline)) void normalize_row(const float *x, const struct
 
 /* LayerNorm of this thread's rows of x (R, C). */
 static void layer_norm(const float *x, struct norm norm, struct work work) {
-    for (long i = work.first; i < work.end; i++) normalize_row(x + i * WIDTH, &norm, i, work.rows);
+    for (long i = work.first; i < work.end; i++) layer_norm_row(x + i * WIDTH, &norm, i, work.rows);
 }
 
 /* One step of the residual path: sum = x + branch + bias. The GEMM of the branch leaves its bias to
@@ -98,7 +98,7 @@ static void add(struct residual residual, struct work work) {
 static void add_layer_norm(struct residual residual, struct norm norm, struct work work) {
     for (long i = work.first; i < work.end; i++) {
         add_row(&residual, i);
-        normalize_row(residual.sum + i * WIDTH, &norm, i, work.rows);
+        layer_norm_row(residual.sum + i * WIDTH, &norm, i, work.rows);
     }
 }
 
@@ -458,8 +458,8 @@ void update_matrices(const struct muon_matrix *matrices, const struct muon_setti
     }
 }
 
-/* What Python needs to allocate buffers: columns of a panel, and packed_elems of workspace for all
-   threads. Muon needs the most; weight gradients use a part of it. */
+/* Sizes for Python's allocations: columns of a panel, and packed_elems of workspace for all threads.
+   Muon needs the most; weight gradients use a part of it. */
 int panel_columns(void) { return PANEL; }
 long workspace_elems(int threads) { return threads * MUON_ELEMS; }
 /* Whether this library was compiled for AMX. */

@@ -89,7 +89,7 @@ class Use(NamedTuple):
 
     @property
     def save(self) -> Save:
-        """What the forward pass leaves for the backward pass."""
+        """How much the forward pass saves for the backward pass."""
         if not self.trained:
             return Save.NOTHING
         return Save.INPUTS if self.recompute else Save.ACTIVATIONS
@@ -147,7 +147,7 @@ class Kernels:
 
     @cached_property
     def workspace(self) -> Tensor:
-        """Memory that threads pack matrices in, and update them."""
+        """Workspace of all threads, for packed operands of weight gradients and for Muon."""
         return torch.empty(self._library.workspace_elems(self.threads), dtype=torch.float32)
 
     def pack(self, matrices: Addresses, packed: Addresses, layers: int) -> None:

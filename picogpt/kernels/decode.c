@@ -164,7 +164,7 @@ static struct scratch arena_scratch(const struct model *m, struct arena *arena) 
 
 /* ---- One pass of all layers, as one worker sees it ---- */
 
-/* What every function of a pass needs: the request, the buffers, and which worker this is. */
+/* State of a pass as one worker sees it: the request, the buffers, and which worker this is. */
 struct pass {
     const struct model *model;
     const struct windows *windows;
@@ -176,7 +176,7 @@ struct pass {
     int quantizes_rows;     /* scoring: rows are quantized for int8 matrices, as in decode */
 };
 
-/* R. */
+/* R = B k, the rows of this pass. */
 static inline int row_count(const struct pass *pass) { return pass->windows->texts * pass->length; }
 
 /* LayerNorm of one row (C): (x - mean) / sqrt(variance + epsilon) weight + bias. Padding stays zero, as

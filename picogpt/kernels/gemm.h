@@ -88,13 +88,10 @@ enum result { OVERWRITE, ACCUMULATE };
 /* Operands of one GEMM. inner and columns are constants where the struct is made, so the compiler knows
    the strides. */
 struct gemm {
-    /* (rows, columns) */
-    elem *out;
-    /* (rows, inner) */
-    const elem *x;
-    /* (columns / PANEL, inner / PER_PACKED, PANEL): the panels of W */
-    const packed_elem *packed;
-    const float *bias; /* (columns), or null */
+    elem *out;                 /* (rows, columns) */
+    const elem *x;             /* (rows, inner) */
+    const packed_elem *packed; /* (columns / PANEL, inner / PER_PACKED, PANEL): the panels of W */
+    const float *bias;         /* (columns), or null */
     int inner, columns;
 };
 
@@ -114,8 +111,8 @@ struct tile_shape {
 static _Thread_local struct tile_shape saved_tile_config;
 static _Thread_local float tls_tile_sums[32][PANEL] __attribute__((aligned(64)));
 
-/* Set up eight tiles of 16 rows of 64 bytes. torch's own bfloat16 GEMMs (oneDNN) may have configured
-   this thread's tiles: their configuration is saved, and restored by `end_tiles`. */
+/* Set up eight tiles of 16 rows of 64 bytes. Other code of this thread, as torch's GEMMs, may have
+   configured its tiles: that configuration is saved, and restored by `end_tiles`. */
 static void begin_tiles(void) {
     static const struct tile_shape shape = {
         .palette = 1, .bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16, 16, 16}};

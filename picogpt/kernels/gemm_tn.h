@@ -144,7 +144,7 @@ static void gemm_tn(struct gemm_tn p, packed_elem *workspace, int thread, int th
     }
 }
 #else
-/* A thread's workspace, in packed_elems: what it packs of both operands, of which one may be four times
+/* A thread's workspace, in packed_elems: its packed parts of both operands, of which one may be four times
    as wide as WIDTH, with padding to whole register tiles. */
 #define THREAD_ELEMS ((5L * WIDTH + TILE + PANEL + 1) * DEPTH_OF(MAX_CHUNK_ROWS))
 

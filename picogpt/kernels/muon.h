@@ -61,7 +61,7 @@ static void round_symmetric(float *sums, float diagonal, elem *out) {
     for (long i = 0; i < SQUARE; i += LANES) store(out + i, load_float(sums + i));
 }
 
-/* What a GEMM does to its sums: scale x sum + weight x addend, without addend if it is null. */
+/* Epilogue of a GEMM: its sums become scale x sum + weight x addend, without addend if it is null. */
 struct epilogue {
     float scale;
     const elem *addend;

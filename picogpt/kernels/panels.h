@@ -287,7 +287,7 @@ static void widen_panel(const struct matrix *matrix, int p, float *out) {
     }
 }
 
-/* What the micro-kernel works on. */
+/* Operands of the micro-kernel. */
 struct tile {
     const struct matrix *matrix;
     struct rows rows;

@@ -66,5 +66,5 @@ static int draw(const struct sampling *sampling, const float *logits, int count,
     for (int v = 0; v < count; v++) {
         if (scores[v] > uniform * sum) return v;
     }
-    return count - 1; /* not reached, as the number is below 1 */
+    return count - 1; /* not reached, as uniform is below 1 */
 }

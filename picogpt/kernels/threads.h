@@ -94,8 +94,9 @@ static void set_and_wake(struct gate *gate, unsigned long value) {
     pthread_mutex_unlock(&gate->mutex);
 }
 
-/* Barrier: wait until all threads of the job are here. What each wrote before it, all see after it. The
-   last to arrive resets the count before it opens the gate, so the barrier can be used again at once. */
+/* Barrier: wait until all threads of the job are here. After it all threads see what any of them wrote
+   before it. The last to arrive resets the count before it opens the gate, so the barrier can be used
+   again at once. */
 static inline void barrier_wait(struct worker worker) {
     if (worker.count == 1) return;
     unsigned long met = atomic_load_explicit(&pool.barrier.value, memory_order_relaxed);
@@ -135,7 +136,7 @@ static void *worker_main(void *index) {
     flush_denormals();
     for (unsigned long order = pool.before;;) {
         order = wait_for_change(&pool.start, order);
-        worker.count = (int)(order % (MAX_THREADS + 1)); /* what run_job added to the number */
+        worker.count = (int)(order % (MAX_THREADS + 1)); /* added to the job's number by run_job */
         if (worker.index >= worker.count) continue;
         pool.function(pool.job, worker);
         barrier_wait(worker);
