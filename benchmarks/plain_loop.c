@@ -14,6 +14,7 @@ struct shape {
 /* out (d) = w (d, n) x (n) + bias (d), bias null for none */
 static void matmul(float *out, const float *x, const float *w, const float *bias, int n, int d) {
     for (int i = 0; i < d; i++) {
+        /* compiled with -ffast-math, so that this loop becomes vectors */
         float sum = 0;
         for (int j = 0; j < n; j++) sum += w[(long)i * n + j] * x[j];
         out[i] = sum + (bias ? bias[i] : 0);
@@ -30,6 +31,7 @@ static void norm(float *out, const float *x, const float *gain, const float *bia
 
 /* Attention of one slot: its key and value go to the cache, and each head attends to slots 0..slot. */
 static void attend(float *out, const float *qkv, float *keys, float *values, int slot, struct shape s) {
+    /* entries of a head */
     const int D = s.width / s.heads;
     memcpy(keys + slot * s.width, qkv + s.width, sizeof(float) * s.width);
     memcpy(values + slot * s.width, qkv + 2 * s.width, sizeof(float) * s.width);
@@ -37,12 +39,13 @@ static void attend(float *out, const float *qkv, float *keys, float *values, int
         /* softmax with the row max subtracted */
         float scores[s.slots], top = -1e30f, sum = 0;
         for (int t = 0; t <= slot; t++) {
+            /* q k^T / sqrt(D) */
             scores[t] = 0;
             for (int d = 0; d < D; d++) scores[t] += qkv[h * D + d] * keys[t * s.width + h * D + d];
             scores[t] /= sqrtf(D);
             top = scores[t] > top ? scores[t] : top;
         }
-        for (int t = 0; t <= slot; t++) sum += scores[t] = expf(scores[t] - top);
+        for (int t = 0; t <= slot; t++) sum += scores[t] = expf(scores[t] - top); /* softmax numerators and their sum */
         memset(out + h * D, 0, sizeof(float) * D);
         for (int t = 0; t <= slot; t++)
             for (int d = 0; d < D; d++) out[h * D + d] += scores[t] / sum * values[t * s.width + h * D + d];
@@ -54,7 +57,7 @@ static void attend(float *out, const float *qkv, float *keys, float *values, int
 void generate(const float **w, struct shape s, int id, int count, int *made) {
     const int C = s.width;
     float x[C], y[C], wide[4 * C], context[C], sum[C], logits[s.ids];
-    float *cache = malloc(sizeof(float) * 2 * s.layers * s.slots * C);
+    float *cache = malloc(sizeof(float) * 2 * s.layers * s.slots * C); /* keys, then values, of each layer */
     memset(context, 0, sizeof context);
     /* slot 0 holds the context vector and makes no character */
     for (int i = 0, slot = 0; i < count; slot = (slot + 1) % s.slots) {

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+/* The kernels are included rather than linked, so that sanitizers and warnings see one program. */
 #include "block.c"
 
 enum { LAYERS = 2, MATRICES = 4 };
@@ -55,6 +56,7 @@ static void check(int holds, const char *what) {
     exit(1);
 }
 
+/* Every entry must be a number: NaN would come from memory that nobody wrote, or from a kernel's error. */
 static void check_finite(const float *x, size_t count, const char *what) {
     for (size_t i = 0; i < count; i++) check(isfinite(x[i]), what);
 }
@@ -126,15 +128,16 @@ static void make_grads(struct param_grads *g, int rolls, int threads) {
     }
 }
 
-/* Forward and backward; returns dx (R, C). */
+/* Forward and backward; returns dx (R, C), the gradient of the first block's x, or the output without a
+   backward pass. All buffers are new and hold NaN, so each call shows what it reads too early. */
 static float *run(const struct model *m, const float *x, int rolls, int slots, int threads, enum save save,
                   enum weight_grads when) {
     const size_t rows = (size_t)rolls * slots;
     struct activations activations[LAYERS];
     struct param_grads params[LAYERS];
-    make_activations(activations, rows);
+    make_activations(activations, rows); /* as SAVE_ACTIVATIONS needs them; others use fewer */
     make_grads(params, rolls, threads);
-    memcpy(activations[0].x, x, rows * WIDTH * sizeof *x);
+    memcpy(activations[0].x, x, rows * WIDTH * sizeof *x); /* the caller's part */
     struct pass pass = {m->layers, activations, LAYERS, rolls, slots, threads, save};
     float *out = buffer(rows * WIDTH, sizeof *out);
     packed_elem *workspace = buffer(workspace_elems(threads), sizeof *workspace);
@@ -143,6 +146,7 @@ static float *run(const struct model *m, const float *x, int rolls, int slots, i
     /* Validation ends here. dx is the gradient of the output: here the output itself, for want of a
        loss. */
     if (save == SAVE_NOTHING) return out;
+    /* The backward pass overwrites `out`, and adds to params, which begin as zeros. */
     struct pass_grads grads = {params, out, zeros(threads * WIDTH), workspace, when};
     backward(&pass, &grads);
     check_finite(out, rows * WIDTH, "the gradient is not finite");
@@ -152,6 +156,8 @@ static float *run(const struct model *m, const float *x, int rolls, int slots, i
         /* Deferred weight gradients are computed from the saved activations, as kernels/block.py does. */
         if (when == GRADS_DEFERRED) {
             const struct matrix_grad of[MATRICES] = {
+                /* left: gradient of the GEMM's output, which now stands in qkv, d_attn_out, fc and
+                   d_mlp_out; right: its input */
                 {g->attn, a->qkv, a->ln1_out, 3 * WIDTH, WIDTH, rows, threads},
                 {g->proj, a->d_attn_out, a->att_out, WIDTH, WIDTH, rows, threads},
                 {g->fc, a->fc, a->ln2_out, 4 * WIDTH, WIDTH, rows, threads},
@@ -173,17 +179,22 @@ static float *run(const struct model *m, const float *x, int rolls, int slots, i
 static void update(int rows, int columns, int threads) {
     static const float polynomials[5][3] = {
         {8.2f, -22.5f, 16.6f}, {4, -2.9f, .5f}, {3.9f, -2.8f, .5f}, {3.3f, -2.4f, .5f}, {2.3f, -1.6f, .4f}};
+    /* Ended by a zero, as gram_reuse is. */
     static const int32_t reuse[][4] = {{1, 2, 2, 0}, {5, 0}};
     for (int k = 0; k < 2; k++) {
         struct muon_matrix matrices[3];
         const size_t size = (size_t)rows * columns;
         for (int i = 0; i < 3; i++) {
+            /* weights, gradient, momentum, and the running mean square of the longer side */
             matrices[i] = (struct muon_matrix){floats_of(size, 1), floats_of(size, 1), floats_of(size, 1),
                                                zeros(rows > columns ? rows : columns)};
         }
+        /* polynomials, reuse, momentum, beta2, decay, step, margin; then the shape, the number of
+           matrices and threads */
         struct muon_settings settings = {polynomials[0], reuse[k], .95f, .95f, .99f, .02f, 1.01f, rows, columns, 3, threads};
         update_matrices(matrices, &settings, buffer(workspace_elems(threads), sizeof(packed_elem)));
         for (int i = 0; i < 3; i++) check_finite(matrices[i].weights, size, "an updated matrix is not finite");
+        /* Each case has matrices and a workspace of its own. */
         free_all();
     }
 }
@@ -201,6 +212,8 @@ int main(void) {
                 make_model(&model, threads[t]);
                 const float *x = floats_of(bytes / sizeof *x, 1);
                 run(&model, x, rolls[r], slots, threads[t], SAVE_NOTHING, GRADS_PER_WINDOW);
+                /* The three ways to train: from saved activations, from recomputed ones, and with weight
+                   gradients at the end. */
                 float *saved = run(&model, x, rolls[r], slots, threads[t], SAVE_ACTIVATIONS, GRADS_PER_WINDOW);
                 float *recomputed = run(&model, x, rolls[r], slots, threads[t], SAVE_INPUTS, GRADS_PER_WINDOW);
                 float *deferred = run(&model, x, rolls[r], slots, threads[t], SAVE_ACTIVATIONS, GRADS_DEFERRED);
