@@ -4,12 +4,14 @@
 
 enum { CHAINS = 12 }; /* sums that do not wait for each other: two units of four or five cycles' latency, and AVX2 has 16 registers */
 
-typedef float vector __attribute__((vector_size(WIDTH)));
-typedef float unaligned __attribute__((vector_size(WIDTH), aligned(4)));
+/* A vector register, and one that is loaded from any address. */
+typedef float vf32 __attribute__((vector_size(WIDTH)));
+typedef float vf32u __attribute__((vector_size(WIDTH), aligned(4)));
 
-static float total(const vector *sums)
+/* The sum of all chains and lanes: a result that depends on every one of them. */
+static float total(const vf32 *sums)
 {
-    vector all = sums[0];
+    vf32 all = sums[0];
     for (int i = 1; i < CHAINS; i++) all += sums[i];
     float result = 0;
     for (int lane = 0; lane < WIDTH / 4; lane++) result += all[lane];
@@ -20,9 +22,9 @@ static float total(const vector *sums)
    `sink`, from 0 to 1, begins them: chains that the compiler knew to be equal it would compute once. */
 double multiply_add(long rounds, float *sink)
 {
-    vector sums[CHAINS], half = {0}, one = {0};
+    vf32 sums[CHAINS], half = {0}, one = {0};
     half += 0.5f, one += 1.0f; /* x / 2 + 1 stays below 2: neither denormal nor infinite */
-    for (int i = 0; i < CHAINS; i++) sums[i] = (vector){0} + *sink * i / CHAINS;
+    for (int i = 0; i < CHAINS; i++) sums[i] = (vf32){0} + *sink * i / CHAINS;
     for (long round = 0; round < rounds; round++)
 #pragma GCC unroll 12
         for (int i = 0; i < CHAINS; i++) sums[i] = sums[i] * half + one;
@@ -33,11 +35,11 @@ double multiply_add(long rounds, float *sink)
 /* Read `count` floats, add them up into `sink`, and return the bytes read. */
 double read_floats(const float *from, long count, float *sink)
 {
-    vector sums[CHAINS] = {{0}};
+    vf32 sums[CHAINS] = {{0}};
     const long step = CHAINS * (WIDTH / 4), blocks = count / step;
     for (long block = 0; block < blocks; block++)
 #pragma GCC unroll 12
-        for (int i = 0; i < CHAINS; i++) sums[i] += *(const unaligned *)(from + block * step + i * (WIDTH / 4));
+        for (int i = 0; i < CHAINS; i++) sums[i] += *(const vf32u *)(from + block * step + i * (WIDTH / 4));
     *sink = total(sums);
     return 4.0 * blocks * step;
 }

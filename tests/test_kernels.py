@@ -254,9 +254,9 @@ def test_another_shape() -> None:
     ("change", "difference"),
     [
         (lambda fields: (fields[1], fields[0], *fields[2:]), r"\('pass.activations', 0, 8\), \('pass.activations', 8, 8\)"),
-        (lambda fields: fields[:-1], r"\('pass.keep', 32, 4\)"),
-        (lambda fields: (*fields[:-1], ("keep", ctypes.c_int64)), r"\('pass.keep', 32, 4\), \('pass.keep', 32, 8\)"),
-        (lambda fields: (*fields[:-1], ("kept", ctypes.c_int32)), r"\('pass.keep', 32, 4\), \('pass.kept', 32, 4\)"),
+        (lambda fields: fields[:-1], r"\('pass.save', 32, 4\)"),
+        (lambda fields: (*fields[:-1], ("save", ctypes.c_int64)), r"\('pass.save', 32, 4\), \('pass.save', 32, 8\)"),
+        (lambda fields: (*fields[:-1], ("saved", ctypes.c_int32)), r"\('pass.save', 32, 4\), \('pass.saved', 32, 4\)"),
     ],
     ids=["swapped", "missing", "longer", "renamed"],
 )

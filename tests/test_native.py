@@ -97,7 +97,7 @@ def test_sanitizers_of_matrix_tiles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "finding"),
     [
-        (".qkv = buffer(rows * 3 * WIDTH, sizeof(number))", ".qkv = buffer(rows * 3 * WIDTH - 1, sizeof(number))", "overflow"),
+        (".qkv = buffer(rows * 3 * WIDTH, sizeof(elem))", ".qkv = buffer(rows * 3 * WIDTH - 1, sizeof(elem))", "overflow"),
         (".ln1 = zeros(threads * 3 * WIDTH)", ".ln1 = zeros(threads * 3 * WIDTH - 1)", "overflow"),
         ("memcpy(activations[0].x, x,", "memcpy(out_of_the_way(), x,", "the output is not finite"),
     ],

@@ -6,10 +6,10 @@ Every offset, size and value is compared when the library is loaded.
 from __future__ import annotations
 
 import ctypes
+from ctypes import c_double, c_int32, c_void_p
 from enum import IntEnum
-from typing import Any
 
-from picogpt.kernels.layout import compare_layouts
+from picogpt.kernels.layout import compare_layouts, fields_of
 
 __all__ = [
     "GROUP",
@@ -29,32 +29,20 @@ __all__ = [
 ]
 
 
-def _pointers(names: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_void_p) for name in names.split()]
-
-
-def _int32(names: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_int32) for name in names.split()]
-
-
-def _doubles(names: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_double) for name in names.split()]
-
-
 class MatrixStruct(ctypes.Structure):
     """A packed matrix."""
 
-    _fields_ = (*_pointers("packed scales bias"), *_int32("type n_out n_in lines"))
+    _fields_ = (*fields_of(c_void_p, "packed scales bias"), *fields_of(c_int32, "type n_out n_in lines"))
 
 
 class LayerStruct(ctypes.Structure):
     """The weights of one layer."""
 
     _fields_ = (
-        *_pointers("gain_1 bias_1"),
-        *((name, MatrixStruct) for name in ("qkv", "proj")),
-        *_pointers("gain_2 bias_2"),
-        *((name, MatrixStruct) for name in ("fc", "out")),
+        *fields_of(c_void_p, "ln1_weight ln1_bias"),
+        *fields_of(MatrixStruct, "qkv proj"),
+        *fields_of(c_void_p, "ln2_weight ln2_bias"),
+        *fields_of(MatrixStruct, "fc out"),
     )
 
 
@@ -62,40 +50,47 @@ class ModelStruct(ctypes.Structure):
     """All weights, and the model's shape."""
 
     _fields_ = (
-        *_pointers("tokens positions layers final_gain final_bias"),
+        *fields_of(c_void_p, "tokens positions layers lnf_weight lnf_bias"),
         ("head", MatrixStruct),
-        *_int32("n_layer n_head head_size n_embd slots vocab_size"),
+        *fields_of(c_int32, "n_layer n_head head_size n_embd slots vocab_size"),
     )
 
 
 class WindowsStruct(ctypes.Structure):
     """The KV cache of several windows."""
 
-    _fields_ = (*_pointers("keys values sums contexts"), *_int32("texts filled cache reserved"))
+    _fields_ = (*fields_of(c_void_p, "keys values sums contexts"), *fields_of(c_int32, "texts filled cache reserved"))
 
 
 class SamplingStruct(ctypes.Structure):
     """How ids are drawn."""
 
-    _fields_ = (*_doubles("temperature top_p min_p"), *_pointers("allowed"), *_int32("top_k reserved"))
+    _fields_ = (
+        *fields_of(c_double, "temperature top_p min_p"),
+        *fields_of(c_void_p, "allowed"),
+        *fields_of(c_int32, "top_k reserved"),
+    )
 
 
 class PrefillStruct(ctypes.Structure):
     """A request to read ids."""
 
-    _fields_ = (*_pointers("model windows ids logits workspace"), *_int32("length every threads reserved"))
+    _fields_ = (*fields_of(c_void_p, "model windows ids logits workspace"), *fields_of(c_int32, "length every threads reserved"))
 
 
 class DecodeStruct(ctypes.Structure):
     """A request to read and draw ids in turns."""
 
-    _fields_ = (*_pointers("model windows sampling ids numbers drawn workspace"), *_int32("count threads"))
+    _fields_ = (*fields_of(c_void_p, "model windows sampling ids uniforms drawn workspace"), *fields_of(c_int32, "count threads"))
 
 
 class ScoringStruct(ctypes.Structure):
     """A request for the losses of whole windows."""
 
-    _fields_ = (*_pointers("model ids contexts losses means workspace"), *_int32("windows length threads reserved"))
+    _fields_ = (
+        *fields_of(c_void_p, "model ids contexts losses means workspace"),
+        *fields_of(c_int32, "windows length threads reserved"),
+    )
 
 
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
@@ -136,7 +131,7 @@ def declare_functions(library: ctypes.CDLL) -> None:
     """
     constants = {"PANEL": PANEL, "GROUP": GROUP, **NumberType.__members__, **CacheType.__members__}
     compare_layouts(library, STRUCTURES, constants, sides="decode.c and picogpt/engine/layout.py")
-    pointer, number = ctypes.c_void_p, ctypes.c_int
+    pointer, number = c_void_p, ctypes.c_int
     for name, arguments, result in (
         ("workspace_bytes", [pointer, number, number], ctypes.c_long),
         ("scoring_bytes", [pointer, number, number], ctypes.c_long),

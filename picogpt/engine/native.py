@@ -66,8 +66,8 @@ class NativeModel:
             tokens=self._keep(_padded_array(embedding, 1)),
             positions=self._keep(_padded_array(tensors.get("wpe.weight", config.context_len + 1, C), 1)),
             layers=ctypes.addressof(self._layers),
-            final_gain=self._keep(_padded_array(tensors.get("ln_f.weight", C), 0)),
-            final_bias=self._keep(_padded_array(tensors.bias("ln_f.bias", C), 0)),
+            lnf_weight=self._keep(_padded_array(tensors.get("ln_f.weight", C), 0)),
+            lnf_bias=self._keep(_padded_array(tensors.bias("ln_f.bias", C), 0)),
             head=self._matrix(embedding, np.zeros(config.vocab_size, np.float32), "bfloat16" if dtype == "int8" else dtype),
             n_layer=config.n_layer,
             n_head=config.n_head,
@@ -98,16 +98,16 @@ class NativeModel:
         by_head = _padded_array(qkv.reshape(3, H, D, C).swapaxes(0, 1), 2).reshape(-1, C)
         bias_by_head = _padded_array(qkv_bias.reshape(3, H, D).swapaxes(0, 1), 2).reshape(-1)
         proj, proj_bias = linear("attn.c_proj", C, C)
-        (gain_1, bias_1), (gain_2, bias_2) = vectors("ln_1"), vectors("ln_2")
+        (ln1_weight, ln1_bias), (ln2_weight, ln2_bias) = vectors("ln_1"), vectors("ln_2")
         fc, fc_bias = linear("mlp.c_fc", 4 * C, C)
-        check_largest(fc * gain_2, fc @ bias_2 + fc_bias)
+        check_largest(fc * ln2_weight, fc @ ln2_bias + fc_bias)
         return LayerStruct(
-            gain_1=self._keep(_padded_array(gain_1, 0)),
-            bias_1=self._keep(_padded_array(bias_1, 0)),
+            ln1_weight=self._keep(_padded_array(ln1_weight, 0)),
+            ln1_bias=self._keep(_padded_array(ln1_bias, 0)),
             qkv=self._matrix(by_head, bias_by_head),
             proj=self._matrix(_padded_array(proj.reshape(C, H, D), 2).reshape(C, -1), proj_bias),
-            gain_2=self._keep(_padded_array(gain_2, 0)),
-            bias_2=self._keep(_padded_array(bias_2, 0)),
+            ln2_weight=self._keep(_padded_array(ln2_weight, 0)),
+            ln2_bias=self._keep(_padded_array(ln2_bias, 0)),
             fc=self._matrix(fc, fc_bias),
             out=self._matrix(*linear("mlp.c_proj", C, 4 * C)),
         )

@@ -139,7 +139,7 @@ class NativeWindow:
                 request = DecodeStruct(
                     **self._common(ids if made == 0 else drawn[made - 1], threads),
                     sampling=ctypes.addressof(how),
-                    numbers=numbers[made:].ctypes.data,
+                    uniforms=numbers[made:].ctypes.data,
                     drawn=drawn[made:].ctypes.data,
                     count=count,
                 )

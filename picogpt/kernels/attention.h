@@ -1,42 +1,59 @@
-/* Causal attention, a head at a time, all of it in the processor's cache. */
+/* Causal attention of a window, forward and backward, head by head: with q, k, v (slots, D) of one head,
+   D = HEAD,
 
-#define NEVER (-INFINITY)
+      scores = q k^T / sqrt(D),   weights = softmax(scores, causal),   out = weights v
 
-/* Which of the scores from column j on belong to row i: those of slots up to its own. Entries are masked rather than overwritten one
-   by one: a vector that is read right after parts of it were written waits for them. */
-static inline integers causal_mask(int i, int j) {
-    integers lane;
+   A head's matrices fit in the cache of the core that computes it: one pass makes scores, softmax and
+   output without writing weights to memory, and the backward pass recomputes the weights from the saved
+   row max and denominator, as in FlashAttention (Dao et al., 2022).
+
+   Reads qkv (R, 3C) and writes out (R, C) and the softmax statistics; the backward pass writes the
+   gradient of qkv over qkv. Heads are independent, so threads divide them without waiting.
+   attention_tiles.h has the computation on AMX, attention_vectors.h the one on vectors; both have the
+   same functions. */
+
+/* The score of a masked position: its exponential is 0. */
+#define NEG_INF (-INFINITY)
+
+/* The causal mask of LANES scores from column j on, in row i: ones where column <= i. Scores are masked
+   in registers: to overwrite them in memory entry by entry, and load the vector right after, would stall
+   on store forwarding. */
+static inline vi32 causal_mask(int i, int j) {
+    vi32 lane;
     for (int k = 0; k < LANES; k++) lane[k] = k;
     return lane <= i - j;
 }
 
-static inline vector mask_and(integers mask, vector x) { return (vector)((integers)x & mask); }
+/* x where the mask is set, else 0. */
+static inline vf32 mask_and(vi32 mask, vf32 x) { return (vf32)((vi32)x & mask); }
 
-/* The largest of row i's scores. */
-static inline float row_max_of(const float *scores, int i) {
-    vector found = {0};
+/* Row max over columns 0..i: whole vectors first, then the masked rest. */
+static inline float causal_row_max(const float *scores, int i) {
+    vf32 found = {0};
     int j = 0;
-    for (found += NEVER; j + LANES <= i + 1; j += LANES) {
-        vector next = load_float(scores + j);
-        found = choose(next < found, found, next);
+    for (found += NEG_INF; j + LANES <= i + 1; j += LANES) {
+        vf32 next = load_float(scores + j);
+        found = select_lanes(next < found, found, next);
     }
     if (j <= i) {
-        vector next = load_float(scores + j);
-        found = choose(causal_mask(i, j) & ~(next < found), next, found);
+        vf32 next = load_float(scores + j);
+        found = select_lanes(causal_mask(i, j) & ~(next < found), next, found);
     }
-    return largest_of(found);
+    return reduce_max(found);
 }
 
-/* One head of one roll, in one window. In a row of qkv, (slots, 3C), are q of all heads, then k, then v. */
+/* One head of one sequence in one window. A row of qkv (slots, 3C) holds q of all heads, then k, then v,
+   as torch's c_attn gives them. */
 struct head {
-    number *qkv;    /* its q in the first row; the backward pass writes the gradient over it */
-    number *out;    /* its output in the first row of (slots, C): written by the forward pass */
-    float *row_max; /* (slots) of each row of scores: written by the forward pass */
-    float *inv_sum; /* (slots) 1 / the sum of the exponentials of score - row_max; likewise */
+    elem *qkv;      /* its q in the first row; its gradient is written over it */
+    elem *out;      /* its output in the first row of (slots, C); written by the forward pass */
+    float *row_max; /* (slots) row max of the scores; written by the forward pass */
+    float *inv_sum; /* (slots) 1 / softmax denominator; written by the forward pass */
     int slots;
 };
 
-/* A row's softmax is inv_sum x e^(scale x score - row_max). */
+/* The softmax of a row: inv_sum x e^(scale x score - row_max). The forward pass calls it with inv_sum =
+   1 first, as the denominator is not known yet. */
 struct softmax_row {
     float scale, row_max, inv_sum;
 };
@@ -47,23 +64,28 @@ struct softmax_row {
 #include "attention_vectors.h"
 #endif
 
-/* Head n, counted over all rolls, of qkv (R, 3C), out (R, C) and the softmax's statistics (2, rolls, H, slots). */
-static struct head head_of(number *qkv, number *out, float *stats, const struct work *work, long n) {
+/* Head n, counted over all sequences, of qkv (R, 3C), out (R, C) and stats (2, rolls, H, slots): row
+   max, then 1 / denominator. */
+static struct head head_of(elem *qkv, elem *out, float *stats, const struct work *work, long n) {
+    /* first row of its sequence, first entry of its head */
     const long row = n / HEADS * work->slots * WIDTH, column = n % HEADS * HEAD;
     float *row_max = stats + n * work->slots, *inv_sum = row_max + work->rows * HEADS;
     return (struct head){qkv + 3 * row + column, out + row + column, row_max, inv_sum, work->slots};
 }
 
-/* A thread's heads, forward: qkv is read, the other two are written. */
-static void attention(number *qkv, number *out, float *stats, struct work work) {
+/* Forward, for this thread's heads: reads qkv, writes out and stats. */
+static void attention(elem *qkv, elem *out, float *stats, struct work work) {
     for (long n = work.first_head; n < work.end_head; n++) attend(&tls_buffers, head_of(qkv, out, stats, &work, n));
 }
 
-/* Backward: d_out (R, C) is the gradient of `out`; that of qkv is written over it, and that of its bias is added to `bias_grad`, a
-   row for each roll. */
-static void attention_backward(const number *d_out, const struct activations *a, float *bias_grad, struct work work) {
+/* Backward, for this thread's heads: d_out (R, C) is the gradient of `out`. The gradient of qkv is
+   written over qkv. The gradient of its bias, the sum over rows, is added to `bias_grad` (rolls, 3C): a
+   row for each sequence, as heads of one sequence may belong to several threads but have columns of
+   their own. */
+static void attention_backward(const elem *d_out, const struct activations *a, float *bias_grad, struct work work) {
     for (long n = work.first_head; n < work.end_head; n++) {
         struct head head = head_of(a->qkv, a->att_out, a->softmax_stats, &work, n);
-        attend_backward(&tls_buffers, head, d_out + (head.out - a->att_out), bias_grad + n / HEADS * 3 * WIDTH + n % HEADS * HEAD);
+        attend_backward(&tls_buffers, head, d_out + (head.out - a->att_out),
+                        bias_grad + n / HEADS * 3 * WIDTH + n % HEADS * HEAD);
     }
 }

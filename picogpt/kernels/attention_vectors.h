@@ -1,32 +1,44 @@
-/* A head in vectors of floats, in tiles of as many as there are registers for. */
+/* Attention of one head on vectors of floats, for float32, and for bfloat16 without AMX: elems are
+   widened once, and all sums are float32.
 
-#define VECTORS (HEAD / LANES) /* that hold the entries of one slot in a head */
+   All score rows of a head are computed at once, by GEMMs in register tiles as large as the registers
+   allow. The tiles skip columns that no row of theirs may attend to. Buffers are padded to whole tiles,
+   with zeros, so that no tile needs a special case at the edges of the matrices. */
+
+#define VECTORS (HEAD / LANES) /* vectors per slot of a head */
+/* Rows of a register tile of weights x rows, each as wide as the head. */
 #define ROWS (REGISTERS / VECTORS > 1 ? REGISTERS / VECTORS : 1)
-/* A tile of scores: so many rows, and vectors of columns. */
+/* A register tile of scores: TILE_ROWS slots of q, and TILE_COLUMNS vectors of slots of k. The shape
+   keeps loads per multiply-add low within the registers that there are. */
 #define TILE_COLUMNS (LANES == 16 ? 3 : 2)
 #define TILE_ROWS (REGISTERS / TILE_COLUMNS)
+/* Slots rounded up to whole tiles, in columns and in rows. */
 #define COLUMNS UP(SLOTS, (TILE_COLUMNS * LANES))
 #define PADDED UP(SLOTS, TILE_ROWS)
 
-/* Everything of one head, of the slots of a window. */
+/* Buffers of one head. They are thread-local, and reused for each head. */
 struct buffers {
-    vector q[PADDED][VECTORS], k[PADDED][VECTORS], v[PADDED][VECTORS], d_out[PADDED][VECTORS];
-    vector columns[HEAD][COLUMNS / LANES];                        /* keys or values, transposed */
-    float weights[PADDED][COLUMNS] __attribute__((aligned(64)));  /* the backward pass's softmax */
-    float scores[PADDED][COLUMNS] __attribute__((aligned(64)));   /* and then the softmax or the gradient of the scores */
+    vf32 q[PADDED][VECTORS], k[PADDED][VECTORS], v[PADDED][VECTORS], d_out[PADDED][VECTORS];
+    vf32 columns[HEAD][COLUMNS / LANES];                         /* k or v, transposed: (HEAD, slots) */
+    float weights[PADDED][COLUMNS] __attribute__((aligned(64))); /* scores, then softmax weights: backward pass only */
+    float scores[PADDED][COLUMNS] __attribute__((aligned(64)));  /* softmax weights; backward: d_weights, then d_scores */
 };
 
+/* One head's buffers are too large for a stack frame. */
 static _Thread_local struct buffers tls_buffers;
 
-/* Rows beyond the last slot are zero, as tiles reach beyond it. */
-static void read_rows(vector to[PADDED][VECTORS], const number *from, long stride, float scale, int slots) {
+/* Copy a head's slots, `stride` elems apart, to vectors of floats, times `scale`. Rows beyond the last
+   slot are zeros, as tiles reach beyond it. */
+static void load_rows(vf32 to[PADDED][VECTORS], const elem *from, long stride, float scale, int slots) {
     for (int v = 0; v < VECTORS; v++) {
         for (int i = 0; i < slots; i++) to[i][v] = load(from + i * stride + v * LANES) * scale;
-        for (int i = slots; i < PADDED; i++) to[i][v] = (vector){0};
+        for (int i = slots; i < PADDED; i++) to[i][v] = (vf32){0};
     }
 }
 
-static void transpose(vector to[HEAD][COLUMNS / LANES], vector from[PADDED][VECTORS], int slots) {
+/* Transpose (slots, HEAD) to (HEAD, slots), with zeros beyond the last slot: then neighbouring slots are
+   one vector of scores. */
+static void transpose_head(vf32 to[HEAD][COLUMNS / LANES], vf32 from[PADDED][VECTORS], int slots) {
     float *out = (float *)to;
     const float *in = (const float *)from;
     for (int d = 0; d < HEAD; d++) {
@@ -36,14 +48,18 @@ static void transpose(vector to[HEAD][COLUMNS / LANES], vector from[PADDED][VECT
     }
 }
 
-/* scores = rows x columns, tile by tile, as far as some row of the tile may look. */
-static void multiply_causal(float scores[PADDED][COLUMNS], vector rows[PADDED][VECTORS], vector columns[HEAD][COLUMNS / LANES],
-                            int slots) {
+/* scores (slots, slots) = rows columns, tile by tile, with an inner dimension of HEAD. Tiles right of
+   the diagonal are skipped, as no row of theirs attends to their columns. */
+static void scores_gemm(float scores[PADDED][COLUMNS], vf32 rows[PADDED][VECTORS], vf32 columns[HEAD][COLUMNS / LANES],
+                        int slots) {
     const float *entries = (const float *)rows;
     for (int i = 0; i < slots; i += TILE_ROWS) {
         for (int j = 0; j < i + TILE_ROWS && j < slots; j += TILE_COLUMNS * LANES) {
-            vector sums[TILE_ROWS][TILE_COLUMNS] = {0};
+            vf32 sums[TILE_ROWS][TILE_COLUMNS] = {0};
+            /* The outer product of TILE_ROWS broadcast entries and TILE_COLUMNS vectors, added to the
+               tile. */
             for (int d = 0; d < HEAD; d++) {
+                /* Each broadcast entry of a row is used for all vectors of columns. */
                 for (int r = 0; r < TILE_ROWS; r++) {
                     for (int c = 0; c < TILE_COLUMNS; c++) {
                         sums[r][c] += entries[(i + r) * HEAD + d] * columns[d][j / LANES + c];
@@ -51,30 +67,32 @@ static void multiply_causal(float scores[PADDED][COLUMNS], vector rows[PADDED][V
                 }
             }
             for (int r = 0; r < TILE_ROWS; r++) {
-                for (int c = 0; c < TILE_COLUMNS; c++) *(vector *)&scores[i + r][j + c * LANES] = sums[r][c];
+                for (int c = 0; c < TILE_COLUMNS; c++) *(vf32 *)&scores[i + r][j + c * LANES] = sums[r][c];
             }
         }
     }
 }
 
-/* Rows of an output, `stride` apart, with the sum of all of them. */
+/* Where rows of an output go: `stride` elems apart, and their sum, for the gradient of a bias. */
 struct out_rows {
-    number *at;
+    elem *at;
     long stride;
-    vector *total; /* (VECTORS) added to */
+    vf32 *total; /* (VECTORS) added to */
 };
 
-/* Factors of a sum over rows k: factor k of output row r is at[r * row_step + k * step]. */
-struct factors {
+/* Weights of a weighted sum over rows k: that of row k in output row r is at[r * row_step + k * step].
+   So one function serves weights and transposed weights. */
+struct row_weights {
     const float *at;
-    int row_step, step, first, end; /* k from `first` to `end` */
+    int row_step, step, first, end; /* k in [first, end) */
 };
 
-/* out[r] = inv_sum[r], if there is one, x the sum over k of factor k x rows[k], for `count` rows r; it is called with a constant
-   there, so that the sums stay in registers. */
-static inline __attribute__((always_inline)) void combine(int count, struct out_rows out, const float *inv_sum, struct factors f,
-                                                          vector rows[PADDED][VECTORS]) {
-    vector sums[ROWS][VECTORS] = {0};
+/* The micro-kernel: out[r] = inv_sum[r] sum over k of weight[r][k] rows[k], for `count` output rows,
+   without inv_sum if it is null. `count` must be a constant where this is inlined: then the accumulators
+   stay in registers. */
+static inline __attribute__((always_inline)) void weighted_sum_rows(int count, struct out_rows out, const float *inv_sum,
+                                                                    struct row_weights f, vf32 rows[PADDED][VECTORS]) {
+    vf32 sums[ROWS][VECTORS] = {0};
     for (int k = f.first; k < f.end; k++) {
         for (int r = 0; r < count; r++) {
             for (int v = 0; v < VECTORS; v++) sums[r][v] += f.at[r * f.row_step + k * f.step] * rows[k][v];
@@ -82,6 +100,7 @@ static inline __attribute__((always_inline)) void combine(int count, struct out_
     }
     for (int r = 0; r < count; r++) {
         for (int v = 0; v < VECTORS; v++) {
+            /* The softmax denominator divides the output instead of each weight. */
             if (inv_sum) sums[r][v] *= inv_sum[r];
             store(out.at + r * out.stride + v * LANES, sums[r][v]);
             out.total[v] += sums[r][v];
@@ -89,114 +108,132 @@ static inline __attribute__((always_inline)) void combine(int count, struct out_
     }
 }
 
-/* The causal product of factors (slots, slots) and rows: row i is summed over k <= i. With `sums`, the sum of all output rows is added
-   to it. */
-static inline void causal_product(number *out, long stride, float *sums, const float *inv_sum, float factors[PADDED][COLUMNS],
-                                  vector rows[PADDED][VECTORS], int slots) {
-    vector total[VECTORS] = {0};
+/* out = weights rows, with causal weights (slots, slots): row i is a sum over k <= i. Columns between i
+   and the end of a tile are zeros in `weights`. With `sums`, the sum of all output rows is added to it. */
+static inline void causal_gemm(elem *out, long stride, float *sums, const float *inv_sum, float weights[PADDED][COLUMNS],
+                               vf32 rows[PADDED][VECTORS], int slots) {
+    vf32 total[VECTORS] = {0};
     int i = 0;
     for (; i + ROWS <= slots; i += ROWS) {
-        struct factors f = {factors[i], COLUMNS, 1, 0, i + ROWS};
-        combine(ROWS, (struct out_rows){out + i * stride, stride, total}, inv_sum ? inv_sum + i : 0, f, rows);
+        struct row_weights f = {weights[i], COLUMNS, 1, 0, i + ROWS};
+        weighted_sum_rows(ROWS, (struct out_rows){out + i * stride, stride, total}, inv_sum ? inv_sum + i : 0, f, rows);
     }
+    /* The last rows, fewer than a tile. */
     for (; i < slots; i++) {
-        struct factors f = {factors[i], COLUMNS, 1, 0, i + 1};
-        combine(1, (struct out_rows){out + i * stride, stride, total}, inv_sum ? inv_sum + i : 0, f, rows);
+        struct row_weights f = {weights[i], COLUMNS, 1, 0, i + 1};
+        weighted_sum_rows(1, (struct out_rows){out + i * stride, stride, total}, inv_sum ? inv_sum + i : 0, f, rows);
     }
     for (int v = 0; sums && v < VECTORS; v++) accumulate(sums + v * LANES, total[v]);
 }
 
-/* The same of the factors transposed: row j is summed over k >= j. */
-static inline void causal_product_transposed(number *out, long stride, float *sums, float factors[PADDED][COLUMNS],
-                                             vector rows[PADDED][VECTORS], int slots) {
-    vector total[VECTORS] = {0};
+/* out = weights^T rows: row j is a sum over k >= j, which is k's causal range seen from the other side. */
+static inline void causal_gemm_tn(elem *out, long stride, float *sums, float weights[PADDED][COLUMNS],
+                                  vf32 rows[PADDED][VECTORS], int slots) {
+    vf32 total[VECTORS] = {0};
     int j = 0;
     for (; j + ROWS <= slots; j += ROWS) {
-        struct factors f = {&factors[0][j], 1, COLUMNS, j, slots};
-        combine(ROWS, (struct out_rows){out + j * stride, stride, total}, 0, f, rows);
+        struct row_weights f = {&weights[0][j], 1, COLUMNS, j, slots};
+        weighted_sum_rows(ROWS, (struct out_rows){out + j * stride, stride, total}, 0, f, rows);
     }
+    /* The last rows, fewer than a tile. */
     for (; j < slots; j++) {
-        struct factors f = {&factors[0][j], 1, COLUMNS, j, slots};
-        combine(1, (struct out_rows){out + j * stride, stride, total}, 0, f, rows);
+        struct row_weights f = {&weights[0][j], 1, COLUMNS, j, slots};
+        weighted_sum_rows(1, (struct out_rows){out + j * stride, stride, total}, 0, f, rows);
     }
     for (int v = 0; v < VECTORS; v++) accumulate(sums + v * LANES, total[v]);
 }
 
-/* Columns that a row has to have for the tiles of `combine`, beyond those that it sees. */
-static inline int end_of(int row) {
+/* End of the columns that must hold valid weights in row `row`: tiles of `weighted_sum_rows` read up to
+   ROWS - 1 columns beyond the diagonal. */
+static inline int padded_end(int row) {
     int end = UP(row + ROWS, LANES);
     return end < COLUMNS ? end : COLUMNS;
 }
 
-/* Scores of row i, scaled before, become their softmax, and zero beyond slot i; returns the sum. */
-static inline float exponentiate(float *scores, int i, struct softmax_row row) {
-    vector sum = {0};
-    for (int j = 0; j < end_of(i); j += LANES) {
-        vector weights = exponential(load_float(scores + j) - row.row_max) * row.inv_sum;
+/* Softmax numerators of row i, times row.inv_sum, in place of its scores (which were scaled by way of
+   q), with zeros beyond column i. Returns their sum. */
+static inline float softmax_numerators(float *scores, int i, struct softmax_row row) {
+    vf32 sum = {0};
+    for (int j = 0; j < padded_end(i); j += LANES) {
+        vf32 weights = vexp(load_float(scores + j) - row.row_max) * row.inv_sum;
+        /* the vector on the diagonal, and zeros behind it */
         if (j + LANES > i + 1) weights = mask_and(causal_mask(i, j), weights);
         store_float(scores + j, weights);
         sum += weights;
     }
-    return sum_of(sum);
+    return reduce_sum(sum);
 }
 
+/* Forward pass of one head: reads q, k, v, writes out, row max and 1 / denominator. */
 static void attend(struct buffers *b, struct head head) {
     const long row = 3 * WIDTH;
     const int slots = head.slots;
-    read_rows(b->q, head.qkv, row, 1 / sqrtf(HEAD), slots);
-    read_rows(b->k, head.qkv + WIDTH, row, 1, slots);
-    read_rows(b->v, head.qkv + 2 * WIDTH, row, 1, slots);
-    transpose(b->columns, b->k, slots);
-    multiply_causal(b->scores, b->q, b->columns, slots);
+    load_rows(b->q, head.qkv, row, 1 / sqrtf(HEAD), slots);
+    load_rows(b->k, head.qkv + WIDTH, row, 1, slots);
+    load_rows(b->v, head.qkv + 2 * WIDTH, row, 1, slots);
+    transpose_head(b->columns, b->k, slots);
+    scores_gemm(b->scores, b->q, b->columns, slots);
     for (int i = 0; i < slots; i++) {
-        head.row_max[i] = row_max_of(b->scores[i], i);
-        head.inv_sum[i] = 1 / exponentiate(b->scores[i], i, (struct softmax_row){1, head.row_max[i], 1});
+        head.row_max[i] = causal_row_max(b->scores[i], i);
+        head.inv_sum[i] = 1 / softmax_numerators(b->scores[i], i, (struct softmax_row){1, head.row_max[i], 1});
     }
-    causal_product(head.out, WIDTH, 0, head.inv_sum, b->scores, b->v, slots);
+    causal_gemm(head.out, WIDTH, 0, head.inv_sum, b->scores, b->v, slots);
 }
 
-/* Scores of row i, scaled before, become their softmax, and `scores`, the softmax's gradient, becomes that of the scores: softmax x (its
-   gradient - their weighted mean). The mean is taken with the very weights that it is subtracted with: where all weight is on one
-   slot the two cancel exactly, as they would not with output x d_out, which is the same number rounded in another way. */
+/* Backward through the softmax of row i. `weights` holds its scores, scaled before, and becomes the
+   softmax; `scores` holds d_weights and becomes d_scores = weights (d_weights - mean), mean = sum of
+   weights x d_weights.
+
+   The mean is computed from the very weights that it is multiplied with. Where all weight is on one
+   slot, the difference then cancels exactly; with the equivalent sum of out x d_out, which is rounded in
+   another way, it would not. */
 static inline void softmax_backward(float *weights, float *scores, int i, struct softmax_row row) {
-    vector products = {0};
-    for (int j = 0; j < end_of(i); j += LANES) {
-        vector weight = exponential(load_float(weights + j) - row.row_max) * row.inv_sum, d_weight = load_float(scores + j);
+    vf32 products = {0};
+    for (int j = 0; j < padded_end(i); j += LANES) {
+        vf32 weight = vexp(load_float(weights + j) - row.row_max) * row.inv_sum, d_weight = load_float(scores + j);
         if (j + LANES > i + 1) {
-            integers mask = causal_mask(i, j);
+            /* Beyond the diagonal both are masked: a score there may be anything, even NaN. */
+            vi32 mask = causal_mask(i, j);
             weight = mask_and(mask, weight), d_weight = mask_and(mask, d_weight);
         }
         store_float(weights + j, weight);
         products += weight * d_weight;
     }
-    float mean = sum_of(products);
-    for (int j = 0; j < end_of(i); j += LANES) {
-        vector difference = load_float(scores + j) - mean;
+    /* A second pass, as the mean needs the whole row. */
+    float mean = reduce_sum(products);
+    for (int j = 0; j < padded_end(i); j += LANES) {
+        vf32 difference = load_float(scores + j) - mean;
         if (j + LANES > i + 1) difference = mask_and(causal_mask(i, j), difference);
         store_float(scores + j, load_float(weights + j) * difference);
     }
 }
 
-/* d_out is the gradient of the head's output, in rows of C; the gradient of its part of qkv's bias is added to `bias_grad` (3C). */
-static void attend_backward(struct buffers *b, struct head head, const number *d_out, float *bias_grad) {
+/* Backward pass of one head: recomputes the weights, then
+
+      d_weights = d_out v^T,   d_q = d_scores k / sqrt(D),   d_k = d_scores^T q / sqrt(D),   d_v = weights^T d_out
+
+   d_out (slots, C) is the gradient of the head's output. The gradients are written over q, k and v,
+   which have been copied, and their sums over slots are added to `bias_grad` (3C). */
+static void attend_backward(struct buffers *b, struct head head, const elem *d_out, float *bias_grad) {
     const long row = 3 * WIDTH;
     const int slots = head.slots;
     const float scale = 1 / sqrtf(HEAD);
-    read_rows(b->q, head.qkv, row, scale, slots);
-    read_rows(b->k, head.qkv + WIDTH, row, 1, slots);
-    read_rows(b->v, head.qkv + 2 * WIDTH, row, 1, slots);
-    read_rows(b->d_out, d_out, WIDTH, 1, slots);
-    transpose(b->columns, b->k, slots);
-    multiply_causal(b->weights, b->q, b->columns, slots);
-    transpose(b->columns, b->v, slots);
-    multiply_causal(b->scores, b->d_out, b->columns, slots); /* the gradient of the softmax */
+    load_rows(b->q, head.qkv, row, scale, slots);
+    load_rows(b->k, head.qkv + WIDTH, row, 1, slots);
+    load_rows(b->v, head.qkv + 2 * WIDTH, row, 1, slots);
+    load_rows(b->d_out, d_out, WIDTH, 1, slots);
+    transpose_head(b->columns, b->k, slots);
+    scores_gemm(b->weights, b->q, b->columns, slots);
+    transpose_head(b->columns, b->v, slots);
+    scores_gemm(b->scores, b->d_out, b->columns, slots); /* d_weights */
     for (int i = 0; i < slots; i++) {
         softmax_backward(b->weights[i], b->scores[i], i, (struct softmax_row){1, head.row_max[i], head.inv_sum[i]});
     }
     for (int i = 0; i < slots; i++) {
+        /* q was scaled when it was read, which serves scores and d_k; d_q needs k scaled. */
         for (int v = 0; v < VECTORS; v++) b->k[i][v] *= scale;
     }
-    causal_product(head.qkv, row, bias_grad, 0, b->scores, b->k, slots);
-    causal_product_transposed(head.qkv + WIDTH, row, bias_grad + WIDTH, b->scores, b->q, slots);
-    causal_product_transposed(head.qkv + 2 * WIDTH, row, bias_grad + 2 * WIDTH, b->weights, b->d_out, slots);
+    causal_gemm(head.qkv, row, bias_grad, 0, b->scores, b->k, slots);
+    causal_gemm_tn(head.qkv + WIDTH, row, bias_grad + WIDTH, b->scores, b->q, slots);
+    causal_gemm_tn(head.qkv + 2 * WIDTH, row, bias_grad + 2 * WIDTH, b->weights, b->d_out, slots);
 }

@@ -1,51 +1,55 @@
-/* The structures that Python fills in and hands over.
+/* The structures that Python fills in and hands to block.c.
 
-   picogpt/kernels/bindings.py has the same ones, with the same names in the same order; `layout` lets it compare every offset and
-   size when it loads the library, so that neither side can be changed alone. Dimensions: R = rolls x slots rows of one window,
-   C = WIDTH, H = heads, T = threads; a roll is one of the sequences of a step, a slot one position of its window. */
+   picogpt/kernels/bindings.py has the same ones, with the same names in the same order; `layout` lets it
+   compare every offset and size when it loads the library, so that neither side can be changed alone.
+   Dimensions: R = rolls x slots rows of one window, C = WIDTH, H = heads, T = threads; a roll is one
+   sequence of a step, a slot one position of its window. Buffers are row-major; `elem` and `packed_elem`
+   are as in simd.h and gemm.h. */
 
 #include "layout.h"
 
-/* Weights of one block. A matrix is packed twice: as the forward pass multiplies with it, and transposed for the backward pass. */
+/* Weights of one block. A matrix is packed twice: for the forward pass, and untransposed for the
+   backward pass. */
 struct layer_weights {
-    const float *ln1_weight, *ln1_bias; /* (C) */
-    const unit *attn, *attn_back;       /* (3C, C), packed */
-    const float *attn_bias;             /* (3C) */
-    const unit *proj, *proj_back;       /* (C, C) */
-    const float *proj_bias;             /* (C) */
-    const float *ln2_weight, *ln2_bias; /* (C) */
-    const unit *fc, *fc_back;           /* (4C, C) */
-    const float *fc_bias;               /* (4C) */
-    const unit *out, *out_back;         /* (C, 4C) */
-    const float *out_bias;              /* (C) */
+    const float *ln1_weight, *ln1_bias;  /* (C) */
+    const packed_elem *attn, *attn_back; /* (3C, C), packed */
+    const float *attn_bias;              /* (3C) */
+    const packed_elem *proj, *proj_back; /* (C, C) */
+    const float *proj_bias;              /* (C) */
+    const float *ln2_weight, *ln2_bias;  /* (C) */
+    const packed_elem *fc, *fc_back;     /* (4C, C) */
+    const float *fc_bias;                /* (4C) */
+    const packed_elem *out, *out_back;   /* (C, 4C) */
+    const float *out_bias;               /* (C) */
 };
 
-/* Activations of one block for one window. The forward pass writes them; the backward pass writes a gradient over what it has read
-   for the last time. All but the last four may be shared by several blocks and windows, where they are not kept. */
+/* Activations of one block for one window. The forward pass writes them; the backward pass overwrites
+   those that it has read for the last time with gradients. All but the last four may be shared by
+   several blocks and windows, where they are not saved. */
 struct activations {
-    float *x;             /* (R, C) the block's input: written by the caller for the first block, else by the block before */
+    float *x;             /* (R, C) the block's input: the caller writes the first block's, each block the next one's */
     float *ln1_stats;     /* (2, R) mean of each row, and 1 / its standard deviation */
-    number *ln1_out;      /* (R, C) written by the backward pass, as the right side of the gradient of attn */
-    number *qkv;          /* (R, 3C), and at last its gradient */
-    number *att_out;      /* (R, C) heads' outputs, side by side */
-    float *softmax_stats; /* (2, rolls, H, slots) each row's largest score, and 1 / the sum of its exponentials */
-    float *resid_mid;     /* (R, C) x plus attention */
+    elem *ln1_out;        /* (R, C) written by the backward pass: right operand of the gradient of attn */
+    elem *qkv;            /* (R, 3C) q, k, v; then their gradient */
+    elem *att_out;        /* (R, C) outputs of the heads, side by side */
+    float *softmax_stats; /* (2, rolls, H, slots) row max, and 1 / softmax denominator */
+    float *resid_mid;     /* (R, C) x + attention: input of the second LayerNorm */
     float *ln2_stats;     /* (2, R) */
-    number *ln2_out;      /* (R, C) like ln1_out, for fc */
-    number *fc;           /* (R, 4C) input of GELU, and at last its gradient */
-    number *fc_gelu;      /* (R, 4C) like ln1_out, for out */
-    number *d_mlp_out;    /* (R, C) gradient of what the MLP adds */
-    number *d_attn_out;   /* (R, C) gradient of what attention adds */
-    number *qkv_scratch;  /* (R, 3C) scratch buffers of the whole pass, in the cache: read right after they are written */
-    number *fc_scratch;   /* (R, 4C) */
-    number *ln_scratch;   /* (R, C) */
-    number *branch;       /* (R, C) what attention or the MLP adds to the residual path */
+    elem *ln2_out;        /* (R, C) like ln1_out, for fc */
+    elem *fc;             /* (R, 4C) input of GELU; then its gradient */
+    elem *fc_gelu;        /* (R, 4C) like ln1_out, for out */
+    elem *d_mlp_out;      /* (R, C) gradient of the MLP's output */
+    elem *d_attn_out;     /* (R, C) gradient of attention's output */
+    elem *qkv_scratch;    /* (R, 3C) scratch of the whole pass, in the cache: read right after it is written */
+    elem *fc_scratch;     /* (R, 4C) */
+    elem *ln_scratch;     /* (R, C) */
+    elem *branch;         /* (R, C) output of attention or the MLP, before it is added to the residual path */
 };
 
-/* Gradients of one block's weights, which the backward pass adds to. Each thread, or each roll, has rows of its own for vectors, so
-   that their sums do not depend on who is first; Python adds the rows up. */
+/* Gradients of one block's weights, which the backward pass adds to. Vectors have a row for each thread,
+   or for each roll, so that sums do not depend on timing; Python adds the rows up. */
 struct param_grads {
-    float *ln1;       /* (T, 3, C) of ln1_weight, ln1_bias, and the bias of the product whose output ln1 normalizes */
+    float *ln1;       /* (T, 3, C) of ln1_weight, ln1_bias, and the bias of the GEMM before ln1 */
     float *attn;      /* (3C, C) */
     float *attn_bias; /* (rolls, 3C) */
     float *proj;      /* (C, C) */
@@ -55,41 +59,42 @@ struct param_grads {
     float *out;       /* (C, 4C) */
 };
 
-/* What the forward pass leaves for the backward pass. */
-enum keep {
-    KEEP_NOTHING,     /* validation: there is no backward pass */
-    KEEP_INPUTS,      /* each block's x; the backward pass computes the rest again (gradient checkpointing) */
-    KEEP_ACTIVATIONS, /* everything it needs */
+/* How much the forward pass saves for the backward pass. */
+enum save {
+    SAVE_NOTHING,     /* no backward pass follows */
+    SAVE_INPUTS,      /* each block's x; the rest is recomputed (gradient checkpointing) */
+    SAVE_ACTIVATIONS, /* all activations that it reads */
 };
 
-/* When the gradients of the matrices are computed. */
+/* When weight gradients are computed. */
 enum weight_grads {
-    GRADS_PER_WINDOW, /* in the backward pass of each window, added up */
-    GRADS_DEFERRED,   /* by `weight_grad`, for all windows at once: their activations are kept until then */
+    GRADS_PER_WINDOW, /* after each block of each window, added up */
+    GRADS_DEFERRED,   /* by `weight_grad`, for all windows at once: their inputs are saved until then */
 };
 
-/* One window of all rolls through all blocks. */
+/* One pass of one window through all blocks. */
 struct pass {
     const struct layer_weights *weights;   /* (layers) */
     const struct activations *activations; /* (layers) */
     int32_t layers, rolls, slots, threads;
-    int32_t keep; /* enum keep */
+    int32_t save; /* enum save */
 };
 
-/* What a backward pass writes to. */
+/* Outputs of the backward pass, and its workspace. */
 struct pass_grads {
     const struct param_grads *params; /* (layers) */
     float *dx;                        /* (R, C) gradient of the last block's output; becomes that of the first block's x */
     float *last_bias;                 /* (T, C) gradient of the last block's out_bias */
-    unit *workspace;                  /* `workspace_units` for the gradients of matrices */
+    packed_elem *workspace;           /* packed_elems, as many as `workspace_elems` says */
     int32_t weight_grads;             /* enum weight_grads */
 };
 
-/* A matrix's gradient, left^T right: the gradient of the product's output, and the product's input. */
+/* The gradient of one matrix, sums = left^T right: left is the gradient of the GEMM's output, right its
+   input. */
 struct matrix_grad {
-    float *sums;         /* (outputs, inputs), written */
-    const number *left;  /* (rows, outputs) */
-    const number *right; /* (rows, inputs) */
+    float *sums;       /* (outputs, inputs), written */
+    const elem *left;  /* (rows, outputs) */
+    const elem *right; /* (rows, inputs) */
     int32_t outputs, inputs, rows, threads;
 };
 
@@ -97,18 +102,20 @@ struct matrix_grad {
 struct muon_matrix {
     float *weights;        /* (rows, columns), updated */
     const float *gradient; /* (rows, columns) */
-    const float *momentum; /* (rows, columns) mean gradient over time */
-    float *mean_square;    /* (longer side) of each row's updates over time, or each column's where there are more; updated */
+    const float *momentum; /* (rows, columns) running mean of the gradient */
+    /* (longer side) running mean square of each row of the update, or each column if there are more;
+       updated */
+    float *mean_square;
 };
 
 /* Settings of an update, and the shape of all its matrices. */
 struct muon_settings {
-    const float *polynomials;    /* (n, 3) coefficients of the Newton-Schulz iterations */
-    const int32_t *gram_reuse;   /* how many of them share a Gram matrix, one group after the other, up to a zero */
-    float momentum, beta2;       /* decay of the mean gradient, and of the mean squares */
-    float decay, step;           /* what weight decay leaves of a weight, and the length of the step */
-    float margin;                /* safety factor: keeps the singular values below 1 after rounding */
-    int32_t rows, columns;       /* one of them is WIDTH, the other WIDTH or 4 WIDTH */
+    const float *polynomials;  /* (n, 3) coefficients of the Newton-Schulz iterations */
+    const int32_t *gram_reuse; /* (groups) iterations that share a Gram matrix; a 0 ends the list */
+    float momentum, beta2;     /* decay of the running mean, and of the mean squares */
+    float decay, step;         /* factor of the weights (weight decay), and step size */
+    float margin;              /* safety factor: keeps the singular values below 1 after rounding */
+    int32_t rows, columns;     /* one of them is WIDTH, the other WIDTH or 4 WIDTH */
     int32_t matrices, threads;
 };
 
@@ -129,7 +136,7 @@ const struct layout_entry *layout(void) {
         FIELD(param_grads, proj), FIELD(param_grads, ln2), FIELD(param_grads, fc), FIELD(param_grads, fc_bias),
         FIELD(param_grads, out),
         STRUCTURE(pass), FIELD(pass, weights), FIELD(pass, activations), FIELD(pass, layers), FIELD(pass, rolls),
-        FIELD(pass, slots), FIELD(pass, threads), FIELD(pass, keep),
+        FIELD(pass, slots), FIELD(pass, threads), FIELD(pass, save),
         STRUCTURE(pass_grads), FIELD(pass_grads, params), FIELD(pass_grads, dx), FIELD(pass_grads, last_bias),
         FIELD(pass_grads, workspace), FIELD(pass_grads, weight_grads),
         STRUCTURE(matrix_grad), FIELD(matrix_grad, sums), FIELD(matrix_grad, left), FIELD(matrix_grad, right),
@@ -140,7 +147,7 @@ const struct layout_entry *layout(void) {
         FIELD(muon_settings, momentum), FIELD(muon_settings, beta2), FIELD(muon_settings, decay), FIELD(muon_settings, step),
         FIELD(muon_settings, margin), FIELD(muon_settings, rows), FIELD(muon_settings, columns), FIELD(muon_settings, matrices),
         FIELD(muon_settings, threads),
-        CONSTANT(KEEP_NOTHING), CONSTANT(KEEP_INPUTS), CONSTANT(KEEP_ACTIVATIONS),
+        CONSTANT(SAVE_NOTHING), CONSTANT(SAVE_INPUTS), CONSTANT(SAVE_ACTIVATIONS),
         CONSTANT(GRADS_PER_WINDOW), CONSTANT(GRADS_DEFERRED),
         {0},
     };

@@ -10,11 +10,10 @@ import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
 from enum import IntEnum
 
-from picogpt.kernels.layout import compare_layouts
+from picogpt.kernels.layout import compare_layouts, fields_of
 
 __all__ = [
     "Activations",
-    "Keep",
     "LayerWeights",
     "MatrixGrad",
     "MuonMatrix",
@@ -22,6 +21,7 @@ __all__ = [
     "ParamGrads",
     "Pass",
     "PassGrads",
+    "Save",
     "WeightGrads",
     "check_layout",
 ]
@@ -30,35 +30,31 @@ __all__ = [
 class LayerWeights(Structure):
     """Weights of one block, its matrices packed."""
 
-    _fields_ = tuple(
-        (name, c_void_p)
-        for name in (
-            "ln1_weight", "ln1_bias", "attn", "attn_back", "attn_bias", "proj", "proj_back", "proj_bias",
-            "ln2_weight", "ln2_bias", "fc", "fc_back", "fc_bias", "out", "out_back", "out_bias",
-        )
-    )  # fmt: skip
+    _fields_ = fields_of(
+        c_void_p,
+        "ln1_weight ln1_bias attn attn_back attn_bias proj proj_back proj_bias ln2_weight ln2_bias fc fc_back "
+        "fc_bias out out_back out_bias",
+    )
 
 
 class Activations(Structure):
     """Activations of one block for one window."""
 
-    _fields_ = tuple(
-        (name, c_void_p)
-        for name in (
-            "x", "ln1_stats", "ln1_out", "qkv", "att_out", "softmax_stats", "resid_mid", "ln2_stats", "ln2_out", "fc",
-            "fc_gelu", "d_mlp_out", "d_attn_out", "qkv_scratch", "fc_scratch", "ln_scratch", "branch",
-        )
-    )  # fmt: skip
+    _fields_ = fields_of(
+        c_void_p,
+        "x ln1_stats ln1_out qkv att_out softmax_stats resid_mid ln2_stats ln2_out fc fc_gelu d_mlp_out "
+        "d_attn_out qkv_scratch fc_scratch ln_scratch branch",
+    )
 
 
 class ParamGrads(Structure):
     """Gradients of one block's weights."""
 
-    _fields_ = tuple((name, c_void_p) for name in ("ln1", "attn", "attn_bias", "proj", "ln2", "fc", "fc_bias", "out"))
+    _fields_ = fields_of(c_void_p, "ln1 attn attn_bias proj ln2 fc fc_bias out")
 
 
-class Keep(IntEnum):
-    """What the forward pass leaves for the backward pass: `enum keep`."""
+class Save(IntEnum):
+    """How much the forward pass saves for the backward pass: `enum save`."""
 
     NOTHING = 0
     INPUTS = 1
@@ -78,44 +74,33 @@ class Pass(Structure):
     _fields_ = (
         ("weights", POINTER(LayerWeights)),
         ("activations", POINTER(Activations)),
-        ("layers", c_int32),
-        ("rolls", c_int32),
-        ("slots", c_int32),
-        ("threads", c_int32),
-        ("keep", c_int32),
+        *fields_of(c_int32, "layers rolls slots threads save"),
     )
 
 
 class PassGrads(Structure):
-    """What a backward pass writes to."""
+    """Outputs of the backward pass, and its workspace."""
 
     _fields_ = (
         ("params", POINTER(ParamGrads)),
-        ("dx", c_void_p),
-        ("last_bias", c_void_p),
-        ("workspace", c_void_p),
+        *fields_of(c_void_p, "dx last_bias workspace"),
         ("weight_grads", c_int32),
     )
 
 
 class MatrixGrad(Structure):
-    """A matrix's gradient, over all windows."""
+    """The gradient of one matrix, over all windows."""
 
     _fields_ = (
-        ("sums", c_void_p),
-        ("left", c_void_p),
-        ("right", c_void_p),
-        ("outputs", c_int32),
-        ("inputs", c_int32),
-        ("rows", c_int32),
-        ("threads", c_int32),
+        *fields_of(c_void_p, "sums left right"),
+        *fields_of(c_int32, "outputs inputs rows threads"),
     )
 
 
 class MuonMatrix(Structure):
     """A matrix that Muon updates, with the state of its optimizer."""
 
-    _fields_ = tuple((name, c_void_p) for name in ("weights", "gradient", "momentum", "mean_square"))
+    _fields_ = fields_of(c_void_p, "weights gradient momentum mean_square")
 
 
 class MuonSettings(Structure):
@@ -124,15 +109,8 @@ class MuonSettings(Structure):
     _fields_ = (
         ("polynomials", POINTER(c_float)),
         ("gram_reuse", POINTER(c_int32)),
-        ("momentum", c_float),
-        ("beta2", c_float),
-        ("decay", c_float),
-        ("step", c_float),
-        ("margin", c_float),
-        ("rows", c_int32),
-        ("columns", c_int32),
-        ("matrices", c_int32),
-        ("threads", c_int32),
+        *fields_of(c_float, "momentum beta2 decay step margin"),
+        *fields_of(c_int32, "rows columns matrices threads"),
     )
 
 
@@ -146,7 +124,7 @@ _STRUCTURES: dict[str, type[Structure]] = {
     "muon_matrix": MuonMatrix,
     "muon_settings": MuonSettings,
 }
-_CONSTANTS: dict[str, type[IntEnum]] = {"KEEP": Keep, "GRADS": WeightGrads}
+_CONSTANTS: dict[str, type[IntEnum]] = {"SAVE": Save, "GRADS": WeightGrads}
 
 
 def check_layout(library: ctypes.CDLL) -> None:

@@ -1,50 +1,62 @@
-/* The blocks of the model, forward and backward, for one window of all rolls; and Muon's updates of their matrices.
+/* The transformer blocks of the model, forward and backward, for one window of all sequences of a step;
+   packing of their matrices; and Muon's update of them.
 
-   `picogpt.kernels.compiled` has this compiled for one shape of model; vectors.h says how. Every thread works on rows of its own, and
-   on heads of its own. Threads wait for each other only where they need each other's rows: where rolls cannot be dealt out evenly,
-   and for gradients of matrices that are added up window by window.
+      x = x + attention(LayerNorm(x)),   x = x + W_out gelu(W_fc LayerNorm(x))
 
-   Most of what the backward pass needs is written row after row and past the cache. What is read next is in scratch buffers that all
-   blocks and windows share, and so in the cache. Gradients are written over activations that have been read for the last time.
-   Gradients of norms and biases are added to rows that belong to one thread, or to one roll, so that sums do not depend on timing. */
+   with biases. `forward` reads x (R, C) of the first block, writes the last block's output, and saves
+   activations for `backward`, which turns the gradient of the output into that of x and adds up those of
+   all weights. bindings.h describes the buffers. `picogpt.kernels.compiled` compiles this file for one
+   shape of model; simd.h lists the macros.
+
+   Threads: each works on rows of its own, and on heads of its own. They meet at a barrier only where one
+   reads rows of another: before and after attention if the sequences cannot be dealt out evenly, and
+   around weight gradients that are added up window by window.
+
+   Memory: what only the backward pass will read is written with non-temporal stores, past the cache.
+   What the next kernel reads is in scratch buffers that all blocks and windows share, and so in the
+   cache. Gradients are written over activations that have been read for the last time. Gradients of
+   norms and biases go to rows of one thread, or of one sequence, so sums do not depend on timing:
+   results are deterministic. */
 
 #include <omp.h>
 
-#include "vectors.h"
-#include "product.h"
-#include "by_rows.h"
+#include "simd.h"
+#include "gemm.h"
+#include "gemm_tn.h"
 #include "bindings.h"
 #include "attention.h"
 #include "muon.h"
 
-#define EPSILON 1e-5f
+#define EPSILON 1e-5f /* of LayerNorm, as in torch */
 
 #ifdef __clang__
-/* clang's OpenMP has threads of its own beside those of torch: they sleep after a millisecond, instead of spinning for 200. */
+/* clang's OpenMP runtime has threads of its own beside those of torch. At a barrier they would spin for
+   200 ms, on cores that torch's threads need; they sleep after 1 ms instead. */
 __attribute__((constructor)) static void sleep_soon(void) { kmp_set_blocktime(1); }
 #endif
 
 /* ---- LayerNorm and the residual path, for the rows of one thread ---- */
 
-/* A LayerNorm of R rows: what it reads, and what it leaves. */
+/* One LayerNorm over R rows: y = (x - mean) / sqrt(variance + epsilon) weight + bias. */
 struct norm {
     const float *weight, *bias; /* (C) */
-    float *stats;               /* (2, R) mean of each row, and 1 / its standard deviation: written forward, read backward */
-    number *out;                /* (R, C) written, backward too */
+    float *stats;               /* (2, R) mean and 1 / standard deviation; the backward pass reads them */
+    elem *out;                  /* (R, C) written, and written again by the backward pass */
 };
 
-/* noinline: the forward pass and its recomputation must round identically. */
-static __attribute__((noinline)) void normalize_row(const float *x, const struct norm *norm, long i, long rows) {
+/* LayerNorm of row i of R = rows: x (C) to out (C). noinline: the forward pass and its recomputation
+   must round identically. */
+static __attribute__((noinline)) void layer_norm_row(const float *x, const struct norm *norm, long i, long rows) {
     const float *weight = norm->weight, *bias = norm->bias;
-    number *out = norm->out + i * WIDTH;
-    vector sum = {0}, squares = {0};
-    for (int c = 0; c < WIDTH; c += LANES) sum += load_float(x + c);
-    const float mean = sum_of(sum) / WIDTH;
+    elem *out = norm->out + i * WIDTH;
+    vf32 sum = {0}, squares = {0};
+    for (int c = 0; c < WIDTH; c += LANES) sum += load_float(x + c); /* three passes over a row that is in the L1 cache */
+    const float mean = reduce_sum(sum) / WIDTH;
     for (int c = 0; c < WIDTH; c += LANES) {
-        vector distance = load_float(x + c) - mean;
+        vf32 distance = load_float(x + c) - mean;
         squares += distance * distance;
     }
-    const float inv_std = 1 / sqrtf(sum_of(squares) / WIDTH + EPSILON);
+    const float inv_std = 1 / sqrtf(reduce_sum(squares) / WIDTH + EPSILON);
     for (int c = 0; c < WIDTH; c += LANES) {
         store(out + c, (load_float(x + c) - mean) * inv_std * load_float(weight + c) + load_float(bias + c));
     }
@@ -52,67 +64,80 @@ static __attribute__((noinline)) void normalize_row(const float *x, const struct
     norm->stats[rows + i] = inv_std;
 }
 
+/* LayerNorm of this thread's rows of x (R, C). */
 static void layer_norm(const float *x, struct norm norm, struct work work) {
-    for (long i = work.first; i < work.end; i++) normalize_row(x + i * WIDTH, &norm, i, work.rows);
+    for (long i = work.first; i < work.end; i++) layer_norm_row(x + i * WIDTH, &norm, i, work.rows);
 }
 
-/* The residual path: sum = x + branch + bias. */
+/* One step of the residual path: sum = x + branch + bias. The GEMM of the branch leaves its bias to
+   this. */
 struct residual {
-    const float *x;       /* (R, C) */
-    const number *branch; /* (R, C) the output of attention or the MLP, without its bias */
-    const float *bias;    /* (C) that bias */
-    float *sum;           /* (R, C) written; may be x */
-    float *kept;          /* (R, C) the sum once more, for the backward pass, or null */
+    const float *x;     /* (R, C) */
+    const elem *branch; /* (R, C) output of attention's projection or of the MLP, without bias */
+    const float *bias;  /* (C) bias of that GEMM */
+    float *sum;         /* (R, C) written; may be x itself */
+    float *saved;       /* (R, C) a copy of the sum for the backward pass, or null */
 };
 
+/* Row i of the residual path; the copy is streamed, as nothing reads it before the backward pass. */
 static inline void add_row(const struct residual *r, long i) {
     for (long at = i * WIDTH, c = 0; c < WIDTH; c += LANES) {
-        vector y = load_float(r->x + at + c) + load(r->branch + at + c) + load_float(r->bias + c);
+        vf32 y = load_float(r->x + at + c) + load(r->branch + at + c) + load_float(r->bias + c);
         store_float(r->sum + at + c, y);
-        if (r->kept) stream_float(r->kept + at + c, y);
+        if (r->saved) stream_float(r->saved + at + c, y);
     }
 }
 
+/* All rows of this thread. */
 static void add(struct residual residual, struct work work) {
     for (long i = work.first; i < work.end; i++) add_row(&residual, i);
 }
 
-/* The LayerNorm of the sum, row by row, while a row is in the cache. */
+/* Residual path and the LayerNorm of its sum, fused row by row: the row is still in the cache when it is
+   normalized. */
 static void add_layer_norm(struct residual residual, struct norm norm, struct work work) {
     for (long i = work.first; i < work.end; i++) {
         add_row(&residual, i);
-        normalize_row(residual.sum + i * WIDTH, &norm, i, work.rows);
+        layer_norm_row(residual.sum + i * WIDTH, &norm, i, work.rows);
     }
 }
 
-/* Where a value goes that a matrix gradient is made of: to the cache, if that is computed next, or past it to memory. */
-static inline void store_or_stream(number *to, vector x, enum weight_grads when) {
+/* Store an input of a weight gradient: to the cache if that GEMM comes next, or past it if all gradients
+   wait for the last window. */
+static inline void store_or_stream(elem *to, vf32 x, enum weight_grads when) {
     if (when == GRADS_PER_WINDOW) store(to, x);
     else stream(to, x);
 }
 
-/* The gradient of a LayerNorm's input is added to that of the residual path. */
+/* Operands of a LayerNorm's backward pass: the gradient of its input is added to the gradient of the
+   residual path, which bypasses the branch. */
 struct norm_grads {
-    const number *d_out; /* (R, C) gradient of the LayerNorm's output */
-    const float *x;      /* (R, C) its input */
-    float *d_resid;      /* (R, C) gradient of the residual path, added to */
-    number *d_branch;    /* (R, C) written: the same rounded, for the product that x was the sum with; null if there is none */
-    float *params;       /* (T, 3, C) added to: gradients of weight, bias, and the bias of that product */
+    const elem *d_out; /* (R, C) gradient of the output y */
+    const float *x;    /* (R, C) input */
+    float *d_resid;    /* (R, C) gradient of the residual path; added to */
+    elem *d_branch;    /* (R, C) that sum in elems: d_out of the GEMM whose branch was added to x; may be null */
+    float *params;     /* (T, 3, C) gradients of weight, of bias, and of that GEMM's bias; added to */
 };
 
-/* Gradients of one thread's rows, in vectors. */
+/* Sums over one thread's rows, held in vectors until all its rows are through. */
 struct norm_sums {
-    vector weight[WIDTH / LANES], bias[WIDTH / LANES], branch_bias[WIDTH / LANES];
+    vf32 weight[WIDTH / LANES], bias[WIDTH / LANES], branch_bias[WIDTH / LANES];
 };
 
+/* Backward through row i of a LayerNorm. With n = (x - mean) inv_std and g = d_out weight:
+
+      d_x = (g - mean(g) - n mean(g n)) inv_std
+
+   The first loop also recomputes y = n weight + bias: cheaper than to save it, and the weight gradient
+   needs it. The second one adds d_x to d_resid; the gradient of the branch's bias is the sum of that. */
 static inline __attribute__((always_inline)) void norm_row_backward(const struct norm_grads *g, const struct norm *norm,
                                                                     struct norm_sums *sums, long i, long rows,
                                                                     enum weight_grads when) {
     const long at = i * WIDTH;
     const float mean = norm->stats[i], inv_std = norm->stats[rows + i];
-    vector normal[WIDTH / LANES], d_normal[WIDTH / LANES], sum = {0}, products = {0};
+    vf32 normal[WIDTH / LANES], d_normal[WIDTH / LANES], sum = {0}, products = {0};
     for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-        vector d = load(g->d_out + at + c), w = load_float(norm->weight + c);
+        vf32 d = load(g->d_out + at + c), w = load_float(norm->weight + c);
         normal[v] = (load_float(g->x + at + c) - mean) * inv_std;
         d_normal[v] = d * w;
         sum += d_normal[v];
@@ -121,15 +146,16 @@ static inline __attribute__((always_inline)) void norm_row_backward(const struct
         sums->bias[v] += d;
         store_or_stream(norm->out + at + c, normal[v] * w + load_float(norm->bias + c), when);
     }
-    float d_mean = sum_of(sum) / WIDTH, mean_product = sum_of(products) / WIDTH;
+    float d_mean = reduce_sum(sum) / WIDTH, mean_product = reduce_sum(products) / WIDTH; /* the two means of the formula */
     for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-        vector d = load_float(g->d_resid + at + c) + (d_normal[v] - d_mean - normal[v] * mean_product) * inv_std;
+        vf32 d = load_float(g->d_resid + at + c) + (d_normal[v] - d_mean - normal[v] * mean_product) * inv_std;
         store_float(g->d_resid + at + c, d);
         if (g->d_branch) store(g->d_branch + at + c, d);
         sums->branch_bias[v] += d;
     }
 }
 
+/* Backward through this thread's rows; its sums are added to row `thread` of params. */
 static void layer_norm_backward(struct norm_grads grads, struct norm norm, enum weight_grads when, struct work work) {
     struct norm_sums sums = {0};
     for (long i = work.first; i < work.end; i++) norm_row_backward(&grads, &norm, &sums, i, work.rows, when);
@@ -141,12 +167,14 @@ static void layer_norm_backward(struct norm_grads grads, struct norm norm, enum 
     }
 }
 
-/* The gradient of `add`, for the last block's product and its bias: dx (R, C) is rounded to d_branch (R, C). */
-static void add_backward(const float *dx, number *d_branch, float *bias_grad, struct work work) {
-    vector sums[WIDTH / LANES] = {0};
+/* Backward of `add` for the last block, whose output no LayerNorm of a block follows: dx (R, C) is
+   rounded to d_branch (R, C), and its sum over this thread's rows is added to row `thread` of bias_grad
+   (T, C). */
+static void add_backward(const float *dx, elem *d_branch, float *bias_grad, struct work work) {
+    vf32 sums[WIDTH / LANES] = {0};
     for (long i = work.first; i < work.end; i++) {
         for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-            vector d = load_float(dx + i * WIDTH + c);
+            vf32 d = load_float(dx + i * WIDTH + c);
             store(d_branch + i * WIDTH + c, d);
             sums[v] += d;
         }
@@ -154,47 +182,53 @@ static void add_backward(const float *dx, number *d_branch, float *bias_grad, st
     for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) accumulate(bias_grad + (long)work.thread * WIDTH + c, sums[v]);
 }
 
-/* Rows of `width` numbers to where they are kept for the backward pass, unless that is null. */
-static void keep_rows(const number *x, number *kept, long width, struct work work) {
-    if (!kept) return;
-    for (long at = work.first * width; at < work.end * width; at += LANES) stream(kept + at, load(x + at));
+/* Save this thread's rows (R, width) for the backward pass with non-temporal stores, unless `saved` is
+   null. x itself is a scratch buffer that the next kernel reads from the cache. */
+static void save_rows(const elem *x, elem *saved, long width, struct work work) {
+    if (!saved) return;
+    for (long at = work.first * width; at < work.end * width; at += LANES) stream(saved + at, load(x + at));
 }
 
-/* ---- GELU: x times the chance that a normal variable is less than x ---- */
+/* ---- GELU: gelu(x) = x P(x), with the CDF P of the normal distribution (exact, not the tanh form) ---- */
 
-/* That chance, and the density at x: Abramowitz and Stegun, 7.1.26, to 1e-7, and to 1e-4 where `reciprocal` is in bfloat16. */
-static inline vector chance_below(vector x, vector *density) {
+/* P(x), and the density p(x) = e^(-x^2 / 2) / sqrt(2 pi), for gelu'(x) = P(x) + x p(x). Abramowitz and
+   Stegun, formula 7.1.26, a polynomial in t = 1 / (1 + 0.2316 |x|) times the exponential that the
+   density needs anyway: exact to 1e-7, and to 1e-4 where `vreciprocal` is an approximation. */
+static inline vf32 normal_cdf(vf32 x, vf32 *density) {
     const int32_t sign = INT32_MIN;
-    vector size = (vector)((integers)x & ~sign), e = exponential_2(x * x * -0.72134752f),
-           t = reciprocal(size * 0.23164189f + 1.0f);
-    vector p = t * 0.5307027145f - 0.7265760135f;
+    /*   x|: the sign bit cleared */
+    vf32 size = (vf32)((vi32)x & ~sign), e = vexp2(x * x * -0.72134752f), t = vreciprocal(size * 0.23164189f + 1.0f);
+    vf32 p = t * 0.5307027145f - 0.7265760135f;
     p = p * t + 0.7107068705f;
     p = p * t - 0.142248368f;
     p = p * t + 0.127414796f;
     *density = e * 0.39894228f;
-    vector beyond = 0.5f - p * t * e; /* the middle, up to x */
-    return 0.5f + (vector)((integers)beyond ^ ((integers)x & sign));
+    vf32 beyond = 0.5f - p * t * e; /* P(|x|) - 1/2, which gets the sign of x: P is symmetric about (0, 1/2) */
+    return 0.5f + (vf32)((vi32)beyond ^ ((vi32)x & sign));
 }
 
-/* x (R, 4C) becomes its GELU; x itself is kept for the backward pass, unless `kept` is null. */
-static void gelu(number *x, number *kept, struct work work) {
+/* Forward: x (R, 4C) becomes gelu(x), in place. The input x is saved for the backward pass, unless
+   `saved` is null. */
+static void gelu(elem *x, elem *saved, struct work work) {
     for (long at = work.first * 4 * WIDTH; at < work.end * 4 * WIDTH; at += LANES) {
-        vector density, y = load(x + at);
-        if (kept) stream(kept + at, y);
-        store(x + at, y * chance_below(y, &density));
+        vf32 density, y = load(x + at);
+        if (saved) stream(saved + at, y);
+        store(x + at, y * normal_cdf(y, &density));
     }
 }
 
-/* x (R, 4C), GELU's input, becomes its gradient, and the GELU is written to `out` once more; d_out is the GELU's gradient. */
-static void gelu_backward(const number *d_out, const struct activations *a, float *bias_grad, enum weight_grads when,
+/* Backward: a->fc (R, 4C), the input of GELU, becomes its gradient d_out gelu'(fc). gelu(fc) is
+   recomputed into a->fc_gelu for the gradient of `out`: it shares its CDF with gelu'. The bias gradient
+   of `fc` is the sum over rows, added to row `thread` of bias_grad (T, 4C). */
+static void gelu_backward(const elem *d_out, const struct activations *a, float *bias_grad, enum weight_grads when,
                           struct work work) {
-    vector sums[4 * WIDTH / LANES] = {0};
+    vf32 sums[4 * WIDTH / LANES] = {0};
     for (long i = work.first; i < work.end; i++) {
         for (int v = 0, c = 0; c < 4 * WIDTH; v++, c += LANES) {
             long at = i * 4 * WIDTH + c;
-            vector density, y = load(a->fc + at), chance = chance_below(y, &density);
-            vector d = load(d_out + at) * (chance + y * density);
-            store_or_stream(a->fc_gelu + at, y * chance, when);
+            vf32 density, y = load(a->fc + at), cdf = normal_cdf(y, &density);
+            vf32 d = load(d_out + at) * (cdf + y * density);
+            store_or_stream(a->fc_gelu + at, y * cdf, when);
             store(a->fc + at, d);
             sums[v] += d;
         }
@@ -204,7 +238,7 @@ static void gelu_backward(const number *d_out, const struct activations *a, floa
 
 /* ---- Blocks ---- */
 
-/* The calling thread's part of a window. */
+/* The calling thread's part of a window of `rolls` sequences with `slots` positions each. */
 static struct work work_of(long rolls, long slots) {
     long thread = omp_get_thread_num(), threads = omp_get_num_threads(), rows = rolls * slots, heads = rolls * HEADS;
     return (struct work){
@@ -219,41 +253,49 @@ static struct work work_of(long rolls, long slots) {
     };
 }
 
-/* For the rows of other threads; where all of them have whole rolls, the heads of a thread are in its own rows. */
+/* Barrier before rows of other threads are read. Where the threads divide the sequences evenly it is not
+   needed: rows and heads of a thread then belong to the same sequences, and attention never looks beyond
+   one. */
 static inline void wait_for_rows(struct work work) {
     if (work.rows / work.slots % work.threads) {
 #pragma omp barrier
     }
 }
 
-static struct norm norm_1(const struct layer_weights *w, const struct activations *a, number *out) {
+/* The two LayerNorms of a block, with their statistics; `out` is scratch in the forward pass. */
+static struct norm norm_1(const struct layer_weights *w, const struct activations *a, elem *out) {
     return (struct norm){w->ln1_weight, w->ln1_bias, a->ln1_stats, out};
 }
 
-static struct norm norm_2(const struct layer_weights *w, const struct activations *a, number *out) {
+static struct norm norm_2(const struct layer_weights *w, const struct activations *a, elem *out) {
     return (struct norm){w->ln2_weight, w->ln2_bias, a->ln2_stats, out};
 }
 
-/* A block without its first LayerNorm, whose output is in a->ln_scratch, and without the last addition: the block's output is `resid`
-   + a->branch + out_bias. resid (R, C) is written; x (R, C), which may be the same, is read. */
+/* One block forward. The first LayerNorm has been computed, to a->ln_scratch, and the last residual
+   addition is left to the caller, who fuses it with the next block's first LayerNorm: the block's output
+   is resid + a->branch + out_bias. Reads x (R, C) and writes resid (R, C), which may be x.
+
+   noinline: the backward pass recomputes blocks with the same code, and must round identically. */
 static __attribute__((noinline)) void forward_block(const struct layer_weights *w, const struct activations *a, const float *x,
-                                                    float *resid, enum keep keep, struct work work) {
-    const int keeps = keep == KEEP_ACTIVATIONS;
-    multiply_1_to_3(a->qkv_scratch, a->ln_scratch, w->attn, w->attn_bias, work);
-    keep_rows(a->qkv_scratch, keeps ? a->qkv : 0, 3 * WIDTH, work);
+                                                    float *resid, enum save save, struct work work) {
+    const int saves = save == SAVE_ACTIVATIONS;
+    gemm_c_3c(a->qkv_scratch, a->ln_scratch, w->attn, w->attn_bias, work); /* q, k, v */
+    save_rows(a->qkv_scratch, saves ? a->qkv : 0, 3 * WIDTH, work);
     wait_for_rows(work);
+    /* Attention reads whole sequences, whose rows may belong to other threads. */
     attention(a->qkv_scratch, a->att_out, a->softmax_stats, work);
     wait_for_rows(work);
-    multiply_1_to_1(a->branch, a->att_out, w->proj, 0, work);
-    /* Where the block is computed again, `resid` is resid_mid itself. */
-    struct residual residual = {x, a->branch, w->proj_bias, resid, keeps && resid != a->resid_mid ? a->resid_mid : 0};
+    gemm_c_c(a->branch, a->att_out, w->proj, 0, work); /* its bias is added below */
+    /* When the backward pass recomputes the block, resid is resid_mid itself, and no copy is needed. */
+    struct residual residual = {x, a->branch, w->proj_bias, resid, saves && resid != a->resid_mid ? a->resid_mid : 0};
     add_layer_norm(residual, norm_2(w, a, a->ln_scratch), work);
-    multiply_1_to_4(a->fc_scratch, a->ln_scratch, w->fc, w->fc_bias, work);
-    gelu(a->fc_scratch, keeps ? a->fc : 0, work);
-    multiply_4_to_1(a->branch, a->fc_scratch, w->out, 0, work);
+    gemm_c_4c(a->fc_scratch, a->ln_scratch, w->fc, w->fc_bias, work);
+    gelu(a->fc_scratch, saves ? a->fc : 0, work);
+    gemm_4c_c(a->branch, a->fc_scratch, w->out, 0, work);
 }
 
-/* The first block's x through all blocks, to out (R, C). Activations are kept as pass->keep says. */
+/* Forward pass of one window: the first block's x through all blocks, to out (R, C). One parallel region
+   for all of it: threads start once a window, and no Python runs in between. */
 void forward(const struct pass *pass, float *out) {
 #pragma omp parallel num_threads(pass->threads)
     {
@@ -263,47 +305,69 @@ void forward(const struct pass *pass, float *out) {
         begin_tiles();
         layer_norm(a->x, norm_1(w, a, a->ln_scratch), work);
         for (int i = 0; i < pass->layers; i++, w++, a++) {
-            forward_block(w, a, i ? out : a->x, out, pass->keep, work);
+            forward_block(w, a, i ? out : a->x, out, pass->save, work);
+            /* The block's last addition, fused with the next block's first LayerNorm; after the last
+               block there is none. */
             struct residual residual = {out, a->branch, w->out_bias, out, 0};
             if (i + 1 == pass->layers) add(residual, work);
             else {
-                if (pass->keep != KEEP_NOTHING) residual.kept = a[1].x;
+                if (pass->save != SAVE_NOTHING) residual.saved = a[1].x;
                 add_layer_norm(residual, norm_1(w + 1, a + 1, a[1].ln_scratch), work);
             }
         }
-        finish_streams();
+        finish_streams(); /* before other threads, or the backward pass, read what was streamed */
         end_tiles();
     }
 }
 
-/* Write a matrix's gradient, for all windows at once. */
-void weight_grad(const struct matrix_grad *grad, unit *workspace) {
+/* The gradient of one matrix over all windows at once: sums (outputs, inputs) = left^T right. One deep
+   GEMM writes its sums once, instead of adding to them window by window. */
+void weight_grad(const struct matrix_grad *grad, packed_elem *workspace) {
 #pragma omp parallel num_threads(grad->threads)
     {
-        struct gemm_tn p = {grad->sums, grad->left, grad->right, grad->outputs, grad->inputs, grad->rows, WRITE_TO, ALL_ENTRIES};
+        const struct gemm_tn p = {
+            .sums = grad->sums,
+            .left = grad->left,
+            .right = grad->right,
+            .n = grad->outputs,
+            .m = grad->inputs,
+            .rows = grad->rows,
+            .result = OVERWRITE,
+            .triangle = ALL_ENTRIES,
+        };
         begin_tiles();
         gemm_tn(p, workspace, omp_get_thread_num(), omp_get_num_threads());
         end_tiles();
     }
 }
 
-/* Add the gradient of a matrix (n, m) over one window to `sums`. */
-static void add_weight_grad(float *sums, const number *left, int n, const number *right, int m, unit *workspace,
+/* Add the gradient of a matrix (n, m) over one window to `sums`: left (R, n), the gradient of the GEMM's
+   output, and right (R, m), its input. */
+static void add_weight_grad(float *sums, const elem *left, int n, const elem *right, int m, packed_elem *workspace,
                             const struct work *work) {
-    gemm_tn((struct gemm_tn){sums, left, right, n, m, work->rows, ADD_TO, ALL_ENTRIES}, workspace, work->thread, work->threads);
+    const struct gemm_tn p = {sums, left, right, n, m, work->rows, ACCUMULATE, ALL_ENTRIES};
+    gemm_tn(p, workspace, work->thread, work->threads);
 }
 
-/* Backward through a block: grads->dx, the gradient of its output, becomes that of its x. d_branch (R, C), or null, is where the block
-   before finds the same rounded. */
+/* One block backward: grads->dx (R, C), the gradient of its output, becomes that of its x, by way of
+   scratch buffers. a->d_mlp_out holds dx in elems already: the block after it, or `add_backward`,
+   left it there. d_branch (R, C), or null, is where this block leaves the same for the block before it.
+
+   dx of a GEMM is dout W, by the copy of W that was packed untransposed (`*_back`). Activations that are
+   read for the last time become gradients in place: fc, qkv. */
 static void backward_block(const struct layer_weights *w, const struct activations *a, const struct param_grads *g,
-                           const struct pass_grads *grads, number *d_branch, struct work work) {
+                           const struct pass_grads *grads, elem *d_branch, struct work work) {
     const enum weight_grads when = grads->weight_grads;
-    multiply_1_to_4(a->fc_scratch, a->d_mlp_out, w->out_back, 0, work);
+    /* MLP: back through `out`, GELU, `fc` and the second LayerNorm. */
+    gemm_c_4c(a->fc_scratch, a->d_mlp_out, w->out_back, 0, work);
     gelu_backward(a->fc_scratch, a, g->fc_bias, when, work);
-    multiply_4_to_1(a->ln_scratch, a->fc, w->fc_back, 0, work);
+    gemm_4c_c(a->ln_scratch, a->fc, w->fc_back, 0, work);
     struct norm_grads ln2 = {a->ln_scratch, a->resid_mid, grads->dx, a->d_attn_out, g->ln2};
     layer_norm_backward(ln2, norm_2(w, a, a->ln2_out), when, work);
-    multiply_1_to_1(a->branch, a->d_attn_out, w->proj_back, 0, work);
+    /* Attention: back through `proj`; a->branch becomes the gradient of the heads' outputs. */
+    gemm_c_c(a->branch, a->d_attn_out, w->proj_back, 0, work);
+    /* Weight gradients sum over the rows of all threads: all of them must be written. Deferred, only
+       attention may need rows of others. */
     if (when == GRADS_DEFERRED) wait_for_rows(work);
     else {
 #pragma omp barrier
@@ -314,9 +378,12 @@ static void backward_block(const struct layer_weights *w, const struct activatio
     attention_backward(a->branch, a, g->attn_bias, work);
     if (when == GRADS_DEFERRED) wait_for_rows(work);
     else {
-#pragma omp barrier /* also as gradients are about to be written over what other threads may still multiply with */
+        /* gemm_3c_c reads rows of qkv's gradient that other threads wrote, and what follows overwrites
+           buffers that their add_weight_grad may still read. */
+#pragma omp barrier
     }
-    multiply_3_to_1(a->ln_scratch, a->qkv, w->attn_back, 0, work);
+    /* Back through `attn` and the first LayerNorm, into dx. */
+    gemm_3c_c(a->ln_scratch, a->qkv, w->attn_back, 0, work);
     struct norm_grads ln1 = {a->ln_scratch, a->x, grads->dx, d_branch, g->ln1};
     layer_norm_backward(ln1, norm_1(w, a, a->ln1_out), when, work);
     if (when == GRADS_PER_WINDOW) {
@@ -325,7 +392,8 @@ static void backward_block(const struct layer_weights *w, const struct activatio
     }
 }
 
-/* Backward through all blocks. With KEEP_INPUTS each block's activations are computed again from its x. */
+/* Backward pass of one window, last block first. With SAVE_INPUTS each block's activations are
+   recomputed from its x before its backward pass (gradient checkpointing; Chen et al., 2016). */
 void backward(const struct pass *pass, const struct pass_grads *grads) {
 #pragma omp parallel num_threads(pass->threads)
     {
@@ -335,11 +403,12 @@ void backward(const struct pass *pass, const struct pass_grads *grads) {
         for (int i = pass->layers - 1; i >= 0; i--) {
             const struct layer_weights *w = pass->weights + i;
             const struct activations *a = pass->activations + i;
-            if (pass->keep == KEEP_INPUTS) {
-#pragma omp barrier /* as qkv is about to be written over, which other threads may still multiply with */
+            if (pass->save == SAVE_INPUTS) {
+                /* qkv is about to be overwritten, which other threads may still read. */
+#pragma omp barrier
                 layer_norm(a->x, norm_1(w, a, a->ln_scratch), work);
-                forward_block(w, a, a->x, a->resid_mid, KEEP_ACTIVATIONS, work);
-                finish_streams();
+                forward_block(w, a, a->x, a->resid_mid, SAVE_ACTIVATIONS, work);
+                finish_streams(); /* the backward pass reads what was streamed */
             }
             backward_block(w, a, grads->params + i, grads, i ? pass->activations[i - 1].d_mlp_out : 0, work);
         }
@@ -350,20 +419,22 @@ void backward(const struct pass *pass, const struct pass_grads *grads) {
 
 /* ---- Packing and updates of matrices ---- */
 
-/* Pack matrix (out, in) for the forward pass, UP(out, PANEL) x in, and for the backward pass, UP(in, PANEL) x out. */
-static void pack_matrix(const float *matrix, unit *packed, unit *back, int out, int in) {
+/* Pack matrix (out, in) for the forward pass, UP(out, PANEL) x in, and for the backward pass, UP(in,
+   PANEL) x out; threads divide the panels. */
+static void pack_matrix(const float *matrix, packed_elem *packed, packed_elem *back, int out, int in) {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     const int panels = UP(out, PANEL) / PANEL, panels_back = UP(in, PANEL) / PANEL;
     for (int j = first_of(panels, thread, threads); j < first_of(panels, thread + 1, threads); j++) {
-        pack_transposed(matrix, packed + (long)j * PANEL * (in / PAIR), out, in, j * PANEL);
+        pack_transposed(matrix, packed + (long)j * PANEL * (in / PER_PACKED), out, in, j * PANEL);
     }
     for (int j = first_of(panels_back, thread, threads); j < first_of(panels_back, thread + 1, threads); j++) {
-        pack_as_it_is(matrix, back + (long)j * PANEL * (out / PAIR), out, in, j * PANEL);
+        pack_untransposed(matrix, back + (long)j * PANEL * (out / PER_PACKED), out, in, j * PANEL);
     }
 }
 
-/* Pack the four matrices of each block: attn, proj, fc and out. `packed` are the buffers for each of them, forward and backward. */
-void pack(const float *const *matrices, unit *const *packed, int layers, int threads) {
+/* Pack the four matrices of each block, attn, proj, fc and out, once for all windows of a step. `packed`
+   has two buffers for each: forward and backward. */
+void pack(const float *const *matrices, packed_elem *const *packed, int layers, int threads) {
     static const int shapes[4][2] = {{3 * WIDTH, WIDTH}, {WIDTH, WIDTH}, {4 * WIDTH, WIDTH}, {WIDTH, 4 * WIDTH}};
 #pragma omp parallel num_threads(threads)
     for (int i = 0; i < 4 * layers; i++) {
@@ -371,22 +442,27 @@ void pack(const float *const *matrices, unit *const *packed, int layers, int thr
     }
 }
 
-/* Take a step of Muon with matrices of one shape, each by one thread. */
-void update_matrices(const struct muon_matrix *matrices, const struct muon_settings *settings, unit *workspace) {
+/* One step of Muon for matrices of one shape. Each matrix is updated by one thread, in a workspace of
+   its own: whole matrices in parallel need no barriers, and a result does not depend on the number of
+   threads. */
+void update_matrices(const struct muon_matrix *matrices, const struct muon_settings *settings, packed_elem *workspace) {
 #pragma omp parallel num_threads(settings->threads)
     {
         begin_tiles();
+/* Dynamic: a thread that is done takes the next matrix. */
 #pragma omp for schedule(dynamic)
         for (int i = 0; i < settings->matrices; i++) {
-            update_matrix(matrices + i, settings, workspace + omp_get_thread_num() * MUON_UNITS);
+            update_matrix(matrices + i, settings, workspace + omp_get_thread_num() * MUON_ELEMS);
         }
         end_tiles();
     }
 }
 
-/* Columns of a panel, and units of the workspace that threads need: for Muon's updates the most. */
+/* Sizes for Python's allocations: columns of a panel, and packed_elems of workspace for all threads.
+   Muon needs the most; weight gradients use a part of it. */
 int panel_columns(void) { return PANEL; }
-long workspace_units(int threads) { return threads * MUON_UNITS; }
+long workspace_elems(int threads) { return threads * MUON_ELEMS; }
+/* Whether this library was compiled for AMX. */
 int uses_matrix_tiles(void) {
 #ifdef MATRIX_TILES
     return 1;

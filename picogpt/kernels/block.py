@@ -154,7 +154,7 @@ class FusedBlocks:
             rolls=self.use.rolls,
             slots=self.use.slots[window],
             threads=self.kernels.threads,
-            keep=self.use.keep,
+            save=self.use.save,
         )
 
     def forward(self, window: int, x: Tensor) -> Tensor:

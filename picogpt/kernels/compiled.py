@@ -27,12 +27,12 @@ from picogpt.config import GPTConfig
 from picogpt.device import has_matrix_tiles, instruction_set
 from picogpt.errors import BuildError, TrainingError
 from picogpt.kernels.bindings import (
-    Keep,
     MatrixGrad,
     MuonMatrix,
     MuonSettings,
     Pass,
     PassGrads,
+    Save,
     check_layout,
 )
 from picogpt.kernels.build import load_library
@@ -70,7 +70,7 @@ _FUNCTIONS: dict[str, tuple[object, Sequence[object]]] = {
     "update_matrices": (None, (POINTER(MuonMatrix), POINTER(MuonSettings), c_void_p)),
     "uses_matrix_tiles": (c_int, ()),
     "panel_columns": (c_int, ()),
-    "workspace_units": (c_long, (c_int,)),
+    "workspace_elems": (c_long, (c_int,)),
 }
 """What each function of block.c returns and takes."""
 
@@ -88,11 +88,11 @@ class Use(NamedTuple):
     """Whether a block's activations are computed again in the backward pass, instead of kept for it."""
 
     @property
-    def keep(self) -> Keep:
-        """What the forward pass leaves for the backward pass."""
+    def save(self) -> Save:
+        """How much the forward pass saves for the backward pass."""
         if not self.trained:
-            return Keep.NOTHING
-        return Keep.INPUTS if self.recompute else Keep.ACTIVATIONS
+            return Save.NOTHING
+        return Save.INPUTS if self.recompute else Save.ACTIVATIONS
 
 
 class MuonStep(NamedTuple):
@@ -147,8 +147,8 @@ class Kernels:
 
     @cached_property
     def workspace(self) -> Tensor:
-        """Memory that threads pack matrices in, and update them."""
-        return torch.empty(self._library.workspace_units(self.threads), dtype=torch.float32)
+        """Workspace of all threads, for packed operands of weight gradients and for Muon."""
+        return torch.empty(self._library.workspace_elems(self.threads), dtype=torch.float32)
 
     def pack(self, matrices: Addresses, packed: Addresses, layers: int) -> None:
         """Pack four matrices of each block: those of attention, its projection, and the MLP."""

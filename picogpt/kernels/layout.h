@@ -1,8 +1,11 @@
-/* A table of structures and constants, from which picogpt/kernels/layout.py sees whether Python has the same ones. */
+/* A table of structures and constants, from which picogpt/kernels/layout.py checks that Python declares
+   the same ones. A field in another place would be a write to foreign memory, which no test is sure to
+   notice. */
 
 #include <stddef.h>
 
-/* A field's place in a structure, or the size of a structure, or the value of a constant. */
+/* One entry: a field ("struct.field", its offset and size), a structure (its size), or a constant (its
+   value as the offset). */
 struct layout_entry {
     const char *name;
     int64_t offset, size;

@@ -5,8 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Mapping
 from ctypes import POINTER, Structure, c_int64
+from typing import Any
 
-__all__ = ["compare_layouts"]
+__all__ = ["compare_layouts", "fields_of"]
+
+
+def fields_of(kind: type[Any], names: str) -> tuple[tuple[str, type[Any]], ...]:
+    """Fields of one type, by their names with spaces between them."""
+    return tuple((name, kind) for name in names.split())
 
 
 class _Entry(Structure):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from picogpt.kernels.bindings import Keep, WeightGrads
+from picogpt.kernels.bindings import Save, WeightGrads
 from picogpt.kernels.compiled import Kernels, Use
 
 __all__ = ["Workspace"]
@@ -35,13 +35,13 @@ class Workspace:
 
     def __init__(self, kernels: Kernels, use: Use) -> None:
         self._n_layer, self._sizes = use.n_layer, [use.rolls * slots for slots in use.slots]
-        deferred = use.keep is Keep.ACTIVATIONS and kernels.dtype == torch.bfloat16
+        deferred = use.save is Save.ACTIVATIONS and kernels.dtype == torch.bfloat16
         self.weight_grads = WeightGrads.DEFERRED if deferred else WeightGrads.PER_WINDOW
         """Deferred, the inputs of the weight gradients stay until all windows are through: in float32 twice the memory."""
         self.all_windows: list[dict[str, Tensor]] = [{} for _ in range(use.n_layer)]
         """Activations that are kept, of all windows (N, width), by block and name."""
         parts = {}
-        for name, buffer in _buffers(kernels, use.keep, self.weight_grads).items():
+        for name, buffer in _buffers(kernels, use.save, self.weight_grads).items():
             parts[name], wholes = self._cut(buffer)
             for block, whole in zip(self.all_windows, wholes, strict=False):
                 block[name] = whole
@@ -60,11 +60,11 @@ class Workspace:
         return [list(torch.split(whole, self._sizes)) for whole in wholes], wholes
 
 
-def _buffers(kernels: Kernels, keep: Keep, weight_grads: WeightGrads) -> dict[str, _Buffer]:
+def _buffers(kernels: Kernels, save: Save, weight_grads: WeightGrads) -> dict[str, _Buffer]:
     """Each field of `picogpt.kernels.bindings.Activations`: its width, type, and whether it is kept."""
     width, n_head, _ = kernels.shape
     products, exact = kernels.dtype, torch.float32
-    trained, kept, deferred = keep is not Keep.NOTHING, keep is Keep.ACTIVATIONS, weight_grads is WeightGrads.DEFERRED
+    trained, kept, deferred = save is not Save.NOTHING, save is Save.ACTIVATIONS, weight_grads is WeightGrads.DEFERRED
     return {
         "x": _Buffer(width, exact, trained),
         "ln1_stats": _Buffer(2, exact, kept),
