@@ -2,13 +2,13 @@
 
    WIDTH is the size of a vector in bytes, as given by the compiler's command line. Each function runs on the thread that calls it. */
 
-enum { CHAINS = 12 }; /* sums that do not wait for each other: two units of four or five cycles' latency, and AVX2 has 16 registers */
+/* Sums that do not wait for each other: two units of four or five cycles' latency, and AVX2 has 16 registers. */
+enum { CHAINS = 12 };
 
 typedef float vector __attribute__((vector_size(WIDTH)));
 typedef float unaligned __attribute__((vector_size(WIDTH), aligned(4)));
 
-static float total(const vector *sums)
-{
+static float total(const vector *sums) {
     vector all = sums[0];
     for (int i = 1; i < CHAINS; i++) all += sums[i];
     float result = 0;
@@ -18,8 +18,7 @@ static float total(const vector *sums)
 
 /* Take `rounds` multiply-adds on each chain; write to `sink`, so that none can be left out, and return the operations. What is in
    `sink`, from 0 to 1, begins them: chains that the compiler knew to be equal it would compute once. */
-double multiply_add(long rounds, float *sink)
-{
+double multiply_add(long rounds, float *sink) {
     vector sums[CHAINS], half = {0}, one = {0};
     half += 0.5f, one += 1.0f; /* x / 2 + 1 stays below 2: neither denormal nor infinite */
     for (int i = 0; i < CHAINS; i++) sums[i] = (vector){0} + *sink * i / CHAINS;
@@ -31,8 +30,7 @@ double multiply_add(long rounds, float *sink)
 }
 
 /* Read `count` floats, add them up into `sink`, and return the bytes read. */
-double read_floats(const float *from, long count, float *sink)
-{
+double read_floats(const float *from, long count, float *sink) {
     vector sums[CHAINS] = {{0}};
     const long step = CHAINS * (WIDTH / 4), blocks = count / step;
     for (long block = 0; block < blocks; block++)

@@ -113,7 +113,8 @@ static void make_grads(struct param_grads *g, int rolls, int threads) {
 }
 
 /* Forward and backward; returns dx (R, C). */
-static float *run(const struct model *m, const float *x, int rolls, int slots, int threads, enum keep keep, enum weight_grads when) {
+static float *run(const struct model *m, const float *x, int rolls, int slots, int threads, enum keep keep,
+                  enum weight_grads when) {
     const size_t rows = (size_t)rolls * slots;
     struct activations activations[LAYERS];
     struct param_grads params[LAYERS];
@@ -150,13 +151,15 @@ static float *run(const struct model *m, const float *x, int rolls, int slots, i
 }
 
 static void update(int rows, int columns, int threads) {
-    static const float polynomials[5][3] = {{8.2f, -22.5f, 16.6f}, {4, -2.9f, .5f}, {3.9f, -2.8f, .5f}, {3.3f, -2.4f, .5f}, {2.3f, -1.6f, .4f}};
+    static const float polynomials[5][3] = {
+        {8.2f, -22.5f, 16.6f}, {4, -2.9f, .5f}, {3.9f, -2.8f, .5f}, {3.3f, -2.4f, .5f}, {2.3f, -1.6f, .4f}};
     static const int32_t reuse[][4] = {{1, 2, 2, 0}, {5, 0}};
     for (int k = 0; k < 2; k++) {
         struct muon_matrix matrices[3];
         const size_t size = (size_t)rows * columns;
         for (int i = 0; i < 3; i++) {
-            matrices[i] = (struct muon_matrix){floats_of(size, 1), floats_of(size, 1), floats_of(size, 1), zeros(rows > columns ? rows : columns)};
+            matrices[i] = (struct muon_matrix){floats_of(size, 1), floats_of(size, 1), floats_of(size, 1),
+                                               zeros(rows > columns ? rows : columns)};
         }
         struct muon_settings settings = {polynomials[0], reuse[k], .95f, .95f, .99f, .02f, 1.01f, rows, columns, 3, threads};
         update_matrices(matrices, &settings, buffer(workspace_units(threads), sizeof(unit)));

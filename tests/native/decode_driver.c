@@ -92,7 +92,8 @@ static void free_model(struct model m) {
 
 static void check(int holds, const char *what, struct shape s, int type, int threads) {
     if (holds) return;
-    fprintf(stderr, "%s: heads %d, width %d, window %d, type %d, threads %d\n", what, s.heads, s.width, s.context_len, type, threads);
+    fprintf(stderr, "%s: heads %d, width %d, window %d, type %d, threads %d\n", what, s.heads, s.width, s.context_len, type,
+            threads);
     exit(1);
 }
 
