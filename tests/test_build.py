@@ -16,6 +16,7 @@ from picogpt.kernels import cache, processor
 from picogpt.kernels.build import Library, load_library
 from picogpt.kernels.cache import LibraryCache, UnusableCacheError, user_cache_folder
 from tests.conftest import needs_any_compiler
+from tests.programs import program
 
 pytestmark = needs_any_compiler
 
@@ -271,9 +272,7 @@ def test_old_ones_go(source: Path, home: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_starts_at_once(source: Path, home: Path) -> None:
     """Starts at the same time come to the same whole library."""
-    code = "import sys; from pathlib import Path; from picogpt.kernels.build import load_library\n"
-    code += "print(load_library(Path(sys.argv[1]), {'NUMBER': 41}, flags=['-O1'], notify=str).functions.number())"
-    started = [subprocess.Popen([sys.executable, "-c", code, str(source)], stdout=subprocess.PIPE) for _ in range(4)]
+    started = [subprocess.Popen(program("load_library", str(source)), stdout=subprocess.PIPE) for _ in range(4)]
 
     assert [process.communicate()[0] for process in started] == [b"42\n"] * 4
     assert len(entries(home)) == 1

@@ -32,6 +32,7 @@ from picogpt.errors import RunError
 from picogpt.run import Checkpoint, RunFolder
 from picogpt.train import StepReport, Trainer
 from tests.conftest import TINY, TINY_FLAGS, tiny_source
+from tests.programs import program
 
 TIMES = int(os.environ.get("PICOGPT_TORTURE", "1"))
 RUN = [sys.executable, "-m", "picogpt.cli.train"]
@@ -327,13 +328,10 @@ def environment(**changes: str | None) -> dict[str, str]:
 @pytest.mark.slow
 def test_killed_runs_go_on_to_the_same_bytes(here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """`kill -9` at random times, each time resumed, and the weights are those of a run that nobody disturbed."""
-    saving_often = (
-        "import picogpt.train as t; t.SAVE_INTERVAL = 0.02; from picogpt.cli.train import main; import sys; sys.exit(main())"
-    )
     train.main([*here, "--run", "undisturbed"])
     generator = random.Random(0)
     kills = 0
-    command = [sys.executable, "-c", saving_often, *here, "--run", "killed"]
+    command = program("train_with_constants", "picogpt.train.SAVE_INTERVAL=0.02", *here, "--run", "killed")
     while kills < 2 * TIMES:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
@@ -399,17 +397,11 @@ def test_init_from_other_shapes(here: list[str], capsys: pytest.CaptureFixture[s
     assert "nowhere: no such file, and no run of that name" in capsys.readouterr().err
 
 
+@pytest.mark.timing
 def test_second_signal_ends_at_once(here: list[str]) -> None:
     """The second Ctrl-C does not wait; what was saved loads."""
-    slow = "import picogpt.run as r, time; s = r.RunFolder.save_checkpoint\n"
-    slow += "def save(self, c):\n    print('saving', flush=True); time.sleep(30); s(self, c)\n"
-    slow += "first = r.RunFolder.save_checkpoint; calls = []\n"
-    slow += "def once(self, c):\n    timed = self.path.name.startswith('.pace-')\n"
-    slow += "    (save if len(calls) > 1 and not timed else first)(self, c)\n    timed or calls.append(1)\n"
-    slow += "r.RunFolder.save_checkpoint = once\nfrom picogpt.cli.train import main; import sys; sys.exit(main())"
-    with subprocess.Popen(
-        [sys.executable, "-c", slow, *here, "--run", "twice"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    command = program("train_with_a_slow_save", *here, "--run", "twice")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         while not process.stdout.readline().startswith("epoch"):
             pass
@@ -466,9 +458,7 @@ def test_suspend(here: list[str]) -> None:
 @pytest.mark.slow
 def test_wall_clock_jumps(here: list[str]) -> None:
     """A clock that runs backwards by days changes nothing."""
-    code = "import time, itertools; steps = itertools.count(); time.time = lambda: 1e9 - 1e5 * next(steps)\n"
-    code += "from picogpt.cli.train import main; import sys; sys.exit(main())"
-    subprocess.run([sys.executable, "-c", code, *here, "--run", "jumping"], check=True, capture_output=True)
+    subprocess.run(program("train_on_a_backwards_clock", *here, "--run", "jumping"), check=True, capture_output=True)
     train.main([*here, "--run", "steady"])
 
     assert weights("jumping") == weights("steady")
@@ -595,12 +585,8 @@ def test_generating_while_training(here: list[str]) -> None:
 @pytest.mark.slow
 def test_weights_that_are_not_finite_are_never_saved(here: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A poisoned weight ends the run with one line, and the last finite state is what there is."""
-    code = "import picogpt.train as t, torch, sys; update = t.Trainer.update\n"
-    code += "def poisoned(self, rate, stop):\n"
-    code += "    if self.step == 40: self.model.transformer.ln_f.bias.data[0] = float('nan')\n"
-    code += "    return update(self, rate, stop)\n"
-    code += "t.Trainer.update = poisoned; from picogpt.cli.train import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", code, *here, "--run", "poisoned"], capture_output=True, text=True, check=False)
+    command = program("train_with_a_poisoned_weight", *here, "--run", "poisoned")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert done.returncode == 1
     assert re.search(r"picogpt-train: step 41: the loss is nan .* start again with a smaller --lr", done.stderr)

@@ -97,6 +97,7 @@ def test_long_texts_are_folded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     assert Folding()(text) == whole
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     ("text", "megabytes"),
     [

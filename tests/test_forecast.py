@@ -164,8 +164,10 @@ def watch(n_steps: int) -> tuple[list[str], Shown]:
 
 
 @pytest.mark.parametrize("n_steps", [1, 3, 8])
-def test_is_said_once(n_steps: int) -> None:
+def test_is_said_once(n_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the first steps, or with the first epoch if that is shorter, and beside the outcome at the end."""
+    now = time.perf_counter()
+    monkeypatch.setattr("picogpt.cli.forecast.time.perf_counter", lambda: now)
     said, shown = watch(n_steps)
 
     line = (

@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +19,7 @@ from picogpt.data.hub import read_rows
 from picogpt.errors import ConfigError, DataError
 from picogpt.run import RunFolder
 from tests.conftest import TINY_FLAGS
+from tests.programs import program
 
 FLAGS = [*TINY_FLAGS, "--epochs", "1", "--steps-per-epoch", "3", "--val-steps", "1", "--batch-size", "2"]
 
@@ -425,7 +425,6 @@ def test_a_folder_that_cannot_be_listed(here: Path, monkeypatch: pytest.MonkeyPa
 def test_without_a_home(here: Path) -> None:
     """A local data set needs no folder of the hub's library, nor the library: an unwritable HOME and odd variables do not matter."""
     write_jsonl(here / "d" / "train.jsonl", ["an article of some length"] * 300)
-    code = "from picogpt.cli.train import main; import sys; code = main(); assert 'datasets' not in sys.modules; sys.exit(code)"
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
         "HOME": "/proc/nowhere",
@@ -435,7 +434,7 @@ def test_without_a_home(here: Path) -> None:
         "MPLCONFIGDIR": str(here),
     }
     process = subprocess.run(
-        [sys.executable, "-c", code, "--dataset", "d", *FLAGS],
+        program("run_without", "datasets", "train", "--dataset", "d", *FLAGS),
         check=False,
         capture_output=True,
         text=True,

@@ -7,7 +7,6 @@ import functools
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +35,7 @@ from picogpt.data.outage import Outage, in_background
 from picogpt.errors import DataError
 from tests.conftest import HUB_PORT
 from tests.hub import Hub, serving
+from tests.programs import program
 from tests.test_stream import FLAGS, NOWHERE, README, SHARDS, article, decode, parquet
 
 KINDS: list[Any] = ["reset", 503, 429, "hang", "cut", "short"]
@@ -408,20 +408,13 @@ def test_a_bug_in_the_reader_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     reader.close()
 
 
-SPIN = """
-from picogpt.cli.train import command
-from picogpt.data import articles, stream
-{patch}
-command()
-"""
-
-
 @pytest.mark.slow
+@pytest.mark.timing
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("stage", ["listing", "validation", "pool"])
 def test_signals_while_it_starts(served: Hub, number: int, stage: str, tmp_path: Path) -> None:
     """Ctrl-C and SIGTERM end a start at once, or as soon as it is saved, while the hub hangs, or sends articles that never fill the pool."""
-    monkeypatched = "stream.POOL = 10**6" if stage == "pool" else "articles.VALIDATION_CHARS = 10**9"
+    endless = "stream.POOL=1000000" if stage == "pool" else "articles.VALIDATION_CHARS=1000000000"
     home = tmp_path / "home"
     forget()
     find_shards(WIKIPEDIA)
@@ -432,7 +425,7 @@ def test_signals_while_it_starts(served: Hub, number: int, stage: str, tmp_path:
     if stage == "listing":
         served.fault_of = lambda _: "hang"
     process = subprocess.Popen(
-        [sys.executable, "-c", SPIN.format(patch=monkeypatched), "--dataset", "wikipedia", *FLAGS],
+        program("train_with_constants", f"picogpt.data.{endless}", "--dataset", "wikipedia", *FLAGS),
         env=served.environment(HUB_PORT, home),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -252,10 +252,12 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, stop_after: int) -> None:
     assert (straight.log.train, straight.log.val) == (second.log.train, second.log.val)
 
 
-def test_process_seconds(tmp_path: Path) -> None:
+def test_process_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process knows when it was started, or says 0; one that claims to be older than the system's clock is not believed."""
     stat = tmp_path / "stat"
-    ticks = int((time.clock_gettime(time.CLOCK_BOOTTIME) - 5) * os.sysconf("SC_CLK_TCK"))
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    monkeypatch.setattr(time, "clock_gettime", lambda _: now)
+    ticks = int((now - 5) * os.sysconf("SC_CLK_TCK"))
     stat.write_text(f"7 (a (b) c) S {'0 ' * 18}{ticks} 0")
     assert process_seconds(stat) == pytest.approx(5, abs=0.5)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from picogpt.config import X_AXES
 from picogpt.plot import draw_losses, draw_scores
 from picogpt.run import LossLog
 from picogpt.scores import CONDITIONS, Scores, position_bins
+from tests.programs import program
 
 
 def make_log(n: int, level: float) -> LossLog:
@@ -158,9 +158,8 @@ def test_png() -> None:
 def test_unwritable_home(tmp_path: Path, changes: dict[str, str]) -> None:
     """Where matplotlib cannot keep anything, nothing is left in the temporary folder, even if the process ends at once."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "MPL"))}
-    code = "import os; from picogpt.plot import draw_losses; print(os.environ.get('MPLCONFIGDIR'), flush=True); os._exit(0)"
     environment = {**kept, **changes, "TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(program("import_plot"), env=environment, capture_output=True, text=True, check=True)
 
     assert list(tmp_path.iterdir()) == []
     assert (done.stdout, done.stderr) == (f"{changes.get('MPLCONFIGDIR')}\n", "")

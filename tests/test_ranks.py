@@ -34,6 +34,7 @@ from picogpt.replica import Replica, pack_step, unpack_step
 from picogpt.run import Checkpoint, RunFolder, pack, unpack
 from picogpt.train import Trainer
 from tests.conftest import TINY, TINY_FLAGS, tiny_source, write_numbers
+from tests.programs import program
 from tests.ranks import RankProcesses, run_ranks, said
 from tests.test_stream import parquet
 
@@ -262,15 +263,13 @@ def killed(command: list[str], generator: random.Random, most: int) -> int:
 @pytest.mark.skipif(TIMES == 1, reason="takes a minute; test_lost_rank does the same once, without torchrun")
 def test_killed_under_torchrun(here: list[str], undisturbed: dict[str, dict[str, bytes]]) -> None:
     """`kill -9` of a random rank: torchrun starts them again, and they come to the bytes of a run that nobody disturbed."""
-    Path("often.py").write_text(
-        "import picogpt.train as t; t.SAVE_INTERVAL = 0.02; from picogpt.cli.train import command; command()"
-    )
+    _, *often = program("train_with_constants", "picogpt.train.SAVE_INTERVAL=0.02")
     generator = random.Random(0)
     kills = 0
     for number in itertools.count():
         sync = generator.choice(["0", "7"])
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "99"]
-        command += ["--", "often.py", *disturbed(here[:2], sync, f"killed-{number}"), "--fresh"]
+        command += ["--", *often, *disturbed(here[:2], sync, f"killed-{number}"), "--fresh"]
         kills += killed(command, generator, TIMES - kills)
         assert saved(f"killed-{number}") == undisturbed[sync]
         assert not Path(f"logs/killed-{number}.old-1").exists()

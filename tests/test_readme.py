@@ -14,6 +14,7 @@ import pytest
 from picogpt.cli import eval as evaluation
 from picogpt.cli import generate, plot, train
 from picogpt.cli.parser import Parser
+from tests.programs import program
 
 ROOT = Path(__file__).parents[1]
 PARSERS = {
@@ -84,15 +85,8 @@ def test_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) -> Non
     tiny = ["--n-layer", "1", "--n-head", "1", "--n-embd", "8", "--context-len", "8", "--epochs", "1", "--steps-per-epoch", "2"]
 
     def call(module: str, *flags: str) -> str:
-        start = f"import sys; sys.path.insert(0, {str(site)!r}); from picogpt.cli.{module} import main; "
-        start += "import picogpt; assert 'site' in picogpt.__file__; sys.exit(main(sys.argv[1:]))"
-        return subprocess.run(
-            [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", "-c", start, *flags],
-            check=True,
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        ).stdout
+        command = program("run_from", str(site), module, *flags)
+        return subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
 
     assert "epoch 1 of 1" in call("train", "--dataset", "sample", "--threads", "1", *tiny)
     assert call("generate", "-p", "Margery:", "-n", "5").startswith("margery:")

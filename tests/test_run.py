@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors.torch import save as torch_save
 from picogpt.errors import RunError
 from picogpt.run import Checkpoint, LossLog, RunFolder, load_model, read_log
 from tests.conftest import TINY
+from tests.programs import program
 
 LOG = LossLog(train=[2.0, 1.5], val=[2.1, 1.6], chars=[10, 20], seconds=[1.0, 2.0], best_loss=1.6, iter_num=8)
 
@@ -247,11 +247,8 @@ def test_bfloat16(tmp_path: Path) -> None:
 
 def test_lock_is_exclusive_and_dies_with_its_holder(run: RunFolder) -> None:
     """While another process holds the folder nobody else gets it; its death frees it."""
-    code = "import sys; from picogpt.run import *; from pathlib import Path; l = RunFolder(Path(sys.argv[1])).lock(); "
-    code += "l.__enter__(); print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
+    command = program("hold_lock", str(run.path))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(RunError, match=rf"another process .pid {holder.pid}. trains in this run"), run.lock():
@@ -309,15 +306,9 @@ def test_file_systems_without_flush(run: RunFolder, monkeypatch: pytest.MonkeyPa
 
 def test_same_content_is_the_same_bytes(run: RunFolder) -> None:
     """Metadata stand in one order, so that a model's SHA-256 tells whether it is another one, in whatever process."""
-    code = (
-        "import sys; from pathlib import Path; import numpy as np; from picogpt.config import GPTConfig; from picogpt.run import *\n"
-        "folder, shape = RunFolder(Path(sys.argv[1])), GPTConfig(n_layer=2, n_head=2, n_embd=16, context_len=8)\n"
-        "folder.save_model({'b': np.ones(3, np.float32), 'a': np.ones((2, 2))}, shape)\n"
-        "folder.save_checkpoint(Checkpoint(tensors={'w': np.ones(2)}, state={'step': 1}))"
-    )
     found = set()
     for _ in range(4):
-        subprocess.run([sys.executable, "-c", code, str(run.path)], check=True)
+        subprocess.run(program("save_run", str(run.path)), check=True)
         found.add(tuple((run.path / name).read_bytes() for name in ("model.safetensors", "checkpoint.safetensors")))
 
     assert len(found) == 1

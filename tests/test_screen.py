@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY_FLAGS
+from tests.programs import program
 from tests.terminal import look
 
 BAR = re.compile(r"^(\w+:)? *\d+%\||char/s|B/s|\.\.\.\]")
@@ -16,9 +17,9 @@ BAR = re.compile(r"^(\w+:)? *\d+%\||char/s|B/s|\.\.\.\]")
 WIDTHS = pytest.mark.parametrize("columns", [120, 80, 20, 0])
 
 
-def run_code(code: str, columns: int) -> list[str]:
+def run_program(name: str, columns: int) -> list[str]:
     """Lines of the screen after a program has ended without error."""
-    exit_code, lines = look([sys.executable, "-c", code], columns=columns)
+    exit_code, lines = look(program(name), columns=columns)
 
     assert exit_code == 0, "\n".join(lines)
     return lines
@@ -27,28 +28,7 @@ def run_code(code: str, columns: int) -> list[str]:
 @WIDTHS
 def test_lines_while_a_bar_is_shown(columns: int) -> None:
     """Lines of two threads, to stdout and stderr, stand whole above the one bar, which comes last."""
-    code = """
-import sys, threading, time
-from picogpt.cli.bar import ProgressBar
-from picogpt.cli.common import notice
-from picogpt.cli.screen import above_bar
-def tell():
-    for i in range(20):
-        notice(f"notice {i}")
-        time.sleep(0.01)
-thread = threading.Thread(target=tell)
-with ProgressBar(100000, "char") as bar:
-    thread.start()
-    for i in range(100):
-        bar.advance(1000, f"loss {i / 7:.3f}")
-        time.sleep(0.004)
-        if i % 10 == 0:
-            with above_bar():
-                print(f"result {i}", flush=True)
-    thread.join()
-notice("end")
-"""
-    *lines, bar, end = run_code(code, columns)
+    *lines, bar, end = run_program("lines_above_a_bar", columns)
 
     assert sorted(lines) == sorted([f"notice {i}" for i in range(20)] + [f"result {i}" for i in range(0, 100, 10)])
     assert bar.startswith("100%|")
@@ -59,23 +39,7 @@ notice("end")
 @WIDTHS
 def test_download_that_fails(columns: int) -> None:
     """The bar is left as it stands when the download breaks off, and what is said then has lines of its own."""
-    code = """
-from picogpt.cli.common import notice
-from picogpt.cli.download import DownloadBar
-try:
-    with DownloadBar("text") as bar:
-        bar(50, 100)
-        notice("half of it")
-        raise OSError
-except OSError:
-    notice("gone")
-bar = DownloadBar("text")
-with bar:
-    bar(50, 100)
-    bar(100, 100)
-notice("fetched")
-"""
-    said, bar, gone, whole, fetched = run_code(code, columns)
+    said, bar, gone, whole, fetched = run_program("download_twice", columns)
 
     assert (said, gone, fetched) == ("half of it", "gone", "fetched")
     assert re.match(r"text: +50%\|", bar)
@@ -102,16 +66,7 @@ def test_training(columns: int, text_file: Path, tmp_path: Path) -> None:
 @WIDTHS
 def test_evaluation(columns: int) -> None:
     """A line that is printed while an evaluation shows its bar stands above it."""
-    code = """
-from picogpt.cli.common import notice
-from picogpt.cli.eval import _Progress
-with _Progress(100) as advance:
-    advance(50)
-    notice("half")
-    advance(50)
-notice("all")
-"""
-    half, bar, whole = run_code(code, columns)
+    half, bar, whole = run_program("evaluation_bar", columns)
 
     assert (half, whole) == ("half", "all")
     assert bar.startswith("100%|")

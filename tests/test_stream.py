@@ -14,7 +14,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +49,7 @@ from picogpt.run import RunFolder
 from picogpt.tokenizer import CharTokenizer
 from tests.conftest import HUB_PORT, TINY_FLAGS
 from tests.hub import COMMIT, Hub, free_port, serving
+from tests.programs import program
 
 TIMES = int(os.environ.get("PICOGPT_TORTURE", "1"))
 FILES = tuple(f"file-{i}" for i in range(3))
@@ -382,26 +382,12 @@ def test_folder_without_a_part_for_training(here: Path) -> None:
         find_shards(StreamSpec(name="x", path=str(here)))
 
 
-ENDING = """
-import os
-from picogpt.cli.common import end_process
-from picogpt.data import ArticleReader, StreamSpec, find_shards
-from picogpt.data.articles import Place
-reader = ArticleReader(find_shards(StreamSpec(name="x", path=os.getcwd())), 0, print)
-reader.start(Place(0, 0, 0))
-reader.take(lambda: False)
-reader.close()
-print("read", end="")
-end_process(3)
-"""
-
-
 def test_a_process_ends_while_it_reads(here: Path) -> None:
     """What the library still reads neither holds up nor aborts a process that ends."""
     digits = random.Random(0).randbytes(20_000_000).hex()  # not to be packed into one read
     texts = [digits[i : i + 1000] for i in range(0, len(digits), 1000)]
     pq.write_table(pa.table({"text": texts}), here / "train.parquet", row_group_size=1000)
-    process = subprocess.run([sys.executable, "-c", ENDING], check=False, capture_output=True, text=True, cwd=here, timeout=30)
+    process = subprocess.run(program("end_while_reading"), check=False, capture_output=True, text=True, cwd=here, timeout=30)
 
     assert (process.returncode, process.stdout, process.stderr) == (3, "read", "")
 
@@ -633,16 +619,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-SHORT = "from picogpt.data import articles, outage, stream; stream.POOL = 64; articles.VALIDATION_CHARS = 2000; "
-SHORT += "articles.READ_AHEAD = 2000; outage.LONGEST_WAIT = 0.2; "
-SHORT += "import time; sleep = time.sleep; time.sleep = lambda seconds: sleep(min(seconds, 0.05)); "
-SHORT += "from picogpt.cli.train import command; command()"
 FLAGS = [*TINY_FLAGS, "--epochs", "2", "--steps-per-epoch", "40", "--val-steps", "1", "--batch-size", "2"]
 
 
 def start(hub: Hub, port: int, here: Path, *flags: str, **changes: str) -> subprocess.Popen[str]:
     """A real training process that takes the loopback for the hub."""
-    command = [sys.executable, "-c", SHORT, "--dataset", "wikipedia", *FLAGS, *flags]
+    command = program("train_on_a_short_stream", "--dataset", "wikipedia", *FLAGS, *flags)
     environment = {**hub.environment(port, here / "hf"), **changes}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here)
 

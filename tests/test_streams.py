@@ -18,6 +18,7 @@ import pytest
 
 from picogpt.config import GPTConfig
 from picogpt.run import RunFolder
+from tests.programs import program
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither such pipes nor such terminals")
 
@@ -125,11 +126,8 @@ def test_slow_writer_is_read_to_the_end() -> None:
 
 def test_full_disk_at_the_end_is_one_line() -> None:
     """Results that are still buffered when the work is done count too: one line, exit 1."""
-    code = (
-        "import sys; from picogpt.cli.common import run_command; from picogpt.cli.parser import Parser; "
-        "sys.exit(run_command(lambda _: print('x') or 0, Parser('prog', ''), []))"
-    )
-    done = subprocess.run(f'{sys.executable} -c "{code}" > /dev/full', shell=True, capture_output=True, text=True, check=False)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(program("end_a_command", "done"), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
 
     assert done.returncode == 1
     assert done.stderr.startswith("prog: No space left on device; free some space on the disk, then start again\n")
@@ -138,24 +136,14 @@ def test_full_disk_at_the_end_is_one_line() -> None:
 
 def test_broken_socket_is_no_reader_that_left() -> None:
     """A connection that breaks is an error, though Python calls it by the same name as a closed stdout."""
-    code = (
-        "import sys; from picogpt.cli.common import run_command; from picogpt.cli.parser import Parser\n"
-        "def body(_): raise BrokenPipeError(32, 'Broken pipe')\n"
-        "sys.exit(run_command(body, Parser('prog', ''), []))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(program("end_a_command", "broken"), capture_output=True, text=True, check=False)
 
     assert (done.returncode, done.stderr) == (1, "prog: Broken pipe\n")
 
 
 def test_results_come_before_the_error() -> None:
     """Text that was still buffered when Ctrl-C came stands above the line that says so."""
-    code = (
-        "import sys; from picogpt.cli.common import run_command; from picogpt.cli.parser import Parser\n"
-        "def body(_): print('a text'); raise KeyboardInterrupt\n"
-        "sys.exit(run_command(body, Parser('prog', ''), []))"
-    )
-    command = [sys.executable, "-c", code]
+    command = program("end_a_command", "interrupted")
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
 
     assert (done.returncode, done.stdout) == (130, "a text\nprog: interrupted\n")

@@ -89,6 +89,7 @@ def test_unknown_characters() -> None:
     assert TOKENIZER.unknown_characters("caf\u00e9 \u00e9\u65e5") == {"\u00e9": 2, "\u65e5": 1}
 
 
+@pytest.mark.timing
 def test_encodes_fifty_megabytes_a_second() -> None:
     """The promise of 50 MB/s, at its best of five on a text of two million characters (several times that in practice)."""
     text = "To be, or not to be: that is the question.\n" * 50_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,6 +18,7 @@ from picogpt.run import RunFolder, load_model, read_log
 from picogpt.threads import Threads
 from picogpt.train import Trainer
 from tests.conftest import TINY, Watcher, tiny_source
+from tests.programs import program
 
 CONFIG = TrainConfig(batch_size=2, windows=3, lr=1e-2, warmup_steps=2)
 SCHEDULE = Schedule(total_steps=12, steps_per_epoch=5, val_steps=2)
@@ -237,6 +237,7 @@ def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch, ratio: float, expect
     assert choose_dtype("auto")[0] is expected
 
 
+@pytest.mark.timing
 def test_a_moment_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A type whose first products are held up by something else is timed for longer than that."""
     calls: Counter[torch.dtype] = Counter()
@@ -273,17 +274,8 @@ def test_denormals_are_flushed() -> None:
 
 def test_freed_memory_is_kept() -> None:
     """What is freed and needed again is not asked of the system anew, page by page: 10,240 in a round, from some round on."""
-    code = """
-import resource, torch
-from picogpt.device import keep_freed_memory
-print(keep_freed_memory())
-for _ in range(5):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    tensors = [torch.ones(2**20) for _ in range(10)]
-    del tensors
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    kept, *_, faults = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    done = subprocess.run(program("count_page_faults"), capture_output=True, text=True, check=True)
+    kept, *_, faults = done.stdout.split()
     if kept == "False":
         pytest.skip("the C library has no such setting")
     assert int(faults) < 1000

@@ -127,8 +127,8 @@ static inline void causal_gemm(elem *out, long stride, float *sums, const float 
 }
 
 /* out = weights^T rows: row j is a sum over k >= j, which is k's causal range seen from the other side. */
-static inline void causal_gemm_tn(elem *out, long stride, float *sums, float weights[PADDED][COLUMNS],
-                                  vf32 rows[PADDED][VECTORS], int slots) {
+static inline void causal_gemm_tn(elem *out, long stride, float *sums, float weights[PADDED][COLUMNS], vf32 rows[PADDED][VECTORS],
+                                  int slots) {
     vf32 total[VECTORS] = {0};
     int j = 0;
     for (; j + ROWS <= slots; j += ROWS) {

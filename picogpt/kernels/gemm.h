@@ -270,10 +270,10 @@ static inline __attribute__((always_inline)) void gemm(struct gemm p, int first,
 /* One function for each shape, so that inner and columns are constants in it. c is WIDTH: gemm_c_3c maps
    rows of C entries to rows of 3 C. noinline keeps one copy of each, which rounds alike wherever it is
    called. */
-#define GEMM(name, inner, columns)                                                                                             \
-    static __attribute__((noinline)) void name(elem *out, const elem *x, const packed_elem *packed, const float *bias,         \
-                                               struct work work) {                                                             \
-        gemm((struct gemm){out, x, packed, bias, inner, columns}, work.first, work.end);                                       \
+#define GEMM(name, inner, columns)                                                                                               \
+    static __attribute__((noinline)) void name(elem *out, const elem *x, const packed_elem *packed, const float *bias,           \
+                                               struct work work) {                                                               \
+        gemm((struct gemm){out, x, packed, bias, inner, columns}, work.first, work.end);                                         \
     }
 GEMM(gemm_c_c, WIDTH, WIDTH)
 GEMM(gemm_c_3c, WIDTH, 3 * WIDTH)

@@ -83,8 +83,7 @@ static void pack_right(const elem *x, packed_elem *packed, long stride, int colu
     /* An odd last row, and zeros up to the depth. */
     for (; k < depth; k++) {
         for (int c = 0; c < columns; c += LANES) {
-            *(packed_vec *)(packed + ((long)(c / PANEL) * depth + k) * PANEL + c % PANEL) =
-                load_row_pair(x + c, stride, rows, k);
+            *(packed_vec *)(packed + ((long)(c / PANEL) * depth + k) * PANEL + c % PANEL) = load_row_pair(x + c, stride, rows, k);
         }
     }
 }
@@ -196,8 +195,7 @@ struct sums_tile {
 };
 
 /* One register tile: sums = or += packed left x packed right, over one chunk. */
-static void gemm_tn_tile(struct sums_tile at, const packed_elem *left, const packed_elem *right, int depth,
-                         enum result result) {
+static void gemm_tn_tile(struct sums_tile at, const packed_elem *left, const packed_elem *right, int depth, enum result result) {
     vf32 tile[TILE][2];
     /* Fetch the rows of the tile below this one, for writing. */
     for (int r = TILE; r < 2 * TILE && r < at.rows; r++) __builtin_prefetch(at.sums + r * at.row, 1);

@@ -214,8 +214,7 @@ static void quantize(const float *x, int in, struct quantized out) {
         for (int i = first; i < end; i += LANES) {
             vf32 scaled = load_float(x + i) * by;
             /* Conversion truncates, so half is added to the magnitude before it. */
-            vi32 whole =
-                __builtin_convertvector(scaled + select_lanes(scaled < 0.0f, (vf32){0} - 0.5f, (vf32){0} + 0.5f), vi32);
+            vi32 whole = __builtin_convertvector(scaled + select_lanes(scaled < 0.0f, (vf32){0} - 0.5f, (vf32){0} + 0.5f), vi32);
             sum += whole;
             for (int lane = 0; lane < LANES; lane++) bytes[i - first + lane] = (int8_t)whole[lane];
         }
@@ -315,8 +314,7 @@ static inline __attribute__((always_inline)) void micro_kernel(int count, int pa
         /* One prefetch per panel and input: a row of a float32 panel is a cache line. */
         for (int p = 0; p < panels; p++) __builtin_prefetch(tile->panels[p] + (long)(k + PREFETCH_ROWS) * PANEL);
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++)
-            line[v] = load_line(tile->panels[v / LINE_VECTORS] + (long)k * PANEL, v % LINE_VECTORS);
+        for (int v = 0; v < vectors; v++) line[v] = load_line(tile->panels[v / LINE_VECTORS] + (long)k * PANEL, v % LINE_VECTORS);
 #pragma GCC unroll 16
         /* gelu is left to `gelu_rows`: here it would take the registers of the sums. */
         for (int r = 0; r < count; r++) {
@@ -342,11 +340,11 @@ static void gelu_rows(const struct rows *rows, int row, int count, int column, i
 
 /* Call the micro-kernel with constants: one copy of it for each height of a tile. */
 static __attribute__((noinline)) void micro_kernel_of_height(int count, int panels, const struct tile *tile, int row) {
-#define ROWS_CASE(n)                                                                                                           \
-    case n:                                                                                                                    \
-        if (n > TILE_ROWS) break;                                                                                              \
-        if (panels == TILE_PANELS) micro_kernel(n > TILE_ROWS ? 1 : n, TILE_PANELS, tile, row);                                \
-        else micro_kernel(n > TILE_ROWS ? 1 : n, 1, tile, row);                                                                \
+#define ROWS_CASE(n)                                                                                                             \
+    case n:                                                                                                                      \
+        if (n > TILE_ROWS) break;                                                                                                \
+        if (panels == TILE_PANELS) micro_kernel(n > TILE_ROWS ? 1 : n, TILE_PANELS, tile, row);                                  \
+        else micro_kernel(n > TILE_ROWS ? 1 : n, 1, tile, row);                                                                  \
         break;
     switch (count) {
         ROWS_CASE(1)
@@ -401,8 +399,7 @@ static void gemm(const struct matrix *matrix, struct rows rows, enum epilogue ep
 
 /* The word of a line that holds inputs k, k + 1, ... of one output x (in), with zeros beyond the last;
    for int8 the inputs are multiplied by `by` first. `type` must be a constant where this is inlined. */
-static inline __attribute__((always_inline)) uint32_t pack_word(enum number_type type, const float *x, int k, int in,
-                                                                float by) {
+static inline __attribute__((always_inline)) uint32_t pack_word(enum number_type type, const float *x, int k, int in, float by) {
     const int per_word = inputs_per_word(type);
     uint32_t word = 0, bits;
     for (int i = 0; i < per_word; i++) {

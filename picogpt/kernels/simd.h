@@ -214,12 +214,12 @@ static inline vf32 vexp(vf32 x) { return vexp2(x * 1.44269504f); }
 #define EXCHANGED_ALL(d, o) EXCHANGED_4(0, d, o)
 #endif
 /* That step for all LANES / 2 pairs of vectors. */
-#define EXCHANGE(x, d)                                                                                                         \
-    for (int i = 0; i < LANES; i++) {                                                                                          \
-        if (i & (d)) continue;                                                                                                 \
-        vi32 a = (x)[i], b = (x)[i + (d)];                                                                                     \
-        (x)[i] = SHUFFLE(vi32, a, b, EXCHANGED_ALL(d, 0));                                                                     \
-        (x)[i + (d)] = SHUFFLE(vi32, a, b, EXCHANGED_ALL(d, d));                                                               \
+#define EXCHANGE(x, d)                                                                                                           \
+    for (int i = 0; i < LANES; i++) {                                                                                            \
+        if (i & (d)) continue;                                                                                                   \
+        vi32 a = (x)[i], b = (x)[i + (d)];                                                                                       \
+        (x)[i] = SHUFFLE(vi32, a, b, EXCHANGED_ALL(d, 0));                                                                       \
+        (x)[i + (d)] = SHUFFLE(vi32, a, b, EXCHANGED_ALL(d, d));                                                                 \
     }
 
 /* Transpose LANES x LANES 32-bit values in registers: lane i of vector j becomes lane j of vector i.

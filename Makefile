@@ -1,0 +1,28 @@
+# The commands of the project; `make` shows them.
+
+C_FILES := $(wildcard benchmarks/*.c tests/native/*.[ch])
+
+.PHONY: help check test bench
+
+help:
+	@echo "make check   ruff, mypy and clang-format: lint, format, types"
+	@echo "make test    pytest, without the tests marked slow or timing"
+	@echo "make bench   training and generation against plain baselines, on a quiet machine"
+
+check:
+	ruff check .
+	ruff format --check .
+	mypy
+	@if command -v clang-format >/dev/null; then \
+		echo clang-format --dry-run --Werror $(C_FILES); \
+		clang-format --dry-run --Werror $(C_FILES); \
+	else \
+		echo "clang-format is not installed: the format of the C files was not checked"; \
+	fi
+
+test:
+	pytest
+
+bench:
+	python scripts/benchmark.py train
+	python scripts/benchmark.py generate
