@@ -1,6 +1,6 @@
 # The commands of the project; `make` shows them.
 
-C_FILES := $(wildcard benchmarks/*.c tests/native/*.[ch])
+C_FILES := $(wildcard picogpt/kernels/csrc/*.[ch] benchmarks/*.c tests/native/*.[ch])
 
 .PHONY: help check test bench
 

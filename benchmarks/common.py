@@ -23,7 +23,7 @@ from picogpt.backend import Backend, BackendChoice
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Source
 from picogpt.device import instruction_set
-from picogpt.train import Trainer, build_trainer
+from picogpt.training.trainer import Trainer, build_trainer
 
 __all__ = ["ROOT", "ROUNDS", "backend", "full_trainer", "in_turns", "load_source", "machine", "process"]
 

@@ -22,13 +22,13 @@ import torch
 from benchmarks.common import ROOT, in_turns, load_source, machine, process
 from benchmarks.train import PROFILES
 from picogpt.config import ENGINE_DTYPES, EngineDType, GenerateConfig, GPTConfig, SampleConfig
-from picogpt.engine import Engine
-from picogpt.find import find_model
-from picogpt.generate import OneByOne, Reader, RollingDecoder, Sampler, StopWatcher, generate, never_drawn
+from picogpt.inference import Engine
+from picogpt.inference.generate import OneByOne, Reader, RollingDecoder, Sampler, StopWatcher, generate, never_drawn
+from picogpt.inference.reference import ReferenceModel
 from picogpt.kernels.processor import vector_instructions
-from picogpt.reference import ReferenceModel
 from picogpt.rng import sample_generator
-from picogpt.run import load_model
+from picogpt.runs.find import find_model
+from picogpt.runs.folder import load_model
 from picogpt.threads import choose_threads
 from picogpt.wording import plural
 

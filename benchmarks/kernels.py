@@ -13,8 +13,8 @@ from benchmarks.common import ROUNDS, backend
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.device import set_threads
 from picogpt.kernels.compiled import Kernels
-from picogpt.model import GPT
-from picogpt.train import seconds_of
+from picogpt.model.gpt import GPT
+from picogpt.training.trainer import seconds_of
 
 __all__ = ["add_arguments", "comparing"]
 

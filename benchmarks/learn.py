@@ -38,8 +38,8 @@ from picogpt.data import (
 from picogpt.data.batches import even_rolls
 from picogpt.device import set_threads
 from picogpt.kernels.compiled import kernels_name
-from picogpt.optim import learning_rate
-from picogpt.train import Trainer
+from picogpt.training.optim import learning_rate
+from picogpt.training.trainer import Trainer
 
 __all__ = ["Course", "add_arguments", "follow", "learning"]
 

@@ -27,9 +27,9 @@ from picogpt.data import (
     find_shards,
 )
 from picogpt.device import set_threads
-from picogpt.memory import peak_memory
-from picogpt.run import RunFolder
-from picogpt.train import Trainer, seconds_of
+from picogpt.runs.folder import RunFolder
+from picogpt.training.memory import peak_memory
+from picogpt.training.trainer import Trainer, seconds_of
 from tests.hub import Hub, serving
 
 __all__ = ["loading"]

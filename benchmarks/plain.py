@@ -11,7 +11,7 @@ from torch import Tensor
 
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Batch, Source
-from picogpt.model import GPT
+from picogpt.model.gpt import GPT
 
 __all__ = ["NANOGPT", "NanoGPTLoop", "PlainLoop"]
 

@@ -19,9 +19,9 @@ from benchmarks.common import ROOT
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import RepeatedSource
 from picogpt.device import choose_dtype, flush_denormals, set_threads
-from picogpt.follow import follow
-from picogpt.ranks import Ranks
-from picogpt.train import Trainer, seconds_of
+from picogpt.training.distributed import Ranks
+from picogpt.training.trainer import Trainer, seconds_of
+from picogpt.training.worker import follow
 
 __all__ = ["add_arguments", "several_ranks"]
 

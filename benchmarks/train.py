@@ -22,8 +22,8 @@ from benchmarks.plain import NanoGPTLoop, PlainLoop
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import RepeatedSource
 from picogpt.device import set_threads
-from picogpt.memory import peak_memory
-from picogpt.train import Trainer, seconds_of
+from picogpt.training.memory import peak_memory
+from picogpt.training.trainer import Trainer, seconds_of
 
 __all__ = ["add_arguments", "flops_per_char", "report", "training"]
 

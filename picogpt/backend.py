@@ -1,7 +1,7 @@
 """Where and how training computes: device, threads, number type and kernels, chosen in one place.
 
 The command, the workers of a distributed run and the benchmarks all choose here. Generation has no part in it: it runs without
-torch (`picogpt.engine`).
+torch (`picogpt.inference`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-from picogpt.attention import choose_attention
 from picogpt.config import GPTConfig
 from picogpt.device import check_compiler, choose_device, choose_dtype, flush_denormals, keep_freed_memory, set_threads
 from picogpt.errors import ConfigError
 from picogpt.kernels.compiled import Kernels, choose_kernels, kernels_name
+from picogpt.model.attention import choose_attention
 from picogpt.wording import Notify, plural, say_nothing
 
 __all__ = ["Backend", "BackendChoice"]

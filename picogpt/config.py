@@ -366,8 +366,8 @@ RECIPE_BUDGETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"seed": Mapp
 class Schedule:
     """A run in whole steps: what a `Budget` comes to on this machine. Stored with the run, which it makes reproducible.
 
-    A run on a budget of minutes is re-planned as it goes (`picogpt.pacing`); each plan is a schedule, and the last three fields
-    say where it took over from the one before.
+    A run on a budget of minutes is re-planned as it goes (`picogpt.training.pacing`). Each plan is a schedule, and the last three
+    fields say where it took over from the one before.
 
     Raises:
         ConfigError: a field is out of its range.

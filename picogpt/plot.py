@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.config import X_AXES
-from picogpt.run import LossLog
-from picogpt.scores import CONDITIONS, Estimate, Scores, position_bins
+from picogpt.evaluation.scores import CONDITIONS, Estimate, Scores, position_bins
+from picogpt.runs.folder import LossLog
 
 
 def _has_config_folder() -> bool:

@@ -20,9 +20,9 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from picogpt.data import TextSource, read_texts
-from picogpt.engine import Engine
-from picogpt.find import find_model
-from picogpt.generate import RollingDecoder
+from picogpt.inference import Engine
+from picogpt.inference.generate import RollingDecoder
+from picogpt.runs.find import find_model
 
 HOPS = (128, 120, 112, 96, 64, 32, 16, 1)
 ROLL = 1280

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from picogpt.config import RunSettings
 from picogpt.files import atomic_write
 from picogpt.plot import draw_losses
-from picogpt.run import MODEL_FILE, RunFolder, load_model, load_text_config, model_metadata
+from picogpt.runs.folder import MODEL_FILE, RunFolder, load_model, load_text_config, model_metadata
 
 
 def pack(source: RunFolder, target: RunFolder) -> None:

@@ -19,10 +19,10 @@ import picogpt.training.run
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Corpus, TextSource
 from picogpt.device import instruction_set
-from picogpt.engine import Backend, find_backend
+from picogpt.inference import Backend, find_backend
 from picogpt.kernels.compiled import INSTRUCTIONS
-from picogpt.train import StepReport, Trainer
 from picogpt.training.forecast import EpochEnd
+from picogpt.training.trainer import StepReport, Trainer
 from tests.hub import Hub, free_port
 
 HUB_PORT = free_port()
@@ -99,7 +99,7 @@ def _only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _untimed_epoch_ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run in this process rehearses no end of an epoch for its forecast, but where that is tested: it would take longer than the run."""
-    if request.module.__name__ != "tests.test_forecast":
+    if request.module.__name__ != "tests.training.test_forecast":
         known = EpochEnd(seconds_per_val_batch=0.001, seconds=0.05)
         monkeypatch.setattr(picogpt.training.run, "time_epoch_end", lambda *_, **__: known)
         monkeypatch.setattr(picogpt.training.forecast, "time_epoch_end", lambda *_, **__: known)

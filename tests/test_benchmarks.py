@@ -21,7 +21,7 @@ from benchmarks.ranks import launch
 from benchmarks.train import Row, flops_per_char, report
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Batch, RepeatedSource
-from picogpt.train import Trainer
+from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, needs_compiler, tiny_source
 
 CONFIG = TrainConfig(optimizer="adamw", batch_size=2, windows=3, lr=1e-2)

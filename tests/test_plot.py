@@ -14,9 +14,9 @@ from PIL import Image
 
 from picogpt import plot
 from picogpt.config import X_AXES
+from picogpt.evaluation.scores import CONDITIONS, Scores, position_bins
 from picogpt.plot import draw_losses, draw_scores
-from picogpt.run import LossLog
-from picogpt.scores import CONDITIONS, Scores, position_bins
+from picogpt.runs.folder import LossLog
 from tests.programs import program
 
 

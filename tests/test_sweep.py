@@ -15,7 +15,7 @@ import torch
 from benchmarks.sweep import Outcome, paired, parse_arm, read_outcomes, report, train_arm
 from picogpt.config import TrainConfig
 from picogpt.data import Batch
-from picogpt.train import Trainer
+from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, tiny_source
 
 

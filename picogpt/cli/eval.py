@@ -16,10 +16,10 @@ from picogpt.wording import format_seconds, plural
 if TYPE_CHECKING:
     from picogpt.config import EngineDType
     from picogpt.data.articles import Ids
-    from picogpt.engine import Engine
     from picogpt.evaluation.report import Report
+    from picogpt.evaluation.scores import Losses, Rolls
     from picogpt.evaluation.texts import EvalText
-    from picogpt.scores import Losses, Rolls
+    from picogpt.inference import Engine
 
 __all__ = ["build_parser", "command", "main"]
 
@@ -102,7 +102,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     check_threads(arguments.threads)
     check_picture(arguments.output)
     from picogpt.files import atomic_write
-    from picogpt.find import find_model
+    from picogpt.runs.find import find_model
 
     path, chosen = find_model(arguments.model, arguments.logs_dir)
     notice(chosen)
@@ -118,12 +118,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig) -> Report:
     """Find the text, score it, and measure the baselines on the same characters."""
-    from picogpt.baselines import compressed_bits
     from picogpt.cli.download import DownloadBar
     from picogpt.data.resolve import Console
+    from picogpt.evaluation.baselines import compressed_bits
     from picogpt.evaluation.report import Report
+    from picogpt.evaluation.scores import Scores, cut_rolls
     from picogpt.evaluation.texts import TrainedRun, find_eval_text, find_ngram_text
-    from picogpt.scores import Scores, cut_rolls
 
     engine = _load_engine(path, arguments.threads, arguments.dtype)
     trained, console = TrainedRun.of_model(path), Console(notice, DownloadBar)
@@ -160,7 +160,7 @@ def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig) -> Rep
 
 def _load_engine(path: Path, threads: int | None, dtype: EngineDType) -> Engine:
     """The model, ready to score; says what computes it."""
-    from picogpt.engine import Engine
+    from picogpt.inference import Engine
 
     chosen = choose_threads(threads)
     engine = Engine.load(path, threads=chosen.count, dtype=dtype, notify=notice)
@@ -170,7 +170,7 @@ def _load_engine(path: Path, threads: int | None, dtype: EngineDType) -> Engine:
 
 def _read(engine: Engine, rolls: Rolls) -> dict[str, Losses]:
     """The loss of every character under each condition, with progress."""
-    from picogpt.evaluate import chars_to_read, evaluate
+    from picogpt.evaluation.evaluate import chars_to_read, evaluate
 
     with _Progress(chars_to_read(rolls, engine.config.context_len)) as advance:
         return evaluate(engine, rolls, advance=advance)
@@ -178,7 +178,7 @@ def _read(engine: Engine, rolls: Rolls) -> dict[str, Losses]:
 
 def _read_as_is(engine: Engine, rolls: Rolls) -> Losses:
     """The loss of every character with the context vectors as they are, with progress."""
-    from picogpt.evaluate import evaluate_as_is
+    from picogpt.evaluation.evaluate import evaluate_as_is
 
     with _Progress(rolls.n_chars) as advance:
         return evaluate_as_is(engine, rolls, advance=advance)
@@ -186,7 +186,7 @@ def _read_as_is(engine: Engine, rolls: Rolls) -> Losses:
 
 def _count_ngram(text: tuple[str, Ids] | str, rolls: Rolls) -> tuple[str, Losses | None]:
     """What the n-gram was counted on and its losses (R, T), or why there is none, of the name and ids of a text."""
-    from picogpt.baselines import NGRAM_CHARS, NGram
+    from picogpt.evaluation.baselines import NGRAM_CHARS, NGram
 
     if isinstance(text, str):
         return f"no n-gram: {text}", None

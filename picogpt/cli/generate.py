@@ -21,7 +21,7 @@ from picogpt.errors import ConfigError, DataError
 from picogpt.signals import StopRequest
 
 if TYPE_CHECKING:
-    from picogpt.engine import Engine
+    from picogpt.inference import Engine
 
 __all__ = ["build_parser", "main"]
 
@@ -127,9 +127,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     for name, given in (("json", arguments.json), ("num_samples", make.num_samples > 1)):
         if at_terminal and given:
             raise ConfigError(f"{name} needs a prompt: give one with -p, -f or through a pipe", name)
-    from picogpt.engine import Engine
-    from picogpt.find import find_model
-    from picogpt.run import load_text_config
+    from picogpt.inference import Engine
+    from picogpt.runs.find import find_model
+    from picogpt.runs.folder import load_text_config
 
     if sys.stdout is None:
         raise DataError("standard output is closed; there is nowhere to write to")
@@ -227,7 +227,7 @@ class _Writer:
     chat: bool
 
     def __post_init__(self) -> None:
-        from picogpt.generate import never_drawn
+        from picogpt.inference.generate import never_drawn
         from picogpt.tokenizer import SPECIAL_IDS, UNKNOWN_ID, CharTokenizer, TextEncoder
 
         self.tokenizer = CharTokenizer()
@@ -280,7 +280,7 @@ class _Writer:
         """New ids of `count` texts after `ids` as they become certain, and which texts have come to a stop."""
         import numpy as np
 
-        from picogpt.generate import RollingDecoder, Sampler, StopWatcher, generate
+        from picogpt.inference.generate import RollingDecoder, Sampler, StopWatcher, generate
         from picogpt.rng import sample_generator
 
         decoder = RollingDecoder(self.engine, self.hop)
@@ -310,7 +310,7 @@ class _Writer:
 
             self._conversation += [SPECIAL_IDS["<Q>"], *ids, SPECIAL_IDS["</Q>"], *newline, SPECIAL_IDS["<A>"]]
             ids = self._conversation
-        from picogpt.generate import ROLL_WINDOWS
+        from picogpt.inference.generate import ROLL_WINDOWS
 
         longest = ROLL_WINDOWS * self.engine.config.context_len
         if len(ids) > longest:

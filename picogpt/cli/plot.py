@@ -45,8 +45,8 @@ def _plot(arguments: argparse.Namespace) -> int:
     check_picture(arguments.output)
     x = check_x_axis(arguments.x)
     from picogpt.files import atomic_write
-    from picogpt.find import find_log
-    from picogpt.run import read_log
+    from picogpt.runs.find import find_log
+    from picogpt.runs.folder import read_log
 
     paths = {run: find_log(run, arguments.logs_dir) for run in arguments.runs}
     logs = {run: read_log(path) for run, path in paths.items()}

@@ -10,9 +10,9 @@ from picogpt.cli.bar import ProgressBar
 from picogpt.cli.common import notice
 from picogpt.cli.screen import above_bar
 from picogpt.config import Schedule
-from picogpt.run import LossLog
-from picogpt.train import StepReport, Trainer
+from picogpt.runs.folder import LossLog
 from picogpt.training.forecast import TIMED_STEPS
+from picogpt.training.trainer import StepReport, Trainer
 from picogpt.wording import format_passes, format_seconds, plural
 
 __all__ = ["TimingDisplay", "TrainingDisplay", "divergence"]
@@ -27,7 +27,7 @@ _SMOOTHING = 0.9
 
 
 class TrainingDisplay:
-    """Watches a run (`picogpt.train.Observer`): progress on stderr, results on stdout.
+    """Watches a run (`picogpt.training.trainer.Observer`): progress on stderr, results on stdout.
 
     Args:
         trainer: what is watched, for where it starts from.

@@ -20,7 +20,7 @@ from picogpt.threads import spin_briefly
 from picogpt.uptime import process_seconds
 
 if TYPE_CHECKING:
-    from picogpt.ranks import Ranks
+    from picogpt.training.distributed import Ranks
     from picogpt.training.request import TrainRequest
 
 __all__ = ["build_parser", "command", "main"]
@@ -164,7 +164,7 @@ def _train(arguments: argparse.Namespace, *, began: float) -> int:
 
         import_run(request, dry_run=arguments.dry_run, notify=notice)
         return 0
-    from picogpt.ranks import Ranks
+    from picogpt.training.distributed import Ranks
 
     if "RANK" not in os.environ:
         _lead(request, Ranks(), began, dry_run=arguments.dry_run)
@@ -195,7 +195,7 @@ def _lead(request: TrainRequest, ranks: Ranks, began: float, *, dry_run: bool) -
 
 def _follow(request: TrainRequest, ranks: Ranks) -> int:
     """Train as a worker; rank 0 is told of a signal."""
-    from picogpt.follow import follow
+    from picogpt.training.worker import follow
 
     ranks.connect()
     stop = StopRequest()

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from picogpt.baselines import NGRAM_ORDER
-from picogpt.scores import CONDITIONS, Estimate, Scores, position_bins
+from picogpt.evaluation.baselines import NGRAM_ORDER
+from picogpt.evaluation.scores import CONDITIONS, Estimate, Scores, position_bins
 
 __all__ = ["Report"]
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from picogpt.baselines import NGRAM_CHARS
 from picogpt.config import RunSettings, TextConfig, TextRequest, check_text_column
 from picogpt.data import (
     DATASETS,
@@ -26,8 +25,9 @@ from picogpt.data.articles import Ids, join_articles
 from picogpt.data.corpora import DATASET_FOLDER
 from picogpt.data.resolve import Console, stored_shards
 from picogpt.errors import ConfigError, DataError, RunError
-from picogpt.run import RunFolder, load_text_config
-from picogpt.scores import cut_stretches
+from picogpt.evaluation.baselines import NGRAM_CHARS
+from picogpt.evaluation.scores import cut_stretches
+from picogpt.runs.folder import RunFolder, load_text_config
 from picogpt.wording import Notify, plural
 
 __all__ = ["EvalText", "TrainedRun", "find_eval_text", "find_ngram_text", "validation_articles"]

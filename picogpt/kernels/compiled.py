@@ -53,7 +53,7 @@ __all__ = [
 Addresses = ctypes.Array[c_void_p]
 _S = TypeVar("_S", bound=ctypes.Structure)
 
-_SOURCE = Path(__file__).with_name("block.c")
+_SOURCE = Path(__file__).parent / "csrc" / "block.c"
 _FLAGS = "-std=gnu11 -O3 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -freciprocal-math"
 """Sums may be taken in another order, for vector instructions; what is not a number stays so, unlike with -ffast-math."""
 INSTRUCTIONS = {"AVX512": "-march=native -mprefer-vector-width=512", "AVX2": "-mavx2 -mfma"}
@@ -175,7 +175,7 @@ class Kernels:
         return (rows, columns) in ((width, width), (width, 4 * width), (4 * width, width))
 
     def update_matrices(self, matrices: Sequence[Mapping[str, Tensor]], step: MuonStep) -> None:
-        """Take a step of `picogpt.optim.Muon` with matrices of one shape, with products in `dtype`.
+        """Take a step of `picogpt.training.optim.Muon` with matrices of one shape, with products in `dtype`.
 
         Args:
             matrices: weights, gradient, momentum and mean_square of each, by name, contiguous and float32.

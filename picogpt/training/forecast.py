@@ -12,10 +12,10 @@ from pathlib import Path
 from picogpt.config import GPTConfig, Pace, Schedule, TrainConfig
 from picogpt.data import RepeatedSource
 from picogpt.files import TEMPORARY_SUFFIX
-from picogpt.memory import peak_memory
 from picogpt.plot import draw_losses
-from picogpt.run import LossLog, RunFolder
-from picogpt.train import Observer, StepReport, Trainer, seconds_of
+from picogpt.runs.folder import LossLog, RunFolder
+from picogpt.training.memory import peak_memory
+from picogpt.training.trainer import Observer, StepReport, Trainer, seconds_of
 from picogpt.wording import Notify, format_bytes, format_passes, format_seconds
 
 __all__ = [

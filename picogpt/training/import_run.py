@@ -7,10 +7,10 @@ import math
 from picogpt.config import GPTConfig
 from picogpt.errors import ConfigError, RunError
 from picogpt.files import atomic_write
-from picogpt.model import GPT
-from picogpt.original import read_original
+from picogpt.model.gpt import GPT
 from picogpt.plot import draw_losses
-from picogpt.run import LossLog, RunFolder
+from picogpt.runs.folder import LossLog, RunFolder
+from picogpt.runs.import_original import read_original
 from picogpt.training.request import TrainRequest
 from picogpt.wording import Notify, plural
 

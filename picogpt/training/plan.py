@@ -15,10 +15,10 @@ from picogpt.config import Budget, DataConfig, GPTConfig, RunSettings, TrainConf
 from picogpt.data import Source
 from picogpt.data.resolve import Console, FoundText, find_text
 from picogpt.errors import ConfigError, RunError, TrainingError
-from picogpt.find import find_model, resumable_runs
-from picogpt.original import read_original
-from picogpt.ranks import Ranks
-from picogpt.run import LossLog, RunFolder, load_model
+from picogpt.runs.find import find_model, resumable_runs
+from picogpt.runs.folder import LossLog, RunFolder, load_model
+from picogpt.runs.import_original import read_original
+from picogpt.training.distributed import Ranks
 from picogpt.training.request import TrainRequest
 from picogpt.wording import Notify
 

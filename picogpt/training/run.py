@@ -17,15 +17,15 @@ from picogpt.config import MAX_SUITABLE_PASSES, Pace, RunSettings, Schedule
 from picogpt.data import Source, download_bytes
 from picogpt.errors import Interrupted, RunError
 from picogpt.files import existing_folder
-from picogpt.pacing import Pacer
-from picogpt.run import LossLog
+from picogpt.runs.folder import LossLog
 from picogpt.signals import StopRequest
-from picogpt.train import Observer, Trainer, build_trainer
 from picogpt.training.disk import DiskNeed, check_disk
 from picogpt.training.forecast import EpochEnd, Forecaster, ForecastingObserver, rehearse, time_epoch_end
 from picogpt.training.import_run import describe_losses
+from picogpt.training.pacing import Pacer
 from picogpt.training.plan import Plan
 from picogpt.training.sample import sample_text
+from picogpt.training.trainer import Observer, Trainer, build_trainer
 from picogpt.wording import Notify, format_passes, plural
 
 __all__ = ["Display", "TrainingRun"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from picogpt.config import GenerateConfig, SampleConfig
-from picogpt.engine import Engine, find_backend
 from picogpt.errors import PicoGPTError
-from picogpt.generate import RollingDecoder, Sampler, StopWatcher, generate, never_drawn
+from picogpt.inference import Engine, find_backend
+from picogpt.inference.generate import RollingDecoder, Sampler, StopWatcher, generate, never_drawn
 from picogpt.rng import sample_generator
 from picogpt.tokenizer import CharTokenizer
-from picogpt.train import Trainer
+from picogpt.training.trainer import Trainer
 from picogpt.wording import Notify
 
 __all__ = ["sample_text"]

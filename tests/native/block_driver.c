@@ -1,7 +1,7 @@
 /* Runs the training kernels on odd shapes under sanitizers: every buffer has exactly the size that it
    needs, so one entry too many is an error that AddressSanitizer reports.
 
-   tests/test_native.py compiles this with block.c for one shape of model. All memory begins as NaN, so
+   tests/kernels/test_native.py compiles this with block.c for one shape of model. All memory begins as NaN, so
    that reading what was never written shows in the results, which must be finite. Saved, recomputed and
    deferred activations must give bit-identical gradients. */
 

@@ -3,7 +3,7 @@
 
    Every buffer has exactly the size that it needs. The workspace begins as NaN, so that reading what was
    never written shows in the results: they must be finite, and bit-identical for any number of threads.
-   tests/test_decode.py compiles and runs this. */
+   tests/inference/test_decode.py compiles and runs this. */
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from picogpt.run import RunFolder
+from picogpt.runs.folder import RunFolder
 
 with RunFolder(Path(sys.argv[1])).lock():
     print("held", flush=True)

@@ -4,7 +4,7 @@ import sys
 
 from picogpt.cli.train import main
 from picogpt.data import Stop
-from picogpt.train import Trainer
+from picogpt.training.trainer import Trainer
 
 update = Trainer.update
 

@@ -5,7 +5,7 @@ import sys
 import time
 
 from picogpt.cli.train import main
-from picogpt.run import Checkpoint, RunFolder
+from picogpt.runs.folder import Checkpoint, RunFolder
 
 save = RunFolder.save_checkpoint
 saves = itertools.count()

@@ -1,0 +1,367 @@
+"""The training loop. Knows the model from outside only; progress, pictures and signals hook in through `Observer` and `stop`.
+
+A run is a pure function of its settings on one machine and thread count: the weights start from the seed, batch k
+depends on k alone, and dropout draws from a seed made of the run's, the step's and the rank's. So there is no generator to save.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from picogpt.backend import Backend
+from picogpt.config import GPTConfig, Schedule, TrainConfig
+from picogpt.data import Source, Stop, WaitInterrupted
+from picogpt.device import CPU
+from picogpt.errors import DataError, TrainingError
+from picogpt.files import atomic_write
+from picogpt.kernels.compiled import Kernels
+from picogpt.runs.folder import Checkpoint, LossLog, RunFolder, Tensors, pack, unpack
+from picogpt.training.distributed import ALONE, Kind, Ranks
+from picogpt.training.optim import rate_of, share_of_peak
+from picogpt.training.pacing import Pacer
+from picogpt.training.state import Replica, pack_step, under
+from picogpt.wording import Notify, say_nothing
+
+__all__ = ["Observer", "StepReport", "Trainer", "build_trainer", "seconds_of"]
+
+SAVE_INTERVAL = 300.0
+"""Seconds of training after which a checkpoint is written in the middle of an epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one optimizer step came to."""
+
+    step: int
+    """Steps taken so far, this one included."""
+    loss: float
+    """Mean loss of the step's batch in nats per character, before the update."""
+    chars: int
+    """Characters of the step's batch."""
+
+
+class Observer(Protocol):
+    """Who watches a run: told of every step, and of every epoch after it has been saved."""
+
+    def on_step(self, report: StepReport) -> None:
+        """One step was taken."""
+
+    def on_epoch(self, trainer: Trainer) -> None:
+        """An epoch has ended; `trainer.log` has its entry."""
+
+
+class Trainer(Replica):
+    """The replica that leads: with its data, its log and its folder. The ranks beside it follow (`picogpt.training.worker`).
+
+    Args:
+        model_config: shape of the model.
+        config: how it is trained.
+        source: where its batches come from.
+        dtype: type of the matrix products; bfloat16 is used through autocast, weights and sums stay float32.
+        device: where it computes.
+        ranks: those that train with it.
+        kernels: what computes the blocks, instead of torch's functions.
+    """
+
+    def __init__(
+        self,
+        model_config: GPTConfig,
+        config: TrainConfig,
+        source: Source,
+        dtype: torch.dtype,
+        *,
+        device: torch.device = CPU,
+        ranks: Ranks = ALONE,
+        kernels: Kernels | None = None,
+    ) -> None:
+        super().__init__(model_config, config, dtype, device=device, ranks=ranks, kernels=kernels)
+        self.source = source
+        self.log = LossLog()
+        self.seconds = 0.0
+        """Seconds spent training, validation included, over all starts of the run."""
+        self.schedule: Schedule | None = None
+        """The run's length, as planned now."""
+        self.pacer: Pacer | None = None
+        """Changes the plan as the run goes, where it is to end by the clock."""
+        self.stored_plan: dict[str, Any] | None = None
+        """Plan and measurements of such a run when it was saved."""
+        self._steps_before, self._chars_before = 0, 0
+        self._epoch_loss, self._epoch_steps = 0.0, 0
+        self._others: list[Tensors] = []  # what ranks 1, 2, ... are to begin with, where that is not what this one has
+
+    @property
+    def chars_per_step(self) -> int:
+        """Characters in a batch."""
+        return self.config.batch_size * self.config.windows * self.model.config.context_len
+
+    @property
+    def epoch_is_open(self) -> bool:
+        """Whether steps have been taken that are in no epoch of the log yet."""
+        return self._epoch_steps > 0
+
+    def fit(self, run: RunFolder, schedule: Schedule, observer: Observer, stop: Stop, *, notify: Notify = say_nothing) -> bool:
+        """Train to the end of `schedule`, saving into `run` after every epoch, every few minutes and when stopped.
+
+        Args:
+            run: the run's folder, made and locked.
+            schedule: how many steps, and how they divide into epochs; a `pacer` changes that as the run goes.
+            observer: told what happens.
+            stop: asked after every step and validation batch; once it says True, the run is saved and the loop ends.
+            notify: given a line where the log or its picture cannot be written, which does not end the run.
+
+        Returns:
+            Whether the schedule was finished.
+
+        Raises:
+            TrainingError: loss or gradient are not finite; the state before that step is saved.
+            DataError: the data have ended for good; likewise.
+            RanksError: another rank is gone; the checkpoint before stands.
+            OSError: something cannot be saved.
+        """
+        self.schedule, pacer = schedule, self.pacer
+        stop = self.ranks.attending(pacer.listening(stop) if pacer else stop)
+        start, before = time.perf_counter(), self.seconds
+        saved_at = start
+        while self.step < self.schedule.total_steps or self.epoch_is_open:
+            if self.epoch_is_open and self.schedule.ends_epoch(self.step):
+                finished = self._finish_epoch(run, self.schedule.val_steps, stop)
+                saved_at = time.perf_counter()
+                if finished:
+                    self._write_log(run, notify)
+                    self._show_epoch(run, self.schedule, observer)
+            else:
+                report = self._train_step(run, rate_of(self.step, self.schedule, self.config), stop)
+                if report is None:
+                    return False
+                observer.on_step(report)
+                if pacer:
+                    self.schedule = pacer.step_taken(self.schedule, self.step)
+            self.seconds = before + time.perf_counter() - start
+            if stop():
+                self.save(run)
+                return False
+            if time.perf_counter() - saved_at > SAVE_INTERVAL:
+                self.save(run)
+                saved_at = time.perf_counter()
+        return True
+
+    def _train_step(self, run: RunFolder, rate: float, stop: Stop) -> StepReport | None:
+        """One step, or None if a stop came while it waited for its data; what ends the run is raised after saving."""
+        try:
+            loss = self.update(rate, stop)
+        except WaitInterrupted:
+            self.save(run)
+            return None
+        except (TrainingError, DataError):
+            if self._is_finite():
+                self.save(run)
+            raise
+        self._epoch_loss += loss
+        self._epoch_steps += 1
+        return StepReport(step=self.step, loss=loss, chars=self.chars_per_step)
+
+    def update(self, rate: float, stop: Stop = lambda: False) -> float:
+        """Take one optimizer step; return the batch's mean loss in nats per character.
+
+        Args:
+            rate: learning rate, from 0 to the config's `lr`, the highest one; other groups of parameters, which have highest
+                rates of their own, take the same share of these. It is no share itself.
+            stop: asked while the data are waited for.
+
+        Raises:
+            ConfigError: `rate` is out of its range.
+            TrainingError: loss or gradient are not finite; the weights are as they were.
+            DataError: there are no more data; the weights are as they were.
+            WaitInterrupted: `stop` said so while the data were waited for; likewise.
+            RanksError: another rank is gone; likewise.
+        """
+        share_of_peak(rate, self.config)  # before any rank is told of the step
+        if not self.is_together:
+            self._bring_together()
+        batch = self.source.train_batch(self.step, stop)
+        self.ranks.lead(Kind.STEP, pack_step(batch, rate))
+        loss = self.take_step(batch, rate)
+        self.log.iter_num = self._steps_before + self.step
+        return loss
+
+    def take_outer_step(self) -> None:
+        """Have all ranks take an outer step, before its time."""
+        self.ranks.lead(Kind.SYNCHRONIZE)
+        self.synchronize()
+
+    def _bring_together(self) -> None:
+        """Have the other ranks make the same replica."""
+        own, common = self.own_tensors(), self.common_tensors()
+        others = self._others or [own] * (self.ranks.count - 1)
+        self.ranks.lead(Kind.BEGIN)
+        for rank, tensors in enumerate(others, start=1):
+            self.ranks.send(pack(self.plan({**common, **tensors})), rank)
+        self._others = []
+        self.come_together()
+
+    @torch.no_grad()
+    def validate(self, val_steps: int, stop: Stop = lambda: False) -> float | None:
+        """Mean loss over at most `val_steps` validation batches in nats per character; None if stopped on the way."""
+        self.model.eval()
+        total, count = 0.0, 0
+        for batch in self.source.val_batches(val_steps):
+            if stop():
+                return None
+            total += self.loss(batch).item() * batch.targets.size
+            count += batch.targets.size
+        return total / count
+
+    def _finish_epoch(self, run: RunFolder, val_steps: int, stop: Stop) -> bool:
+        """Validate, enter the epoch into the log and save; False if stopped before that."""
+        if self.local_steps:
+            self.take_outer_step()
+        if not run.has_checkpoint():
+            self.save(run)  # before there is a model, which alone would be taken for a run that cannot be gone on with
+        val_loss = self.validate(val_steps, stop)
+        if val_loss is None:
+            return False
+        log = self.log
+        log.train.append(self._epoch_loss / self._epoch_steps)
+        log.val.append(val_loss)
+        log.chars.append(self._chars_before + self.step * self.chars_per_step)
+        log.seconds.append(self.seconds)
+        self._epoch_loss, self._epoch_steps = 0.0, 0
+        if log.best_loss is None or val_loss < log.best_loss:
+            log.best_loss = val_loss
+            if self._is_finite():
+                run.save_model(self.model.arrays(), self.model.config, self.source.text)
+        if self.pacer is not None and self.schedule is not None:
+            self.schedule = self.pacer.epoch_validated(self.schedule, self.step)
+        self.save(run)
+        return True
+
+    def _write_log(self, run: RunFolder, notify: Notify) -> None:
+        """Write `log.pkl` and `log.jpg`. A failure costs no training: the checkpoint has the log too."""
+        from picogpt.plot import draw_losses  # loads matplotlib, which a run of no whole epoch does not need
+
+        try:
+            run.write_log(self.log)
+            atomic_write(run.plot_path, draw_losses({run.name: self.log}))
+        except OSError as error:
+            where = error.filename2 or error.filename or run.path  # of a rename the target, not the temporary file
+            notify(f"warning: {where}: log or picture not written ({error.strerror or error}); training goes on")
+
+    def _show_epoch(self, run: RunFolder, schedule: Schedule, observer: Observer) -> None:
+        """Tell the observer of an epoch, and have the plan fitted to the time that took."""
+        observer.on_epoch(self)
+        if self.pacer is None:
+            return
+        self.schedule = self.pacer.epoch_over(schedule, self.step)
+        if schedule.total_steps > self.step >= self.schedule.total_steps:
+            self.save(run)  # the time is up, which was not known when the epoch was saved
+
+    def save(self, run: RunFolder) -> None:
+        """Write a checkpoint of everything that is needed to go on.
+
+        Raises:
+            TrainingError: a weight is not finite; nothing is written.
+            OSError: the disk is full, read-only or broken; the checkpoints on it are as they were.
+        """
+        if not self._is_finite():
+            raise TrainingError(
+                f"step {self.step}: a weight is no longer finite, nothing is saved; the checkpoint before it stands: "
+                "start again with a smaller --lr and --fresh, or --dtype float32"
+            )
+        others = self._collect()
+        tensors = {**self.own_tensors(), **self.common_tensors()}
+        for rank, held in enumerate(others, start=1):
+            tensors |= {f"rank{rank}.{name}": array for name, array in held.items()}
+        arrays, data = self.source.snapshot()
+        tensors |= {f"data.{name}": array for name, array in arrays.items()}
+        state: dict[str, Any] = {
+            "step": self.step,
+            "local_steps": self.local_steps,
+            "ranks": 1 + len(others),
+            "steps_before": self._steps_before,
+            "chars_before": self._chars_before,
+            "data": data,
+            "epoch_loss": self._epoch_loss,
+            "epoch_steps": self._epoch_steps,
+            "seconds": self.seconds,
+            "log": self.log.to_dict(),
+        }
+        if self.pacer is not None and self.schedule is not None:
+            state["plan"] = {"schedule": asdict(self.schedule), "pacer": self.pacer.state()}
+        run.save_checkpoint(Checkpoint(tensors=tensors, state=state))
+
+    def _collect(self) -> list[Tensors]:
+        """What ranks 1, 2, ... have that this one has not: they train by themselves between two outer steps."""
+        if self.outer is None or not self.is_together:
+            return self._others
+        self.ranks.lead(Kind.COLLECT)
+        return [unpack(self.ranks.receive(rank)).tensors for rank in range(1, self.ranks.count)]
+
+    def _is_finite(self) -> bool:
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+
+    def begin_from(self, weights: Tensors, log: LossLog | None = None) -> None:
+        """Begin with the weights, and the log if given, of another run; the optimizer begins anew.
+
+        Raises:
+            RunError: the weights are of another shape of model; nothing is changed.
+        """
+        self.load_weights(weights)
+        if log is not None:
+            self.log = log
+            self._steps_before, self._chars_before = log.iter_num, log.chars[-1] if log.chars else 0
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Put everything back to where `checkpoint` was saved.
+
+        Raises:
+            RunError: the checkpoint was made by another shape of model; nothing is changed.
+        """
+        tensors, state = checkpoint.tensors, checkpoint.state
+        self.load_tensors(tensors)
+        self.step, self.local_steps = int(state["step"]), int(state.get("local_steps", 0))
+        if self.outer is not None:
+            self._others = self._spread([self.own_tensors(), *_of_ranks(tensors, int(state["ranks"]))])
+        self.source.restore(under("data.", tensors), state["data"])
+        self.log = LossLog.from_dict(state["log"])
+        self._steps_before, self._chars_before = int(state["steps_before"]), int(state["chars_before"])
+        self._epoch_loss, self._epoch_steps = float(state["epoch_loss"]), int(state["epoch_steps"])
+        self.seconds, self.stored_plan = float(state["seconds"]), state.get("plan")
+
+    def _spread(self, saved: list[Tensors]) -> list[Tensors]:
+        """What ranks 1, 2, ... begin with, given what each rank had that was saved.
+
+        Where there were more or fewer of them, an outer step brings their weights together before its time, so that no step
+        of any rank is lost; the inner optimizers are taken in turn.
+        """
+        if len(saved) == self.ranks.count:
+            return saved[1:]
+        if self.local_steps:
+            names = [f"model.{name}" for name in self.model.arrays()]
+            self.step_outer([self.on_device(np.mean([held[name] for held in saved], axis=0)) for name in names])
+        weights = {f"model.{name}": array for name, array in self.model.arrays().items()}
+        return [{**saved[rank % len(saved)], **weights} for rank in range(1, self.ranks.count)]
+
+
+def _of_ranks(tensors: Tensors, count: int) -> list[Tensors]:
+    """What a checkpoint holds of ranks 1, 2, ... of `count`."""
+    return [under(f"rank{rank}.", tensors) for rank in range(1, count)]
+
+
+def build_trainer(model: GPTConfig, config: TrainConfig, source: Source, backend: Backend, ranks: Ranks = ALONE) -> Trainer:
+    """A trainer that computes with `backend`."""
+    trainer = Trainer(model, config, source, backend.dtype, device=backend.device, ranks=ranks, kernels=backend.kernels)
+    trainer.apply(backend)
+    return trainer
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """How long `call` takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
