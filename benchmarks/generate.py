@@ -21,7 +21,8 @@ import torch
 
 from benchmarks.common import ROOT, in_turns, load_source, machine, process
 from benchmarks.train import PROFILES
-from picogpt.config import ENGINE_DTYPES, EngineDType, GenerateConfig, GPTConfig, SampleConfig
+from picogpt.checks import ENGINE_DTYPES
+from picogpt.config import EngineDType, GenerateConfig, GPTConfig, SampleConfig
 from picogpt.inference import Engine
 from picogpt.inference.generate import OneByOne, Reader, RollingDecoder, Sampler, StopWatcher, generate, never_drawn
 from picogpt.inference.reference import ReferenceModel

@@ -38,7 +38,7 @@ from picogpt.data import (
 from picogpt.data.batches import even_rolls
 from picogpt.device import set_threads
 from picogpt.kernels.compiled import kernels_name
-from picogpt.training.optim import learning_rate
+from picogpt.schedule import learning_rate
 from picogpt.training.trainer import Trainer
 
 __all__ = ["Course", "add_arguments", "follow", "learning"]

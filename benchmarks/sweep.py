@@ -27,8 +27,8 @@ from benchmarks.learn import open_source, roll_len
 from picogpt.config import TrainConfig
 from picogpt.data import Batch
 from picogpt.device import set_threads
+from picogpt.schedule import learning_rate
 from picogpt.threads import spin_briefly
-from picogpt.training.optim import learning_rate
 from picogpt.training.trainer import Trainer
 
 __all__ = ["Outcome", "add_arguments", "paired", "parse_arm", "sweep"]

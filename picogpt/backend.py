@@ -25,15 +25,15 @@ class BackendChoice(NamedTuple):
     """A backend by the names of its parts; the defaults leave all of them to the machine."""
 
     device: str = "auto"
-    """One of `picogpt.config.DEVICES`."""
+    """One of `picogpt.checks.DEVICES`."""
     dtype: str = "auto"
-    """One of `picogpt.config.DTYPES`."""
+    """One of `picogpt.checks.DTYPES`."""
     kernels: str = "auto"
-    """One of `picogpt.config.KERNELS`."""
+    """One of `picogpt.checks.KERNELS`."""
     kernels_asked: bool = True
     """Whether the kernels were asked for by name: otherwise torch takes the place of native ones that do not fit the rest."""
     attention: str | None = None
-    """One of `picogpt.config.ATTENTIONS`, where torch computes the blocks; None takes the faster one."""
+    """One of `picogpt.checks.ATTENTIONS`, where torch computes the blocks; None takes the faster one."""
     threads: int | None = None
     """None: one a core, as far as the environment allows."""
     compile: bool = False
@@ -57,7 +57,7 @@ class Backend:
     """The native kernels; None where torch computes the blocks."""
     kernels_reason: str
     attention: str | None
-    """Form of torch's attention, one of `picogpt.config.ATTENTIONS`; None with native kernels."""
+    """Form of torch's attention, one of `picogpt.checks.ATTENTIONS`; None with native kernels."""
     attention_reason: str
     compile: bool
     gradient_checkpointing: bool

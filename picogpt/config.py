@@ -5,223 +5,34 @@ Every default of the project stands here once. A value out of range is refused w
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from picogpt.errors import ConfigError
+from picogpt.checks import require, require_between, require_whole
 
 __all__ = [
-    "ENGINE_DTYPES",
     "RECIPES",
-    "RECIPE_BUDGETS",
-    "SUITABLE_RULE",
-    "X_AXES",
-    "Budget",
     "DataConfig",
     "Decay",
     "EngineDType",
     "EvalConfig",
     "GPTConfig",
     "GenerateConfig",
-    "Pace",
-    "RunSettings",
     "SampleConfig",
-    "Schedule",
     "TextConfig",
     "TextRequest",
     "TrainConfig",
-    "check_device",
-    "check_dtype",
-    "check_kernels",
-    "check_run_name",
-    "check_text_column",
-    "check_threads",
-    "check_x_axis",
-    "parse_count",
-    "parse_new_tokens",
-    "suitable_chars",
 ]
 
 Decay = Literal["linear", "cosine"]
 OptimizerName = Literal["muon", "adamw"]
 EngineDType = Literal["auto", "float32", "bfloat16", "int8"]
 
-DTYPES = ("auto", "float32", "bfloat16")
-"""Types of the matrix products; auto is the faster one on this machine."""
-ENGINE_DTYPES = ("auto", "float32", "bfloat16", "int8")
-"""Types of the weights that text is generated with; auto is bfloat16, in which the bundled models are stored."""
-DEVICES = ("auto", "cpu", "cuda", "mps")
-"""Where training computes; auto is a CUDA GPU if there is one, else the CPU."""
-KERNELS = ("auto", "c", "torch")
-"""What computes the blocks on a CPU: functions in C that are compiled for the model, or torch's; auto is C where that works."""
-X_AXES: Mapping[str, str] = MappingProxyType(
-    {"epochs": "epoch", "characters": "characters trained on (millions)", "seconds": "seconds of training"}
-)
-"""What the x axis of a loss curve can count, and its label."""
-ATTENTIONS = ("fused", "products")
-"""Forms of attention where torch computes the blocks: its fused function, or batched products of matrices."""
-MAX_THREADS = 1024
 MAX_MUON_INTERVAL = 100
 MAX_LR, MAX_MUON_LR = 0.1, 1.0
 """Thirty and fifty times the defaults: what is above them is a slip, a share of the rate for instance, and no rate."""
-
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-MIN_STEPS_PER_EPOCH = 4
-"""A run on a budget has no shorter epochs, or validation would take more than a tenth of its time."""
-VAL_SHARE = 0.2
-"""Validation batches for each step, where their number is not given."""
-EPOCHS_OF_A_BUDGET = 20
-"""A run on a budget is cut into about as many, so that a curve, a sample and a checkpoint come early."""
-SHARE_OF_EPOCH_ENDS = 0.25
-"""Most of a run on a budget of minutes that the ends of its epochs take; a short run has fewer of them for that."""
-
-SUITABLE_PASSES = 4
-MIN_SUITABLE_CHARS = 1_000_000
-MAX_SUITABLE_PASSES = 20
-MAX_SUITABLE_CHARS = 20_000_000
-SUITABLE_RULE = (
-    f"without a length {SUITABLE_PASSES} passes over the text, at least {MIN_SUITABLE_CHARS:,} characters but no more than "
-    f"{MAX_SUITABLE_PASSES} passes, and at most {MAX_SUITABLE_CHARS:,} characters, as many as of a stream"
-)
-"""See `suitable_chars`."""
-
-
-def _require(ok: bool, name: str, allowed: str, value: object) -> None:
-    if not ok:
-        raise ConfigError(f"{name} must be {allowed}, got {value!r}", name)
-
-
-def _require_whole(name: str, value: object, minimum: int) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-    _require(ok, name, f"a whole number of at least {minimum}", value)
-
-
-def _require_between(name: str, value: float, low: float, high: float, allowed: str) -> None:
-    _require(math.isfinite(value) and low <= value <= high, name, allowed, value)
-
-
-def check_run_name(name: str) -> str:
-    """Return `name` if it can be a run's name.
-
-    Raises:
-        ConfigError: it could be mistaken for a path or a flag.
-    """
-    _require(bool(_RUN_NAME.fullmatch(name)), "run", "1 to 64 letters, digits, '.', '_' or '-', a letter or digit first", name)
-    return name
-
-
-def check_dtype(name: str | None) -> str | None:
-    """Return `name` if it is one of `DTYPES` or None.
-
-    Raises:
-        ConfigError: there is no such type.
-    """
-    _require(name is None or name in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", name)
-    return name
-
-
-def check_device(name: str | None) -> str | None:
-    """Return `name` if it is one of `DEVICES` or None.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    _require(name is None or name in DEVICES, "device", f"one of {', '.join(DEVICES)}", name)
-    return name
-
-
-def check_x_axis(name: str | None) -> str | None:
-    """Return `name` if it is one of `X_AXES` or None.
-
-    Raises:
-        ConfigError: the x axis cannot count that.
-    """
-    _require(name is None or name in X_AXES, "x", f"one of {', '.join(X_AXES)}", name)
-    return name
-
-
-def check_kernels(name: str | None) -> str | None:
-    """Return `name` if it is one of `KERNELS` or None.
-
-    Raises:
-        ConfigError: there are no such functions.
-    """
-    _require(name is None or name in KERNELS, "kernels", f"one of {', '.join(KERNELS)}", name)
-    return name
-
-
-def check_attention(name: str | None) -> str | None:
-    """Return `name` if it is one of `ATTENTIONS` or None.
-
-    Raises:
-        ConfigError: there is no such form.
-    """
-    _require(name is None or name in ATTENTIONS, "attention", f"one of {', '.join(ATTENTIONS)}", name)
-    return name
-
-
-def check_text_column(name: str | None, *, streamed: bool) -> str | None:
-    """Return `name`, the column of a data set that holds its text, or None.
-
-    Raises:
-        ConfigError: there is a name and the text, not `streamed`, has no columns.
-    """
-    if name is not None and not streamed:
-        raise ConfigError("text_column is for a streamed data set; name one with --dataset, or leave it out", "text_column")
-    return name
-
-
-def check_threads(count: int | None) -> int | None:
-    """Return `count` if it is a number of threads or None.
-
-    Raises:
-        ConfigError: it is out of range.
-    """
-    _require(count is None or 1 <= count <= MAX_THREADS, "threads", f"from 1 to {MAX_THREADS}", count)
-    return count
-
-
-_COUNT = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(\.\d+)?(?:e\+?(\d{1,2}))?([kmg]?)", re.ASCII | re.IGNORECASE)
-_SCALES: Mapping[str, int] = MappingProxyType({"": 0, "k": 3, "m": 6, "g": 9})
-"""Letters after a number, and the powers of ten that they stand for."""
-
-
-def parse_count(text: str) -> int:
-    """A whole number, written as `2000000`, `2,000,000`, `2_000_000`, `2e6`, `2M` or `0.002G`.
-
-    Raises:
-        ConfigError: it is no number of this form, or not a whole one.
-    """
-    match = _COUNT.fullmatch(text)
-    if match is None:
-        raise ConfigError(f"{text!r} is not a whole number; write it like 2000000, 2M or 2e6")
-    sign, whole, fraction, exponent, letter = match.groups()
-    decimals = (fraction or ".")[1:].rstrip("0")
-    zeros = int(exponent or 0) + _SCALES[letter.lower()] - len(decimals)
-    if zeros < 0:
-        raise ConfigError(f"{text!r} is not a whole number; write it like 2000000, 2M or 2e6")
-    return int(sign + re.sub("[,_]", "", whole) + decimals + "0" * zeros)
-
-
-def parse_new_tokens(text: str) -> int | None:
-    """A number of characters to write, or None for `inf`: no end.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if text == "inf":
-        return None
-    try:
-        count = parse_count(text)
-    except ConfigError:
-        count = -1
-    _require(count >= 0, "max_new_tokens", "a whole number of at least 0, or inf", text)
-    return count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,9 +60,9 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "context_len", "vocab_size"):
-            _require_whole(name, getattr(self, name), 1)
-        _require(self.n_embd % self.n_head == 0, "n_embd", f"a multiple of n_head ({self.n_head})", self.n_embd)
-        _require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+            require_whole(name, getattr(self, name), 1)
+        require(self.n_embd % self.n_head == 0, "n_embd", f"a multiple of n_head ({self.n_head})", self.n_embd)
+        require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,26 +113,26 @@ class TrainConfig:
     """Seed of the initial weights, of the order of the text and of dropout; at least 0, below 2**63."""
 
     def __post_init__(self) -> None:
-        _require(self.recipe in RECIPES, "recipe", f"one of {', '.join(RECIPES)}", self.recipe)
-        _require(self.optimizer in get_args(OptimizerName), "optimizer", " or ".join(get_args(OptimizerName)), self.optimizer)
-        _require(self.decay in get_args(Decay), "decay", f"one of {', '.join(get_args(Decay))}", self.decay)
-        _require_whole("batch_size", self.batch_size, 1)
-        _require_whole("windows", self.windows, 1)
-        _require_whole("warmup_steps", self.warmup_steps, 0)
-        _require_whole("sync_every", self.sync_every, 0)
+        require(self.recipe in RECIPES, "recipe", f"one of {', '.join(RECIPES)}", self.recipe)
+        require(self.optimizer in get_args(OptimizerName), "optimizer", " or ".join(get_args(OptimizerName)), self.optimizer)
+        require(self.decay in get_args(Decay), "decay", f"one of {', '.join(get_args(Decay))}", self.decay)
+        require_whole("batch_size", self.batch_size, 1)
+        require_whole("windows", self.windows, 1)
+        require_whole("warmup_steps", self.warmup_steps, 0)
+        require_whole("sync_every", self.sync_every, 0)
         if self.decay_steps is not None:
-            _require_whole("decay_steps", self.decay_steps, 1)
-        _require_between("lr", self.lr, 1e-9, MAX_LR, f"a rate from 1e-9 to {MAX_LR:g}")
-        _require_between("min_lr", self.min_lr, 0.0, self.lr, f"from 0 to lr ({self.lr:g})")
-        _require_between("muon_lr", self.muon_lr, 1e-9, MAX_MUON_LR, f"a rate from 1e-9 to {MAX_MUON_LR:g}")
-        _require_whole("muon_interval", self.muon_interval, 1)
-        _require(self.muon_interval <= MAX_MUON_INTERVAL, "muon_interval", f"at most {MAX_MUON_INTERVAL}", self.muon_interval)
+            require_whole("decay_steps", self.decay_steps, 1)
+        require_between("lr", self.lr, 1e-9, MAX_LR, f"a rate from 1e-9 to {MAX_LR:g}")
+        require_between("min_lr", self.min_lr, 0.0, self.lr, f"from 0 to lr ({self.lr:g})")
+        require_between("muon_lr", self.muon_lr, 1e-9, MAX_MUON_LR, f"a rate from 1e-9 to {MAX_MUON_LR:g}")
+        require_whole("muon_interval", self.muon_interval, 1)
+        require(self.muon_interval <= MAX_MUON_INTERVAL, "muon_interval", f"at most {MAX_MUON_INTERVAL}", self.muon_interval)
         for name in ("beta1", "beta2", "momentum"):
-            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+            require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         for name in ("weight_decay", "grad_clip"):
-            _require_between(name, getattr(self, name), 0.0, 1e6, "a number of at least 0")
-        _require_whole("seed", self.seed, 0)
-        _require(self.seed < 2**63, "seed", "below 2**63", self.seed)
+            require_between(name, getattr(self, name), 0.0, 1e6, "a number of at least 0")
+        require_whole("seed", self.seed, 0)
+        require(self.seed < 2**63, "seed", "below 2**63", self.seed)
 
     @classmethod
     def from_recipe(cls, recipe: str, overrides: Mapping[str, Any]) -> TrainConfig:
@@ -330,7 +141,7 @@ class TrainConfig:
         Raises:
             ConfigError: there is no such recipe, or a value is out of its range.
         """
-        _require(recipe in RECIPES, "recipe", f"one of {', '.join(RECIPES)}", recipe)
+        require(recipe in RECIPES, "recipe", f"one of {', '.join(RECIPES)}", recipe)
         given = {name: value for name, value in overrides.items() if value is not None}
         settings = {**RECIPES[recipe], **given, "recipe": recipe}
         if "lr" in given and "min_lr" in RECIPES[recipe]:
@@ -358,165 +169,6 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """What each recipe sets differently from the field defaults of `TrainConfig`."""
-RECIPE_BUDGETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"seed": MappingProxyType({"epochs": 300})})
-"""The length of each recipe that has one of its own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """A run in whole steps: what a `Budget` comes to on this machine. Stored with the run, which it makes reproducible.
-
-    A run on a budget of minutes is re-planned as it goes (`picogpt.training.pacing`). Each plan is a schedule, and the last three
-    fields say where it took over from the one before.
-
-    Raises:
-        ConfigError: a field is out of its range.
-    """
-
-    total_steps: int
-    """Optimizer steps of the whole run."""
-    steps_per_epoch: int
-    """Steps between two entries of the loss log; the last epoch may be shorter."""
-    val_steps: int
-    """Batches of validation text an epoch; fewer where the validation text is shorter."""
-    epoch_start: int = 0
-    """Step from which epochs of this length are counted."""
-    decay_start: int | None = None
-    """Step at which the decay of the learning rate begins, or takes another slope; None means after the warm-up."""
-    decay_done: float = 0.0
-    """Share of the decay that was done by `decay_start`, in [0, 1]."""
-
-    def __post_init__(self) -> None:
-        for name in ("total_steps", "steps_per_epoch", "val_steps"):
-            _require_whole(name, getattr(self, name), 1)
-        _require_whole("epoch_start", self.epoch_start, 0)
-        if self.decay_start is not None:
-            _require_whole("decay_start", self.decay_start, 0)
-        _require_between("decay_done", self.decay_done, 0.0, 1.0, "a share from 0 to 1")
-
-    def ends_epoch(self, step: int) -> bool:
-        """Whether an epoch ends with `step` steps taken."""
-        return (step - self.epoch_start) % self.steps_per_epoch == 0 or step >= self.total_steps
-
-    def epochs_left(self, step: int) -> int:
-        """Ends of epochs that come after `step` steps taken."""
-        if step >= self.total_steps:
-            return 0
-        return (
-            -(-(self.total_steps - self.epoch_start) // self.steps_per_epoch) - (step - self.epoch_start) // self.steps_per_epoch
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pace:
-    """How fast a run trains on this machine, as measured."""
-
-    seconds_per_step: float
-    """One optimizer step."""
-    seconds_per_val_batch: float
-    """One batch of validation."""
-    seconds_per_epoch_end: float
-    """What comes after an epoch's validation: saving, the sample and the picture."""
-    seconds_spent: float = 0.0
-    """Seconds of the budget that have passed: those of earlier starts, and of this one since the command began."""
-
-
-def suitable_chars(train_chars: int | None) -> int:
-    """Characters to train on where no length is given.
-
-    A first rule, not tuned yet: four passes over a text; at least a million characters, as a short text takes more passes, but
-    no more than 20 of them; at most 20 million, as many as of a stream. docs/training.md gives the reasons.
-
-    Args:
-        train_chars: length of the text that is trained on; None for a stream, which has no end.
-    """
-    if train_chars is None:
-        return MAX_SUITABLE_CHARS
-    wanted = max(SUITABLE_PASSES * train_chars, MIN_SUITABLE_CHARS)
-    return min(wanted, MAX_SUITABLE_PASSES * train_chars, MAX_SUITABLE_CHARS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How long to train: epochs of a fixed number of steps, or minutes, or characters; or what suits the text.
-
-    Raises:
-        ConfigError: a field is out of its range, or both minutes and characters are given.
-    """
-
-    epochs: int | None = None
-    """Epochs, where neither minutes nor characters are given; None means `suitable_chars`."""
-    steps_per_epoch: int | None = None
-    """Steps an epoch; None means 500 with `epochs`, else about a twentieth of the run."""
-    val_steps: int | None = None
-    """Validation batches an epoch; None means a fifth of the steps, which takes under a tenth of the time."""
-    minutes: float | None = None
-    """Minutes on the clock from the start of the command to its end, over all starts of the run."""
-    chars: int | None = None
-    """Characters to train on, rounded up to whole steps."""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "steps_per_epoch", "val_steps", "chars"):
-            if getattr(self, name) is not None:
-                _require_whole(name, getattr(self, name), 1)
-        if self.minutes is not None:
-            _require(math.isfinite(self.minutes) and self.minutes > 0, "minutes", "a number above 0", self.minutes)
-        _require(self.minutes is None or self.chars is None, "minutes", "given without chars", self.minutes)
-
-    @classmethod
-    def from_recipe(cls, recipe: str, given: Mapping[str, Any]) -> Budget:
-        """The budget of `recipe`, or with `given` fields instead.
-
-        Raises:
-            ConfigError: a value is out of its range.
-        """
-        lengths = {"epochs", "minutes", "chars"}
-        return cls(**({} if lengths & given.keys() else RECIPE_BUDGETS.get(recipe, {})), **given)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether no length is given."""
-        return self.epochs is None and self.minutes is None and self.chars is None
-
-    def schedule(
-        self, *, chars_per_step: int, train_chars: int | None = None, pace: Pace | None = None, steps_done: int = 0
-    ) -> Schedule:
-        """Turn the budget into steps.
-
-        Args:
-            chars_per_step: characters in one optimizer step.
-            train_chars: length of the text that is trained on; None for a stream.
-            pace: how fast this machine trains; needed for minutes.
-            steps_done: steps that the run has taken already; they count, as do the seconds of `pace`.
-        """
-        n_epochs = EPOCHS_OF_A_BUDGET
-        if self.minutes is not None:
-            assert pace is not None
-            left = max(0.0, self.minutes * 60 - pace.seconds_spent)
-            step, end = self._with_share_of_validation(pace)
-            n_epochs = max(1, min(n_epochs, int(SHARE_OF_EPOCH_ENDS * left / end), int(left / step / MIN_STEPS_PER_EPOCH)))
-            if self.steps_per_epoch is not None:
-                steps = round(left / (step + end / self.steps_per_epoch))
-            else:
-                steps = round((left - n_epochs * end) / step)
-            total = steps_done + max(steps, 0 if steps_done else 1)
-        elif self.chars is None and self.epochs is not None:
-            steps = self.steps_per_epoch or 500
-            return self._with_validation(self.epochs * steps, steps)
-        else:
-            total = math.ceil((self.chars or suitable_chars(train_chars)) / chars_per_step)
-        share = max(MIN_STEPS_PER_EPOCH, math.ceil(total / n_epochs))
-        return self._with_validation(total, self.steps_per_epoch or share)
-
-    def _with_share_of_validation(self, pace: Pace) -> tuple[float, float]:
-        """Seconds of a step and of an epoch's end, the one of them that validation grows with including it."""
-        if self.val_steps is not None:
-            return pace.seconds_per_step, pace.seconds_per_epoch_end + self.val_steps * pace.seconds_per_val_batch
-        return pace.seconds_per_step + pace.seconds_per_val_batch * VAL_SHARE, pace.seconds_per_epoch_end
-
-    def _with_validation(self, total: int, steps_per_epoch: int) -> Schedule:
-        val_steps = self.val_steps or max(1, int(steps_per_epoch * VAL_SHARE))
-        return Schedule(total_steps=total, steps_per_epoch=steps_per_epoch, val_steps=val_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -539,12 +191,12 @@ class SampleConfig:
     """Seed of the draws; None takes a new one each time."""
 
     def __post_init__(self) -> None:
-        _require_between("temperature", self.temperature, 0.0, 1e6, "a number from 0 to 1,000,000")
-        _require_whole("top_k", self.top_k, 0)
-        _require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
-        _require(0 <= self.min_p <= 1, "min_p", "from 0 to 1", self.min_p)
+        require_between("temperature", self.temperature, 0.0, 1e6, "a number from 0 to 1,000,000")
+        require_whole("top_k", self.top_k, 0)
+        require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
+        require(0 <= self.min_p <= 1, "min_p", "from 0 to 1", self.min_p)
         if self.seed is not None:
-            _require_whole("seed", self.seed, 0)
+            require_whole("seed", self.seed, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -566,14 +218,12 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None:
-            _require_whole("max_new_tokens", self.max_new_tokens, 0)
+            require_whole("max_new_tokens", self.max_new_tokens, 0)
         if self.hop is not None:
-            _require_whole("hop", self.hop, 1)
-        _require_whole("num_samples", self.num_samples, 1)
-        _require(
-            self.num_samples == 1 or self.max_new_tokens is not None, "max_new_tokens", "a number for several samples", "inf"
-        )
-        _require(all(self.stop), "stop", "a text of at least one character", "")
+            require_whole("hop", self.hop, 1)
+        require_whole("num_samples", self.num_samples, 1)
+        require(self.num_samples == 1 or self.max_new_tokens is not None, "max_new_tokens", "a number for several samples", "inf")
+        require(all(self.stop), "stop", "a text of at least one character", "")
 
     def hop_for(self, context_len: int) -> int:
         """The hop for windows of `context_len` characters.
@@ -583,7 +233,7 @@ class GenerateConfig:
         """
         if self.hop is None:
             return context_len - context_len // 16
-        _require(self.hop <= context_len, "hop", f"from 1 to {context_len}, the model's window", self.hop)
+        require(self.hop <= context_len, "hop", f"from 1 to {context_len}, the model's window", self.hop)
         return self.hop
 
 
@@ -601,8 +251,8 @@ class EvalConfig:
     """Windows in a roll, as many as training rolls over by default; the roll shows in the second one first."""
 
     def __post_init__(self) -> None:
-        _require_whole("chars", self.chars, 1)
-        _require_whole("windows", self.windows, 2)
+        require_whole("chars", self.chars, 1)
+        require_whole("windows", self.windows, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -658,61 +308,3 @@ class DataConfig:
     """How a stream's files are read: parquet, json, ..."""
     fold: bool = False
     """Whether characters outside ASCII are folded; runs that were begun before there was folding do not."""
-
-
-_BEFORE: Mapping[str, Any] = MappingProxyType({"muon_interval": 1})
-"""Settings of runs that were begun before there were these."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """All that made a run: the content of its `config.json`."""
-
-    model: GPTConfig
-    train: TrainConfig
-    budget: Budget
-    schedule: Schedule
-    data: DataConfig
-    dtype: str
-    """Type of the matrix products, float32 or bfloat16."""
-    threads: int
-    """Threads that each rank computes with; another number gives other roundings."""
-    ranks: int = 1
-    """Processes that train together; another number gives other roundings."""
-    device: str = "cpu"
-    """Where they compute: cpu, cuda or mps."""
-    compile: bool = False
-    """Whether the blocks are compiled by torch, which rounds otherwise."""
-    kernels: str = "torch"
-    """What computes the blocks, c or torch; they round otherwise."""
-    attention: str | None = None
-    """Form of attention where torch computes it, one of `ATTENTIONS`; None in C, and where a run is older than the forms."""
-    origin: str | None = None
-    """Absolute path of the model that the run began from, or of the original's log; None where it began from nothing."""
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> RunSettings:
-        """The inverse of `dataclasses.asdict`; what else is in `content` is passed over.
-
-        Raises:
-            ConfigError: a part is missing or not valid.
-        """
-        try:
-            data: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["data"].items()}
-            return cls(
-                model=GPTConfig(**content["model"]),
-                train=TrainConfig(**{**_BEFORE, **content["train"]}),
-                budget=Budget(**content["budget"]),
-                schedule=Schedule(**content["schedule"]),
-                data=DataConfig(**data),
-                dtype=str(content["dtype"]),
-                threads=int(content["threads"]),
-                ranks=int(content.get("ranks", 1)),
-                device=str(content.get("device", "cpu")),
-                compile=bool(content.get("compile", False)),
-                kernels=str(check_kernels(content.get("kernels", "torch"))),
-                attention=check_attention(content.get("attention")),
-                origin=content.get("origin"),
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"the run's config is not valid ({type(error).__name__}: {error})") from error

@@ -124,7 +124,7 @@ def keep_freed_memory() -> bool:
 
 
 def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
-    """Turn a name of `picogpt.config.DEVICES` into where training computes, and the reason for it in a few words.
+    """Turn a name of `picogpt.checks.DEVICES` into where training computes, and the reason for it in a few words.
 
     `auto` takes a CUDA GPU if torch sees one. It takes no other GPU by itself: on a small model the CPU can be faster.
 
@@ -149,7 +149,7 @@ def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
 
 
 def choose_dtype(name: str, device: torch.device = CPU) -> tuple[torch.dtype, str]:
-    """Turn a name of `picogpt.config.DTYPES` into the type of the matrix products, and the reason for it in a few words.
+    """Turn a name of `picogpt.checks.DTYPES` into the type of the matrix products, and the reason for it in a few words.
 
     `auto` asks a GPU whether it has bfloat16. On a CPU it times one product of the model's shape in both types: whether bfloat16
     is fast depends on the processor's instructions (without them it is many times slower than float32), and the clock is the

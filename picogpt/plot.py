@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from picogpt.config import X_AXES
+from picogpt.checks import X_AXES
 from picogpt.evaluation.scores import CONDITIONS, Estimate, Scores, position_bins
 from picogpt.runs.folder import LossLog
 

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import save
 
-from picogpt.config import RunSettings
 from picogpt.files import atomic_write
 from picogpt.plot import draw_losses
 from picogpt.runs.folder import MODEL_FILE, RunFolder, load_model, load_text_config, model_metadata
+from picogpt.runs.settings import RunSettings
 
 
 def pack(source: RunFolder, target: RunFolder) -> None:

@@ -14,7 +14,9 @@ import picogpt
 PACKAGE = Path(picogpt.__file__).parent
 LAYERS = [
     {"errors", "signals", "threads", "uptime", "wording"},
-    {"config", "device", "encodings", "files", "folding", "rng"},
+    {"checks", "device", "encodings", "files", "folding", "rng"},
+    {"config"},
+    {"schedule"},
     {"kernels", "tokenizer"},
     {"model"},
     {"backend", "data", "runs"},

@@ -7,23 +7,11 @@ from typing import Any
 
 import pytest
 
-from picogpt.config import (
-    Budget,
-    DataConfig,
-    GPTConfig,
-    Pace,
-    RunSettings,
-    SampleConfig,
-    Schedule,
-    TrainConfig,
-    check_dtype,
-    check_run_name,
-    check_threads,
-    parse_count,
-    parse_new_tokens,
-    suitable_chars,
-)
+from picogpt.checks import check_dtype, check_run_name, check_threads, parse_count, parse_new_tokens
+from picogpt.config import DataConfig, GPTConfig, SampleConfig, TrainConfig
 from picogpt.errors import ConfigError
+from picogpt.runs.settings import RunSettings
+from picogpt.schedule import Budget, Pace, Schedule, suitable_chars
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from picogpt import plot
-from picogpt.config import X_AXES
+from picogpt.checks import X_AXES
 from picogpt.evaluation.scores import CONDITIONS, Scores, position_bins
 from picogpt.plot import draw_losses, draw_scores
 from picogpt.runs.folder import LossLog

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from picogpt.checks import ENGINE_DTYPES, check_threads
 from picogpt.cli.common import check_picture, end_process, notice, run_command
 from picogpt.cli.parser import Parser, add_model, count
-from picogpt.config import ENGINE_DTYPES, EvalConfig, TextRequest, check_threads
+from picogpt.config import EvalConfig, TextRequest
 from picogpt.threads import choose_threads
 from picogpt.wording import format_seconds, plural
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from picogpt.checks import ENGINE_DTYPES, check_threads, parse_new_tokens
 from picogpt.cli.common import notice, run_command
 from picogpt.cli.parser import Parser, add_model, count
-from picogpt.config import ENGINE_DTYPES, GenerateConfig, SampleConfig, TextConfig, check_threads, parse_new_tokens
+from picogpt.config import GenerateConfig, SampleConfig, TextConfig
 from picogpt.encodings import decode_text, unify_text
 from picogpt.errors import ConfigError, DataError
 from picogpt.signals import StopRequest

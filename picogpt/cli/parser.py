@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from picogpt import __version__
-from picogpt.config import parse_count
+from picogpt.checks import parse_count
 from picogpt.errors import ConfigError
 
 __all__ = ["Parser", "add_model", "count"]

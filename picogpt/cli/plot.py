@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from picogpt.checks import check_x_axis
 from picogpt.cli.common import check_picture, run_command
 from picogpt.cli.parser import Parser
-from picogpt.config import check_x_axis
 
 __all__ = ["build_parser", "main"]
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from picogpt.cli.bar import ProgressBar
 from picogpt.cli.common import notice
 from picogpt.cli.screen import above_bar
-from picogpt.config import Schedule
 from picogpt.runs.folder import LossLog
+from picogpt.schedule import Schedule
 from picogpt.training.forecast import TIMED_STEPS
 from picogpt.training.trainer import StepReport, Trainer
 from picogpt.wording import format_passes, format_seconds, plural

@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from picogpt.config import TextRequest, check_device, check_dtype, check_kernels, check_run_name, check_threads
+from picogpt.checks import check_device, check_dtype, check_kernels, check_run_name, check_threads
+from picogpt.config import TextRequest
 from picogpt.training.request import LENGTHS, TrainRequest
 
 __all__ = ["LENGTH_FLAGS", "MODEL_FLAGS", "TRAIN_FLAGS", "request_of"]

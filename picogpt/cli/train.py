@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from picogpt.cli.common import end_process, notice, run_command
 from picogpt.cli.parser import Parser, count
 from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, request_of
-from picogpt.config import RECIPE_BUDGETS, RECIPES, SUITABLE_RULE, GPTConfig, TrainConfig
+from picogpt.config import RECIPES, GPTConfig, TrainConfig
 from picogpt.errors import RanksError
+from picogpt.schedule import RECIPE_BUDGETS, SUITABLE_RULE
 from picogpt.signals import StopRequest
 from picogpt.threads import spin_briefly
 from picogpt.uptime import process_seconds

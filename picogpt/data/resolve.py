@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from picogpt.config import DataConfig, GPTConfig, TextRequest, TrainConfig, check_text_column
+from picogpt.checks import check_text_column
+from picogpt.config import DataConfig, GPTConfig, TextRequest, TrainConfig
 from picogpt.data.articles import ArticleReader, Ids, draw_validation
 from picogpt.data.batches import Source, TextSource
 from picogpt.data.corpora import DATASETS, Progress, load_dataset

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from picogpt.config import RunSettings, TextConfig, TextRequest, check_text_column
+from picogpt.checks import check_text_column
+from picogpt.config import TextConfig, TextRequest
 from picogpt.data import (
     DATASETS,
     ArticleReader,
@@ -28,6 +29,7 @@ from picogpt.errors import ConfigError, DataError, RunError
 from picogpt.evaluation.baselines import NGRAM_CHARS
 from picogpt.evaluation.scores import cut_stretches
 from picogpt.runs.folder import RunFolder, load_text_config
+from picogpt.runs.settings import RunSettings
 from picogpt.wording import Notify, plural
 
 __all__ = ["EvalText", "TrainedRun", "find_eval_text", "find_ngram_text", "validation_articles"]

@@ -215,7 +215,7 @@ def addresses(tensors: Iterable[Tensor]) -> Addresses:
 
 
 def kernels_name(kernels: Kernels | None) -> str:
-    """What computes the blocks, as `picogpt.config.KERNELS` calls it: c, or torch for None."""
+    """What computes the blocks, as `picogpt.checks.KERNELS` calls it: c, or torch for None."""
     return "torch" if kernels is None else "c"
 
 
@@ -226,7 +226,7 @@ def _say_nothing(_: str) -> None:
 def choose_kernels(
     name: str, config: GPTConfig, dtype: torch.dtype, device: torch.device, notify: Callable[[str], None] = _say_nothing
 ) -> tuple[Kernels | None, str]:
-    """Turn a name of `picogpt.config.KERNELS` into the functions, or None for torch's own; and the reason in a few words.
+    """Turn a name of `picogpt.checks.KERNELS` into the functions, or None for torch's own; and the reason in a few words.
 
     `auto` takes the functions wherever they can be made, on processors like those on which they were measured. `notify` is given
     a line when they are compiled, as they are once on each machine.

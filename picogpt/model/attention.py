@@ -62,7 +62,7 @@ def causal_mask(n_slots: int) -> Tensor:
 
 
 def choose_attention(config: GPTConfig, sequences: int, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """Choose one of `picogpt.config.ATTENTIONS` for training, and give the reason in a few words.
+    """Choose one of `picogpt.checks.ATTENTIONS` for training, and give the reason in a few words.
 
     On a CPU the clock decides, on one layer with so many `sequences` of a step, forward and backward in `dtype`.
     """

@@ -95,7 +95,7 @@ class _Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         # Whether blocks are computed again in the backward pass instead of kept: the same numbers (Chen et al., 2016).
         self.gradient_checkpointing = False
-        # Form of attention where torch computes the blocks, one of `picogpt.config.ATTENTIONS`.
+        # Form of attention where torch computes the blocks, one of `picogpt.checks.ATTENTIONS`.
         self.attention = "products" if config.dropout else "fused"
         # What computes the blocks instead of torch's functions, compiled for this shape.
         self.kernels: Kernels | None = None

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from picogpt.config import GPTConfig, Pace, Schedule, TrainConfig
+from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import RepeatedSource
 from picogpt.files import TEMPORARY_SUFFIX
 from picogpt.plot import draw_losses
 from picogpt.runs.folder import LossLog, RunFolder
+from picogpt.schedule import Pace, Schedule
 from picogpt.training.memory import peak_memory
 from picogpt.training.trainer import Observer, StepReport, Trainer, seconds_of
 from picogpt.wording import Notify, format_bytes, format_passes, format_seconds

@@ -1,4 +1,4 @@
-"""The optimizers, and the learning rate as a pure function of the step.
+"""The optimizers.
 
 Recipe `fast` trains the matrices of the blocks with Muon (Jordan et al., 2024): their updates are momentum made orthogonal,
 so that each direction in which a matrix can change counts the same. All other parameters have AdamW.
@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from picogpt.config import Schedule, TrainConfig
-from picogpt.errors import ConfigError
+from picogpt.config import TrainConfig
 from picogpt.kernels.compiled import Kernels, MuonStep
 from picogpt.model.gpt import GPT
 
@@ -26,12 +25,8 @@ __all__ = [
     "Muon",
     "OuterOptimizer",
     "build_optimizers",
-    "learning_rate",
     "orthogonalize",
-    "rate_of",
     "set_learning_rate",
-    "share_of_peak",
-    "warmup_of",
 ]
 
 _COEFFICIENTS = (
@@ -281,59 +276,6 @@ def build_optimizers(model: GPT, config: TrainConfig, dtype: torch.dtype) -> lis
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return optimizers
-
-
-def learning_rate(
-    step: int, total_steps: int, config: TrainConfig, *, decay_start: int | None = None, decay_done: float = 0.0
-) -> float:
-    """Learning rate of step 0, 1, ..., total_steps - 1: up in a straight line, then down to `config.min_lr`.
-
-    The decay ends at `config.decay_steps`, or exactly with the run where that is None; there the warm-up takes at most
-    a tenth of the run. After the decay the rate stays at `config.min_lr`.
-
-    Args:
-        step: steps taken before.
-        total_steps: steps of the whole run.
-        config: peak, floor and shape.
-        decay_start: step at which the decay begins, or from which on it takes another slope; None means after the warm-up.
-        decay_done: share of the decay that was done by then.
-    """
-    if config.decay_steps is None:
-        end, start = total_steps, warmup_of(total_steps, config) if decay_start is None else decay_start
-    else:
-        end, start = config.decay_steps, config.warmup_steps
-    if step < start:
-        return config.lr * (step + 1) / (start + 1)
-    if step >= end:
-        return config.min_lr
-    progress = decay_done + (1 - decay_done) * (step - start) / max(1, end - start)
-    share = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + share * (config.lr - config.min_lr)
-
-
-def rate_of(step: int, schedule: Schedule, config: TrainConfig) -> float:
-    """Learning rate of step 0, 1, ... of `schedule` (`learning_rate`)."""
-    return learning_rate(step, schedule.total_steps, config, decay_start=schedule.decay_start, decay_done=schedule.decay_done)
-
-
-def warmup_of(total_steps: int, config: TrainConfig) -> int:
-    """Steps of warm-up in a run of `total_steps` whose decay ends with it."""
-    return min(config.warmup_steps, total_steps // 10)
-
-
-def share_of_peak(rate: float, config: TrainConfig) -> float:
-    """What a learning rate is of the highest one, `config.lr`, in [0, 1]: each group of parameters has that share of its own.
-
-    Raises:
-        ConfigError: `rate` is negative, above the highest one, or no number.
-    """
-    share = rate / config.lr
-    if not 0 <= share <= 1 + 1e-9:
-        raise ConfigError(
-            f"the learning rate of a step must be from 0 to the config's lr ({config.lr:g}), got {rate:g}; it is a rate, not a "
-            "share of the highest one; for larger steps take a config with a larger lr or muon_lr"
-        )
-    return share
 
 
 def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], share: float) -> None:

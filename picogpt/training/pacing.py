@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from picogpt.config import EPOCHS_OF_A_BUDGET, MIN_STEPS_PER_EPOCH, SHARE_OF_EPOCH_ENDS, Pace, Schedule, TrainConfig
-from picogpt.training.optim import rate_of, warmup_of
+from picogpt.config import TrainConfig
+from picogpt.schedule import EPOCHS_OF_A_BUDGET, MIN_STEPS_PER_EPOCH, SHARE_OF_EPOCH_ENDS, Pace, Schedule, rate_of, warmup_of
 
 __all__ = ["Pacer", "replan", "steps_within"]
 

@@ -11,13 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.backend import Backend, BackendChoice
-from picogpt.config import Budget, DataConfig, GPTConfig, RunSettings, TrainConfig
+from picogpt.config import DataConfig, GPTConfig, TrainConfig
 from picogpt.data import Source
 from picogpt.data.resolve import Console, FoundText, find_text
 from picogpt.errors import ConfigError, RunError, TrainingError
 from picogpt.runs.find import find_model, resumable_runs
 from picogpt.runs.folder import LossLog, RunFolder, load_model
 from picogpt.runs.import_original import read_original
+from picogpt.runs.settings import RunSettings
+from picogpt.schedule import Budget
 from picogpt.training.distributed import Ranks
 from picogpt.training.request import TrainRequest
 from picogpt.wording import Notify

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from picogpt.config import Budget, DataConfig, GPTConfig, RunSettings, TextRequest, TrainConfig
+from picogpt.config import DataConfig, GPTConfig, TextRequest, TrainConfig
 from picogpt.errors import RunError
+from picogpt.runs.settings import RunSettings
+from picogpt.schedule import Budget
 from picogpt.wording import Notify, plural
 
 __all__ = ["LENGTHS", "TrainRequest"]

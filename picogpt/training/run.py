@@ -13,11 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
-from picogpt.config import MAX_SUITABLE_PASSES, Pace, RunSettings, Schedule
 from picogpt.data import Source, download_bytes
 from picogpt.errors import Interrupted, RunError
 from picogpt.files import existing_folder
 from picogpt.runs.folder import LossLog
+from picogpt.runs.settings import RunSettings
+from picogpt.schedule import MAX_SUITABLE_PASSES, Pace, Schedule
 from picogpt.signals import StopRequest
 from picogpt.training.disk import DiskNeed, check_disk
 from picogpt.training.forecast import EpochEnd, Forecaster, ForecastingObserver, rehearse, time_epoch_end

@@ -22,9 +22,10 @@ from picogpt.kernels.compiled import Kernels, kernels_name
 from picogpt.model.gpt import GPT
 from picogpt.rng import Stream, philox
 from picogpt.runs.folder import Checkpoint, Tensors
+from picogpt.schedule import share_of_peak
 from picogpt.training.concurrent import groups_for, set_gradient
 from picogpt.training.distributed import ALONE, Ranks, reaching
-from picogpt.training.optim import Muon, OuterOptimizer, build_optimizers, set_learning_rate, share_of_peak
+from picogpt.training.optim import Muon, OuterOptimizer, build_optimizers, set_learning_rate
 
 __all__ = ["Replica", "pack_step", "under", "unpack_step"]
 

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 
 from picogpt.backend import Backend
-from picogpt.config import GPTConfig, Schedule, TrainConfig
+from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Source, Stop, WaitInterrupted
 from picogpt.device import CPU
 from picogpt.errors import DataError, TrainingError
 from picogpt.files import atomic_write
 from picogpt.kernels.compiled import Kernels
 from picogpt.runs.folder import Checkpoint, LossLog, RunFolder, Tensors, pack, unpack
+from picogpt.schedule import Schedule, rate_of, share_of_peak
 from picogpt.training.distributed import ALONE, Kind, Ranks
-from picogpt.training.optim import rate_of, share_of_peak
 from picogpt.training.pacing import Pacer
 from picogpt.training.state import Replica, pack_step, under
 from picogpt.wording import Notify, say_nothing

@@ -25,7 +25,6 @@ from picogpt.cli import common, generate, plot, train
 from picogpt.cli import eval as evaluation
 from picogpt.cli.download import DownloadBar
 from picogpt.cli.parser import Parser
-from picogpt.config import Schedule
 from picogpt.data import read_texts
 from picogpt.data.resolve import text_name
 from picogpt.errors import Interrupted, PicoGPTError
@@ -33,6 +32,7 @@ from picogpt.inference.generate import RollingDecoder
 from picogpt.kernels.compiled import Kernels
 from picogpt.runs import find
 from picogpt.runs.folder import RunFolder
+from picogpt.schedule import Schedule
 from picogpt.signals import StopRequest
 from picogpt.threads import choose_threads
 from picogpt.tokenizer import CharTokenizer

@@ -16,13 +16,15 @@ import torch
 
 from picogpt import plot
 from picogpt.cli import eval as evaluation
-from picogpt.config import Budget, DataConfig, RunSettings, Schedule, TrainConfig
+from picogpt.config import DataConfig, TrainConfig
 from picogpt.data import Shards, articles, read_texts
 from picogpt.evaluation import texts as eval_texts
 from picogpt.evaluation.report import Report
 from picogpt.evaluation.scores import Scores
 from picogpt.model.gpt import GPT
 from picogpt.runs.folder import RunFolder
+from picogpt.runs.settings import RunSettings
+from picogpt.schedule import Budget, Schedule
 from picogpt.tokenizer import CharTokenizer
 from tests.conftest import TINY, needs_any_compiler
 

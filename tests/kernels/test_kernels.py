@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from picogpt.config import GPTConfig, Schedule, TrainConfig
+from picogpt.config import GPTConfig, TrainConfig
 from picogpt.device import has_matrix_tiles, instruction_set
 from picogpt.errors import TrainingError
 from picogpt.kernels import bindings, build, compiled
@@ -26,6 +26,7 @@ from picogpt.kernels.autograd import FusedBlocks
 from picogpt.kernels.compiled import Kernels, addresses, choose_kernels, compile_kernels
 from picogpt.model.gpt import GPT, Block
 from picogpt.runs.folder import RunFolder
+from picogpt.schedule import Schedule
 from picogpt.training.distributed import ALONE
 from picogpt.training.optim import Muon, orthogonalize
 from picogpt.training.state import Replica

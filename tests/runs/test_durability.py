@@ -27,9 +27,10 @@ from safetensors.numpy import load_file
 
 from picogpt import files
 from picogpt.cli import train
-from picogpt.config import GPTConfig, Schedule, TrainConfig
+from picogpt.config import GPTConfig, TrainConfig
 from picogpt.errors import RunError
 from picogpt.runs.folder import Checkpoint, RunFolder
+from picogpt.schedule import Schedule
 from picogpt.training.trainer import StepReport, Trainer
 from tests.conftest import TINY, TINY_FLAGS, tiny_source
 from tests.programs import program

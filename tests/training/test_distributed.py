@@ -24,13 +24,15 @@ from safetensors.numpy import load_file
 from torch.distributed.distributed_c10d import Store
 
 from picogpt.cli import train
-from picogpt.config import RunSettings, TrainConfig
+from picogpt.config import TrainConfig
 from picogpt.data import Batch, Stop, TextSource, WaitInterrupted, articles, read_texts, stream
 from picogpt.device import CPU, choose_device, choose_dtype
 from picogpt.errors import ConfigError, RanksError, TrainingError
 from picogpt.runs.folder import Checkpoint, RunFolder, pack, unpack
+from picogpt.runs.settings import RunSettings
+from picogpt.schedule import learning_rate
 from picogpt.training.distributed import ALONE, Ranks, reaching
-from picogpt.training.optim import OuterOptimizer, learning_rate
+from picogpt.training.optim import OuterOptimizer
 from picogpt.training.state import Replica, pack_step, unpack_step
 from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, TINY_FLAGS, tiny_source, write_numbers

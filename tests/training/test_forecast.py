@@ -16,10 +16,11 @@ import torch
 
 from picogpt.cli import train
 from picogpt.cli.progress import TimingDisplay, divergence
-from picogpt.config import GPTConfig, Pace, Schedule, TrainConfig
+from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import download_bytes
 from picogpt.errors import RunError
 from picogpt.runs.folder import LossLog, RunFolder
+from picogpt.schedule import Pace, Schedule
 from picogpt.training.disk import DiskNeed, check_disk
 from picogpt.training.forecast import EpochEnd, Forecast, Forecaster, ForecastingObserver, rehearse, seconds_to_finish
 from picogpt.training.memory import peak_memory

@@ -11,7 +11,8 @@ import torch
 from picogpt.config import TrainConfig
 from picogpt.errors import ConfigError
 from picogpt.model.gpt import GPT
-from picogpt.training.optim import Muon, build_optimizers, learning_rate, orthogonalize, set_learning_rate, share_of_peak
+from picogpt.schedule import learning_rate, share_of_peak
+from picogpt.training.optim import Muon, build_optimizers, orthogonalize, set_learning_rate
 from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, tiny_source
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from picogpt.config import Budget, Pace, Schedule, TrainConfig
+from picogpt.config import TrainConfig
 from picogpt.runs.folder import RunFolder
-from picogpt.training.optim import rate_of
+from picogpt.schedule import Budget, Pace, Schedule, rate_of
 from picogpt.training.pacing import Pacer, replan, steps_within
 from picogpt.training.trainer import Trainer
 from picogpt.uptime import process_seconds

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from picogpt.config import GPTConfig, Schedule, TrainConfig
+from picogpt.config import GPTConfig, TrainConfig
 from picogpt.device import check_compiler, choose_dtype, flush_denormals, instruction_set, keep_freed_memory, set_threads
 from picogpt.errors import TrainingError
 from picogpt.runs.folder import RunFolder, load_model, read_log
+from picogpt.schedule import Schedule
 from picogpt.threads import Threads
 from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, Watcher, tiny_source

@@ -3,7 +3,7 @@
 
       embed -> n_layer x (x += proj attention(LayerNorm(x)), x += out gelu(fc LayerNorm(x))) -> LayerNorm -> logits
 
-   Python (picogpt/engine) packs the weights, allocates the KV cache and the workspace, and calls
+   Python (picogpt/inference) packs the weights, allocates the KV cache and the workspace, and calls
    `prefill`, `decode` and `score`. Shapes come at run time, so one library serves all models: L layers,
    B sequences side by side ("texts"), k new positions of each, R = B k rows, H heads of D entries, C =
    n_embd, S slots (positions) of a window, V ids. Vectors run over C, 4 C, V and D, which are padded
