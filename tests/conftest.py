@@ -98,8 +98,8 @@ def _only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _untimed_epoch_ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run in this process rehearses no end of an epoch for its forecast, but where that is tested: it would take longer than the run."""
-    if request.module.__name__ != "tests.training.test_forecast":
+    """A run in this process rehearses no end of an epoch for its forecast, unless it is marked `epoch_ends`: it would take longer than the run."""
+    if request.node.get_closest_marker("epoch_ends") is None:
         known = EpochEnd(seconds_per_val_batch=0.001, seconds=0.05)
         monkeypatch.setattr(picogpt.training.run, "time_epoch_end", lambda *_, **__: known)
         monkeypatch.setattr(picogpt.training.forecast, "time_epoch_end", lambda *_, **__: known)

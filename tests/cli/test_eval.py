@@ -223,7 +223,7 @@ def test_articles_of_another_stream(run: RunFolder, monkeypatch: pytest.MonkeyPa
     """That the run may have read them elsewhere is said, and its n-gram is not counted on what it has not read."""
     of(run, dataset="org/other", characters=None, commit="d" * 40, files=("x",), format="parquet")
     shards = Shards(files=("one",), format="parquet", columns=("text",), commit="c" * 40)
-    monkeypatch.setattr("picogpt.data.find_shards", lambda *_: shards)
+    monkeypatch.setattr("picogpt.evaluation.texts.find_shards", lambda *_: shards)
     monkeypatch.setattr(articles, "read_rows", lambda _shards, file, start: ((f"{file} {i}. " * 9,) for i in range(start, 99)))
     assert evaluate("--dataset", "org/name", "--chars", "100") == 0
     err = capsys.readouterr().err

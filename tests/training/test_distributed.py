@@ -316,7 +316,7 @@ def test_refusals(here: list[str], count: int, flags: list[str], code: int, mess
 
 def test_no_ranks_on_mps(here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing moves between such GPUs, and that is said."""
-    monkeypatch.setattr("picogpt.device.choose_device", lambda *_: (torch.device("mps"), ""))
+    monkeypatch.setattr("picogpt.backend.choose_device", lambda *_: (torch.device("mps"), ""))
 
     assert run_ranks(2, [*here, "--device", "mps"]) == [1, 1]
     assert "--device mps: torch connects no ranks on such a GPU" in said()

@@ -28,6 +28,8 @@ from picogpt.training.trainer import StepReport, Trainer
 from picogpt.wording import format_passes
 from tests.conftest import TINY, TINY_FLAGS, tiny_source
 
+pytestmark = pytest.mark.epoch_ends
+
 SCHEDULE = Schedule(total_steps=25, steps_per_epoch=10, val_steps=4)
 PACE = Pace(seconds_per_step=2.0, seconds_per_val_batch=0.5, seconds_per_epoch_end=3.0)
 LINE = (
@@ -168,7 +170,7 @@ def watch(n_steps: int) -> tuple[list[str], Shown]:
 def test_is_said_once(n_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the first steps, or with the first epoch if that is shorter, and beside the outcome at the end."""
     now = time.perf_counter()
-    monkeypatch.setattr("picogpt.cli.forecast.time.perf_counter", lambda: now)
+    monkeypatch.setattr("picogpt.training.forecast.time.perf_counter", lambda: now)
     said, shown = watch(n_steps)
 
     line = (
