@@ -22,7 +22,7 @@ LAYERS = [
     {"backend", "data", "runs"},
     {"inference"},
     {"evaluation"},
-    {"plot"},
+    {"api", "export", "plot"},
     {"training"},
     {"cli"},
 ]

@@ -103,3 +103,20 @@ def test_scripts_work_from_a_clone(script: str, tmp_path: Path) -> None:
     )
 
     assert done.stdout.startswith(b"picogpt ")
+
+
+PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("code", PROGRAMS, ids=range(len(PROGRAMS)))
+def test_programs_of_the_python_page(code: str, tmp_path: Path) -> None:
+    """Each block of docs/python.md is a whole program that runs and prints something."""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], check=False, cwd=tmp_path, capture_output=True, text=True)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+
+
+def test_there_are_programs() -> None:
+    """The search above finds them."""
+    assert len(PROGRAMS) == 5

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from picogpt.backend import Backend
+from picogpt.backend import Backend, BackendChoice
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Source, Stop, WaitInterrupted
 from picogpt.device import CPU
@@ -28,7 +28,7 @@ from picogpt.training.pacing import Pacer
 from picogpt.training.state import Replica, pack_step, under
 from picogpt.wording import Notify, say_nothing
 
-__all__ = ["Observer", "StepReport", "Trainer", "build_trainer", "seconds_of"]
+__all__ = ["Observer", "StepReport", "Trainer", "build_trainer", "make_trainer", "seconds_of"]
 
 SAVE_INTERVAL = 300.0
 """Seconds of training after which a checkpoint is written in the middle of an epoch."""
@@ -365,3 +365,22 @@ def seconds_of(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def make_trainer(
+    model: GPTConfig, config: TrainConfig, source: Source, choice: BackendChoice | None = None, *, notify: Notify = say_nothing
+) -> Trainer:
+    """A trainer for a loop of your own, which computes with what `picogpt-train` would choose.
+
+    Args:
+        model: shape of the model.
+        config: how it is trained.
+        source: where its batches come from.
+        choice: what to compute with; None for the machine's best.
+        notify: given a line before kernels are compiled.
+
+    Raises:
+        ConfigError, TrainingError: the choice cannot be had.
+    """
+    backend = Backend.select(model, choice or BackendChoice(), sequences=config.batch_size, notify=notify)
+    return build_trainer(model, config, source, backend)

@@ -1,0 +1,1 @@
+"""Pages made of a run: one file each, without network."""

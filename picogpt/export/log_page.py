@@ -1,0 +1,267 @@
+"""`log.html`: the loss curve of one run or several, the samples of every epoch, and a text shaded by its probabilities.
+
+The curve is drawn here, as SVG, so that the page shows it without a script; the script adds reading, slider and shades.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from string import Template
+
+from picogpt.runs.folder import LossLog
+from picogpt.wording import format_seconds
+
+__all__ = ["EpochView", "RunView", "render_page"]
+
+RELOAD_SECONDS = 15
+"""Seconds after which the page of a run in training loads itself again."""
+
+_WIDTH, _HEIGHT = 880, 380
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 56, 16, 40
+"""Size of the drawing and its margins, in its own units."""
+_COLOURS = ("var(--blue)", "var(--red)", "#2c8a57", "#8a5fb0", "#b08a1f", "#4a7f8a")
+"""A colour for each run; runs are told apart by their labels too."""
+_LABEL_GAP = 14
+"""Least distance between two labels, one above the other."""
+
+
+@dataclass(frozen=True)
+class EpochView:
+    """What a model showed at an epoch's end."""
+
+    sample: str
+    """Generated text."""
+    probabilities: Sequence[float] = ()
+    """Of each character of the run's excerpt but the first, given those before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunView:
+    """A run, as its page shows it."""
+
+    name: str
+    log: LossLog
+    epochs: Sequence[EpochView] = ()
+    """The last epochs of the log; those of an older version of the run are missing."""
+    excerpt: str = ""
+    """Text of the validation part."""
+    marks: Mapping[str, float] = field(default_factory=dict)
+    """Other ways to predict the same text, by name, in nats per character."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """By name, in words."""
+    in_training: bool = False
+
+
+def render_page(runs: Sequence[RunView]) -> str:
+    """A page of one run, or of several to compare: one file of HTML that needs no network."""
+    first = runs[0]
+    title = " and ".join(run.name for run in runs)
+    in_training = any(run.in_training for run in runs)
+    chart = _Chart(runs)
+    data = {
+        "points": chart.points(first) if len(runs) == 1 else [],
+        "epochs": _epoch_data(first) if len(runs) == 1 else [],
+        "excerpt": first.excerpt if len(runs) == 1 else "",
+    }
+    parts = {
+        "refresh": f'<meta http-equiv="refresh" content="{RELOAD_SECONDS}">' if in_training else "",
+        "title": html.escape(title),
+        "status": html.escape(_status(runs)),
+        "chart": chart.svg(),
+        "hint": " Move over the curve, or use the arrow keys on it, to read an epoch." if len(runs) == 1 else "",
+        "table": _table(runs),
+        "watch": _watch(first) if len(runs) == 1 and first.epochs else "",
+        "settings": "".join(_settings(run, named=len(runs) > 1) for run in runs),
+        # No "<" can end the element early, whatever the text holds.
+        "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+        "style": _resource("css"),
+        "script": _resource("js"),
+    }
+    return Template(_resource("html")).substitute(parts)
+
+
+def _resource(kind: str) -> str:
+    return (files("picogpt.export") / f"log_page.{kind}").read_text("utf-8")
+
+
+def _status(runs: Sequence[RunView]) -> str:
+    """One line under the title."""
+    if len(runs) > 1:
+        return f"{len(runs)} runs, by their loss logs."
+    (run,) = runs
+    log = run.log
+    if not log.val:
+        return "No epoch has ended yet."
+    state = f"In training; this page reloads itself every {RELOAD_SECONDS} seconds." if run.in_training else "Not in training."
+    best = f"best validation loss {log.best_loss:.4f} nats per character. " if log.best_loss else ""
+    return f"{len(log.val)} epochs, {log.chars[-1]:,} characters in {format_seconds(log.seconds[-1])}; {best}{state}"
+
+
+def _epoch_data(run: RunView) -> list[dict[str, str]]:
+    """What the slider shows, an entry an epoch."""
+    first = len(run.log.val) - len(run.epochs)
+    return [
+        {
+            "label": f"epoch {first + i + 1}, {run.log.chars[first + i]:,} characters, val {run.log.val[first + i]:.4f}",
+            "sample": view.sample,
+            "probabilities": base64.b64encode(bytes(round(255 * p) for p in view.probabilities)).decode(),
+        }
+        for i, view in enumerate(run.epochs)
+    ]
+
+
+def _rows(log: LossLog) -> Iterator[tuple[int, int, float, float, float]]:
+    """Number, characters, seconds, training loss and validation loss of each epoch."""
+    return zip(range(1, len(log.val) + 1), log.chars, log.seconds, log.train, log.val, strict=True)
+
+
+def _watch(run: RunView) -> str:
+    """The section with the slider; without a script it shows the last epoch."""
+    last = len(run.epochs) - 1
+    label = html.escape(_epoch_data(run)[-1]["label"])
+    excerpt = (
+        '<h2 id="expects">What it expects</h2>\n<p class="legend">Text it has not trained on. The darker a character, '
+        "the more probable the model found it; dotted lines mark those below 5 %.</p>\n"
+        f'<p class="excerpt" id="excerpt" lang="">{html.escape(run.excerpt)}</p>\n'
+        if run.excerpt
+        else ""
+    )
+    return (
+        '<section aria-labelledby="writes">\n<h2 id="writes">What it writes</h2>\n<div class="epoch">\n'
+        f'<label for="epoch">Epoch</label><input type="range" id="epoch" min="0" max="{last}" value="{last}">\n'
+        f'<output id="epoch-label" for="epoch" aria-live="polite">{label}</output>\n</div>\n'
+        f'<pre id="sample" lang="">{html.escape(run.epochs[-1].sample)}</pre>\n{excerpt}</section>'
+    )
+
+
+def _table(runs: Sequence[RunView]) -> str:
+    """All figures of the curve, folded away."""
+    rows = []
+    for run in runs:
+        log = run.log
+        for i, chars, seconds, train, val in _rows(log):
+            cells = (str(i), f"{chars:,}", format_seconds(seconds), f"{train:.4f}", f"{val:.4f}", f"{val / math.log(2):.4f}")
+            name = [f"<td>{html.escape(run.name)}</td>"] if len(runs) > 1 else []
+            rows.append("<tr>" + "".join([*name, *(f"<td>{cell}</td>" for cell in cells)]) + "</tr>")
+    names = [*(["run"] if len(runs) > 1 else []), "epoch", "characters", "time", "train", "validation", "bits"]
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    return (
+        '<details><summary>All figures</summary><div class="scroll"><table><thead><tr>'
+        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
+    )
+
+
+def _settings(run: RunView, *, named: bool) -> str:
+    items = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in run.settings.items())
+    title = f"<h3>{html.escape(run.name)}</h3>" if named else ""
+    return f"{title}<dl>{items}</dl>" if items else f"{title}<p>Not recorded.</p>"
+
+
+class _Chart:
+    """The loss curves: characters to the right, nats upwards, bits on the right axis.
+
+    Args:
+        runs: what is drawn.
+    """
+
+    def __init__(self, runs: Sequence[RunView]) -> None:
+        self._runs = runs
+        losses = [loss for run in runs for loss in (*run.log.train, *run.log.val, *run.marks.values()) if math.isfinite(loss)]
+        self._most = max([1, *(chars for run in runs for chars in run.log.chars)])
+        low, high = min(losses, default=0.0), max(losses, default=1.0)
+        margin = 0.06 * (high - low) or 0.1
+        self._low, self._high = low - margin, high + margin
+
+    def _x(self, chars: float) -> float:
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * chars / self._most
+
+    def _y(self, loss: float) -> float:
+        return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (self._high - loss) / (self._high - self._low)
+
+    def points(self, run: RunView) -> list[dict[str, float | str]]:
+        """Where each epoch stands, and its figures in words."""
+        log = run.log
+        return [
+            {
+                "x": round(self._x(chars), 1),
+                "text": f"epoch {i}: {chars:,} characters in {format_seconds(seconds)}, train {train:.4f}, "
+                f"validation {val:.4f} nats per character ({val / math.log(2):.4f} bits)",
+            }
+            for i, (chars, seconds, train, val) in enumerate(
+                zip(log.chars, log.seconds, log.train, log.val, strict=True), start=1
+            )
+        ]
+
+    def svg(self) -> str:
+        """The drawing."""
+        parts = [*self._axes(), *self._marks(), *self._curves()]
+        described = "Loss by characters trained on: validation solid, training dashed."
+        return (
+            f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" data-left="{_LEFT}" tabindex="0" role="img" aria-label="{described}">'
+            f'{"".join(parts)}<line class="cursor" x1="0" x2="0" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/></svg>'
+        )
+
+    def _axes(self) -> Iterator[str]:
+        right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+        for value in _ticks(self._low, self._high):
+            y = self._y(value)
+            yield f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            yield f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
+        for bits in _ticks(self._low / math.log(2), self._high / math.log(2)):
+            yield f'<text x="{right + 8}" y="{self._y(bits * math.log(2)) + 4:.1f}">{bits:g}</text>'
+        for chars in _ticks(0, self._most):
+            x = self._x(chars)
+            yield f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 5}"/>'
+            yield f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{_short(chars)}</text>'
+        yield f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">characters trained on</text>'
+        yield f'<text x="4" y="{_TOP - 4}">nats</text><text x="{_WIDTH - 4}" y="{_TOP - 4}" text-anchor="end">bits</text>'
+
+    def _marks(self) -> Iterator[str]:
+        above = -math.inf
+        marks = sorted(((name, value) for run in self._runs for name, value in run.marks.items()), key=lambda mark: -mark[1])
+        for name, value in marks:
+            y = self._y(value)
+            label = max(y - 4, above + _LABEL_GAP)
+            above = label
+            yield f'<line class="mark" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            yield f'<text x="{_WIDTH - _RIGHT - 4}" y="{label:.1f}" text-anchor="end">{html.escape(name)} {value:.2f}</text>'
+
+    def _curves(self) -> Iterator[str]:
+        for i, run in enumerate(self._runs):
+            colour = _COLOURS[i % len(_COLOURS)]
+            for kind, losses in (("train", run.log.train), ("val", run.log.val)):
+                places = [
+                    f"{self._x(chars):.1f},{self._y(loss):.1f}"
+                    for chars, loss in zip(run.log.chars, losses, strict=True)
+                    if math.isfinite(loss)
+                ]
+                if len(places) == 1:  # a line needs two
+                    x, y = places[0].split(",")
+                    yield f'<circle cx="{x}" cy="{y}" r="{4 if kind == "val" else 2}" style="fill: {colour}"/>'
+                elif places:
+                    yield f'<polyline class="curve {kind}" style="stroke: {colour}" points="{" ".join(places)}"/>'
+            if len(self._runs) > 1 and run.log.val:
+                label = f"{html.escape(run.name)} {run.log.val[-1]:.4f}"
+                place = f'x="{_WIDTH - _RIGHT - 8}" y="{_TOP + 16 * (i + 1)}"'
+                yield f'<text {place} text-anchor="end" style="fill: {colour}">{label}</text>'
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four to nine round numbers from `low` to `high`."""
+    raw = (high - low) / 6
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw)
+    return [round(step * i, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _short(chars: float) -> str:
+    """A number of characters for an axis: 250k, 1.5M."""
+    if chars >= 1e6:
+        return f"{chars / 1e6:g}M"
+    return f"{chars / 1e3:g}k" if chars >= 1e3 else f"{chars:g}"

@@ -1,0 +1,123 @@
+"""The page of a run: its curve, samples and excerpt, with hostile text in all of them, in a browser too."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from picogpt.export.log_page import EpochView, RunView, render_page
+from picogpt.runs.folder import LossLog
+from tests.browser import needs_chromium, open_page
+
+HOSTILE = "</script><script>document.title = 'run'</script> \"quotes\" & 'more' <b>\u202eright to left \U0001f600"
+LOG = LossLog(
+    train=[3.0, 2.5, 2.0], val=[2.9, 2.4, 2.1], chars=[1000, 2000, 3000], seconds=[1.0, 2.0, 3.0], best_loss=2.1, iter_num=30
+)
+
+
+def view(**changes: object) -> RunView:
+    """A run of three epochs with hostile text everywhere."""
+    epochs = [EpochView(f"sample {i} {HOSTILE}", [0.5] * (len(HOSTILE) - 1)) for i in (1, 2, 3)]
+    fields = {"name": "a<b>", "log": LOG, "epochs": epochs, "excerpt": HOSTILE, "settings": {"k<i>": HOSTILE}} | changes
+    return RunView(**fields)  # type: ignore[arg-type]
+
+
+def data_of(page: str) -> dict[str, list[dict[str, Any]]]:
+    """What the script reads."""
+    (content,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(content)  # type: ignore[no-any-return]
+
+
+def test_hostile_text_is_text() -> None:
+    """Nothing that a text holds becomes an element: there are the page's two scripts and no more, and no bold letter."""
+    page = render_page([view()])
+
+    assert page.count("<script") == 2
+    assert "<b>" not in page
+    assert data_of(page)["epochs"][2]["sample"] == f"sample 3 {HOSTILE}"
+
+
+def test_no_network() -> None:
+    """A policy forbids all but the page's own style and script, and no address stands in it."""
+    page = render_page([view()])
+
+    assert "default-src 'none'" in page
+    assert not re.search(r"https?://|src=|href=|@import|url\(", page)
+
+
+def test_reloads_in_training_alone() -> None:
+    """The page of a run in training loads itself again; that of one that has ended does not."""
+    assert '<meta http-equiv="refresh" content="15">' in render_page([view(in_training=True)])
+    assert 'http-equiv="refresh"' not in render_page([view()])
+
+
+def test_probabilities_of_an_epoch() -> None:
+    """A byte for each character but the first: 255 is certainty."""
+    epochs = [EpochView("s", [0.0, 1.0, 0.25])]
+    (epoch,) = data_of(render_page([view(epochs=epochs, excerpt="abcd")]))["epochs"]
+
+    assert base64.b64decode(epoch["probabilities"]) == bytes([0, 255, 64])
+    assert epoch["label"] == "epoch 3, 3,000 characters, val 2.1000"  # the last epochs are kept, whatever their number
+
+
+def test_points_of_the_curve() -> None:
+    """Epochs stand at their characters, from the axis at 56 to the right margin at 824, and losses go down the page."""
+    page = render_page([view()])
+    (line,) = re.findall(r'class="curve val"[^>]*points="([^"]*)"', page)
+    points = [tuple(map(float, point.split(","))) for point in line.split()]
+
+    assert [x for x, _ in points] == pytest.approx([56 + 768 / 3, 56 + 2 * 768 / 3, 824], abs=0.1)
+    assert points[0][1] < points[1][1] < points[2][1]
+    assert data_of(page)["points"][2]["x"] == 824
+
+
+def test_marks() -> None:
+    """Other predictors are lines with a name and a value."""
+    assert re.search(r">lzma 2\.50</text>", render_page([view(marks={"lzma": 2.5})]))
+
+
+def test_odd_logs() -> None:
+    """No epoch, one epoch, equal losses and losses that are no numbers make pages too."""
+    one = LossLog(train=[2.0], val=[2.0], chars=[10], seconds=[1.0], best_loss=2.0)
+    broken = LossLog(train=[math.nan, 2.0], val=[math.inf, 2.0], chars=[10, 20], seconds=[1.0, 2.0])
+
+    assert "No epoch has ended yet." in render_page([view(log=LossLog(), epochs=[])])
+    assert render_page([view(log=one, epochs=[])]).count("<circle") == 2
+    assert "nan" not in re.findall(r"<svg.*?</svg>", render_page([view(log=broken, epochs=[])]), re.DOTALL)[0]
+
+
+def test_several_runs() -> None:
+    """Two runs are two pairs of curves with their names; there is no slider, and each has its settings."""
+    page = render_page([view(name="one"), view(name="two")])
+
+    assert page.count('class="curve val"') == 2
+    assert 'type="range"' not in page
+    assert page.count("<h3>") == 2
+
+
+def test_size() -> None:
+    """Twenty epochs with samples and an excerpt of 400 characters stay far below 300 kB."""
+    log = LossLog(train=[2.0] * 20, val=[2.0] * 20, chars=[*range(1, 21)], seconds=[1.0] * 20, best_loss=2.0)
+    epochs = [EpochView("x" * 160, [0.5] * 400)] * 20
+
+    assert len(render_page([view(log=log, epochs=epochs, excerpt="y" * 401)]).encode()) < 60_000
+
+
+@needs_chromium
+@pytest.mark.parametrize(("fragment", "epoch"), [("", 3), ("#epoch=2", 2), ("#epoch=99", 3), ("#<b>", 3)])
+def test_in_a_browser(tmp_path: Path, fragment: str, epoch: int) -> None:
+    """From a file, without network: the slider's epoch shows its sample and a shaded excerpt, and the console stays empty."""
+    page = tmp_path / "log.html"
+    page.write_text(render_page([view()]))
+    document, console = open_page(page, tmp_path, fragment=fragment)
+
+    assert console == []
+    assert f">sample {epoch} &lt;/script&gt;" in document
+    assert document.count('style="--p: 0.502;"') == len(HOSTILE) - 1
+    assert "<title>a&lt;b&gt;</title>" in document
