@@ -95,6 +95,7 @@ def test_no_cycles() -> None:
                 "model.gpt",
                 "training.concurrent",
                 "training.distributed",
+                "training.history",
                 "training.optim",
                 "training.state",
                 "training.trainer",

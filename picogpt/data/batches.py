@@ -58,6 +58,9 @@ class ValidationStore(Protocol):
 class Source(Protocol):
     """What training needs of its data."""
 
+    val_ids: npt.NDArray[np.uint8]
+    """The validation text (characters,)."""
+
     @property
     def text(self) -> TextConfig:
         """How the text became ids, and which ones are in it."""

@@ -295,7 +295,7 @@ class TrainingRun:
         return self._rehearsed
 
     def _sample(self, trainer: Trainer) -> str:
-        return sample_text(trainer, self._notify)
+        return sample_text(trainer.model, trainer.source.text, self._notify)
 
     def _forecaster(self) -> Forecaster:
         trainer, schedule = self.trainer, self.schedule

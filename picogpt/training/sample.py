@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from picogpt.config import GenerateConfig, SampleConfig
+from picogpt.config import GenerateConfig, SampleConfig, TextConfig
 from picogpt.errors import PicoGPTError
 from picogpt.inference import Engine, find_backend
 from picogpt.inference.generate import RollingDecoder, Sampler, StopWatcher, generate, never_drawn
+from picogpt.model.gpt import GPT
 from picogpt.rng import sample_generator
 from picogpt.tokenizer import CharTokenizer
-from picogpt.training.trainer import Trainer
 from picogpt.wording import Notify
 
 __all__ = ["sample_text"]
@@ -17,15 +17,21 @@ SAMPLE_CHARS = 160
 """Characters of the sample after each epoch."""
 
 
-def sample_text(trainer: Trainer, notify: Notify) -> str:
-    """Text that the model generates after a newline, with the same draws every time; `notify` is told of a first compilation."""
+def sample_text(model: GPT, text: TextConfig, notify: Notify) -> str:
+    """Generate text after a newline, with the same random numbers every time.
+
+    Args:
+        model: as it is.
+        text: the training text, whose characters alone are drawn.
+        notify: given a line before the engine is compiled.
+    """
     tokenizer = CharTokenizer()
     try:
-        engine = Engine(trainer.model.config, trainer.model.arrays(), backend=find_backend(notify))
+        engine = Engine(model.config, model.arrays(), backend=find_backend(notify))
     except PicoGPTError as error:
         return f"(no sample: {error})"
     decoder = RollingDecoder(engine, GenerateConfig().hop_for(engine.config.context_len))
     logits = decoder.prefill(tokenizer.encode("\n")[None])
-    sampler = Sampler(SampleConfig(), [sample_generator(0)], never_drawn(trainer.source.text))
+    sampler = Sampler(SampleConfig(), [sample_generator(0)], never_drawn(text))
     made = generate(decoder, logits, SAMPLE_CHARS, sampler=sampler, watchers=[StopWatcher([])])
     return "".join(tokenizer.decode(ids) for (ids,) in made)

@@ -1,0 +1,114 @@
+"""What a run showed at each epoch's end: samples, probabilities and other predictors, kept through resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from picogpt.config import TrainConfig
+from picogpt.data import TextSource
+from picogpt.evaluation.baselines import compressed_bits
+from picogpt.runs.folder import LossLog
+from picogpt.training.history import EXCERPT_CHARS, History, describe_settings, excerpt_probabilities
+from picogpt.training.trainer import Trainer
+from picogpt.wording import say_nothing
+from tests.conftest import TINY, tiny_source
+
+CONFIG = TrainConfig(batch_size=2, windows=3)
+
+
+def make_trainer() -> Trainer:
+    """A tiny model that has learned nothing."""
+    return Trainer(TINY, CONFIG, tiny_source(CONFIG), torch.float32)
+
+
+def log_of(n_epochs: int) -> LossLog:
+    """The log of a run of so many epochs."""
+    return LossLog(
+        train=[2.0] * n_epochs, val=[2.0] * n_epochs, chars=[100 * i for i in range(1, n_epochs + 1)], seconds=[10.0] * n_epochs
+    )
+
+
+def test_probabilities_of_an_excerpt() -> None:
+    """Their mean logarithm is the model's loss, and the model goes on training."""
+    trainer = make_trainer()
+    ids = trainer.source.val_ids[:31]
+    found = excerpt_probabilities(trainer, ids)
+    inputs, targets = (torch.from_numpy(part.astype(np.int64))[None] for part in (ids[:-1], ids[1:]))
+    _, loss = trainer.model(inputs, targets)
+    assert loss is not None
+
+    assert len(found) == 30
+    assert -np.log(found).mean() == pytest.approx(loss.item(), rel=1e-5)
+    assert trainer.model.training
+
+
+def test_history_is_kept(tmp_path: Path) -> None:
+    """What is recorded is read again, to a 255th of each probability."""
+    trainer, history = make_trainer(), History()
+    history.record(trainer, trainer.source, log_of(1), say_nothing)
+    history.write(tmp_path)
+    again = History.read(tmp_path)
+
+    assert (again.excerpt, again.marks) == (history.excerpt, history.marks)
+    assert again.epochs[0].sample == history.epochs[0].sample
+    np.testing.assert_allclose(again.epochs[0].probabilities, history.epochs[0].probabilities, atol=0.5 / 255 + 1e-9)
+
+
+def test_epochs_that_are_trained_anew() -> None:
+    """After a crash before the last checkpoints, epochs beyond the log are replaced."""
+    trainer, history = make_trainer(), History()
+    for n_epochs in (1, 2, 3, 2):
+        history.record(trainer, trainer.source, log_of(n_epochs), say_nothing)
+
+    assert len(history.epochs) == 2
+
+
+def test_other_predictors() -> None:
+    """The validation text's lzma, and a 5-gram that knows the text's rule by heart."""
+    trainer, history = make_trainer(), History()
+    assert isinstance(trainer.source, TextSource)
+    history.record(trainer, trainer.source, log_of(1), say_nothing)
+
+    assert history.marks["lzma"] == pytest.approx(compressed_bits(trainer.source.val_ids)["lzma"] * math.log(2))
+    assert 0 < history.marks["5-gram"] < 0.5
+    assert len(history.excerpt) == min(EXCERPT_CHARS + 1, len(trainer.source.val_ids))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"excerpt": "a"}', '{"excerpt": "a", "marks": {}, "epochs": [1]}', "[" * 100_000]
+)
+def test_damaged_history(tmp_path: Path, content: str) -> None:
+    """A file that cannot be read is as good as none: it is for looking at only."""
+    (tmp_path / "epochs.json").write_text(content)
+
+    assert History.read(tmp_path) == History()
+
+
+def test_page() -> None:
+    """The page has the run's name, its settings and its speed in the last epoch."""
+    trainer, history, log = make_trainer(), History(), log_of(2)
+    log.seconds = [10.0, 15.0]
+    history.record(trainer, trainer.source, log, say_nothing)
+    page = history.page("a run", trainer, log, in_training=True)
+
+    assert "<title>a run</title>" in page
+    assert "20 characters/s in the last epoch" in page
+    assert "2 sequences of 3 windows" in page
+    assert describe_settings(trainer, LossLog())["speed"] == "0 characters/s in the last epoch"
+
+
+def test_file_is_small(tmp_path: Path) -> None:
+    """Twenty epochs stay below 30 kB."""
+    trainer, history = make_trainer(), History()
+    for n_epochs in range(1, 21):
+        history.record(trainer, trainer.source, log_of(n_epochs), say_nothing)
+    history.write(tmp_path)
+
+    assert len(json.loads((tmp_path / "epochs.json").read_text())["epochs"]) == 20
+    assert (tmp_path / "epochs.json").stat().st_size < 30_000
