@@ -53,6 +53,7 @@ __all__ = [
     "open_model",
     "pack",
     "read_log",
+    "serialize_tensors",
     "unpack",
 ]
 
@@ -262,7 +263,7 @@ class RunFolder:
 
     def save_model(self, tensors: Mapping[str, npt.NDArray[Any]], config: GPTConfig, text: TextConfig | None = None) -> None:
         """Write `model.safetensors`: state dict, shape and text of the best model so far."""
-        atomic_write(self.path / MODEL_FILE, _serialize(dict(tensors), model_metadata(config, text)))
+        atomic_write(self.path / MODEL_FILE, serialize_tensors(dict(tensors), model_metadata(config, text)))
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write `checkpoint.safetensors`, keeping the one before it.
@@ -276,7 +277,7 @@ class RunFolder:
             "sha256": _digest(checkpoint.tensors, json.dumps(checkpoint.state)),
         }
         staged = self.path / f".{_CHECKPOINT}.staged.part"
-        atomic_write(staged, _serialize(checkpoint.tensors, metadata))
+        atomic_write(staged, serialize_tensors(checkpoint.tensors, metadata))
         current = self.path / _CHECKPOINT
         if current.exists():
             replace(current, self.path / _PREVIOUS)
@@ -312,7 +313,7 @@ class RunFolder:
     def save_validation(self, ids: npt.NDArray[np.uint8]) -> None:
         """Write `validation.safetensors`: the validation text (characters,) of a run on a stream, drawn once."""
         metadata = {"format": str(FORMAT_VERSION), "sha256": _digest({"ids": ids}, "")}
-        atomic_write(self.path / _VALIDATION, _serialize({"ids": ids}, metadata))
+        atomic_write(self.path / _VALIDATION, serialize_tensors({"ids": ids}, metadata))
 
     def load_validation(self) -> npt.NDArray[np.uint8]:
         """Read `validation.safetensors`.
@@ -489,7 +490,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise RunError(f"{path}: cannot be read as safetensors ({error})") from error
 
 
-def _serialize(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
+def serialize_tensors(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
     """Tensors and metadata in the format of safetensors, the same bytes for the same content.
 
     The library writes metadata in an order that differs from process to process. Layout: the header's length in 8 bytes, the

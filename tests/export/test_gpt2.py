@@ -1,0 +1,144 @@
+"""The folder for transformers: GPT-2's layout, a tokenizer that is ours, and logits that are the engine's within one window."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import picogpt
+from picogpt.config import GPTConfig, TextConfig
+from picogpt.errors import RunError
+from picogpt.export.gpt2 import BOS_ID, Gpt2Model, write_gpt2
+from picogpt.model.gpt import GPT
+from picogpt.runs.folder import RunFolder
+from picogpt.tokenizer import SPECIAL_IDS, CharTokenizer
+from tests.conftest import TINY
+
+TEXT = TextConfig(fold=True, ids=tuple(range(1, 60)))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A tiny model that has learned nothing."""
+    torch.manual_seed(2)
+    folder = RunFolder(tmp_path / "tiny")
+    folder.create()
+    folder.save_model(GPT(TINY).arrays(), TINY, TEXT)
+    return folder
+
+
+@pytest.fixture
+def model(run: RunFolder) -> Gpt2Model:
+    """The same, to be exported."""
+    torch.manual_seed(2)
+    return Gpt2Model("tiny", TINY, GPT(TINY).arrays(), TEXT)
+
+
+def test_layout(model: Gpt2Model) -> None:
+    """Linear layers are transposed, the head is left out, and the first token's embedding is zero; nothing else changes."""
+    tensors = model.tensors()
+
+    assert set(tensors) == {name for name in model.weights if name != "lm_head.weight"}
+    np.testing.assert_array_equal(
+        tensors["transformer.h.0.attn.c_attn.weight"], model.weights["transformer.h.0.attn.c_attn.weight"].T
+    )
+    np.testing.assert_array_equal(tensors["transformer.h.1.ln_1.weight"], model.weights["transformer.h.1.ln_1.weight"])
+    rows = np.abs(tensors["transformer.wte.weight"]).sum(axis=1)
+    assert np.flatnonzero(rows == 0).tolist() == [BOS_ID]
+    assert BOS_ID not in SPECIAL_IDS.values()
+
+
+def test_generated_ids(model: Gpt2Model) -> None:
+    """Of ids that the training text does not hold none is generated, nor unknown, special and spare ones."""
+    suppressed = model.generation_config()["suppress_tokens"]
+
+    assert sorted({*range(88)} - {*suppressed}) == [*range(1, 60)]
+
+
+def test_card(model: Gpt2Model) -> None:
+    """It has front matter, and says that the roll is left out and how far the model sees."""
+    card = model.card()
+
+    assert card.startswith("---\nlicense: mit\n")
+    assert "at most 8 characters" in card
+    assert "without its context roll" in card
+
+
+def test_no_biases() -> None:
+    """GPT-2 has biases; a model without them is rejected by name."""
+    shape = replace(TINY, bias=False)
+    with pytest.raises(RunError, match="tiny: GPT-2 has biases, and this model has none; it cannot be exported as GPT-2"):
+        Gpt2Model("tiny", shape, GPT(shape).arrays(), None)
+
+
+def test_files(model: Gpt2Model, tmp_path: Path) -> None:
+    """The folder holds what the two Auto classes read, and no code."""
+    write_gpt2(model, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    tokenizer = (tmp_path / "out" / "tokenizer.json").read_text()
+
+    assert names == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert len(tokenizer) < 6000
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["n_positions"] == 9
+
+
+def loaded(folder: Path) -> tuple[Any, Any]:
+    """Tokenizer and model as transformers has them, without code of ours."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    return tokenizer, model
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tokenizer_is_ours(model: Gpt2Model, tmp_path: Path) -> None:
+    """3,000 strings of any characters have our ids behind the first token, and text comes back."""
+    write_gpt2(model, tmp_path / "out")
+    tokenizer, _ = loaded(tmp_path / "out")
+    ours, generator = CharTokenizer(), random.Random(1)
+    for _ in range(3000):
+        points = (generator.choice(((0, 128), (32, 0xD800), (0xE000, 0x110000))) for _ in range(generator.randrange(30)))
+        text = "".join(chr(generator.randrange(*span)) for span in points)
+
+        assert tokenizer(text)["input_ids"] == [BOS_ID, *ours.encode(text).tolist()], repr(text)
+    assert tokenizer.decode(tokenizer("a <Q> b\n c")["input_ids"], skip_special_tokens=True) == "a <q> b\n c"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_logits_are_ours(run: RunFolder, model: Gpt2Model, tmp_path: Path) -> None:
+    """Within one window, from a zero context vector, logits are the engine's; it generates characters of the text alone."""
+    write_gpt2(model, tmp_path / "out")
+    tokenizer, gpt2 = loaded(tmp_path / "out")
+    with torch.no_grad():
+        found = gpt2(**tokenizer("a window", return_tensors="pt")).logits[0, 1:].numpy()  # (8, 88)
+    expected = picogpt.load(run.path, dtype="float32").logits("a window")
+    others = [i for i in range(88) if i != BOS_ID]
+
+    np.testing.assert_allclose(found[:, others], expected[:, others], atol=1e-5)
+    ids = gpt2.generate(**tokenizer("a", return_tensors="pt"), max_length=9)[0].tolist()
+    assert set(ids[2:]) <= set(TEXT.ids)
+    assert re.fullmatch(r".{8}", tokenizer.decode(ids, skip_special_tokens=True), re.DOTALL)
+
+
+def test_full_model(tmp_path: Path) -> None:
+    """The full shape has GPT-2's names for 100 tensors."""
+    shape = GPTConfig()
+    tensors = Gpt2Model("full", shape, GPT(shape).arrays(), None).tensors()
+
+    assert len(tensors) == 100
+    assert tensors["transformer.h.7.mlp.c_fc.weight"].shape == (256, 1024)
