@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from picogpt.config import GPTConfig
-from picogpt.device import times_as_fast
+from picogpt.device import speedup
 from picogpt.model.dropout import keep_mask
 
 __all__ = ["causal_attention", "causal_mask", "choose_attention"]
 
-_WORTHWHILE = 1.3
+_MIN_SPEEDUP = 1.3
 """How many times as fast the products have to be, so that two starts on one machine choose alike."""
 
 
@@ -67,16 +67,16 @@ def choose_attention(config: GPTConfig, sequences: int, dtype: torch.dtype, devi
     On a CPU the clock decides, on one layer with so many `sequences` of a step, forward and backward in `dtype`.
     """
     if config.dropout:
-        return "products", "which drop weights fast"
+        return "products", "fast dropout of attention weights"
     if device.type != "cpu":
-        return "products", "whose gradients are reproducible on a GPU"
-    ratio = _times_as_fast(config, sequences, dtype)
-    if ratio >= _WORTHWHILE:
+        return "products", "reproducible gradients on a GPU"
+    ratio = _products_speedup(config, sequences, dtype)
+    if ratio >= _MIN_SPEEDUP:
         return "products", f"{ratio:.1f} times as fast as torch's fused function"
     return "fused", f"products of matrices run at {ratio:.1f} times its speed"
 
 
-def _times_as_fast(config: GPTConfig, sequences: int, dtype: torch.dtype) -> float:
+def _products_speedup(config: GPTConfig, sequences: int, dtype: torch.dtype) -> float:
     """How many times as fast the products are as the fused form, forward and backward."""
     n_slots = config.context_len + 1
     qkv = torch.ones(sequences, n_slots, 3 * config.n_embd, dtype=dtype, requires_grad=True)
@@ -85,4 +85,4 @@ def _times_as_fast(config: GPTConfig, sequences: int, dtype: torch.dtype) -> flo
         y = causal_attention(qkv, mask, config.n_head)
         torch.autograd.grad(y, qkv, torch.ones_like(y))
 
-    return times_as_fast(functools.partial(take_turn, causal_mask(n_slots)), functools.partial(take_turn, None))
+    return speedup(functools.partial(take_turn, causal_mask(n_slots)), functools.partial(take_turn, None))

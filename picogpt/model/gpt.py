@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from picogpt.config import GPTConfig
 from picogpt.errors import RunError
 from picogpt.kernels.autograd import FusedBlocks
-from picogpt.kernels.compiled import Kernels, Use
+from picogpt.kernels.compiled import Kernels, WorkspaceSpec
 from picogpt.model.attention import causal_attention, causal_mask
 from picogpt.model.dropout import Dropout
 from picogpt.model.roll import window_spans
@@ -109,11 +109,11 @@ class _Transformer(nn.Module):
         """What takes x (B, S, C) through all blocks, in one window after the other of a text, with so many `slots` each."""
         if self.kernels is None:
             return self._through_modules
-        use = Use(len(self.h), rolls, tuple(slots), torch.is_grad_enabled(), self.gradient_checkpointing)
+        spec = WorkspaceSpec(len(self.h), rolls, tuple(slots), torch.is_grad_enabled(), self.gradient_checkpointing)
         fused = self._fused
-        if fused is None or not fused.is_free or (fused.kernels, fused.use) != (self.kernels, use):
-            fused = FusedBlocks(self.kernels, use)
-        if use.trained:
+        if fused is None or not fused.is_free or (fused.kernels, fused.spec) != (self.kernels, spec):
+            fused = FusedBlocks(self.kernels, spec)
+        if spec.trained:
             self._fused = fused
         return fused.begin([list(block.parameters()) for block in self.h])
 

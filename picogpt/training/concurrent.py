@@ -18,23 +18,23 @@ from torch import Tensor
 from picogpt.data import Batch
 from picogpt.device import flush_denormals
 
-__all__ = ["groups_for", "set_gradient"]
+__all__ = ["count_thread_groups", "parallel_backward"]
 
-_GRAIN = 2**15
+_MIN_ACTIVATIONS = 2**15
 """Activations from which on torch divides a pass over them among threads; PicoGPT's window has 33,024."""
 
 
-def groups_for(sequences: int, threads: int, activations: int) -> int:
+def count_thread_groups(sequences: int, threads: int, activations: int) -> int:
     """How many groups of threads can have equally many of a step's `sequences` each, and be equally many threads each.
 
     It is 1 for small models, whose `activations` (slots times width of one sequence) keep threads waiting for Python, and where
     torch's own threads cannot be divided, as their number is one of the whole process.
     """
     divisible = "parallel backend: OpenMP" in torch.__config__.parallel_info()
-    return math.gcd(sequences, threads) if divisible and activations >= _GRAIN else 1
+    return math.gcd(sequences, threads) if divisible and activations >= _MIN_ACTIVATIONS else 1
 
 
-def set_gradient(loss_of: Callable[[Batch], Tensor], parameters: Sequence[Tensor], batch: Batch, groups: int) -> float:
+def parallel_backward(loss_of: Callable[[Batch], Tensor], parameters: Sequence[Tensor], batch: Batch, groups: int) -> float:
     """Set the gradient of each of `parameters`, the mean over `groups` equal parts of `batch`.
 
     The parts are added up in their order, so that the result does not depend on which thread is done first.
@@ -43,7 +43,7 @@ def set_gradient(loss_of: Callable[[Batch], Tensor], parameters: Sequence[Tensor
         loss_of: gives the mean loss of a batch; called by several threads at a time.
         parameters: all that the loss depends on.
         batch: the step's sequences, a multiple of `groups`.
-        groups: as `groups_for` says; torch's threads are divided among them.
+        groups: as `count_thread_groups` says; torch's threads are divided among them.
 
     Returns:
         The mean loss.

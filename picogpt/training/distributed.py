@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from picogpt.data import Stop
 from picogpt.errors import ConfigError, PicoGPTError, RanksError
 
-__all__ = ["ALONE", "Kind", "Ranks", "SignalBox", "reaching"]
+__all__ = ["SINGLE_PROCESS", "Command", "Ranks", "SignalState", "translate_dist_errors"]
 
 PATIENCE = timedelta(minutes=30)
 """How long a rank may be silent before the others give it up."""
@@ -37,14 +37,14 @@ POLL = 0.05
 """Seconds between two looks while the ranks wait for each other to start."""
 
 
-class Kind(IntEnum):
+class Command(IntEnum):
     """What rank 0 tells the others to do."""
 
     BEGIN = 0
     """Make a replica; what it is made of is handed to each rank."""
     STEP = 1
     """Take a step; the learning rate and the global batch follow."""
-    SYNCHRONIZE = 2
+    OUTER_STEP = 2
     """Take an outer step now."""
     COLLECT = 3
     """Send back all that is needed to go on."""
@@ -54,7 +54,7 @@ class Kind(IntEnum):
     """End with the exit code that follows."""
 
 
-class SignalBox(Protocol):
+class SignalState(Protocol):
     """Where the number of a signal is noted that asked the process to end."""
 
     signal_number: int | None
@@ -77,7 +77,7 @@ class Ranks:
     def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0, store: Store | None = None) -> None:
         self.rank, self.count, self.local_rank = rank, count, local_rank
         self._store = store
-        self._box: SignalBox = _NoSignals()
+        self._box: SignalState = _NoSignals()
         self._group: dist.ProcessGroup | None = None
         self._spoke_at = 0.0
 
@@ -102,23 +102,23 @@ class Ranks:
         loopback = [name for _, name in socket.if_nameindex() if name in {"lo", "lo0"}]
         if count == local_count and loopback:
             environment.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
-        with reaching():
+        with translate_dist_errors():
             store, _, _ = next(iter(rendezvous("env://", timeout=PATIENCE)))
         return cls(rank, count, local_rank, PrefixStore("picogpt", store))
 
-    def listen_to(self, box: SignalBox) -> None:
+    def attach_signals(self, box: SignalState) -> None:
         """Tell the others of the signal in `box`, and note there what they have got."""
         self._box = box
 
-    def first_start(self) -> bool:
-        """Whether torchrun has not started this run before, as far as `note_start` was told."""
-        with reaching():
+    def is_first_launch(self) -> bool:
+        """Whether torchrun has not started this run before, as far as `mark_launched` was told."""
+        with translate_dist_errors():
             return self._store is None or not self._store.check(["started"])
 
-    def note_start(self) -> None:
+    def mark_launched(self) -> None:
         """Remember, through restarts, that the run has begun."""
         if self._store is not None:
-            with reaching():
+            with translate_dist_errors():
                 self._store.set("started", "1")
 
     def connect(self) -> None:
@@ -130,8 +130,8 @@ class Ranks:
         if self.count == 1 or dist.is_initialized():
             return
         assert self._store is not None
-        with reaching():
-            name = self._await_others() if self.rank == 0 else self._await_leader()
+        with translate_dist_errors():
+            name = self._await_workers() if self.rank == 0 else self._await_rank_0()
             store = PrefixStore(name, self._store)
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.count, timeout=PATIENCE)
         self._spoke_at = time.monotonic()
@@ -139,7 +139,7 @@ class Ranks:
     # The store may hold what the ranks of an earlier start wrote. So each of the others writes a number drawn at random, and
     # follows only an answer to that number.
 
-    def _await_others(self) -> str:
+    def _await_workers(self) -> str:
         assert self._store is not None
         name = secrets.token_hex(8)
         missing = set(range(1, self.count))
@@ -152,7 +152,7 @@ class Ranks:
             time.sleep(POLL)
         return name
 
-    def _await_leader(self) -> str:
+    def _await_rank_0(self) -> str:
         assert self._store is not None
         call = secrets.token_hex(8)
         self._store.set(f"call/{self.rank}", call)
@@ -162,71 +162,71 @@ class Ranks:
         self._store.set(f"{name}/{self.rank}", "here")
         return name
 
-    def lead(self, kind: Kind, payload: bytes = b"") -> None:
+    def broadcast_command(self, kind: Command, payload: bytes = b"") -> None:
         """On rank 0: tell the others what to do."""
         if self.count == 1:
             return
-        with reaching():
+        with translate_dist_errors():
             dist.broadcast(torch.tensor([kind, len(payload)]), src=0)
             if payload:
                 dist.broadcast(_to_tensor(payload), src=0)
         self._spoke_at = time.monotonic()
 
-    def hear(self) -> tuple[Kind, bytes]:
+    def recv_command(self) -> tuple[Command, bytes]:
         """On the others: what rank 0 says next."""
         header = torch.zeros(2, dtype=torch.int64)
-        with reaching():
+        with translate_dist_errors():
             dist.broadcast(header, src=0)
             kind, size = header.tolist()
             payload = torch.empty(size, dtype=torch.uint8)
             if size:
                 dist.broadcast(payload, src=0)
-        return Kind(kind), payload.numpy().tobytes()
+        return Command(kind), payload.numpy().tobytes()
 
     def send(self, content: bytes, target: int = 0) -> None:
         """Send `content` to rank `target`, which `receive`s it."""
-        with reaching():
+        with translate_dist_errors():
             dist.send(torch.tensor([len(content)]), target)
             dist.send(_to_tensor(content), target)
 
     def receive(self, source: int = 0) -> bytes:
         """What `source` sends to this rank."""
         size = torch.zeros(1, dtype=torch.int64)
-        with reaching():
+        with translate_dist_errors():
             dist.recv(size, source)
             content = torch.empty(int(size.item()), dtype=torch.uint8)
             dist.recv(content, source)
         return content.numpy().tobytes()
 
-    def share(self, values: Sequence[float]) -> list[list[float]]:
+    def all_gather(self, values: Sequence[float]) -> list[list[float]]:
         """The `values` of every rank, in their order; signals travel with them."""
         if self.count == 1:
             return [list(values)]
         own = torch.tensor([*values, self._box.signal_number or 0], dtype=torch.float64)
         found = [torch.empty_like(own) for _ in range(self.count)]
-        with reaching():
+        with translate_dist_errors():
             dist.all_gather(found, own)
         signals = [int(each[-1].item()) for each in found]
         if self._box.signal_number is None:
             self._box.signal_number = max(signals) or None
         return [each[:-1].tolist() for each in found]
 
-    def attending(self, stop: Stop) -> Stop:
+    def with_heartbeat(self, stop: Stop) -> Stop:
         """On rank 0: `stop`, with a word to the others now and then, so that they know it lives and can pass on signals."""
 
         def asked() -> bool:
             if self.count > 1 and time.monotonic() - self._spoke_at > HEARTBEAT:
-                self.lead(Kind.WAIT)
-                self.share([])
+                self.broadcast_command(Command.WAIT)
+                self.all_gather([])
             return stop()
 
         return asked
 
-    def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
+    def wrap_ddp(self, model: nn.Module, device: torch.device) -> nn.Module:
         """`model`, whose weights are the same on all ranks, with gradients that the backward pass averages over them."""
         if self.count == 1:
             return model
-        with reaching():
+        with translate_dist_errors():
             return DistributedDataParallel(
                 model,
                 process_group=self._group_for(device),
@@ -235,12 +235,12 @@ class Ranks:
                 init_sync=False,
             )
 
-    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def all_reduce_mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The mean of each of `tensors` over the ranks, in the same order of additions everywhere."""
         if self.count == 1:
             return list(tensors)
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        with reaching():
+        with translate_dist_errors():
             dist.all_reduce(flat, group=self._group_for(flat.device))
         parts = torch.split(flat / self.count, [tensor.numel() for tensor in tensors])
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
@@ -252,7 +252,7 @@ class Ranks:
         return self._group if device.type == "cuda" else None
 
     @contextlib.contextmanager
-    def leading(self) -> Iterator[None]:
+    def propagate_exit_code(self) -> Iterator[None]:
         """On rank 0: have the others end when the work inside does, with its exit code."""
         try:
             yield
@@ -268,16 +268,16 @@ class Ranks:
             # One that is gone by now is missed by nobody.
             with contextlib.suppress(RanksError):
                 self.connect()
-                self.lead(Kind.END, bytes([code]))
-                self.share([])
+                self.broadcast_command(Command.END, bytes([code]))
+                self.all_gather([])
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 """A process that trains by itself."""
 
 
 @contextlib.contextmanager
-def reaching() -> Iterator[None]:
+def translate_dist_errors() -> Iterator[None]:
     """Turn what torch says when another rank is gone into one line.
 
     Raises:
@@ -291,7 +291,8 @@ def reaching() -> Iterator[None]:
             raise
         reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).partition(". ")[0]
         raise RanksError(
-            f"another rank has ended or cannot be reached ({reason}); what was saved last stands: start again to go on from it"
+            f"another rank has ended or cannot be reached ({reason}); the last checkpoint is intact: "
+            "start again to resume from it"
         ) from error
 
 

@@ -29,7 +29,7 @@ __all__ = [
     "set_learning_rate",
 ]
 
-_COEFFICIENTS = (
+_POLAR_EXPRESS_COEFFICIENTS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
@@ -37,11 +37,15 @@ _COEFFICIENTS = (
     (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
 )
 """Of x, x**3 and x**5 in each iteration: the best ones for singular values from 1e-3 to 1 (Polar Express: Amsel et al., 2025)."""
-_MARGIN = 1.02
+_SAFETY_FACTOR = 1.02
 """What singular values are kept below 1 by, lest rounding takes one beyond it, where the polynomials run away."""
-_AT_ONCE = 2**20
+_MAX_BATCH_ELEMENTS = 2**20
 """Most entries that Muon updates together by torch's functions, so that they stay in the cache from beginning to end."""
-_POLAR_EXPRESS = (*((a / _MARGIN, b / _MARGIN**3, c / _MARGIN**5) for a, b, c in _COEFFICIENTS[:-1]), _COEFFICIENTS[-1])
+# p(x) = a x + b x^3 + c x^5 becomes p(x / s): all but the last polynomial leave their output a factor s below 1.
+_POLAR_EXPRESS = (
+    *((a / _SAFETY_FACTOR, b / _SAFETY_FACTOR**3, c / _SAFETY_FACTOR**5) for a, b, c in _POLAR_EXPRESS_COEFFICIENTS[:-1]),
+    _POLAR_EXPRESS_COEFFICIENTS[-1],
+)
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,16 +58,16 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         Tensors of the same shape in `dtype`; singular values below a thousandth of the largest stay below 1.
     """
     rows, columns = matrices.shape[1:]
-    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True) * _MARGIN + 1e-7
+    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True) * _SAFETY_FACTOR + 1e-7
     x: Tensor = (matrices / norms).to(dtype)
     x = x if rows <= columns else x.mT
     remaining = iter(_POLAR_EXPRESS)
-    for count in _in_a_row(rows, columns, dtype):
-        x = _iterate(x, list(itertools.islice(remaining, count)))
+    for count in _gram_reuse_schedule(rows, columns, dtype):
+        x = _polar_iterations(x, list(itertools.islice(remaining, count)))
     return x if rows <= columns else x.mT
 
 
-def _in_a_row(rows: int, columns: int, dtype: torch.dtype) -> tuple[int, ...]:
+def _gram_reuse_schedule(rows: int, columns: int, dtype: torch.dtype) -> tuple[int, ...]:
     """How many polynomials are applied before X X^T is formed anew, and so on.
 
     In bfloat16 only two, and not the first one, are as close to float32's result; beyond that roundings let it run away.
@@ -73,28 +77,28 @@ def _in_a_row(rows: int, columns: int, dtype: torch.dtype) -> tuple[int, ...]:
     return (5,) if dtype == torch.float32 else (1, 2, 2)
 
 
-def _iterate(x: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+def _polar_iterations(x: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
     """Apply one polynomial after the other to x (n, rows, columns), forming X X^T once."""
     gram = torch.bmm(x, x.mT)
     (a, b, c), *others = polynomials
     if not others:
         return torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    product = factor = _factor(gram, a, b, c)
+    product = factor = _polynomial(gram, a, b, c)
     for coefficients in others:
         gram = torch.bmm(torch.bmm(factor, gram), factor)
-        factor = _factor(gram, *coefficients)
+        factor = _polynomial(gram, *coefficients)
         product = torch.bmm(factor, product)
     return torch.bmm(product, x)
 
 
-def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
     """The sum a + b gram + c gram^2, which an iteration multiplies by."""
     factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     factor.diagonal(dim1=1, dim2=2).add_(a)
     return factor
 
 
-class _Part(NamedTuple):
+class _Matrix(NamedTuple):
     """A matrix that Muon takes for one, as views of a parameter and of what belongs to it."""
 
     weights: Tensor
@@ -151,19 +155,19 @@ class Muon(torch.optim.Optimizer):
         """Take up every gradient, and update the parameters whose turn it is."""
         assert closure is None
         for group in self.param_groups:
-            by_shape: dict[tuple[int, int], list[_Part]] = defaultdict(list)
+            by_shape: dict[tuple[int, int], list[_Matrix]] = defaultdict(list)
             for parameter in group["params"]:
-                for part in self._due_parts(parameter, group):
+                for part in self._due_matrices(parameter, group):
                     by_shape[part.shape].append(part)
             for (rows, columns), parts in by_shape.items():
                 if self._kernels is not None and self._kernels.can_update(rows, columns):
-                    self._update_by_kernels(self._kernels, parts, group)
+                    self._update_with_kernels(self._kernels, parts, group)
                     continue
-                count = max(1, _AT_ONCE // (rows * columns))
+                count = max(1, _MAX_BATCH_ELEMENTS // (rows * columns))
                 for start in range(0, len(parts), count):
                     self._update(parts[start : start + count], group)
 
-    def _due_parts(self, parameter: Tensor, group: Mapping[str, Any]) -> list[_Part]:
+    def _due_matrices(self, parameter: Tensor, group: Mapping[str, Any]) -> list[_Matrix]:
         """Take up the gradient; return the matrices of queries, keys and values, or the one, if their turn has come."""
         if parameter.grad is None:
             return []
@@ -171,52 +175,52 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros(())
             state["momentum"] = torch.zeros_like(parameter)
-            state["mean_square"] = torch.zeros_like(parameter).mean(dim=_short_side(parameter), keepdim=True)
+            state["mean_square"] = torch.zeros_like(parameter).mean(dim=_short_dim(parameter), keepdim=True)
         state["step"] += 1
         state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
         if (int(state["step"]) + group["phase"]) % group["interval"]:
             return []
         count = 3 if parameter.size(0) == 3 * parameter.size(1) else 1
         tensors = (parameter, parameter.grad, state["momentum"], state["mean_square"])
-        return [_Part(*views) for views in zip(*(tensor.chunk(count) for tensor in tensors), strict=True)]
+        return [_Matrix(*views) for views in zip(*(tensor.chunk(count) for tensor in tensors), strict=True)]
 
-    def _update(self, parts: Sequence[_Part], group: Mapping[str, Any]) -> None:
+    def _update(self, parts: Sequence[_Matrix], group: Mapping[str, Any]) -> None:
         """Update matrices of one shape: with the mean gradient, looking one step ahead (Nesterov), made orthogonal."""
         rows, columns = parts[0].shape
-        keep, length = _step_of(group, rows, columns)
+        keep, length = _step_size(group, rows, columns)
         stack = parts[0].weights.new_empty(len(parts), rows, columns)
         for part, mean in zip(parts, stack, strict=True):
             torch.lerp(part.gradient, part.momentum, group["momentum"], out=mean)
         for part, direction in zip(parts, orthogonalize(stack, self._dtype), strict=True):
             if keep != 1:
                 part.weights.mul_(keep)
-            part.weights.addcmul_(direction, _evened_out(direction, part.mean_square, group["beta2"]), value=-length)
+            part.weights.addcmul_(direction, _normuon_scale(direction, part.mean_square, group["beta2"]), value=-length)
 
-    def _update_by_kernels(self, kernels: Kernels, parts: Sequence[_Part], group: Mapping[str, Any]) -> None:
+    def _update_with_kernels(self, kernels: Kernels, parts: Sequence[_Matrix], group: Mapping[str, Any]) -> None:
         """The same for any number of them."""
         rows, columns = parts[0].shape
-        decay, length = _step_of(group, rows, columns)
-        reuse = _in_a_row(rows, columns, self._dtype)
-        step = MuonStep(group["momentum"], group["beta2"], decay, length, _MARGIN, _POLAR_EXPRESS, reuse)
+        decay, length = _step_size(group, rows, columns)
+        reuse = _gram_reuse_schedule(rows, columns, self._dtype)
+        step = MuonStep(group["momentum"], group["beta2"], decay, length, _SAFETY_FACTOR, _POLAR_EXPRESS, reuse)
         assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for part in parts for tensor in part)
         kernels.update_matrices([part._asdict() for part in parts], step)
         # So that autograd notices it where the weights are needed as they were.
         torch.autograd.graph.increment_version([part.weights for part in parts])
 
 
-def _step_of(group: Mapping[str, Any], rows: int, columns: int) -> tuple[float, float]:
+def _step_size(group: Mapping[str, Any], rows: int, columns: int) -> tuple[float, float]:
     """What weight decay leaves of a matrix, and the length of its step."""
     rate = group["lr"] * group["interval"]
     return 1 - rate * group["weight_decay"], rate * math.sqrt(max(1.0, rows / columns))
 
 
-def _evened_out(direction: Tensor, mean_square: Tensor, decay: float) -> Tensor:
+def _normuon_scale(direction: Tensor, mean_square: Tensor, decay: float) -> Tensor:
     """Factors for the rows of `direction`, or its columns where there are more of them, that even them out over time.
 
     Each is divided by the root of its mean square over time, `mean_square`, which is brought up to date. The norm of the whole
     stays as it was.
     """
-    side = _short_side(direction)
+    side = _short_dim(direction)
     squares = direction.float().square().mean(dim=side, keepdim=True)
     mean_square.lerp_(squares, 1 - decay)
     factors = 1 / (mean_square.sqrt() + 1e-8)
@@ -248,7 +252,7 @@ class OuterOptimizer:
         self.sgd.zero_grad(set_to_none=True)
 
 
-def _short_side(matrix: Tensor) -> int:
+def _short_dim(matrix: Tensor) -> int:
     """The dimension of `matrix` that has fewer entries, the columns where both have as many."""
     return 1 if matrix.size(0) >= matrix.size(1) else 0
 
@@ -279,7 +283,7 @@ def build_optimizers(model: GPT, config: TrainConfig, dtype: torch.dtype) -> lis
 
 
 def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], share: float) -> None:
-    """Set the learning rate of every group to `share` of its highest one (`share_of_peak`)."""
+    """Set the learning rate of every group to `share` of its highest one (`fraction_of_peak`)."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak"]

@@ -6,13 +6,13 @@ import contextlib
 
 from picogpt.errors import TrainingError
 from picogpt.runs.folder import Checkpoint, pack, unpack
-from picogpt.training.distributed import Kind, Ranks
-from picogpt.training.state import Replica, unpack_step
+from picogpt.training.distributed import Command, Ranks
+from picogpt.training.state import TrainState, unpack_step
 
-__all__ = ["follow"]
+__all__ = ["run_worker"]
 
 
-def follow(ranks: Ranks, threads: int | None) -> int:
+def run_worker(ranks: Ranks, threads: int | None) -> int:
     """Do what rank 0 says; return the exit code that it says at the end.
 
     Args:
@@ -23,27 +23,27 @@ def follow(ranks: Ranks, threads: int | None) -> int:
         RanksError: rank 0 is gone, or of another version.
         TrainingError: the device that rank 0 computes on is not here.
     """
-    replica: Replica | None = None
+    state: TrainState | None = None
     while True:
-        kind, payload = ranks.hear()
-        if kind is Kind.BEGIN:
-            replica = Replica.from_plan(unpack(ranks.receive()), ranks, threads)
-            replica.come_together()
-        elif kind in {Kind.WAIT, Kind.END}:
-            ranks.share([])
-            if kind is Kind.END:
+        command, payload = ranks.recv_command()
+        if command is Command.BEGIN:
+            state = TrainState.from_spec(unpack(ranks.receive()), ranks, threads)
+            state.wrap_ddp()
+        elif command in {Command.WAIT, Command.END}:
+            ranks.all_gather([])
+            if command is Command.END:
                 return payload[0]
         else:
-            assert replica is not None
-            _obey(kind, payload, replica)
+            assert state is not None
+            _execute(command, payload, state)
 
 
-def _obey(kind: Kind, payload: bytes, replica: Replica) -> None:
-    if kind is Kind.SYNCHRONIZE:
-        replica.synchronize()
-    elif kind is Kind.COLLECT:
-        replica.ranks.send(pack(Checkpoint(tensors=replica.own_tensors(), state={})))
+def _execute(command: Command, payload: bytes, state: TrainState) -> None:
+    if command is Command.OUTER_STEP:
+        state.outer_step()
+    elif command is Command.COLLECT:
+        state.ranks.send(pack(Checkpoint(tensors=state.state_tensors(), state={})))
     else:
-        assert kind is Kind.STEP
+        assert command is Command.STEP
         with contextlib.suppress(TrainingError):  # which all ranks meet alike: rank 0 says it, saves and ends
-            replica.take_step(*unpack_step(payload, replica.config.batch_size))
+            state.local_step(*unpack_step(payload, state.config.batch_size))
