@@ -319,7 +319,7 @@ def test_no_ranks_on_mps(here: list[str], monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("picogpt.backend.choose_device", lambda *_: (torch.device("mps"), ""))
 
     assert run_ranks(2, [*here, "--device", "mps"]) == [1, 1]
-    assert "--device mps: torch connects no ranks on such a GPU" in said()
+    assert "--device mps: torch cannot connect ranks on such a GPU" in said()
 
 
 def test_junk_variables() -> None:
