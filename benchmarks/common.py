@@ -25,13 +25,13 @@ from picogpt.data import Source
 from picogpt.device import instruction_set
 from picogpt.training.trainer import Trainer, build_trainer
 
-__all__ = ["ROOT", "ROUNDS", "backend", "full_trainer", "in_turns", "load_source", "machine", "process"]
+__all__ = ["ROOT", "ROUNDS", "backend", "full_trainer", "interleave", "load_source", "machine", "process"]
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
 
 
-def in_turns(*calls: Callable[[], float]) -> list[list[float]]:
+def interleave(*calls: Callable[[], float]) -> list[list[float]]:
     """Results of each of `calls` over `ROUNDS` rounds, in which they take turns: A B A B ..."""
     rounds = [[call() for call in calls] for _ in range(ROUNDS)]
     return [list(results) for results in zip(*rounds, strict=True)]

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.common import ROOT, in_turns, load_source, machine, process
+from benchmarks.common import ROOT, interleave, load_source, machine, process
 from benchmarks.train import PROFILES
 from picogpt.checks import ENGINE_DTYPES
 from picogpt.config import EngineDType, GenerateConfig, GPTConfig, SampleConfig
@@ -90,7 +90,7 @@ def compare(settings: Settings) -> None:
         SECTIONS[section](path, settings)
 
 
-def ids_of(length: int, batch: int = 1) -> npt.NDArray[np.uint8]:
+def random_ids(length: int, batch: int = 1) -> npt.NDArray[np.uint8]:
     """Some text, (batch, length)."""
     return np.random.default_rng(length).integers(1, 75, (batch, length), dtype=np.uint8)
 
@@ -159,11 +159,11 @@ def one_text(path: Path, settings: Settings) -> None:
     reference = ReferenceModel.load(path).model
     calls: dict[str, Callable[[], float]] = {
         "plain C loop, float32, 1 thread": partial(plain.speed, SLICE),
-        "plain torch, whole text anew": lambda: speed(OneByOne(ReferenceModel(reference).prefill), ids_of(PROMPT), 1),
+        "plain torch, whole text anew": lambda: speed(OneByOne(ReferenceModel(reference).prefill), random_ids(PROMPT), 1),
     }
     for dtype in settings.dtypes:
         for threads in settings.threads:
-            calls[f"{dtype}, {plural(threads, 'thread')}"] = Continued(Engine.load(path, threads=threads, dtype=dtype)).speed
+            calls[f"{dtype}, {plural(threads, 'thread')}"] = OngoingText(Engine.load(path, threads=threads, dtype=dtype)).speed
     rounds = [[call() for call in calls.values()]]
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
@@ -177,7 +177,7 @@ def one_text(path: Path, settings: Settings) -> None:
         print(f"| {name} | {medians} | {ratio(found, plain_c):.2f} | {ratio(found, plain_torch):,.0f} |", flush=True)
 
 
-class Continued:
+class OngoingText:
     """One text that goes on from turn to turn.
 
     Args:
@@ -187,7 +187,7 @@ class Continued:
     def __init__(self, engine: Engine) -> None:
         self._decoder = decoder_of(engine)
         self._sampler = Sampler(SampleConfig(), [sample_generator(0)], never_drawn(None))
-        self._last = self._sampler.draw(self._decoder.prefill(ids_of(PROMPT)))
+        self._last = self._sampler.draw(self._decoder.prefill(random_ids(PROMPT)))
 
     def speed(self) -> float:
         """Characters a second over the next ones."""
@@ -211,7 +211,7 @@ def decoder_of(engine: Engine) -> RollingDecoder:
 
 def speed_of_engine(engine: Engine, prompt: int, count: int, texts: int = 1) -> float:
     """Characters a second after a prompt of so many characters."""
-    return speed(decoder_of(engine), ids_of(prompt), count, texts)
+    return speed(decoder_of(engine), random_ids(prompt), count, texts)
 
 
 def many_texts(path: Path, settings: Settings) -> None:
@@ -223,7 +223,7 @@ def many_texts(path: Path, settings: Settings) -> None:
     texts = settings.texts
     engines = {dtype: Engine.load(path, threads=threads, dtype=dtype) for dtype in settings.dtypes}
     calls = {dtype: partial(speed_of_engine, engine, 128, 120, texts) for dtype, engine in engines.items()}
-    peak, *found = in_turns(partial(product_peak, threads), *calls.values())
+    peak, *found = interleave(partial(product_peak, threads), *calls.values())
     print(f"\n{texts} texts at once, {threads} threads; products reach {statistics.median(peak) / 1e9:,.0f} GFLOP/s\n")
     print(f"| | characters/s | share of that, at {flops / 1e6:.1f} MFLOP a character |\n|---|---|---|")
     for dtype, speeds in zip(calls, found, strict=True):
@@ -250,12 +250,12 @@ def prompt_and_start(path: Path, settings: Settings) -> None:
     hop = GenerateConfig().hop_for(engine.config.context_len)
 
     def read() -> float:
-        decoder, prompt = RollingDecoder(engine, hop), ids_of(PROMPT)
+        decoder, prompt = RollingDecoder(engine, hop), random_ids(PROMPT)
         start = time.perf_counter()
         decoder.prefill(prompt)
         return time.perf_counter() - start
 
-    seconds, starts = in_turns(read, partial(first_character, path))
+    seconds, starts = interleave(read, partial(first_character, path))
     print(f"\na prompt of {PROMPT:,} characters is read in {statistics.median(seconds):.3f} s")
     print(f"first character {statistics.median(starts):.2f} s after the command's start")
     print(f"peak memory {peak_memory(path):.0f} MB", flush=True)
@@ -298,7 +298,7 @@ def long_text(path: Path, settings: Settings) -> None:
     """Print the speed over the last tenth of 100,000 characters against the first."""
     decoder = decoder_of(Engine.load(path, threads=max(settings.threads), dtype=settings.dtypes[-1]))
     sampler = Sampler(SampleConfig(), [sample_generator(0)], never_drawn(None))
-    made = generate(decoder, decoder.prefill(ids_of(128)), 100_000, sampler=sampler, watchers=[StopWatcher([])])
+    made = generate(decoder, decoder.prefill(random_ids(128)), 100_000, sampler=sampler, watchers=[StopWatcher([])])
     marks, count = {0: time.perf_counter()}, 0
     for (ids,) in made:
         count += len(ids)
@@ -315,7 +315,7 @@ def beside_a_busy_core(path: Path, settings: Settings) -> None:
         dtype = settings.dtypes[0]
         engines = [Engine.load(path, threads=threads, dtype=dtype) for threads in (max(settings.threads), 1)]
         calls = [partial(speed_for, engine, 3.0) for engine in engines]
-        many, one = in_turns(*calls)
+        many, one = interleave(*calls)
         process.kill()
     print(f"\nbeside a busy core, {dtype}: the default is {ratio(many, one):.2f} times as fast as one thread", flush=True)
 
@@ -324,7 +324,7 @@ def speed_for(engine: Engine, seconds: float) -> float:
     """Characters a second over some seconds."""
     decoder = decoder_of(engine)
     sampler = Sampler(SampleConfig(), [sample_generator(0)], never_drawn(None))
-    made = generate(decoder, decoder.prefill(ids_of(128)), None, sampler=sampler, watchers=[StopWatcher([])])
+    made = generate(decoder, decoder.prefill(random_ids(128)), None, sampler=sampler, watchers=[StopWatcher([])])
     start, count = time.perf_counter(), 0
     for (ids,) in made:
         count += len(ids)

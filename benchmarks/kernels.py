@@ -14,9 +14,9 @@ from picogpt.config import GPTConfig, TrainConfig
 from picogpt.device import set_threads
 from picogpt.kernels.compiled import Kernels
 from picogpt.model.gpt import GPT
-from picogpt.training.trainer import seconds_of
+from picogpt.training.trainer import time_call
 
-__all__ = ["add_arguments", "comparing"]
+__all__ = ["add_arguments", "compare_kernels"]
 
 REPEATS = 3
 """Calls that are timed in one round."""
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", metavar="N", type=int, default=2, help="rolls in a step (default: 2)")
 
 
-def comparing(arguments: argparse.Namespace) -> None:
+def compare_kernels(arguments: argparse.Namespace) -> None:
     """Print what each of them takes, in turns."""
     set_threads(None)
     chosen = backend(arguments.batch_size, kernels="c")
@@ -38,7 +38,7 @@ def comparing(arguments: argparse.Namespace) -> None:
         found: tuple[list[float], list[float]] = ([], [])
         for _ in range(ROUNDS):
             for times, way in zip(found, ways, strict=True):
-                times.append(statistics.median(seconds_of(way[direction]) for _ in range(REPEATS)))
+                times.append(statistics.median(time_call(way[direction]) for _ in range(REPEATS)))
         print(f"| {name} | " + " | ".join(f"{statistics.median(times) * 1e3:.1f}" for times in found) + " |", flush=True)
 
 

@@ -41,14 +41,14 @@ from picogpt.kernels.compiled import kernels_name
 from picogpt.schedule import learning_rate
 from picogpt.training.trainer import Trainer
 
-__all__ = ["Course", "add_arguments", "follow", "learning"]
+__all__ = ["LearningCurve", "add_arguments", "learning", "train_until"]
 
 VALIDATION_BATCH = 8
 """Rolls that are validated at once."""
 
 
 @dataclass
-class Course:
+class LearningCurve:
     """How a recipe learns."""
 
     chars: int = 0
@@ -97,7 +97,7 @@ def learning(arguments: argparse.Namespace) -> None:
         print(f"seconds of seed over those of fast: {seed.seconds / fast.seconds:.1f}; characters: {seed.chars / fast.chars:.1f}")
 
 
-def learn_fast(arguments: argparse.Namespace) -> Course:
+def learn_fast(arguments: argparse.Namespace) -> LearningCurve:
     """Recipe fast, in this machine's own number type."""
     config = TrainConfig()
     source, val_batches = open_source(arguments, config)
@@ -106,18 +106,18 @@ def learn_fast(arguments: argparse.Namespace) -> Course:
     total = -(-arguments.chars // trainer.chars_per_step)
 
     def step() -> int:
-        trainer.update(learning_rate(trainer.step, total, config))
+        trainer.train_step(learning_rate(trainer.step, total, config))
         return trainer.chars_per_step
 
     def validate() -> float:
         return mean_loss(trainer.loss, val_batches, trainer.model)
 
-    course = follow(step, validate, target=arguments.loss, every=arguments.every, most=arguments.chars, name="fast")
+    course = train_until(step, validate, target=arguments.loss, every=arguments.every, most=arguments.chars, name="fast")
     source.close()
     return course
 
 
-def learn_seed(arguments: argparse.Namespace) -> Course:
+def learn_seed(arguments: argparse.Namespace) -> LearningCurve:
     """Recipe seed, on the plain loop unless ours is asked for."""
     config = TrainConfig.from_recipe("seed", {})
     source, val_batches = open_source(arguments, config)
@@ -129,13 +129,13 @@ def learn_seed(arguments: argparse.Namespace) -> Course:
 
     def step() -> int:
         # The schedule is the original's own, of 600,000 steps, whatever the length.
-        loop.update(learning_rate(loop.step, loop.step + 1, config))
+        loop.train_step(learning_rate(loop.step, loop.step + 1, config))
         return chars_per_step
 
     def validate() -> float:
         return mean_loss(loop.loss, val_batches, loop.model)
 
-    course = follow(step, validate, target=arguments.loss, every=arguments.every, most=arguments.chars_seed, name="seed")
+    course = train_until(step, validate, target=arguments.loss, every=arguments.every, most=arguments.chars_seed, name="seed")
     source.close()
     return course
 
@@ -145,7 +145,9 @@ def describe(trainer: Trainer) -> str:
     return f"{trainer.dtype}, blocks by --kernels {kernels_name(trainer.model.transformer.kernels)}"
 
 
-def follow(step: Callable[[], int], validate: Callable[[], float], *, target: float, every: int, most: int, name: str) -> Course:
+def train_until(
+    step: Callable[[], int], validate: Callable[[], float], *, target: float, every: int, most: int, name: str
+) -> LearningCurve:
     """Take steps until the validation loss, measured every so many characters, is at most `target`.
 
     Args:
@@ -156,7 +158,7 @@ def follow(step: Callable[[], int], validate: Callable[[], float], *, target: fl
         most: characters at which it ends in any case.
         name: of the recipe, for the lines of progress.
     """
-    course = Course()
+    course = LearningCurve()
     due = every
     while course.chars < most and not course.reached:
         start = time.perf_counter()

@@ -29,7 +29,7 @@ from picogpt.data import (
 from picogpt.device import set_threads
 from picogpt.runs.folder import RunFolder
 from picogpt.training.memory import peak_memory
-from picogpt.training.trainer import Trainer, seconds_of
+from picogpt.training.trainer import Trainer, time_call
 from tests.hub import Hub, serving
 
 __all__ = ["loading"]
@@ -141,9 +141,9 @@ def train_from_stream(bytes_sent: Callable[[], int], results: Connection) -> Non
     shares, speeds = [], []
     for k in range(PAIRS + 1):
         trainer.step, trainer.source = k + 1, tap
-        streamed = seconds_of(lambda: trainer.update(1e-3))
+        streamed = time_call(lambda: trainer.train_step(1e-3))
         trainer.source = replay
-        from_memory = seconds_of(lambda: trainer.update(1e-3))
+        from_memory = time_call(lambda: trainer.train_step(1e-3))
         if k:  # the first steps make buffers and kernels
             shares.append(1 - from_memory / streamed)
             speeds.append(trainer.chars_per_step / streamed)
@@ -155,7 +155,7 @@ def train_from_memory(bytes_sent: Callable[[], int], results: Connection) -> Non
     """Take a few steps on noise in memory, for the memory they take."""
     trainer = default_trainer(RepeatedSource(roll_len=roll_len(), batch_size=TrainConfig().batch_size))
     for _ in range(5):
-        trainer.update(1e-3)
+        trainer.train_step(1e-3)
     results.send(asdict(Loaded(peak=peak())))
 
 

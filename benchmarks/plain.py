@@ -45,7 +45,7 @@ class _Loop(ABC):
         self.step, self.chars_per_step = 0, 0
         """Steps taken so far, and characters of the last one."""
 
-    def update(self, rate: float) -> float:
+    def train_step(self, rate: float) -> float:
         """Take one step with learning rate `rate`; return the batch's mean loss in nats per character."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate

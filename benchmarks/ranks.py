@@ -20,10 +20,10 @@ from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import RepeatedSource
 from picogpt.device import choose_dtype, flush_denormals, set_threads
 from picogpt.training.distributed import Ranks
-from picogpt.training.trainer import Trainer, seconds_of
-from picogpt.training.worker import follow
+from picogpt.training.trainer import Trainer, time_call
+from picogpt.training.worker import run_worker
 
-__all__ = ["add_arguments", "several_ranks"]
+__all__ = ["add_arguments", "compare_ranks"]
 
 PORT = 29_517
 SPACES = ("picogpt-0", "picogpt-1")
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sync-every", metavar="H", type=int, default=50, help="with --link: H of DiLoCo (default: 50)")
 
 
-def several_ranks(arguments: argparse.Namespace) -> None:
+def compare_ranks(arguments: argparse.Namespace) -> None:
     """Print characters a second of each setting."""
     dtype = str(choose_dtype("auto")[0]).removeprefix("torch.")
     print(f"\n{dtype}\n\n| setting | characters/s |\n|---|---|")
@@ -132,17 +132,17 @@ def rank(steps: int, sync_every: int, threads: int, dtype: str) -> None:
     ranks = Ranks.join(os.environ)
     ranks.connect()
     if ranks.rank:
-        follow(ranks, threads)
+        run_worker(ranks, threads)
         return
     flush_denormals()
     set_threads(threads)
     model, config = GPTConfig(), TrainConfig(sync_every=sync_every)
     source = RepeatedSource(roll_len=config.windows * model.context_len, batch_size=config.batch_size)
-    with ranks.leading():
+    with ranks.propagate_exit_code():
         trainer = Trainer(model, config, source, choose_dtype(dtype)[0], ranks=ranks)
         for _ in range(2):  # which make buffers and kernels
-            trainer.update(1e-3)
-        print(json.dumps([seconds_of(lambda: trainer.update(1e-3)) for _ in range(steps)]))
+            trainer.train_step(1e-3)
+        print(json.dumps([time_call(lambda: trainer.train_step(1e-3)) for _ in range(steps)]))
 
 
 if __name__ == "__main__":

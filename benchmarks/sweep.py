@@ -134,7 +134,7 @@ def train_arm(arguments: argparse.Namespace, arm: str, seed: int, threads: int) 
     mean, count = [torch.zeros_like(parameter) for parameter in trainer.model.parameters()], 0
     start = time.perf_counter()
     while trainer.step < total:
-        trainer.update(learning_rate(trainer.step, total, config))
+        trainer.train_step(learning_rate(trainer.step, total, config))
         if arguments.average and trainer.step >= first_averaged and trainer.step % AVERAGE_EVERY == 0:
             count += 1
             add_to_mean(mean, trainer, count)

@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.common import backend, full_trainer, in_turns, machine, process
+from benchmarks.common import backend, full_trainer, interleave, machine, process
 from benchmarks.peaks import disturbances, measure_peaks, peak_flops
 from benchmarks.plain import NanoGPTLoop, PlainLoop
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import RepeatedSource
 from picogpt.device import set_threads
 from picogpt.training.memory import peak_memory
-from picogpt.training.trainer import Trainer, seconds_of
+from picogpt.training.trainer import Trainer, time_call
 
 __all__ = ["add_arguments", "flops_per_char", "report", "training"]
 
@@ -42,7 +42,7 @@ NANOGPT_WINDOWS = (20, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Basis:
+class Setup:
     """What the loops of a profile are measured on."""
 
     machine: str
@@ -95,19 +95,19 @@ def training(arguments: argparse.Namespace) -> None:
 def compare(profile: str, config: TrainConfig) -> None:
     """Print the comparison for one profile: the loops take turns, each in a process of its own."""
     with process(PROFILES[profile]) as call:
-        basis: Basis = call(find_basis)
+        basis: Setup = call(describe_setup)
         print(f"\nprofile {profile}: {basis.machine}\n{basis.dtype}; blocks: {basis.kernels}", flush=True)
         before = call(measure_peaks)
     with ExitStack() as stack:
         calls = {name: stack.enter_context(process(PROFILES[profile])) for name in basis.loops}
         types = {name: call(begin, name, config) for name, call in calls.items()}
-        speeds = in_turns(*(partial(call, take_turn) for call in calls.values()))
+        speeds = interleave(*(partial(call, take_turn) for call in calls.values()))
         rows = [
             Row(name, types[name], found, call(peak_memory) / 1e6)
             for (name, call), found in zip(calls.items(), speeds, strict=True)
         ]
     with process(PROFILES[profile]) as call:
-        call(find_basis)
+        call(describe_setup)
         after = call(measure_peaks)
     print(report(rows, before, after), flush=True)
 
@@ -152,12 +152,12 @@ def times(row: Row, other: Row) -> float:
     return statistics.median(a / b for a, b in zip(row.speeds, other.speeds, strict=True))
 
 
-def find_basis() -> Basis:
+def describe_setup() -> Setup:
     """What this process computes with."""
     set_threads(None)
     chosen = backend(TrainConfig().batch_size)
     float32 = chosen.dtype is torch.float32
-    return Basis(
+    return Setup(
         machine=machine(),
         dtype=chosen.dtype_reason,
         kernels=chosen.kernels_reason,
@@ -207,7 +207,7 @@ def begin(name: str, config: TrainConfig) -> str:
     set_threads(None)
     loop = LOOPS[name](config)
     _own.append(loop)
-    loop.update(1e-3)  # the first step makes buffers and kernels
+    loop.train_step(1e-3)  # the first step makes buffers and kernels
     return str(loop.dtype).removeprefix("torch.")
 
 
@@ -215,4 +215,4 @@ def take_turn() -> float:
     """Take a few steps; return characters a second."""
     (loop,) = _own
     steps = math.ceil(CHARS_IN_A_TURN / loop.chars_per_step)
-    return steps * loop.chars_per_step / seconds_of(lambda: [loop.update(1e-3) for _ in range(steps)])
+    return steps * loop.chars_per_step / time_call(lambda: [loop.train_step(1e-3) for _ in range(steps)])

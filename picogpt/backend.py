@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from picogpt.config import GPTConfig
-from picogpt.device import check_compiler, choose_device, choose_dtype, flush_denormals, keep_freed_memory, set_threads
+from picogpt.device import check_compiler, choose_device, choose_dtype, disable_malloc_trim, flush_denormals, set_threads
 from picogpt.errors import ConfigError
-from picogpt.kernels.compiled import Kernels, choose_kernels, kernels_name
+from picogpt.kernels.compiled import Kernels, kernels_name, select_kernels
 from picogpt.model.attention import choose_attention
 from picogpt.wording import Notify, plural, say_nothing
 
@@ -30,7 +30,7 @@ class BackendChoice(NamedTuple):
     """One of `picogpt.checks.DTYPES`."""
     kernels: str = "auto"
     """One of `picogpt.checks.KERNELS`."""
-    kernels_asked: bool = True
+    kernels_required: bool = True
     """Whether the kernels were asked for by name: otherwise torch takes the place of native ones that do not fit the rest."""
     attention: str | None = None
     """One of `picogpt.checks.ATTENTIONS`, where torch computes the blocks; None takes the faster one."""
@@ -81,13 +81,13 @@ class Backend:
         """
         device, device_reason = choose_device(choice.device, local_rank)
         flush_denormals()
-        keep_freed_memory()
+        disable_malloc_trim()
         threads = set_threads(choice.threads)
         dtype, dtype_reason = choose_dtype(choice.dtype, device)
-        kernels, kernels_reason = _choose_kernels(model, choice, dtype, device, notify)
+        kernels, kernels_reason = _select_kernels(model, choice, dtype, device, notify)
         attention, attention_reason = None, ""
         if kernels is None and choice.attention is not None:
-            attention, attention_reason = choice.attention, "as the run was begun"
+            attention, attention_reason = choice.attention, "as the run started"
         elif kernels is None:
             attention, attention_reason = choose_attention(model, sequences, dtype, device)
         return cls(
@@ -126,21 +126,21 @@ class Backend:
         if self.compile:
             said += ", blocks compiled by torch (the first steps take longer)"
         else:
-            said += f", blocks by functions in {'torch' if self.kernels is None else 'C'} ({self.kernels_reason})"
+            said += f", blocks by {'torch' if self.kernels is None else 'native kernels'} ({self.kernels_reason})"
         return said if self.attention is None else f"{said}, attention {self.attention} ({self.attention_reason})"
 
 
-def _choose_kernels(
+def _select_kernels(
     model: GPTConfig, choice: BackendChoice, dtype: torch.dtype, device: torch.device, notify: Notify
 ) -> tuple[Kernels | None, str]:
     """The native kernels, or None for torch, and why."""
-    if not choice.kernels_asked and (choice.compile or device.type != "cpu"):
+    if not choice.kernels_required and (choice.compile or device.type != "cpu"):
         choice = choice._replace(kernels="torch")  # a run with native kernels is resumed elsewhere, which is printed
     if not choice.compile:
-        return choose_kernels(choice.kernels, model, dtype, device, notify)
+        return select_kernels(choice.kernels, model, dtype, device, notify)
     if choice.kernels == "c":
         raise ConfigError(
-            "kernels c and --compile exclude each other, take --no-compile: torch cannot compile what is compiled already",
+            "kernels c and --compile exclude each other, use --no-compile: torch cannot compile native kernels",
             "kernels",
         )
     check_compiler()

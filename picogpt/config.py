@@ -303,7 +303,7 @@ class DataConfig:
     text_column: str | None = None
     """The stream's column that was asked for."""
     files: tuple[str, ...] = ()
-    """Addresses of a stream's files at that commit, so that going on needs no list of them."""
+    """URLs of a stream's files at that commit, so that resuming needs no file list."""
     format: str | None = None
     """How a stream's files are read: parquet, json, ..."""
     fold: bool = False

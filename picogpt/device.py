@@ -22,12 +22,12 @@ __all__ = [
     "check_compiler",
     "choose_device",
     "choose_dtype",
+    "disable_malloc_trim",
     "flush_denormals",
-    "has_matrix_tiles",
+    "has_amx",
     "instruction_set",
-    "keep_freed_memory",
     "set_threads",
-    "times_as_fast",
+    "speedup",
 ]
 
 Device = torch.device
@@ -43,11 +43,11 @@ _ROWS, _IN, _OUT = 1032, 256, 1024
 """Shape of the model's largest matrix product, for eight rolls."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """As glibc's malloc.h has them: what is free at the heap's end, and the size of a piece, beyond which it goes to the system."""
-_MOST_OF_A_HEAP, _ALL = 2**25, 2**31 - 1
+_MAX_MMAP_THRESHOLD, _NEVER_TRIM = 2**25, 2**31 - 1
 """In bytes; the first is the largest that glibc takes."""
-_WORTHWHILE = 1.3
+_MIN_BF16_SPEEDUP = 1.3
 """How many times faster bfloat16 has to be before its coarser numbers are worth having."""
-_ROUNDS, _WHILE = 6, 0.1
+_MIN_ROUNDS, _MIN_SECONDS = 6, 0.1
 """How often two ways to compute are timed at least, and for how many seconds both."""
 
 
@@ -81,7 +81,7 @@ def instruction_set() -> str:
     return str(torch.backends.cpu.get_cpu_capability())
 
 
-def has_matrix_tiles() -> bool:
+def has_amx() -> bool:
     """Whether the processor multiplies tiles of matrices in registers for them (Intel's AMX), and the system lets it."""
     return bool(torch.cpu._init_amx())
 
@@ -111,7 +111,7 @@ def flush_denormals() -> bool:
     return torch.set_flush_denormal(True)
 
 
-def keep_freed_memory() -> bool:
+def disable_malloc_trim() -> bool:
     """Have the C library keep what is freed for what comes next; False where it has no such setting.
 
     A step needs the same memory as the one before, and the system hands out pages one by one, each filled with zeros.
@@ -120,7 +120,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (TypeError, OSError, AttributeError):
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _MOST_OF_A_HEAP) and mallopt(_M_TRIM_THRESHOLD, _ALL))
+    return bool(mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM))
 
 
 def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
@@ -138,7 +138,7 @@ def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
     if name == "auto":
         name, reason = ("cuda", "torch sees a GPU") if torch.cuda.is_available() else ("cpu", "torch sees no CUDA GPU")
     else:
-        reason = "as the run or its flags say"
+        reason = "as requested"
     found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[name]
     if local_rank >= found and name != "cpu":
         raise TrainingError(
@@ -156,12 +156,12 @@ def choose_dtype(name: str, device: torch.device = CPU) -> tuple[torch.dtype, st
     judge that counts.
     """
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name], "as the run or its flags say"
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name], "as requested"
     if device.type != "cpu":
         has = "has" if _has_bfloat16(device) else "has no"
         return (torch.bfloat16 if has == "has" else torch.float32), f"the GPU {has} bfloat16"
-    ratio = _times_as_fast()
-    chosen = torch.bfloat16 if ratio >= _WORTHWHILE else torch.float32
+    ratio = _bf16_speedup()
+    chosen = torch.bfloat16 if ratio >= _MIN_BF16_SPEEDUP else torch.float32
     return chosen, f"bfloat16 products run at {ratio:.1f} times the speed of float32 on {instruction_set()}"
 
 
@@ -171,24 +171,24 @@ def _has_bfloat16(device: torch.device) -> bool:
     return bool(torch.backends.mps.is_macos_or_newer(14, 0))
 
 
-def _times_as_fast() -> float:
+def _bf16_speedup() -> float:
     """How many times as fast a matrix product is in bfloat16 as in float32."""
     types = (torch.float32, torch.bfloat16)
     slow, fast = (
         functools.partial(torch.nn.functional.linear, torch.ones(_ROWS, _IN, dtype=dtype), torch.ones(_OUT, _IN, dtype=dtype))
         for dtype in types
     )
-    return times_as_fast(fast, slow)
+    return speedup(fast, slow)
 
 
-def times_as_fast(call: Callable[[], object], other: Callable[[], object]) -> float:
+def speedup(call: Callable[[], object], other: Callable[[], object]) -> float:
     """How many times as fast `call` is as `other`, by the shortest time of each.
 
     They take turns for a while, so that it does not decide if something else has a core for a moment.
     """
     seconds: list[list[float]] = [[], []]
     start = time.perf_counter()
-    while len(seconds[0]) < _ROUNDS or time.perf_counter() - start < _WHILE:
+    while len(seconds[0]) < _MIN_ROUNDS or time.perf_counter() - start < _MIN_SECONDS:
         for found, timed in zip(seconds, (call, other), strict=True):
             before = time.perf_counter()
             timed()

@@ -26,11 +26,11 @@ __all__ = [
     "Budget",
     "Pace",
     "Schedule",
+    "fraction_of_peak",
     "learning_rate",
-    "rate_of",
-    "share_of_peak",
+    "lr_at_step",
     "suitable_chars",
-    "warmup_of",
+    "warmup_steps_of",
 ]
 
 RECIPE_BUDGETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"seed": MappingProxyType({"epochs": 300})})
@@ -228,7 +228,7 @@ def learning_rate(
         decay_done: share of the decay that was done by then.
     """
     if config.decay_steps is None:
-        end, start = total_steps, warmup_of(total_steps, config) if decay_start is None else decay_start
+        end, start = total_steps, warmup_steps_of(total_steps, config) if decay_start is None else decay_start
     else:
         end, start = config.decay_steps, config.warmup_steps
     if step < start:
@@ -240,17 +240,17 @@ def learning_rate(
     return config.min_lr + share * (config.lr - config.min_lr)
 
 
-def rate_of(step: int, schedule: Schedule, config: TrainConfig) -> float:
+def lr_at_step(step: int, schedule: Schedule, config: TrainConfig) -> float:
     """Learning rate of step 0, 1, ... of `schedule` (`learning_rate`)."""
     return learning_rate(step, schedule.total_steps, config, decay_start=schedule.decay_start, decay_done=schedule.decay_done)
 
 
-def warmup_of(total_steps: int, config: TrainConfig) -> int:
+def warmup_steps_of(total_steps: int, config: TrainConfig) -> int:
     """Steps of warm-up in a run of `total_steps` whose decay ends with it."""
     return min(config.warmup_steps, total_steps // 10)
 
 
-def share_of_peak(rate: float, config: TrainConfig) -> float:
+def fraction_of_peak(rate: float, config: TrainConfig) -> float:
     """What a learning rate is of the highest one, `config.lr`, in [0, 1]: each group of parameters has that share of its own.
 
     Raises:
@@ -260,6 +260,6 @@ def share_of_peak(rate: float, config: TrainConfig) -> float:
     if not 0 <= share <= 1 + 1e-9:
         raise ConfigError(
             f"the learning rate of a step must be from 0 to the config's lr ({config.lr:g}), got {rate:g}; it is a rate, not a "
-            "share of the highest one; for larger steps take a config with a larger lr or muon_lr"
+            "fraction of the peak; for larger steps use a config with a larger lr or muon_lr"
         )
     return share

@@ -21,12 +21,12 @@ from benchmarks.common import machine
 from benchmarks.generate import add_arguments as add_generate_arguments
 from benchmarks.generate import generation
 from benchmarks.kernels import add_arguments as add_kernels_arguments
-from benchmarks.kernels import comparing
+from benchmarks.kernels import compare_kernels
 from benchmarks.learn import add_arguments as add_learn_arguments
 from benchmarks.learn import learning
 from benchmarks.load import loading
 from benchmarks.ranks import add_arguments as add_ranks_arguments
-from benchmarks.ranks import several_ranks
+from benchmarks.ranks import compare_ranks
 from benchmarks.sweep import add_arguments as add_sweep_arguments
 from benchmarks.sweep import sweep
 from benchmarks.train import add_arguments as add_train_arguments
@@ -48,10 +48,10 @@ def main() -> None:
     train_parser.set_defaults(run=training)
     kernels_parser = commands.add_parser("kernels", help="torch's functions against those in C")
     add_kernels_arguments(kernels_parser)
-    kernels_parser.set_defaults(run=comparing)
+    kernels_parser.set_defaults(run=compare_kernels)
     ranks_parser = commands.add_parser("ranks", help="several ranks against one")
     add_ranks_arguments(ranks_parser)
-    ranks_parser.set_defaults(run=several_ranks)
+    ranks_parser.set_defaults(run=compare_ranks)
     learn_parser = commands.add_parser("learn", help="both recipes to the same loss")
     add_learn_arguments(learn_parser)
     learn_parser.set_defaults(run=learning)

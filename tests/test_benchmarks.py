@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks import common
-from benchmarks.common import in_turns, machine
-from benchmarks.kernels import comparing
-from benchmarks.learn import follow
+from benchmarks.common import interleave, machine
+from benchmarks.kernels import compare_kernels
+from benchmarks.learn import train_until
 from benchmarks.peaks import compile_source, disturbances, measure_peaks, peak_flops
 from benchmarks.plain import NanoGPTLoop, PlainLoop
 from benchmarks.ranks import launch
@@ -32,7 +32,7 @@ def test_plain_loop_learns_the_same() -> None:
     ours = Trainer(TINY, CONFIG, tiny_source(CONFIG), torch.float32)
     plain = PlainLoop(TINY, CONFIG, tiny_source(CONFIG))
 
-    assert [plain.update(1e-2) for _ in range(4)] == pytest.approx([ours.update(1e-2) for _ in range(4)], abs=1e-4)
+    assert [plain.train_step(1e-2) for _ in range(4)] == pytest.approx([ours.train_step(1e-2) for _ in range(4)], abs=1e-4)
 
 
 def nanogpt() -> tuple[NanoGPTLoop, RepeatedSource]:
@@ -61,7 +61,7 @@ def test_nanogpt_settings() -> None:
     loop, source = nanogpt()
     batch = source.train_batch(0)
     before = loop.loss(batch).item()
-    loop.update(1e-3)
+    loop.train_step(1e-3)
     groups = loop.optimizer.param_groups
 
     assert {(p.dim() >= 2, group["weight_decay"], group["betas"]) for group in groups for p in group["params"]} == {
@@ -76,7 +76,7 @@ def test_nanogpt_clips_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient's norm is brought down to 1."""
     seen: list[float] = []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda _parameters, most: seen.append(most))
-    nanogpt()[0].update(1e-3)
+    nanogpt()[0].train_step(1e-3)
 
     assert seen == [1.0]
 
@@ -181,7 +181,7 @@ def test_turns() -> None:
         order.append(value)
         return value
 
-    assert in_turns(lambda: call(1), lambda: call(2)) == [[1] * 5, [2] * 5]
+    assert interleave(lambda: call(1), lambda: call(2)) == [[1] * 5, [2] * 5]
     assert order == [1, 2] * 5
 
 
@@ -197,7 +197,7 @@ def test_machine_names_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_learning_ends_at_the_target(capsys: pytest.CaptureFixture[str], target: float, chars: int, reached: bool) -> None:
     """It ends at the first loss that is low enough, or at the length it was given; each validation is a line."""
     losses = iter([9.0, 4.0, 3.0, 2.0, 1.0])
-    course = follow(lambda: 10, lambda: next(losses), target=target, every=20, most=100, name="x")
+    course = train_until(lambda: 10, lambda: next(losses), target=target, every=20, most=100, name="x")
 
     assert (course.chars, course.reached) == (chars, reached)
     assert capsys.readouterr().out.count("characters in 0 s, validation loss") == chars // 20
@@ -208,7 +208,7 @@ def test_learning_ends_at_the_target(capsys: pytest.CaptureFixture[str], target:
 def test_kernels_are_compared(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A line for each direction, with a time for torch and one for C."""
     monkeypatch.setattr("benchmarks.kernels.REPEATS", 1)
-    comparing(argparse.Namespace(batch_size=1))
+    compare_kernels(argparse.Namespace(batch_size=1))
 
     rows = re.findall(r"^\| ([a-z ]+) \| ([\d.]+) \| ([\d.]+) \|$", capsys.readouterr().out, re.M)
     assert [row[0] for row in rows] == ["forward", "forward and backward"]

@@ -173,8 +173,8 @@ def _train(arguments: argparse.Namespace, *, began: float) -> int:
     ranks = Ranks.join(os.environ)
     if ranks.rank > 0:
         return _follow(request, ranks)
-    with ranks.leading():
-        _lead(request if ranks.first_start() else request.for_restart(), ranks, began, dry_run=arguments.dry_run)
+    with ranks.propagate_exit_code():
+        _lead(request if ranks.is_first_launch() else request.for_restart(), ranks, began, dry_run=arguments.dry_run)
     return 0
 
 
@@ -196,14 +196,14 @@ def _lead(request: TrainRequest, ranks: Ranks, began: float, *, dry_run: bool) -
 
 def _follow(request: TrainRequest, ranks: Ranks) -> int:
     """Train as a worker; rank 0 is told of a signal."""
-    from picogpt.training.worker import follow
+    from picogpt.training.worker import run_worker
 
     ranks.connect()
     stop = StopRequest()
-    ranks.listen_to(stop)
+    ranks.attach_signals(stop)
     with stop.listen():
         try:
-            return follow(ranks, request.threads)
+            return run_worker(ranks, request.threads)
         except RanksError as error:
             if stop.signal_number is not None:
                 return 128 + stop.signal_number

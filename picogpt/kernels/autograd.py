@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from picogpt.kernels.bindings import Activations, LayerWeights, ParamGrads, Pass, PassGrads, WeightGrads
-from picogpt.kernels.compiled import Kernels, Use, addresses, structure_of
+from picogpt.kernels.compiled import Kernels, WorkspaceSpec, data_ptrs, structure_of
 from picogpt.kernels.workspace import Workspace
 
 __all__ = ["FusedBlocks"]
@@ -93,20 +93,20 @@ class FusedBlocks:
         use: what there is to be room for.
     """
 
-    def __init__(self, kernels: Kernels, use: Use) -> None:
-        self.kernels, self.use = kernels, use
+    def __init__(self, kernels: Kernels, spec: WorkspaceSpec) -> None:
+        self.kernels, self.spec = kernels, spec
         self.is_free = True
         """Whether the text before is through."""
-        self._workspace = Workspace(kernels, use)
+        self._workspace = Workspace(kernels, spec)
         self._activations = [
-            (Activations * use.n_layer)(*(structure_of(Activations, block) for block in blocks))
+            (Activations * spec.n_layer)(*(structure_of(Activations, block) for block in blocks))
             for blocks in self._workspace.windows
         ]
         self._packed: list[Tensor] = []
-        self._weights = (LayerWeights * use.n_layer)()
+        self._weights = (LayerWeights * spec.n_layer)()
         self._held: list[_Weights] = []
         """The parameters whose addresses are in `_weights`."""
-        self._own = [_Grads.make(kernels, use.rolls) for _ in range(use.n_layer)] if use.trained else []
+        self._own = [_Grads.make(kernels, spec.sequences) for _ in range(spec.n_layer)] if spec.trained else []
         self._grads: list[_Grads] = []
         self._last_bias = torch.zeros(kernels.threads, kernels.shape[0])
         """Gradient of the last block's last bias, a row for each thread."""
@@ -120,12 +120,12 @@ class FusedBlocks:
             What takes the next window through all blocks: (B, S, C) -> (B, S, C).
         """
         assert self.is_free, "a text that is not through needs the memory"
-        self.is_free = not self.use.trained
+        self.is_free = not self.spec.trained
         weights = [_Weights(*(p.detach() for p in block)) for block in parameters]
         self._pack(weights)
         self._grads = [own.begin(of, self._workspace.weight_grads) for own, of in zip(self._own, weights, strict=False)]
         self._last_bias.zero_()
-        windows = range(len(self.use.slots))
+        windows = range(len(self.spec.slots))
         self._remaining = set(windows)
         token = _Parameters.apply(self, *(p for block in parameters for p in block))  # type: ignore[no-untyped-call]
         turns = iter(windows)
@@ -136,7 +136,7 @@ class FusedBlocks:
         matrices = [getattr(block, name) for block in weights for name in _WGRAD_INPUTS]
         if not self._packed:
             self._packed = [packed for matrix in matrices for packed in self.kernels.packed(*matrix.shape)]
-        self.kernels.pack(addresses(matrices), addresses(self._packed), len(weights))
+        self.kernels.pack(data_ptrs(matrices), data_ptrs(self._packed), len(weights))
         packed = iter(self._packed)
         for index, block in enumerate(weights):
             tensors = block._asdict()
@@ -150,11 +150,11 @@ class FusedBlocks:
         return Pass(
             weights=self._weights,
             activations=self._activations[window],
-            layers=self.use.n_layer,
-            rolls=self.use.rolls,
-            slots=self.use.slots[window],
+            layers=self.spec.n_layer,
+            rolls=self.spec.sequences,
+            slots=self.spec.slots[window],
             threads=self.kernels.threads,
-            save=self.use.save,
+            save=self.spec.save,
         )
 
     def forward(self, window: int, x: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ class _Blocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.blocks is None:
-            raise RuntimeError("what a window has made is used up by one backward pass; go forward again for a second one")
+            raise RuntimeError("backward can run only once per forward; run forward again for a second one")
         blocks, ctx.blocks = ctx.blocks, None
         dx = gradient.reshape(-1, gradient.size(-1)).clone(memory_format=torch.contiguous_format)
         blocks.backward(ctx.window, dx)

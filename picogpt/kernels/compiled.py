@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from picogpt.config import GPTConfig
-from picogpt.device import has_matrix_tiles, instruction_set
+from picogpt.device import has_amx, instruction_set
 from picogpt.errors import BuildError, TrainingError
 from picogpt.kernels.bindings import (
     MatrixGrad,
@@ -39,18 +39,18 @@ from picogpt.kernels.build import load_library
 
 __all__ = [
     "INSTRUCTIONS",
-    "Addresses",
+    "DataPtrs",
     "Kernels",
     "MuonStep",
-    "Use",
-    "addresses",
-    "choose_kernels",
+    "WorkspaceSpec",
     "compile_kernels",
+    "data_ptrs",
     "kernels_name",
+    "select_kernels",
     "structure_of",
 ]
 
-Addresses = ctypes.Array[c_void_p]
+DataPtrs = ctypes.Array[c_void_p]
 _S = TypeVar("_S", bound=ctypes.Structure)
 
 _SOURCE = Path(__file__).parent / "csrc" / "block.c"
@@ -75,11 +75,11 @@ _FUNCTIONS: dict[str, tuple[object, Sequence[object]]] = {
 """What each function of block.c returns and takes."""
 
 
-class Use(NamedTuple):
+class WorkspaceSpec(NamedTuple):
     """What blocks are used for, which says what they need room for."""
 
     n_layer: int
-    rolls: int
+    sequences: int
     slots: tuple[int, ...]
     """Of each window of the text."""
     trained: bool
@@ -133,7 +133,7 @@ class Kernels:
         self.shape = (config.n_embd, config.n_head, config.context_len)
         self.threads = torch.get_num_threads()
         self._library = library
-        self.matrix_tiles = bool(library.uses_matrix_tiles())
+        self.has_amx = bool(library.uses_matrix_tiles())
         """Whether products are made by the processor's registers for tiles (AMX)."""
         self._panel = int(library.panel_columns())
 
@@ -150,7 +150,7 @@ class Kernels:
         """Workspace of all threads, for packed operands of weight gradients and for Muon."""
         return torch.empty(self._library.workspace_elems(self.threads), dtype=torch.float32)
 
-    def pack(self, matrices: Addresses, packed: Addresses, layers: int) -> None:
+    def pack(self, matrices: DataPtrs, packed: DataPtrs, layers: int) -> None:
         """Pack four matrices of each block: those of attention, its projection, and the MLP."""
         self._library.pack(matrices, packed, layers, self.threads)
 
@@ -208,7 +208,7 @@ def structure_of(structure: type[_S], tensors: Mapping[str, Tensor]) -> _S:
     return structure(*(tensors[name].data_ptr() for name in names))
 
 
-def addresses(tensors: Iterable[Tensor]) -> Addresses:
+def data_ptrs(tensors: Iterable[Tensor]) -> DataPtrs:
     """Those of tensors that have to outlive them."""
     found = [tensor.data_ptr() for tensor in tensors]
     return (ctypes.c_void_p * len(found))(*found)
@@ -223,7 +223,7 @@ def _say_nothing(_: str) -> None:
     """For callers that have nobody to notify."""
 
 
-def choose_kernels(
+def select_kernels(
     name: str, config: GPTConfig, dtype: torch.dtype, device: torch.device, notify: Callable[[str], None] = _say_nothing
 ) -> tuple[Kernels | None, str]:
     """Turn a name of `picogpt.checks.KERNELS` into the functions, or None for torch's own; and the reason in a few words.
@@ -235,12 +235,12 @@ def choose_kernels(
         TrainingError: `c` was asked for and cannot be had.
     """
     if name == "torch":
-        return None, "as the run or its flags say"
-    reason = _obstacle(config, device)
+        return None, "as requested"
+    reason = _unsupported_reason(config, device)
     if reason is None:
         try:
             made = compile_kernels(config, dtype, notify)
-            return made, f"compiled by {made.compiler}" + (", with AMX" if made.matrix_tiles else "")
+            return made, f"compiled by {made.compiler}" + (", with AMX" if made.has_amx else "")
         except BuildError as error:
             reason = str(error)
     if name == "c":
@@ -248,18 +248,18 @@ def choose_kernels(
     return None, reason
 
 
-def _obstacle(config: GPTConfig, device: torch.device) -> str | None:
+def _unsupported_reason(config: GPTConfig, device: torch.device) -> str | None:
     """Why a model cannot have the functions, or None."""
     if device.type != "cpu":
-        return f"those in C are not for {device.type}"
+        return f"native kernels do not run on {device.type}"
     if config.dropout or not config.bias:
-        return "those in C know no dropout, and no blocks without biases"
+        return "native kernels do not support dropout or bias=False"
     if config.n_embd // config.n_head % _LANES:
-        return f"those in C need heads of a multiple of {_LANES}, got {config.n_embd // config.n_head}"
+        return f"native kernels need a head size that is a multiple of {_LANES}, got {config.n_embd // config.n_head}"
     if config.context_len > _MAX_CONTEXT_LEN:
-        return f"those in C are for windows of at most {_MAX_CONTEXT_LEN}, got {config.context_len}"
+        return f"native kernels support windows of at most {_MAX_CONTEXT_LEN}, got {config.context_len}"
     if instruction_set() not in INSTRUCTIONS:
-        return f"those in C are for AVX2 and AVX512, and this is {instruction_set()}"
+        return f"native kernels need AVX2 or AVX512, and this processor has {instruction_set()}"
     return None
 
 
@@ -273,7 +273,7 @@ def compile_kernels(config: GPTConfig, dtype: torch.dtype, notify: Callable[[str
     flags = [*_FLAGS.split(), *INSTRUCTIONS.get(instruction_set(), "").split()]
     if dtype == torch.bfloat16:
         defines["BFLOAT16"] = 1
-        if has_matrix_tiles():
+        if has_amx():
             defines["AMX"] = 1
     built = load_library(_SOURCE, defines, flags=flags, openmp=True, notify=notify)
     return Kernels(built.functions, config, dtype, built.compiler)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from picogpt.kernels.bindings import Save, WeightGrads
-from picogpt.kernels.compiled import Kernels, Use
+from picogpt.kernels.compiled import Kernels, WorkspaceSpec
 
 __all__ = ["Workspace"]
 
@@ -33,20 +33,20 @@ class Workspace:
         use: what for.
     """
 
-    def __init__(self, kernels: Kernels, use: Use) -> None:
-        self._n_layer, self._sizes = use.n_layer, [use.rolls * slots for slots in use.slots]
-        deferred = use.save is Save.ACTIVATIONS and kernels.dtype == torch.bfloat16
+    def __init__(self, kernels: Kernels, spec: WorkspaceSpec) -> None:
+        self._n_layer, self._sizes = spec.n_layer, [spec.sequences * slots for slots in spec.slots]
+        deferred = spec.save is Save.ACTIVATIONS and kernels.dtype == torch.bfloat16
         self.weight_grads = WeightGrads.DEFERRED if deferred else WeightGrads.PER_WINDOW
         """Deferred, the inputs of the weight gradients stay until all windows are through: in float32 twice the memory."""
-        self.all_windows: list[dict[str, Tensor]] = [{} for _ in range(use.n_layer)]
+        self.all_windows: list[dict[str, Tensor]] = [{} for _ in range(spec.n_layer)]
         """Activations that are kept, of all windows (N, width), by block and name."""
         parts = {}
-        for name, buffer in _buffers(kernels, use.save, self.weight_grads).items():
+        for name, buffer in _buffers(kernels, spec.save, self.weight_grads).items():
             parts[name], wholes = self._cut(buffer)
             for block, whole in zip(self.all_windows, wholes, strict=False):
                 block[name] = whole
         self.windows = [
-            [{name: part[index][window] for name, part in parts.items()} for index in range(use.n_layer)]
+            [{name: part[index][window] for name, part in parts.items()} for index in range(spec.n_layer)]
             for window in range(len(self._sizes))
         ]
         """Activations by window, block and name."""

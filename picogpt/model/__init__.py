@@ -1,1 +1,1 @@
-"""The GPT with a context roll: `gpt` is the whole model in plain torch, other modules are parts of it. Import them by name."""
+"""The GPT with a context roll: `gpt` is the whole model in plain torch, the other modules are its parts. Import them by name."""

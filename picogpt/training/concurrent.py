@@ -1,8 +1,8 @@
-"""The gradient of a step whose sequences are divided among threads, each of which takes its own forward and backward.
+"""Gradient of a step whose sequences are divided among threads, each with a forward and backward pass of its own.
 
-Where torch computes the blocks, all its threads usually share each operation and wait for each other after it, thousands of
-times a step; another program that holds one core for a moment makes the others wait too. Sequences do not need each other
-before their gradients are added up, so threads that have some of their own wait once a step.
+When torch computes the blocks, its threads share each operation and wait for each other after it, thousands of
+times a step; a program that holds one core for a moment makes all threads wait. Sequences do not depend on each other
+before their gradients are added up, so threads with sequences of their own synchronize once a step.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ from torch import Tensor
 from picogpt.data import Batch
 from picogpt.device import flush_denormals
 
-__all__ = ["groups_for", "set_gradient"]
+__all__ = ["count_thread_groups", "parallel_backward"]
 
-_GRAIN = 2**15
-"""Activations from which on torch divides a pass over them among threads; PicoGPT's window has 33,024."""
+_MIN_ACTIVATIONS = 2**15
+"""Activations from which torch divides an elementwise pass among threads; PicoGPT's window has 33,024."""
 
 
-def groups_for(sequences: int, threads: int, activations: int) -> int:
-    """How many groups of threads can have equally many of a step's `sequences` each, and be equally many threads each.
+def count_thread_groups(sequences: int, threads: int, activations: int) -> int:
+    """Return into how many groups of equal size both the threads and a step's `sequences` can be divided.
 
-    It is 1 for small models, whose `activations` (slots times width of one sequence) keep threads waiting for Python, and where
-    torch's own threads cannot be divided, as their number is one of the whole process.
+    The result is 1 for small models, whose `activations` (slots times width of one sequence) keep threads waiting for Python,
+    and where torch's number of threads belongs to the whole process and cannot be divided.
     """
+    # With OpenMP the number of threads is a setting of each calling thread; other backends have one pool for the process.
     divisible = "parallel backend: OpenMP" in torch.__config__.parallel_info()
-    return math.gcd(sequences, threads) if divisible and activations >= _GRAIN else 1
+    return math.gcd(sequences, threads) if divisible and activations >= _MIN_ACTIVATIONS else 1
 
 
-def set_gradient(loss_of: Callable[[Batch], Tensor], parameters: Sequence[Tensor], batch: Batch, groups: int) -> float:
-    """Set the gradient of each of `parameters`, the mean over `groups` equal parts of `batch`.
+def parallel_backward(loss_of: Callable[[Batch], Tensor], parameters: Sequence[Tensor], batch: Batch, groups: int) -> float:
+    """Run forward and backward on `groups` equal parts of `batch` in parallel, and set each parameter's mean gradient.
 
-    The parts are added up in their order, so that the result does not depend on which thread is done first.
+    The gradients are added up in the order of the parts, so that the result is deterministic.
 
     Args:
-        loss_of: gives the mean loss of a batch; called by several threads at a time.
-        parameters: all that the loss depends on.
+        loss_of: returns the mean loss of a batch; called by several threads at a time.
+        parameters: all parameters that the loss depends on.
         batch: the step's sequences, a multiple of `groups`.
-        groups: as `groups_for` says; torch's threads are divided among them.
+        groups: number of groups, from `count_thread_groups`; torch's threads are divided among them.
 
     Returns:
         The mean loss.
@@ -51,16 +52,19 @@ def set_gradient(loss_of: Callable[[Batch], Tensor], parameters: Sequence[Tensor
     threads, size = torch.get_num_threads(), len(batch.inputs) // groups
 
     def part(first: int) -> tuple[float, tuple[Tensor, ...]]:
-        torch.set_num_threads(threads // groups)  # of this thread's operations alone, but for those of MKL
+        torch.set_num_threads(threads // groups)  # applies to this thread's operations alone, except for MKL's
         loss = loss_of(Batch(batch.inputs[first : first + size], batch.targets[first : first + size]))
+        # autograd.grad returns the gradients instead of adding to .grad, which all threads share.
         return loss.item(), torch.autograd.grad(loss, parameters)
 
     try:
         losses, gradients = zip(*_pool(groups).map(part, range(0, len(batch.inputs), size)), strict=True)
     finally:
+        # MKL's number of threads is global and has been changed by the groups.
         torch.set_num_threads(threads)
     total, *others = gradients
     for gradient in others:
+        # One fused pass over all parameters instead of a kernel for each of them.
         torch._foreach_add_(total, gradient)
     torch._foreach_mul_(total, 1 / groups)
     for parameter, gradient in zip(parameters, total, strict=True):
@@ -70,5 +74,6 @@ def set_gradient(loss_of: Callable[[Batch], Tensor], parameters: Sequence[Tensor
 
 @cache
 def _pool(groups: int) -> ThreadPoolExecutor:
-    """As many threads, for all steps of this process."""
+    """Return a pool of `groups` threads, shared by all steps of this process."""
+    # The CPU's flag for denormals belongs to a thread, so each new one sets it.
     return ThreadPoolExecutor(groups, thread_name_prefix="sequences", initializer=flush_denormals)

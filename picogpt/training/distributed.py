@@ -1,8 +1,8 @@
-"""Processes that train one model together, through torch.distributed: rank 0 leads, the others do what it says.
+"""Data-parallel training over torch.distributed: rank 0 sends commands, the workers execute them.
 
-Rank 0 does all that a run alone does: it reads the text, measures, validates, writes. The others hear from it in messages: the
-state to begin with, the batch of a step, the end. So the text is read once and shared out without overlap, a run goes on with
-any number of ranks, and only rank 0 needs the run's folder. Messages are plain bytes: none of them can run code.
+Rank 0 does everything that a single process does: it reads the text, validates, logs and saves. Workers receive messages: the
+initial state, the batch of each step, the end. So the text is read once and divided without overlap, a run can be resumed with
+any number of ranks, and only rank 0 needs the run's folder. Messages are plain bytes that cannot run code (no pickle).
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from torch.nn.parallel import DistributedDataParallel
 from picogpt.data import Stop
 from picogpt.errors import ConfigError, PicoGPTError, RanksError
 
-__all__ = ["ALONE", "Kind", "Ranks", "SignalBox", "reaching"]
+__all__ = ["SINGLE_PROCESS", "Command", "Ranks", "SignalState", "translate_dist_errors"]
 
 PATIENCE = timedelta(minutes=30)
-"""How long a rank may be silent before the others give it up."""
+"""Timeout of a collective call: how long a rank may be silent before the others raise."""
 HEARTBEAT = 1.0
-"""Seconds between two words of rank 0 while it waits for data or validates: so signals are noticed, and nobody gives up."""
+"""Seconds between two heartbeats of rank 0 while it waits for data or validates: signals are passed on, and nothing times out."""
 POLL = 0.05
-"""Seconds between two looks while the ranks wait for each other to start."""
+"""Seconds between two polls of the store while the ranks wait for each other to start."""
 
 
-class Kind(IntEnum):
-    """What rank 0 tells the others to do."""
+class Command(IntEnum):
+    """A command of rank 0 to the workers."""
 
     BEGIN = 0
-    """Make a replica; what it is made of is handed to each rank."""
+    """Build the training state from the spec that is sent to each rank."""
     STEP = 1
-    """Take a step; the learning rate and the global batch follow."""
-    SYNCHRONIZE = 2
-    """Take an outer step now."""
+    """Take a training step; payload: the learning rate and the global batch."""
+    OUTER_STEP = 2
+    """Take an outer step (DiLoCo) now."""
     COLLECT = 3
-    """Send back all that is needed to go on."""
+    """Send back this rank's tensors of the checkpoint."""
     WAIT = 4
-    """Nothing: rank 0 is busy."""
+    """Answer a heartbeat: rank 0 is busy."""
     END = 5
-    """End with the exit code that follows."""
+    """Exit; payload: the exit code."""
 
 
-class SignalBox(Protocol):
-    """Where the number of a signal is noted that asked the process to end."""
+class SignalState(Protocol):
+    """Holder of the number of the signal that asked the process to end."""
 
     signal_number: int | None
 
@@ -65,30 +65,32 @@ class _NoSignals:
 
 
 class Ranks:
-    """The place of this process among those that train together. All of them call the same methods in the same order.
+    """This process in the group of ranks. All ranks call the same methods in the same order.
+
+    A single process is a group of one: every method then returns at once and torch.distributed is not used.
 
     Args:
-        rank: number of this process, from 0.
-        count: how many there are; alone, every method answers at once.
-        local_rank: number of this process on its machine.
-        store: where they find each other; lasts through the restarts of torchrun.
+        rank: rank of this process, from 0.
+        count: number of ranks (world size).
+        local_rank: rank of this process on its machine.
+        store: key-value store in which the ranks find each other; it outlives restarts by torchrun.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0, store: Store | None = None) -> None:
         self.rank, self.count, self.local_rank = rank, count, local_rank
         self._store = store
-        self._box: SignalBox = _NoSignals()
+        self._box: SignalState = _NoSignals()
         self._group: dist.ProcessGroup | None = None
-        self._spoke_at = 0.0
+        self._sent_at = 0.0  # time of the last message of rank 0
 
     @classmethod
     def join(cls, environment: MutableMapping[str, str]) -> Ranks:
-        """The place that torchrun's variables give this process; alone where there are none.
+        """Return the group that torchrun's environment variables describe; a single process where there are none.
 
-        Where all ranks are on this machine they talk over the loopback, unless GLOO_SOCKET_IFNAME says otherwise.
+        Where all ranks are on this machine they connect over the loopback, unless GLOO_SOCKET_IFNAME names another interface.
 
         Raises:
-            ConfigError: the variables are not those of torchrun.
+            ConfigError: the variables are incomplete or malformed.
             RanksError: torchrun cannot be reached.
         """
         if "RANK" not in environment:
@@ -99,52 +101,56 @@ class Ranks:
         _number(environment, "MASTER_PORT")
         if not environment.get("MASTER_ADDR"):
             raise _half_set("MASTER_ADDR", "")
+        # gloo otherwise takes the interface of the host's name, which a laptop may lose when its network changes.
         loopback = [name for _, name in socket.if_nameindex() if name in {"lo", "lo0"}]
         if count == local_count and loopback:
             environment.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
-        with reaching():
+        with translate_dist_errors():
+            # The store is reached now, but the ranks connect later: rank 0 first loads its text and checks its flags.
             store, _, _ = next(iter(rendezvous("env://", timeout=PATIENCE)))
         return cls(rank, count, local_rank, PrefixStore("picogpt", store))
 
-    def listen_to(self, box: SignalBox) -> None:
-        """Tell the others of the signal in `box`, and note there what they have got."""
+    def attach_signals(self, box: SignalState) -> None:
+        """Pass the signal in `box` to the other ranks, and note the other ranks' signals there."""
         self._box = box
 
-    def first_start(self) -> bool:
-        """Whether torchrun has not started this run before, as far as `note_start` was told."""
-        with reaching():
+    def is_first_launch(self) -> bool:
+        """Whether this is the first launch by torchrun, and no restart: `mark_launched` was not called before."""
+        with translate_dist_errors():
             return self._store is None or not self._store.check(["started"])
 
-    def note_start(self) -> None:
-        """Remember, through restarts, that the run has begun."""
+    def mark_launched(self) -> None:
+        """Record in the store, which outlives restarts, that the run has been launched."""
         if self._store is not None:
-            with reaching():
+            with translate_dist_errors():
                 self._store.set("started", "1")
 
     def connect(self) -> None:
-        """Meet the others; rank 0 when it is ready for them, the others as soon as they can.
+        """Form the process group; rank 0 calls this when it is ready, the workers at once.
 
         Raises:
-            RanksError: they cannot be reached.
+            RanksError: a rank cannot be reached.
         """
         if self.count == 1 or dist.is_initialized():
             return
         assert self._store is not None
-        with reaching():
-            name = self._await_others() if self.rank == 0 else self._await_leader()
+        with translate_dist_errors():
+            # Both sides agree on a prefix of the store that is new for each start.
+            name = self._await_workers() if self.rank == 0 else self._await_rank_0()
             store = PrefixStore(name, self._store)
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.count, timeout=PATIENCE)
-        self._spoke_at = time.monotonic()
+        self._sent_at = time.monotonic()
 
-    # The store may hold what the ranks of an earlier start wrote. So each of the others writes a number drawn at random, and
-    # follows only an answer to that number.
+    # The store may hold keys of an earlier launch. So each worker writes a random number as its call, and accepts only an
+    # answer to that number: a handshake that a stale key cannot complete.
 
-    def _await_others(self) -> str:
+    def _await_workers(self) -> str:
         assert self._store is not None
         name = secrets.token_hex(8)
         missing = set(range(1, self.count))
         while missing:
             for rank in sorted(missing):
+                # The worker has confirmed; or it has called and gets the name as its answer; or it is asked for again.
                 if self._store.check([f"{name}/{rank}"]):
                     missing.discard(rank)
                 elif self._store.check([f"call/{rank}"]):
@@ -152,7 +158,7 @@ class Ranks:
             time.sleep(POLL)
         return name
 
-    def _await_leader(self) -> str:
+    def _await_rank_0(self) -> str:
         assert self._store is not None
         call = secrets.token_hex(8)
         self._store.set(f"call/{self.rank}", call)
@@ -162,102 +168,108 @@ class Ranks:
         self._store.set(f"{name}/{self.rank}", "here")
         return name
 
-    def lead(self, kind: Kind, payload: bytes = b"") -> None:
-        """On rank 0: tell the others what to do."""
+    def broadcast_command(self, kind: Command, payload: bytes = b"") -> None:
+        """On rank 0: broadcast a command with its payload to all workers."""
         if self.count == 1:
             return
-        with reaching():
+        with translate_dist_errors():
+            # The size goes first, so that the workers can allocate.
             dist.broadcast(torch.tensor([kind, len(payload)]), src=0)
             if payload:
                 dist.broadcast(_to_tensor(payload), src=0)
-        self._spoke_at = time.monotonic()
+        self._sent_at = time.monotonic()
 
-    def hear(self) -> tuple[Kind, bytes]:
-        """On the others: what rank 0 says next."""
-        header = torch.zeros(2, dtype=torch.int64)
-        with reaching():
+    def recv_command(self) -> tuple[Command, bytes]:
+        """On a worker: receive the next command and its payload."""
+        header = torch.zeros(2, dtype=torch.int64)  # command, bytes of payload
+        with translate_dist_errors():
             dist.broadcast(header, src=0)
             kind, size = header.tolist()
             payload = torch.empty(size, dtype=torch.uint8)
             if size:
                 dist.broadcast(payload, src=0)
-        return Kind(kind), payload.numpy().tobytes()
+        return Command(kind), payload.numpy().tobytes()
 
     def send(self, content: bytes, target: int = 0) -> None:
-        """Send `content` to rank `target`, which `receive`s it."""
-        with reaching():
+        """Send `content` to rank `target`, which calls `receive`."""
+        with translate_dist_errors():
             dist.send(torch.tensor([len(content)]), target)
             dist.send(_to_tensor(content), target)
 
     def receive(self, source: int = 0) -> bytes:
-        """What `source` sends to this rank."""
+        """Receive the bytes that rank `source` sends."""
         size = torch.zeros(1, dtype=torch.int64)
-        with reaching():
+        with translate_dist_errors():
             dist.recv(size, source)
             content = torch.empty(int(size.item()), dtype=torch.uint8)
             dist.recv(content, source)
         return content.numpy().tobytes()
 
-    def share(self, values: Sequence[float]) -> list[list[float]]:
-        """The `values` of every rank, in their order; signals travel with them."""
+    def all_gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Gather the `values` of all ranks, in the order of ranks; signals travel with them."""
         if self.count == 1:
             return [list(values)]
+        # Signals ride on calls that happen anyway: a stop on one rank reaches all of them within a step.
         own = torch.tensor([*values, self._box.signal_number or 0], dtype=torch.float64)
         found = [torch.empty_like(own) for _ in range(self.count)]
-        with reaching():
+        with translate_dist_errors():
             dist.all_gather(found, own)
         signals = [int(each[-1].item()) for each in found]
         if self._box.signal_number is None:
+            # A rank keeps a signal of its own; else it takes the one that some other rank got.
             self._box.signal_number = max(signals) or None
         return [each[:-1].tolist() for each in found]
 
-    def attending(self, stop: Stop) -> Stop:
-        """On rank 0: `stop`, with a word to the others now and then, so that they know it lives and can pass on signals."""
+    def with_heartbeat(self, stop: Stop) -> Stop:
+        """On rank 0: wrap `stop` so that asking it also sends a heartbeat, at most one each `HEARTBEAT` seconds."""
 
-        def asked() -> bool:
-            if self.count > 1 and time.monotonic() - self._spoke_at > HEARTBEAT:
-                self.lead(Kind.WAIT)
-                self.share([])
+        def stop_with_heartbeat() -> bool:
+            if self.count > 1 and time.monotonic() - self._sent_at > HEARTBEAT:
+                self.broadcast_command(Command.WAIT)
+                self.all_gather([])
             return stop()
 
-        return asked
+        return stop_with_heartbeat
 
-    def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """`model`, whose weights are the same on all ranks, with gradients that the backward pass averages over them."""
+    def wrap_ddp(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """Wrap `model` in DDP: the backward pass then averages gradients over the ranks, whose weights must be equal."""
         if self.count == 1:
             return model
-        with reaching():
+        with translate_dist_errors():
             return DistributedDataParallel(
                 model,
                 process_group=self._group_for(device),
+                # The model's only buffer, the causal mask, is the same everywhere; the weights came in the spec.
                 forward_sync_buffers=False,
+                # Gradients live in the all-reduce's buckets: no copy of them.
                 gradient_as_bucket_view=True,
                 init_sync=False,
             )
 
-    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The mean of each of `tensors` over the ranks, in the same order of additions everywhere."""
+    def all_reduce_mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the mean of each of `tensors` over the ranks, bit-identical on all ranks."""
         if self.count == 1:
             return list(tensors)
+        # One all-reduce for all tensors instead of one for each.
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        with reaching():
+        with translate_dist_errors():
             dist.all_reduce(flat, group=self._group_for(flat.device))
         parts = torch.split(flat / self.count, [tensor.numel() for tensor in tensors])
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
     def _group_for(self, device: torch.device) -> dist.ProcessGroup | None:
-        """Who moves tensors of `device`: gloo those of a CPU, nccl those of a GPU."""
+        """Return the group for tensors of `device`: the default one (gloo) for a CPU, one with nccl for a GPU."""
         if device.type == "cuda" and self._group is None:
             self._group = dist.new_group(backend="nccl")
         return self._group if device.type == "cuda" else None
 
     @contextlib.contextmanager
-    def leading(self) -> Iterator[None]:
-        """On rank 0: have the others end when the work inside does, with its exit code."""
+    def propagate_exit_code(self) -> Iterator[None]:
+        """On rank 0: when the block ends, end the workers too, with its exit code."""
         try:
             yield
         except RanksError:
-            raise  # the others notice it themselves
+            raise  # the other ranks notice the lost connection themselves
         except (PicoGPTError, OSError) as error:
             self._end(error.exit_code if isinstance(error, PicoGPTError) else 1)
             raise
@@ -265,33 +277,35 @@ class Ranks:
 
     def _end(self, code: int) -> None:
         if self.count > 1:
-            # One that is gone by now is missed by nobody.
+            # A worker that is gone by now need not be ended.
             with contextlib.suppress(RanksError):
                 self.connect()
-                self.lead(Kind.END, bytes([code]))
-                self.share([])
+                self.broadcast_command(Command.END, bytes([code]))
+                self.all_gather([])
 
 
-ALONE = Ranks()
-"""A process that trains by itself."""
+SINGLE_PROCESS = Ranks()
+"""The group of a process that trains by itself."""
 
 
 @contextlib.contextmanager
-def reaching() -> Iterator[None]:
-    """Turn what torch says when another rank is gone into one line.
+def translate_dist_errors() -> Iterator[None]:
+    """Turn torch's errors about a lost rank into a `RanksError` with a one-line message.
 
     Raises:
-        RanksError: that line.
+        RanksError: another rank cannot be reached.
     """
     try:
         yield
     except RuntimeError as error:
-        # gloo has no exception of its own; its messages carry the name of the file they come from.
+        # gloo has no exception class of its own: its messages carry the path of a gloo source file.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
+        # Drop the source location in front and everything after the first sentence.
         reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).partition(". ")[0]
         raise RanksError(
-            f"another rank has ended or cannot be reached ({reason}); what was saved last stands: start again to go on from it"
+            f"another rank has ended or cannot be reached ({reason}); the last checkpoint is intact: "
+            "start again to resume from it"
         ) from error
 
 

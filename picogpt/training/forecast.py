@@ -16,7 +16,7 @@ from picogpt.plot import draw_losses
 from picogpt.runs.folder import LossLog, RunFolder
 from picogpt.schedule import Pace, Schedule
 from picogpt.training.memory import peak_memory
-from picogpt.training.trainer import Observer, StepReport, Trainer, seconds_of
+from picogpt.training.trainer import Observer, StepReport, Trainer, time_call
 from picogpt.wording import Notify, format_bytes, format_passes, format_seconds
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "Forecast",
     "Forecaster",
     "ForecastingObserver",
-    "rehearse",
+    "benchmark_steps",
     "seconds_to_finish",
     "time_epoch_end",
 ]
@@ -88,7 +88,7 @@ def time_epoch_end(trainer: Trainer, parent: Path, sample: Sampler, *, warm_up: 
     With `warm_up` the first of two is not counted: it loads libraries, which happens once a run.
     """
     trainer.validate(1)
-    validation = seconds_of(lambda: trainer.validate(1))
+    validation = time_call(lambda: trainer.validate(1))
     with tempfile.TemporaryDirectory(prefix=".pace-", suffix=TEMPORARY_SUFFIX, dir=parent) as name:
         folder = RunFolder(Path(name))
 
@@ -100,10 +100,10 @@ def time_epoch_end(trainer: Trainer, parent: Path, sample: Sampler, *, warm_up: 
 
         if warm_up:
             end()
-        return EpochEnd(validation, seconds_of(end))
+        return EpochEnd(validation, time_call(end))
 
 
-def rehearse(
+def benchmark_steps(
     model: GPTConfig,
     config: TrainConfig,
     make: Callable[[RepeatedSource], Trainer],
@@ -128,13 +128,13 @@ def rehearse(
     seconds: list[float] = []
     trainer = make(RepeatedSource(roll_len=config.windows * model.context_len, batch_size=config.batch_size))
     for _ in range(1 + TIMED_STEPS):
-        seconds.append(seconds_of(lambda: trainer.update(config.lr)))
+        seconds.append(time_call(lambda: trainer.train_step(config.lr)))
         advance()
         if limit is not None and time.perf_counter() - began > limit:
             break
     step = statistics.median(seconds[1:] or seconds)
     if config.sync_every:
-        step += seconds_of(trainer.take_outer_step) / config.sync_every
+        step += time_call(trainer.outer_step_on_all_ranks) / config.sync_every
     return step, time_epoch_end(trainer, parent, sample, warm_up=limit is None)
 
 
@@ -210,16 +210,16 @@ class ForecastingObserver:
         self._step = report.step
         self._shown.on_step(report)
         if len(self._seconds) > TIMED_STEPS:
-            self._say_forecast()
+            self._report_forecast()
         self._last = time.perf_counter()
 
     def on_epoch(self, trainer: Trainer) -> None:
         """Tell the forecast now if the epoch was shorter than the steps that are timed."""
-        self._say_forecast()
+        self._report_forecast()
         self._shown.on_epoch(trainer)
         self._last = time.perf_counter()
 
-    def _say_forecast(self) -> None:
+    def _report_forecast(self) -> None:
         if self._forecast is not None or not self._seconds:
             return
         end = self._time_end()
@@ -227,7 +227,7 @@ class ForecastingObserver:
         self._forecast = self._forecaster.forecast(step, end, step=self._step)
         self._tell(str(self._forecast))
 
-    def say_outcome(self) -> None:
+    def report_outcome(self) -> None:
         """Say what the run took, beside what was forecast."""
         if self._forecast is None:
             return

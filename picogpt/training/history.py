@@ -26,7 +26,7 @@ from picogpt.kernels.compiled import kernels_name
 from picogpt.runs.folder import LossLog
 from picogpt.tokenizer import CharTokenizer
 from picogpt.training.sample import sample_text
-from picogpt.training.state import Replica
+from picogpt.training.state import TrainState
 from picogpt.wording import Notify, plural
 
 __all__ = ["History", "describe_settings"]
@@ -61,7 +61,7 @@ class History:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls()  # it is for looking at only, and the next epoch writes it anew
 
-    def record(self, state: Replica, source: Source, log: LossLog, notify: Notify) -> None:
+    def record(self, state: TrainState, source: Source, log: LossLog, notify: Notify) -> None:
         """Add the epoch that has just been validated.
 
         Args:
@@ -99,7 +99,7 @@ class History:
         }
         atomic_write(folder / _FILE, json.dumps(content).encode())
 
-    def page(self, name: str, state: Replica, log: LossLog, *, in_training: bool) -> str:
+    def page(self, name: str, state: TrainState, log: LossLog, *, in_training: bool) -> str:
         """The run's `log.html`."""
         view = RunView(
             name=name,
@@ -123,7 +123,7 @@ def _unpack(text: str) -> list[float]:
 
 
 @torch.no_grad()
-def excerpt_probabilities(state: Replica, ids: npt.NDArray[np.uint8]) -> list[float]:
+def excerpt_probabilities(state: TrainState, ids: npt.NDArray[np.uint8]) -> list[float]:
     """How probable the model finds each of ids (T + 1,) but the first, given those before it; (T,)."""
     idx = torch.from_numpy(ids.astype(np.int64))[None].to(state.device)  # (1, T + 1)
     state.model.eval()
@@ -133,7 +133,7 @@ def excerpt_probabilities(state: Replica, ids: npt.NDArray[np.uint8]) -> list[fl
     return [float(p) for p in probabilities.nan_to_num(0.0).clamp(0, 1)]
 
 
-def describe_settings(state: Replica, log: LossLog) -> dict[str, str]:
+def describe_settings(state: TrainState, log: LossLog) -> dict[str, str]:
     """The settings of a run in words, for its page."""
     model, train = state.model.config, state.config
     seconds, chars = [0.0, *log.seconds][-2:], [0, *log.chars][-2:]

@@ -44,13 +44,13 @@ def import_run(request: TrainRequest, *, dry_run: bool, notify: Notify) -> None:
         notify(f"{told}; dry run: nothing is kept")
         return
     if run.path.exists():
-        notify(f"the run that was there is kept as {run.set_aside()}")
+        notify(f"the existing run is kept as {run.set_aside()}")
     run.create()
     run.write_log(original.log)
     atomic_write(run.plot_path, draw_losses({run.name: original.log}))
     run.save_model(model.arrays(), model.config)
     name = request.run
-    notify(f"{told}; picogpt-generate -m {name} writes with it, picogpt-train --init-from {name} trains on from it")
+    notify(f"{told}; picogpt-generate -m {name} generates with it, picogpt-train --init-from {name} trains on from it")
 
 
 def describe_losses(log: LossLog) -> str:

@@ -13,7 +13,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from picogpt.config import TrainConfig
-from picogpt.schedule import EPOCHS_OF_A_BUDGET, MIN_STEPS_PER_EPOCH, SHARE_OF_EPOCH_ENDS, Pace, Schedule, rate_of, warmup_of
+from picogpt.schedule import (
+    EPOCHS_OF_A_BUDGET,
+    MIN_STEPS_PER_EPOCH,
+    SHARE_OF_EPOCH_ENDS,
+    Pace,
+    Schedule,
+    lr_at_step,
+    warmup_steps_of,
+)
 
 __all__ = ["Pacer", "replan", "steps_within"]
 
@@ -40,7 +48,7 @@ def decay_at(schedule: Schedule, step: int, total: int, config: TrainConfig) -> 
     """
     warmup = schedule.decay_start
     if warmup is None:
-        warmup = warmup_of(schedule.total_steps, config)
+        warmup = warmup_steps_of(schedule.total_steps, config)
     if step >= warmup:
         done = schedule.decay_done
         return step, done + (1 - done) * (step - warmup) / max(1, schedule.total_steps - warmup)
@@ -143,7 +151,7 @@ class Pacer:
         self._spent += gap
         return self._spent
 
-    def listening(self, stop: Callable[[], bool]) -> Callable[[], bool]:
+    def with_clock(self, stop: Callable[[], bool]) -> Callable[[], bool]:
         """`stop`, with a look at the clock whenever it is asked, also while data are waited for."""
 
         def asked() -> bool:
@@ -152,7 +160,7 @@ class Pacer:
 
         return asked
 
-    def step_taken(self, schedule: Schedule, step: int) -> Schedule:
+    def after_step(self, schedule: Schedule, step: int) -> Schedule:
         """The plan after a step; it is looked over 20 times a run, and more often towards its end."""
         now = self._last_step = self.spent()
         self._steps += 1
@@ -164,7 +172,7 @@ class Pacer:
         self._measure(now)
         return self._fit(schedule, step, self.seconds - now, at_end=False)
 
-    def epoch_validated(self, schedule: Schedule, step: int) -> Schedule:
+    def after_validation(self, schedule: Schedule, step: int) -> Schedule:
         """The plan at the end of an epoch, before it is saved."""
         now = self.spent()
         self._validation = now - self._last_step
@@ -172,7 +180,7 @@ class Pacer:
         self._planned = self._last_step = now
         return self._fit(schedule, step, self.seconds - now - self._tail, at_end=True)
 
-    def epoch_over(self, schedule: Schedule, step: int) -> Schedule:
+    def after_epoch(self, schedule: Schedule, step: int) -> Schedule:
         """The plan after the epoch has been saved and shown, which can have taken longer than was foreseen."""
         now = self.spent()
         self._tail = now - self._last_step
@@ -213,4 +221,4 @@ class Pacer:
         config = self._config
         if config.decay_steps is not None:
             return 0.0
-        return (rate_of(step, schedule, config) - config.min_lr) / config.lr
+        return (lr_at_step(step, schedule, config) - config.min_lr) / config.lr

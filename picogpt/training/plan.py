@@ -184,7 +184,7 @@ def _default_run(path: Path, notify: Notify) -> RunFolder:
         number += 1
         folder = RunFolder(path.with_name(f"{path.name}-{number}"))
     if number > 1:
-        notify(f"{path}: a trained model without a checkpoint to go on from; this run is called {folder.name}")
+        notify(f"{path}: a trained model without a checkpoint to resume from; this run is called {folder.name}")
     return folder
 
 
@@ -199,7 +199,7 @@ def _read_stored(folder: RunFolder, request: TrainRequest) -> RunSettings | None
             raise RunError(f"{folder.path / 'config.json'}: {error}; start over with --fresh, the folder is kept") from error
     if folder.has_model():
         raise RunError(
-            f"{folder.path}: a trained model without a checkpoint to go on from; choose another --run, or --fresh to start over"
+            f"{folder.path}: a trained model without a checkpoint to resume from; choose another --run, or --fresh to start over"
         )
     return None
 
@@ -213,7 +213,7 @@ def _find_origin(request: TrainRequest, folder: RunFolder, stored: RunSettings |
     if folder.has_checkpoint():
         return None
     if stored.origin is not None and asked is None:
-        raise RunError(f"{folder.path}: the run was to begin from {stored.origin} and has not begun; name that again")
+        raise RunError(f"{folder.path}: the run is to start from {stored.origin} and has not begun; give that flag again")
     return asked
 
 
@@ -223,7 +223,7 @@ def _choose_backend(request: TrainRequest, stored: RunSettings | None) -> Backen
         device=request.device or (stored.device if stored else "auto"),
         dtype=request.dtype or (stored.dtype if stored else "auto"),
         kernels=request.kernels or (stored.kernels if stored else "auto"),
-        kernels_asked=request.kernels is not None,
+        kernels_required=request.kernels is not None,
         attention=stored.attention if stored else None,
         threads=request.threads or (stored.threads if stored else None),
         compile=stored.compile if stored and request.compile is None else bool(request.compile),
@@ -245,5 +245,5 @@ def _select_backend(choice: BackendChoice, model: GPTConfig, batch_size: int, ra
     sequences = batch_size // ranks.count
     backend = Backend.select(model, choice, sequences=sequences, local_rank=ranks.local_rank, notify=notify)
     if backend.device.type == "mps" and ranks.count > 1:
-        raise TrainingError("--device mps: torch connects no ranks on such a GPU; take --device cpu, or one process")
+        raise TrainingError("--device mps: torch cannot connect ranks on such a GPU; use --device cpu, or one process")
     return backend

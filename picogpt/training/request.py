@@ -91,7 +91,7 @@ class TrainRequest:
             changes = _differences(asdict(origin), {**asdict(config), "dropout": origin.dropout})
             if changes:
                 listed = "; ".join(f"{name} is {now} and was {before}" for name, before, now in changes)
-                raise RunError(f"the model to begin from has another shape: {listed}; leave these flags out")
+                raise RunError(f"the model to start from has another shape: {listed}; leave these flags out")
         return config
 
     def train_config(self, stored: RunSettings | None) -> TrainConfig:

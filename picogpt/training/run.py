@@ -21,7 +21,7 @@ from picogpt.runs.settings import RunSettings
 from picogpt.schedule import MAX_SUITABLE_PASSES, Pace, Schedule
 from picogpt.signals import StopRequest
 from picogpt.training.disk import DiskNeed, check_disk
-from picogpt.training.forecast import EpochEnd, Forecaster, ForecastingObserver, rehearse, time_epoch_end
+from picogpt.training.forecast import EpochEnd, Forecaster, ForecastingObserver, benchmark_steps, time_epoch_end
 from picogpt.training.import_run import describe_losses
 from picogpt.training.pacing import Pacer
 from picogpt.training.plan import Plan
@@ -66,7 +66,7 @@ class TrainingRun:
         self.plan, self.folder, self._source = plan, plan.folder, plan.source
         self._began, self._notify, self._timing = began, notify, timing
         self.trainer = self._build(plan.source)
-        self._rehearsed: tuple[float, EpochEnd] | None = None
+        self._benchmarked: tuple[float, EpochEnd] | None = None
         self._seconds: float | None = None  # of this start, where the run ends by the clock
 
     @classmethod
@@ -99,15 +99,15 @@ class TrainingRun:
         if plan.request.fresh:
             self._archive()
         folder.create()
-        ranks.note_start()
+        ranks.mark_launched()
         ranks.connect()
         stop = StopRequest()
-        ranks.listen_to(stop)
+        ranks.attach_signals(stop)
         with stop.listen(), folder.lock() as weaknesses:
             for weakness in weaknesses:
                 self._notify(weakness)
             if plan.stored is None and folder.has_checkpoint():
-                raise RunError(f"{folder.path}: another process has begun this run meanwhile; start again to go on with it")
+                raise RunError(f"{folder.path}: another process has begun this run meanwhile; start again to resume it")
             self._prepare()
             finished = self._fit(stop, show)
             if self.trainer.schedule not in {None, self.schedule}:
@@ -116,7 +116,7 @@ class TrainingRun:
         if not finished:
             assert stop.signal_number is not None
             step = f"{self.trainer.step:,}"
-            raise Interrupted(f"stopped and saved at step {step}; {self._command()} goes on from there", stop.signal_number)
+            raise Interrupted(f"stopped and saved at step {step}; {self._command()} resumes from there", stop.signal_number)
 
     def dry_run(self) -> None:
         """Print what `train` would do and what it would take; train nothing and leave nothing behind.
@@ -128,17 +128,17 @@ class TrainingRun:
         plan.ranks.connect()
         self._check_disk()
         if plan.request.fresh and folder.path.exists():
-            self._notify(f"the run that is there would be kept as {folder.free_name()}")
+            self._notify(f"the existing run would be kept as {folder.free_name()}")
         if plan.stored is not None and folder.has_checkpoint():
             state = folder.load_checkpoint(rename=False)[0].state
             self.trainer.step, self.trainer.seconds = int(state["step"]), float(state["seconds"])
             self.trainer.stored_plan = state.get("plan")
-            self._notify(f"{folder.path}: would go on from step {self.trainer.step:,}")
+            self._notify(f"{folder.path}: would resume from step {self.trainer.step:,}")
         self.schedule = self._fix_schedule()
         plan.request.check_length(self.schedule.total_steps, self.trainer.step)
         self._announce()
         elapsed = self._elapsed()
-        step, end = self._rehearsed or self._rehearse()
+        step, end = self._benchmarked or self._benchmark_steps()
         self._notify(str(self._forecaster().forecast(step, end, step=self.trainer.step, elapsed=elapsed)))
         self._notify("dry run: nothing was trained and nothing is kept")
 
@@ -157,7 +157,7 @@ class TrainingRun:
     def _archive(self) -> None:
         if self.folder.path.exists():
             with self.folder.lock():
-                self._notify(f"the run that was there is kept as {self.folder.set_aside()}")
+                self._notify(f"the existing run is kept as {self.folder.set_aside()}")
 
     def _prepare(self) -> None:
         """Bring the trainer to where the run stands, and fix the number of steps."""
@@ -187,18 +187,18 @@ class TrainingRun:
         if fault:
             self._notify(f"warning: {fault}")
         self.trainer.restore(checkpoint)
-        self._notify(f"{self.folder.path}: goes on from step {self.trainer.step:,}")
+        self._notify(f"{self.folder.path}: resuming from step {self.trainer.step:,}")
         self._tell_usage()
         for name, before, now in self.plan.backend_changes():
-            self._notify(f"{name} is {now} and was {before}: the run goes on, but not byte for byte as it would have")
+            self._notify(f"{name} is {now} and was {before}: resuming, but no longer bit-identical")
 
     def _begin(self) -> None:
         """Start with the first batch, and with the weights that the plan starts from."""
         self._source.begin(self.folder)
         origin = self.plan.origin
         if origin is not None:
-            self.trainer.begin_from(dict(origin.weights), origin.log)
-            self._notify(f"begins with the weights of {origin.path}")
+            self.trainer.init_from_weights(dict(origin.weights), origin.log)
+            self._notify(f"starting from the weights of {origin.path}")
 
     def _keep_imported(self, log: LossLog) -> None:
         """Save an imported run as it came, with its loss on this text as the best one so far."""
@@ -208,8 +208,8 @@ class TrainingRun:
         self.trainer.save(self.folder)
         self.folder.write_log(log)
         self._notify(
-            f"brought over {plural(log.iter_num, 'step')}{found} there; its loss on this text is {log.best_loss:.4f}; training "
-            "goes on with a new optimizer, as the original's was not connected to its weights"
+            f"imported {plural(log.iter_num, 'step')}{found} there; its loss on this text is {log.best_loss:.4f}; training "
+            "continues with a new optimizer, as the original's was not connected to its weights"
         )
 
     def _write_config(self) -> None:
@@ -277,7 +277,7 @@ class TrainingRun:
 
     def _measure_pace(self, seconds: float, before: float) -> Pace:
         """Time a few steps and an end of an epoch, for a length of so many seconds of which `before` have passed."""
-        step, end = self._rehearse(limit=TIMING_SHARE * (seconds - before))
+        step, end = self._benchmark_steps(limit=TIMING_SHARE * (seconds - before))
         return Pace(
             seconds_per_step=step,
             seconds_per_val_batch=end.seconds_per_val_batch,
@@ -285,14 +285,16 @@ class TrainingRun:
             seconds_spent=before + self._elapsed(),
         )
 
-    def _rehearse(self, limit: float | None = None) -> tuple[float, EpochEnd]:
+    def _benchmark_steps(self, limit: float | None = None) -> tuple[float, EpochEnd]:
         """Time a few steps and an end of an epoch with a model that is thrown away, within about `limit` seconds."""
         plan = self.plan
         # The folder of a dry run does not exist; its disk is that of the folder it would be in.
         parent = existing_folder(self.folder.path)
         with self._timing() as advance:
-            self._rehearsed = rehearse(plan.model, plan.train, self._build, parent, self._sample, limit=limit, advance=advance)
-        return self._rehearsed
+            self._benchmarked = benchmark_steps(
+                plan.model, plan.train, self._build, parent, self._sample, limit=limit, advance=advance
+            )
+        return self._benchmarked
 
     def _sample(self, trainer: Trainer) -> str:
         return sample_text(trainer.model, trainer.source.text, self._notify)
@@ -321,15 +323,15 @@ class TrainingRun:
         self._notify(f"device {backend.device.type} ({backend.device_reason})")
         self._notify(backend.describe())
         if backend.gradient_checkpointing:
-            self._notify("blocks are computed again in the backward pass, for less memory")
+            self._notify("activations are recomputed in the backward pass, to save memory")
         if plan.ranks.count > 1:
             rolls = train.batch_size // plan.ranks.count
             how = (
-                f", brought together every {train.sync_every} steps"
+                f", with an outer step every {train.sync_every} steps"
                 if train.sync_every
                 else "; gradients are averaged every step"
             )
-            self._notify(f"{plan.ranks.count} ranks, each with {rolls} of a step's rolls{how}")
+            self._notify(f"{plan.ranks.count} ranks, each with {rolls} of a step's sequences{how}")
         self._announce_length()
 
     def _announce_length(self) -> None:
@@ -356,7 +358,7 @@ class TrainingRun:
         if trainer.step >= schedule.total_steps and not trainer.epoch_is_open:
             self._notify(
                 f"{self.folder.path}: finished, all {plural(schedule.total_steps, 'step')} are done; give a larger --epochs, "
-                "--minutes or --chars to go on, or --fresh to start over"
+                "--minutes or --chars to continue, or --fresh to start over"
             )
             return True
         display = show(trainer, schedule, functools.partial(self._sample, trainer))
@@ -364,7 +366,7 @@ class TrainingRun:
         try:
             finished = trainer.fit(self.folder, schedule, observer, stop, notify=self._notify)
             if finished:
-                observer.say_outcome()
+                observer.report_outcome()
             return finished
         finally:
             display.close()

@@ -22,18 +22,18 @@ from picogpt.kernels.compiled import Kernels, kernels_name
 from picogpt.model.gpt import GPT
 from picogpt.rng import Stream, philox
 from picogpt.runs.folder import Checkpoint, Tensors
-from picogpt.schedule import share_of_peak
-from picogpt.training.concurrent import groups_for, set_gradient
-from picogpt.training.distributed import ALONE, Ranks, reaching
+from picogpt.schedule import fraction_of_peak
+from picogpt.training.concurrent import count_thread_groups, parallel_backward
+from picogpt.training.distributed import SINGLE_PROCESS, Ranks, translate_dist_errors
 from picogpt.training.optim import Muon, OuterOptimizer, build_optimizers, set_learning_rate
 
-__all__ = ["Replica", "pack_step", "under", "unpack_step"]
+__all__ = ["TrainState", "pack_step", "strip_prefix", "unpack_step"]
 
 _RATE = struct.Struct("<d")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
+class WorkerSpec:
     """What all ranks have to agree on, beside the tensors."""
 
     version: str
@@ -44,7 +44,7 @@ class _Plan:
     local_steps: int
 
 
-class Replica:
+class TrainState:
     """A model, its optimizers, and the steps they have taken.
 
     Args:
@@ -63,7 +63,7 @@ class Replica:
         dtype: torch.dtype,
         *,
         device: torch.device = CPU,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
         kernels: Kernels | None = None,
     ) -> None:
         self.config, self.dtype, self.device, self.ranks = config, dtype, device, ranks
@@ -97,9 +97,9 @@ class Replica:
             transformer.attention = backend.attention
         transformer.gradient_checkpointing = backend.gradient_checkpointing
 
-    def plan(self, tensors: Tensors) -> Checkpoint:
-        """All that another rank needs to make this replica, with `tensors` for those that it is to have."""
-        plan = _Plan(
+    def to_spec(self, tensors: Tensors) -> Checkpoint:
+        """All that another rank needs to make this state, with `tensors` for those that it is to have."""
+        spec = WorkerSpec(
             version=__version__,
             model=asdict(self.model.config),
             train=asdict(self.config),
@@ -107,7 +107,7 @@ class Replica:
             step=self.step,
             local_steps=self.local_steps,
         )
-        return Checkpoint(tensors=tensors, state=asdict(plan))
+        return Checkpoint(tensors=tensors, state=asdict(spec))
 
     def _backend_names(self) -> BackendChoice:
         """The choice that selects the same backend on another rank."""
@@ -123,8 +123,8 @@ class Replica:
         )
 
     @classmethod
-    def from_plan(cls, checkpoint: Checkpoint, ranks: Ranks, threads: int | None) -> Replica:
-        """The replica that rank 0 has planned, computing with `threads` threads, or as many as rank 0 for None.
+    def from_spec(cls, checkpoint: Checkpoint, ranks: Ranks, threads: int | None) -> TrainState:
+        """The state that rank 0 has planned, computing with `threads` threads, or as many as rank 0 for None.
 
         Raises:
             RanksError: rank 0 has another version of picogpt.
@@ -133,22 +133,22 @@ class Replica:
         version = checkpoint.state.get("version")
         if version != __version__:
             raise RanksError(f"rank 0 has picogpt {version} and this machine {__version__}; install the same one everywhere")
-        plan = _Plan(**checkpoint.state)
-        model, train = GPTConfig(**plan.model), TrainConfig(**plan.train)
-        choice = BackendChoice(**{**plan.backend, "threads": threads or plan.backend["threads"]})
+        spec = WorkerSpec(**checkpoint.state)
+        model, train = GPTConfig(**spec.model), TrainConfig(**spec.train)
+        choice = BackendChoice(**{**spec.backend, "threads": threads or spec.backend["threads"]})
         backend = Backend.select(model, choice, sequences=train.batch_size // ranks.count, local_rank=ranks.local_rank)
-        replica = cls(model, train, backend.dtype, device=backend.device, ranks=ranks, kernels=backend.kernels)
-        replica.apply(backend)
-        replica.load_tensors(checkpoint.tensors)
-        replica.step, replica.local_steps = plan.step, plan.local_steps
-        return replica
+        state = cls(model, train, backend.dtype, device=backend.device, ranks=ranks, kernels=backend.kernels)
+        state.apply(backend)
+        state.load_tensors(checkpoint.tensors)
+        state.step, state.local_steps = spec.step, spec.local_steps
+        return state
 
     @property
-    def is_together(self) -> bool:
+    def is_wrapped(self) -> bool:
         """Whether the ranks have been brought together."""
         return self._trained is not None
 
-    def come_together(self) -> None:
+    def wrap_ddp(self) -> None:
         """Be trained with the other ranks from now on; all of them have the same weights, or local ones of the same run.
 
         DistributedDataParallel orders its buckets by the first backward pass, and more than two ranks add up in the order of
@@ -157,18 +157,18 @@ class Replica:
         if self.outer is not None or self.ranks.count == 1:
             self._trained = self.model
             return
-        self._trained = self.ranks.parallel(self.model, self.device)
+        self._trained = self.ranks.wrap_ddp(self.model, self.device)
         self.model.train()
-        ids = np.zeros((self._rolls_each, self.config.windows * self.model.config.context_len), np.int64)
-        with reaching():
+        ids = np.zeros((self._sequences_per_rank, self.config.windows * self.model.config.context_len), np.int64)
+        with translate_dist_errors():
             self.loss(Batch(ids, ids)).backward()  # type: ignore[no-untyped-call]
 
     @property
-    def _rolls_each(self) -> int:
+    def _sequences_per_rank(self) -> int:
         """Rolls of a batch that are each rank's."""
         return self.config.batch_size // self.ranks.count
 
-    def take_step(self, batch: Batch, rate: float) -> float:
+    def local_step(self, batch: Batch, rate: float) -> float:
         """Take one optimizer step with learning rate `rate` on this rank's share of `batch`.
 
         Returns:
@@ -181,15 +181,15 @@ class Replica:
         self.model.train()
         if self.model.config.dropout:
             self._seed_dropout()
-        rolls = slice(self.ranks.rank * self._rolls_each, (self.ranks.rank + 1) * self._rolls_each)
+        rolls = slice(self.ranks.rank * self._sequences_per_rank, (self.ranks.rank + 1) * self._sequences_per_rank)
         share = Batch(batch.inputs[rolls], batch.targets[rolls])
         self.model.zero_grad(set_to_none=True)
         if self._groups > 1:
-            return self.apply_gradient(rate, set_gradient(self.loss, list(self.model.parameters()), share, self._groups))
+            return self.optimizer_step(rate, parallel_backward(self.loss, list(self.model.parameters()), share, self._groups))
         loss = self.loss(share)
-        with reaching():
+        with translate_dist_errors():
             loss.backward()  # type: ignore[no-untyped-call]
-        return self.apply_gradient(rate, loss.item())
+        return self.optimizer_step(rate, loss.item())
 
     @property
     def _groups(self) -> int:
@@ -202,26 +202,26 @@ class Replica:
         if not by_torch or self.model.config.dropout or self._trained is not self.model:
             return 1
         shape = self.model.config
-        return groups_for(self._rolls_each, torch.get_num_threads(), (shape.context_len + 1) * shape.n_embd)
+        return count_thread_groups(self._sequences_per_rank, torch.get_num_threads(), (shape.context_len + 1) * shape.n_embd)
 
-    def apply_gradient(self, rate: float, loss: float) -> float:
+    def optimizer_step(self, rate: float, loss: float) -> float:
         """Update the weights by the gradient that they have, unless it is not finite; return the ranks' mean `loss`."""
         norm = self._clip_gradient(self.config.grad_clip or math.inf)
-        found = self.ranks.share([loss, norm])
+        found = self.ranks.all_gather([loss, norm])
         mean, mean_norm = (math.fsum(values) / len(found) for values in zip(*found, strict=True))
         if not (math.isfinite(mean) and math.isfinite(mean_norm)):
             raise TrainingError(
                 f"step {self.step + 1}: the loss is {mean} and the gradient's norm {mean_norm}; the last finite state is "
                 "kept; start again with a smaller --lr and --fresh, or --dtype float32"
             )
-        set_learning_rate(self.optimizers, share_of_peak(rate, self.config))
+        set_learning_rate(self.optimizers, fraction_of_peak(rate, self.config))
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
         if self.outer is not None:
             self.local_steps += 1
             if self.local_steps == self.config.sync_every:
-                self.synchronize()
+                self.outer_step()
         return mean
 
     def _clip_gradient(self, most: float) -> float:
@@ -245,12 +245,12 @@ class Replica:
         return loss
 
     @torch.no_grad()
-    def synchronize(self) -> None:
+    def outer_step(self) -> None:
         """Take an outer step with the weights that all ranks have come to, and go on from its result."""
-        self.step_outer(self.ranks.mean([parameter.detach() for parameter in self.model.parameters()]))
+        self.apply_outer_step(self.ranks.all_reduce_mean([parameter.detach() for parameter in self.model.parameters()]))
 
     @torch.no_grad()
-    def step_outer(self, means: list[torch.Tensor]) -> None:
+    def apply_outer_step(self, means: list[torch.Tensor]) -> None:
         """Take an outer step with these means of the weights over the ranks."""
         assert self.outer is not None
         self.outer.step(means)
@@ -268,7 +268,7 @@ class Replica:
         if self.outer is not None:
             self.outer = OuterOptimizer(self.model.parameters())
 
-    def own_tensors(self) -> Tensors:
+    def state_tensors(self) -> Tensors:
         """The weights and the optimizers' tensors, by name."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.arrays().items()}
         for optimizer in self.optimizers:
@@ -290,7 +290,7 @@ class Replica:
         own, common = weights + moments, 2 * weights if self.outer is not None else 0
         return 4 * (own * (self.ranks.count if self.outer is not None else 1) + common)
 
-    def common_tensors(self) -> Tensors:
+    def outer_tensors(self) -> Tensors:
         """Those that all ranks have in common while they train by themselves: of the outer optimizer."""
         tensors: Tensors = {}
         if self.outer is not None:
@@ -302,13 +302,13 @@ class Replica:
         return tensors
 
     def load_tensors(self, tensors: Tensors) -> None:
-        """Take up what `own_tensors` and `common_tensors` have given; other names are passed over.
+        """Take up what `state_tensors` and `outer_tensors` have given; other names are passed over.
 
         Raises:
             RunError: the weights are of another shape of model; nothing is changed.
         """
-        self.model.load_arrays(under("model.", tensors))
-        held = under("optimizer.", tensors)
+        self.model.load_arrays(strip_prefix("model.", tensors))
+        held = strip_prefix("optimizer.", tensors)
         for optimizer in self.optimizers:
             for name, parameter in self._parameters_of(optimizer):
                 suffix = f".{name}"
@@ -331,7 +331,7 @@ class Replica:
         return [(name, parameter) for name, parameter in self.model.named_parameters() if id(parameter) in held]
 
 
-def under(prefix: str, tensors: Tensors) -> Tensors:
+def strip_prefix(prefix: str, tensors: Tensors) -> Tensors:
     """Those of `tensors` whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
 

@@ -22,13 +22,13 @@ from picogpt.errors import DataError, TrainingError
 from picogpt.files import atomic_write
 from picogpt.kernels.compiled import Kernels
 from picogpt.runs.folder import Checkpoint, LossLog, RunFolder, Tensors, pack, unpack
-from picogpt.schedule import Schedule, rate_of, share_of_peak
-from picogpt.training.distributed import ALONE, Kind, Ranks
+from picogpt.schedule import Schedule, fraction_of_peak, lr_at_step
+from picogpt.training.distributed import SINGLE_PROCESS, Command, Ranks
 from picogpt.training.pacing import Pacer
-from picogpt.training.state import Replica, pack_step, under
+from picogpt.training.state import TrainState, pack_step, strip_prefix
 from picogpt.wording import Notify, say_nothing
 
-__all__ = ["Observer", "StepReport", "Trainer", "build_trainer", "make_trainer", "seconds_of"]
+__all__ = ["Observer", "StepReport", "Trainer", "build_trainer", "make_trainer", "time_call"]
 
 SAVE_INTERVAL = 300.0
 """Seconds of training after which a checkpoint is written in the middle of an epoch."""
@@ -56,7 +56,7 @@ class Observer(Protocol):
         """An epoch has ended; `trainer.log` has its entry."""
 
 
-class Trainer(Replica):
+class Trainer(TrainState):
     """The replica that leads: with its data, its log and its folder. The ranks beside it follow (`picogpt.training.worker`).
 
     Args:
@@ -77,7 +77,7 @@ class Trainer(Replica):
         dtype: torch.dtype,
         *,
         device: torch.device = CPU,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
         kernels: Kernels | None = None,
     ) -> None:
         super().__init__(model_config, config, dtype, device=device, ranks=ranks, kernels=kernels)
@@ -93,7 +93,7 @@ class Trainer(Replica):
         """Plan and measurements of such a run when it was saved."""
         self._steps_before, self._chars_before = 0, 0
         self._epoch_loss, self._epoch_steps = 0.0, 0
-        self._others: list[Tensors] = []  # what ranks 1, 2, ... are to begin with, where that is not what this one has
+        self._worker_states: list[Tensors] = []  # what ranks 1, 2, ... are to begin with, where that is not what this one has
 
     @property
     def chars_per_step(self) -> int:
@@ -125,7 +125,7 @@ class Trainer(Replica):
             OSError: something cannot be saved.
         """
         self.schedule, pacer = schedule, self.pacer
-        stop = self.ranks.attending(pacer.listening(stop) if pacer else stop)
+        stop = self.ranks.with_heartbeat(pacer.with_clock(stop) if pacer else stop)
         start, before = time.perf_counter(), self.seconds
         saved_at = start
         while self.step < self.schedule.total_steps or self.epoch_is_open:
@@ -136,12 +136,12 @@ class Trainer(Replica):
                     self._write_log(run, notify)
                     self._show_epoch(run, self.schedule, observer)
             else:
-                report = self._train_step(run, rate_of(self.step, self.schedule, self.config), stop)
+                report = self._step_or_save(run, lr_at_step(self.step, self.schedule, self.config), stop)
                 if report is None:
                     return False
                 observer.on_step(report)
                 if pacer:
-                    self.schedule = pacer.step_taken(self.schedule, self.step)
+                    self.schedule = pacer.after_step(self.schedule, self.step)
             self.seconds = before + time.perf_counter() - start
             if stop():
                 self.save(run)
@@ -151,10 +151,10 @@ class Trainer(Replica):
                 saved_at = time.perf_counter()
         return True
 
-    def _train_step(self, run: RunFolder, rate: float, stop: Stop) -> StepReport | None:
+    def _step_or_save(self, run: RunFolder, rate: float, stop: Stop) -> StepReport | None:
         """One step, or None if a stop came while it waited for its data; what ends the run is raised after saving."""
         try:
-            loss = self.update(rate, stop)
+            loss = self.train_step(rate, stop)
         except WaitInterrupted:
             self.save(run)
             return None
@@ -166,7 +166,7 @@ class Trainer(Replica):
         self._epoch_steps += 1
         return StepReport(step=self.step, loss=loss, chars=self.chars_per_step)
 
-    def update(self, rate: float, stop: Stop = lambda: False) -> float:
+    def train_step(self, rate: float, stop: Stop = lambda: False) -> float:
         """Take one optimizer step; return the batch's mean loss in nats per character.
 
         Args:
@@ -181,29 +181,29 @@ class Trainer(Replica):
             WaitInterrupted: `stop` said so while the data were waited for; likewise.
             RanksError: another rank is gone; likewise.
         """
-        share_of_peak(rate, self.config)  # before any rank is told of the step
-        if not self.is_together:
-            self._bring_together()
+        fraction_of_peak(rate, self.config)  # before any rank is told of the step
+        if not self.is_wrapped:
+            self._start_workers()
         batch = self.source.train_batch(self.step, stop)
-        self.ranks.lead(Kind.STEP, pack_step(batch, rate))
-        loss = self.take_step(batch, rate)
+        self.ranks.broadcast_command(Command.STEP, pack_step(batch, rate))
+        loss = self.local_step(batch, rate)
         self.log.iter_num = self._steps_before + self.step
         return loss
 
-    def take_outer_step(self) -> None:
+    def outer_step_on_all_ranks(self) -> None:
         """Have all ranks take an outer step, before its time."""
-        self.ranks.lead(Kind.SYNCHRONIZE)
-        self.synchronize()
+        self.ranks.broadcast_command(Command.OUTER_STEP)
+        self.outer_step()
 
-    def _bring_together(self) -> None:
+    def _start_workers(self) -> None:
         """Have the other ranks make the same replica."""
-        own, common = self.own_tensors(), self.common_tensors()
-        others = self._others or [own] * (self.ranks.count - 1)
-        self.ranks.lead(Kind.BEGIN)
+        own, common = self.state_tensors(), self.outer_tensors()
+        others = self._worker_states or [own] * (self.ranks.count - 1)
+        self.ranks.broadcast_command(Command.BEGIN)
         for rank, tensors in enumerate(others, start=1):
-            self.ranks.send(pack(self.plan({**common, **tensors})), rank)
-        self._others = []
-        self.come_together()
+            self.ranks.send(pack(self.to_spec({**common, **tensors})), rank)
+        self._worker_states = []
+        self.wrap_ddp()
 
     @torch.no_grad()
     def validate(self, val_steps: int, stop: Stop = lambda: False) -> float | None:
@@ -220,7 +220,7 @@ class Trainer(Replica):
     def _finish_epoch(self, run: RunFolder, val_steps: int, stop: Stop) -> bool:
         """Validate, enter the epoch into the log and save; False if stopped before that."""
         if self.local_steps:
-            self.take_outer_step()
+            self.outer_step_on_all_ranks()
         if not run.has_checkpoint():
             self.save(run)  # before there is a model, which alone would be taken for a run that cannot be gone on with
         val_loss = self.validate(val_steps, stop)
@@ -237,7 +237,7 @@ class Trainer(Replica):
             if self._is_finite():
                 run.save_model(self.model.arrays(), self.model.config, self.source.text)
         if self.pacer is not None and self.schedule is not None:
-            self.schedule = self.pacer.epoch_validated(self.schedule, self.step)
+            self.schedule = self.pacer.after_validation(self.schedule, self.step)
         self.save(run)
         return True
 
@@ -250,14 +250,14 @@ class Trainer(Replica):
             atomic_write(run.plot_path, draw_losses({run.name: self.log}))
         except OSError as error:
             where = error.filename2 or error.filename or run.path  # of a rename the target, not the temporary file
-            notify(f"warning: {where}: log or picture not written ({error.strerror or error}); training goes on")
+            notify(f"warning: {where}: log or picture not written ({error.strerror or error}); training continues")
 
     def _show_epoch(self, run: RunFolder, schedule: Schedule, observer: Observer) -> None:
         """Tell the observer of an epoch, and have the plan fitted to the time that took."""
         observer.on_epoch(self)
         if self.pacer is None:
             return
-        self.schedule = self.pacer.epoch_over(schedule, self.step)
+        self.schedule = self.pacer.after_epoch(schedule, self.step)
         if schedule.total_steps > self.step >= self.schedule.total_steps:
             self.save(run)  # the time is up, which was not known when the epoch was saved
 
@@ -270,11 +270,11 @@ class Trainer(Replica):
         """
         if not self._is_finite():
             raise TrainingError(
-                f"step {self.step}: a weight is no longer finite, nothing is saved; the checkpoint before it stands: "
+                f"step {self.step}: a weight is no longer finite, nothing is saved; the previous checkpoint is intact: "
                 "start again with a smaller --lr and --fresh, or --dtype float32"
             )
-        others = self._collect()
-        tensors = {**self.own_tensors(), **self.common_tensors()}
+        others = self._collect_worker_states()
+        tensors = {**self.state_tensors(), **self.outer_tensors()}
         for rank, held in enumerate(others, start=1):
             tensors |= {f"rank{rank}.{name}": array for name, array in held.items()}
         arrays, data = self.source.snapshot()
@@ -295,17 +295,17 @@ class Trainer(Replica):
             state["plan"] = {"schedule": asdict(self.schedule), "pacer": self.pacer.state()}
         run.save_checkpoint(Checkpoint(tensors=tensors, state=state))
 
-    def _collect(self) -> list[Tensors]:
+    def _collect_worker_states(self) -> list[Tensors]:
         """What ranks 1, 2, ... have that this one has not: they train by themselves between two outer steps."""
-        if self.outer is None or not self.is_together:
-            return self._others
-        self.ranks.lead(Kind.COLLECT)
+        if self.outer is None or not self.is_wrapped:
+            return self._worker_states
+        self.ranks.broadcast_command(Command.COLLECT)
         return [unpack(self.ranks.receive(rank)).tensors for rank in range(1, self.ranks.count)]
 
     def _is_finite(self) -> bool:
         return all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
 
-    def begin_from(self, weights: Tensors, log: LossLog | None = None) -> None:
+    def init_from_weights(self, weights: Tensors, log: LossLog | None = None) -> None:
         """Begin with the weights, and the log if given, of another run; the optimizer begins anew.
 
         Raises:
@@ -326,14 +326,14 @@ class Trainer(Replica):
         self.load_tensors(tensors)
         self.step, self.local_steps = int(state["step"]), int(state.get("local_steps", 0))
         if self.outer is not None:
-            self._others = self._spread([self.own_tensors(), *_of_ranks(tensors, int(state["ranks"]))])
-        self.source.restore(under("data.", tensors), state["data"])
+            self._worker_states = self._redistribute_states([self.state_tensors(), *_split_by_rank(tensors, int(state["ranks"]))])
+        self.source.restore(strip_prefix("data.", tensors), state["data"])
         self.log = LossLog.from_dict(state["log"])
         self._steps_before, self._chars_before = int(state["steps_before"]), int(state["chars_before"])
         self._epoch_loss, self._epoch_steps = float(state["epoch_loss"]), int(state["epoch_steps"])
         self.seconds, self.stored_plan = float(state["seconds"]), state.get("plan")
 
-    def _spread(self, saved: list[Tensors]) -> list[Tensors]:
+    def _redistribute_states(self, saved: list[Tensors]) -> list[Tensors]:
         """What ranks 1, 2, ... begin with, given what each rank had that was saved.
 
         Where there were more or fewer of them, an outer step brings their weights together before its time, so that no step
@@ -343,24 +343,26 @@ class Trainer(Replica):
             return saved[1:]
         if self.local_steps:
             names = [f"model.{name}" for name in self.model.arrays()]
-            self.step_outer([self.on_device(np.mean([held[name] for held in saved], axis=0)) for name in names])
+            self.apply_outer_step([self.on_device(np.mean([held[name] for held in saved], axis=0)) for name in names])
         weights = {f"model.{name}": array for name, array in self.model.arrays().items()}
         return [{**saved[rank % len(saved)], **weights} for rank in range(1, self.ranks.count)]
 
 
-def _of_ranks(tensors: Tensors, count: int) -> list[Tensors]:
+def _split_by_rank(tensors: Tensors, count: int) -> list[Tensors]:
     """What a checkpoint holds of ranks 1, 2, ... of `count`."""
-    return [under(f"rank{rank}.", tensors) for rank in range(1, count)]
+    return [strip_prefix(f"rank{rank}.", tensors) for rank in range(1, count)]
 
 
-def build_trainer(model: GPTConfig, config: TrainConfig, source: Source, backend: Backend, ranks: Ranks = ALONE) -> Trainer:
+def build_trainer(
+    model: GPTConfig, config: TrainConfig, source: Source, backend: Backend, ranks: Ranks = SINGLE_PROCESS
+) -> Trainer:
     """A trainer that computes with `backend`."""
     trainer = Trainer(model, config, source, backend.dtype, device=backend.device, ranks=ranks, kernels=backend.kernels)
     trainer.apply(backend)
     return trainer
 
 
-def seconds_of(call: Callable[[], object]) -> float:
+def time_call(call: Callable[[], object]) -> float:
     """How long `call` takes."""
     start = time.perf_counter()
     call()

@@ -1,4 +1,4 @@
-"""What a rank does that is not the first: what rank 0 says, until it says the end."""
+"""The loop of a worker, a rank other than 0: receive commands of rank 0 and execute them until the end."""
 
 from __future__ import annotations
 
@@ -6,44 +6,48 @@ import contextlib
 
 from picogpt.errors import TrainingError
 from picogpt.runs.folder import Checkpoint, pack, unpack
-from picogpt.training.distributed import Kind, Ranks
-from picogpt.training.state import Replica, unpack_step
+from picogpt.training.distributed import Command, Ranks
+from picogpt.training.state import TrainState, unpack_step
 
-__all__ = ["follow"]
+__all__ = ["run_worker"]
 
 
-def follow(ranks: Ranks, threads: int | None) -> int:
-    """Do what rank 0 says; return the exit code that it says at the end.
+def run_worker(ranks: Ranks, threads: int | None) -> int:
+    """Execute the commands of rank 0; return the exit code that its last command carries.
 
     Args:
-        ranks: this rank's place, connected.
-        threads: how many to compute with; as many as rank 0 for None.
+        ranks: this process among the ranks, connected.
+        threads: threads to compute with; None takes the number of rank 0.
 
     Raises:
-        RanksError: rank 0 is gone, or of another version.
-        TrainingError: the device that rank 0 computes on is not here.
+        RanksError: rank 0 is gone, or runs another version of picogpt.
+        TrainingError: this machine lacks the kind of device that rank 0 computes on.
     """
-    replica: Replica | None = None
+    state: TrainState | None = None
     while True:
-        kind, payload = ranks.hear()
-        if kind is Kind.BEGIN:
-            replica = Replica.from_plan(unpack(ranks.receive()), ranks, threads)
-            replica.come_together()
-        elif kind in {Kind.WAIT, Kind.END}:
-            ranks.share([])
-            if kind is Kind.END:
+        command, payload = ranks.recv_command()
+        if command is Command.BEGIN:
+            # The spec follows by point-to-point, as ranks of a DiLoCo run have weights of their own.
+            state = TrainState.from_spec(unpack(ranks.receive()), ranks, threads)
+            state.wrap_ddp()
+        elif command in {Command.WAIT, Command.END}:
+            # The answer to rank 0's heartbeat; signals travel with it in both directions.
+            ranks.all_gather([])
+            if command is Command.END:
                 return payload[0]
         else:
-            assert replica is not None
-            _obey(kind, payload, replica)
+            assert state is not None
+            _execute(command, payload, state)
 
 
-def _obey(kind: Kind, payload: bytes, replica: Replica) -> None:
-    if kind is Kind.SYNCHRONIZE:
-        replica.synchronize()
-    elif kind is Kind.COLLECT:
-        replica.ranks.send(pack(Checkpoint(tensors=replica.own_tensors(), state={})))
+def _execute(command: Command, payload: bytes, state: TrainState) -> None:
+    # Each branch makes the same collective calls as rank 0 does after it has sent the command.
+    if command is Command.OUTER_STEP:
+        state.outer_step()
+    elif command is Command.COLLECT:
+        state.ranks.send(pack(Checkpoint(tensors=state.state_tensors(), state={})))
     else:
-        assert kind is Kind.STEP
-        with contextlib.suppress(TrainingError):  # which all ranks meet alike: rank 0 says it, saves and ends
-            replica.take_step(*unpack_step(payload, replica.config.batch_size))
+        assert command is Command.STEP
+        # A loss that is not finite raises on all ranks alike; rank 0 reports it, saves and ends the run.
+        with contextlib.suppress(TrainingError):
+            state.local_step(*unpack_step(payload, state.config.batch_size))

@@ -91,7 +91,7 @@ class TestTrain:
         """A second start with a larger budget goes on, without repeating the run's settings; a third has nothing to do."""
         train.main(training(text_file))
         assert train.main(["--run", "numbers", "--epochs", "3"]) == 0
-        assert "logs/numbers: goes on from step 6" in capsys.readouterr().err
+        assert "logs/numbers: resuming from step 6" in capsys.readouterr().err
         assert RunFolder(Path("logs/numbers")).read_log().iter_num == 9
 
         assert train.main(["--run", "numbers"]) == 0
@@ -204,7 +204,7 @@ class TestTrain:
             path.unlink()
 
         assert train.main(training(text_file, "--run", "numbers")) == 1
-        assert "a trained model without a checkpoint to go on from; choose another --run" in capsys.readouterr().err
+        assert "a trained model without a checkpoint to resume from; choose another --run" in capsys.readouterr().err
 
     def test_a_name_that_a_finished_model_has(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """A run named after its text gets the next free name, and goes on under it."""
@@ -217,12 +217,12 @@ class TestTrain:
 
         assert train.main(training(text_file)) == 0
         assert (
-            "logs/numbers: a trained model without a checkpoint to go on from; this run is called numbers-2"
+            "logs/numbers: a trained model without a checkpoint to resume from; this run is called numbers-2"
             in capsys.readouterr().err
         )
         assert train.main(training(text_file, "--fresh")) == 0
         assert train.main(["--text", str(text_file), "--epochs", "3"]) == 0
-        assert "logs/numbers-2: goes on" in capsys.readouterr().err
+        assert "logs/numbers-2: resuming" in capsys.readouterr().err
         assert model.read_bytes() == kept
         assert sorted(path.name for path in Path("logs").iterdir()) == ["numbers", "numbers-2", "numbers-2.old-1"]
 
@@ -257,7 +257,7 @@ class TestTrain:
         train.main(["--run", "numbers", "--epochs", "3", "--threads", "1", "--dtype", "bfloat16"])
         err = capsys.readouterr().err
 
-        assert "threads is 1 and was 2: the run goes on, but not byte for byte" in err
+        assert "threads is 1 and was 2: resuming, but no longer bit-identical" in err
         assert "dtype is bfloat16 and was float32" in err
 
     @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ class TestTrain:
         assert len(asked) == 2
         train.main(["--run", "numbers", "--epochs", "4", "--no-compile"])
         assert len(asked) == 2
-        assert "compile is False and was True: the run goes on, but not byte for byte" in capsys.readouterr().err
+        assert "compile is False and was True: resuming, but no longer bit-identical" in capsys.readouterr().err
 
     @needs_compiler
     def test_kernels(self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +370,7 @@ class TestTrain:
         monkeypatch.setattr(Kernels, "forward", watched)
         assert train.main(in_c) == 0
         assert computed
-        assert "1 thread (as requested), blocks by functions in C (compiled by cc)\n" in capsys.readouterr().err
+        assert "1 thread (as requested), blocks by native kernels (compiled by cc)\n" in capsys.readouterr().err
         assert json.loads(Path("logs/numbers/config.json").read_text())["kernels"] == "c"
         monkeypatch.setattr("picogpt.device.check_compiler", lambda: None)
         monkeypatch.setattr(Trainer, "compile_blocks", lambda self: None)
@@ -381,36 +381,38 @@ class TestTrain:
         assert capsys.readouterr().err.splitlines()[-1] == f"picogpt-train: {obstacle}"
         assert train.main(["--run", "numbers", "--epochs", "3", "--kernels", "torch"]) == 0
         err = capsys.readouterr().err
-        assert "blocks by functions in torch (as the run or its flags say), attention fused (" in err
-        assert "kernels is torch and was c: the run goes on, but not byte for byte as it would have\n" in err
+        assert "blocks by torch (as requested), attention fused (" in err
+        assert "kernels is torch and was c: resuming, but no longer bit-identical\n" in err
 
     def test_kernels_and_compile(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """They exclude each other."""
         in_c = [flag if flag != "torch" else "c" for flag in training(text_file)]
         assert train.main([*in_c, "--compile"]) == 2
-        message = "picogpt-train: --kernels c and --compile exclude each other, take --no-compile: torch cannot compile what is compiled already"
+        message = (
+            "picogpt-train: --kernels c and --compile exclude each other, use --no-compile: torch cannot compile native kernels"
+        )
         assert capsys.readouterr().err.splitlines()[-1] == message
         assert not Path("logs").exists()
 
     def test_attention(self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         """Without C its form is chosen by the clock, said and stored; a resumed run keeps it, whatever the clock would choose."""
         used: list[str] = []
-        take_step = Trainer.take_step
+        local_step = Trainer.local_step
 
         def watched(self: Trainer, *given: Any) -> float:
             used.append(self.model.transformer.attention)
-            return take_step(self, *given)
+            return local_step(self, *given)
 
-        monkeypatch.setattr(Trainer, "take_step", watched)
-        monkeypatch.setattr("picogpt.model.attention._times_as_fast", lambda *_: 2.0)
+        monkeypatch.setattr(Trainer, "local_step", watched)
+        monkeypatch.setattr("picogpt.model.attention._products_speedup", lambda *_: 2.0)
         assert train.main(training(text_file)) == 0
         assert "attention products (2.0 times as fast as torch's fused function)\n" in capsys.readouterr().err
-        monkeypatch.setattr("picogpt.model.attention._times_as_fast", lambda *_: 0.5)
+        monkeypatch.setattr("picogpt.model.attention._products_speedup", lambda *_: 0.5)
         assert train.main(["--run", "numbers", "--epochs", "3"]) == 0
 
         err = capsys.readouterr().err
-        assert "attention products (as the run was begun)\n" in err
-        assert "byte for byte" not in err
+        assert "attention products (as the run started)\n" in err
+        assert "bit-identical" not in err
         assert set(used) == {"products"}
         assert json.loads(Path("logs/numbers/config.json").read_text())["attention"] == "products"
 
@@ -424,13 +426,13 @@ class TestTrain:
         capsys.readouterr()
 
         assert train.main(["--run", "numbers", "--epochs", "3"]) == 0
-        assert "attention is fused and was an older form: the run goes on, but not byte for byte" in capsys.readouterr().err
+        assert "attention is fused and was an older form: resuming, but no longer bit-identical" in capsys.readouterr().err
 
     def test_gradient_checkpointing(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """It is said, and the weights are those of a run without it."""
         train.main(training(text_file, "--run", "kept"))
         train.main(training(text_file, "--run", "again", "--gradient-checkpointing"))
-        assert "blocks are computed again in the backward pass" in capsys.readouterr().err
+        assert "activations are recomputed in the backward pass" in capsys.readouterr().err
         kept, again = (load_file(f"logs/{name}/model.safetensors") for name in ("kept", "again"))
         assert {name: array.tobytes() for name, array in kept.items()} == {name: again[name].tobytes() for name in again}
 
@@ -462,7 +464,7 @@ class TestTrain:
         Path("logs/numbers/log.jpg").mkdir(parents=True)
 
         assert train.main(training(text_file)) == 0
-        assert "log or picture not written (Is a directory); training goes on" in capsys.readouterr().err
+        assert "log or picture not written (Is a directory); training continues" in capsys.readouterr().err
 
     def test_dead_stdout(self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         """Training survives a stdout that has gone."""
@@ -496,7 +498,7 @@ def test_signal_saves_and_ends(text_file: Path, number: signal.Signals) -> None:
         _, err = process.communicate(timeout=30)
 
     assert process.returncode == 128 + number
-    match = re.search(r"stopped and saved at step ([\d,]+); picogpt-train --run numbers goes on from there", err)
+    match = re.search(r"stopped and saved at step ([\d,]+); picogpt-train --run numbers resumes from there", err)
     assert match
     checkpoint, _ = RunFolder(Path("logs/numbers")).load_checkpoint()
     assert checkpoint.state["log"]["iter_num"] == int(match[1].replace(",", ""))

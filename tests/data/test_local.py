@@ -99,7 +99,7 @@ def test_a_run_on_an_odd_name(here: Path, name: str, capsys: pytest.CaptureFixtu
     assert train.main([f"--dataset={name}", "--run", "odd", *FLAGS]) == 0
     assert train.main(["--run", "odd", "--epochs", "2"]) == 0
 
-    assert "goes on from step 3" in capsys.readouterr().err
+    assert "resuming from step 3" in capsys.readouterr().err
     assert RunFolder(Path("logs/odd")).read_config()["data"]["dataset"] == str(here / name)
 
 
@@ -308,7 +308,7 @@ def test_tables_and_texts_are_trained_on(here: Path, name: str, content: str, ca
     assert train.main(["--dataset", "cs", *FLAGS]) == 0
     assert train.main(["--run", "cs", "--epochs", "2"]) == 0
 
-    assert "goes on from step 3" in capsys.readouterr().err
+    assert "resuming from step 3" in capsys.readouterr().err
 
 
 def parquet_of(column: str) -> bytes:

@@ -694,7 +694,7 @@ def test_signal_during_an_outage(here: Path) -> None:
         process.terminate()
         _, _, err = finish(process)
 
-    assert "goes on from step" in err
+    assert "resuming from step" in err
 
 
 @pytest.mark.slow
@@ -755,7 +755,7 @@ def test_folder_like_the_hubs(here: Path, capsys: pytest.CaptureFixture[str], mo
     assert train.main(["--dataset", str(folder), *FLAGS]) == 0
     assert "2 files in this folder, streamed" in capsys.readouterr().err
     assert train.main(["--run", "my-articles", "--epochs", "3"]) == 0
-    assert "goes on from step 80" in capsys.readouterr().err
+    assert "resuming from step 80" in capsys.readouterr().err
 
     (folder / "train-1.parquet").write_bytes(parquet(1000))
     assert train.main(["--run", "my-articles", "--epochs", "4"]) == 1

@@ -109,7 +109,7 @@ class TestTraining:
         path.write_text(json.dumps(content))
 
         assert train.main(["--text", "old.txt", "--epochs", "2"]) == 0
-        assert "logs/old: goes on from step 2" in capsys.readouterr().err
+        assert "logs/old: resuming from step 2" in capsys.readouterr().err
 
     def test_folder(self, capsys: Capture) -> None:
         """The number of files is said, and which ones are read in another encoding."""

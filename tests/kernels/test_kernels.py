@@ -19,17 +19,17 @@ import pytest
 import torch
 
 from picogpt.config import GPTConfig, TrainConfig
-from picogpt.device import has_matrix_tiles, instruction_set
+from picogpt.device import has_amx, instruction_set
 from picogpt.errors import TrainingError
 from picogpt.kernels import bindings, build, compiled
 from picogpt.kernels.autograd import FusedBlocks
-from picogpt.kernels.compiled import Kernels, addresses, choose_kernels, compile_kernels
+from picogpt.kernels.compiled import Kernels, compile_kernels, data_ptrs, select_kernels
 from picogpt.model.gpt import GPT, Block
 from picogpt.runs.folder import RunFolder
 from picogpt.schedule import Schedule
-from picogpt.training.distributed import ALONE
+from picogpt.training.distributed import SINGLE_PROCESS
 from picogpt.training.optim import Muon, orthogonalize
-from picogpt.training.state import Replica
+from picogpt.training.state import TrainState
 from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, Watcher, needs_compiler, tiny_source
 
@@ -302,9 +302,7 @@ def test_one_backward_pass() -> None:
     assert loss is not None
     loss.backward(retain_graph=True)
 
-    with pytest.raises(
-        RuntimeError, match="^what a window has made is used up by one backward pass; go forward again for a second one$"
-    ):
+    with pytest.raises(RuntimeError, match="^backward can run only once per forward; run forward again for a second one$"):
         loss.backward()
 
 
@@ -401,14 +399,14 @@ def test_without_matrix_tiles(instructions: str, monkeypatch: pytest.MonkeyPatch
     if instructions not in ("", instruction_set(), "AVX2"):
         pytest.skip(f"this processor has no {instructions}")
     monkeypatch.setattr(compiled, "instruction_set", lambda: instructions)
-    monkeypatch.setattr(compiled, "has_matrix_tiles", lambda: False)
+    monkeypatch.setattr(compiled, "has_amx", lambda: False)
     kernels = compile_kernels(SHAPES["heads of 32"], torch.bfloat16)
     model = model_of("heads of 32", spread=0.1)
     _, exact = loss_and_gradients(model, None, 200)
     _, of_modules = loss_and_gradients(model, None, 200, torch.bfloat16)
     _, found = loss_and_gradients(model, kernels, 200, torch.bfloat16)
 
-    assert not kernels.matrix_tiles
+    assert not kernels.has_amx
     assert max(distance(found[name], exact[name]) / distance(of_modules[name], exact[name]) for name in exact) < 2
 
 
@@ -418,11 +416,11 @@ def test_matrix_tiles_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(compiled, "_FLAGS", SOON)
     said = {
-        (shape, dtype): choose_kernels("auto", SHAPES[shape], dtype, CPU)[1]
+        (shape, dtype): select_kernels("auto", SHAPES[shape], dtype, CPU)[1]
         for shape in ("heads of 32", "heads of 20")
         for dtype in (torch.bfloat16, torch.float32)
     }
-    uses = has_matrix_tiles() and instruction_set() == "AVX512"
+    uses = has_amx() and instruction_set() == "AVX512"
 
     assert said.pop(("heads of 32", torch.bfloat16)) == "compiled by cc" + (", with AMX" if uses else "")
     assert set(said.values()) == {"compiled by cc"}
@@ -608,7 +606,7 @@ def test_what_is_not_finite_is_noticed(name: str, value: float) -> None:
         dict(trainer.model.transformer.h[1].named_parameters())[name].view(-1)[3] = value
 
     with pytest.raises(TrainingError, match="the loss is (nan|inf)|the gradient's norm (nan|inf)"):
-        trainer.update(1e-2)
+        trainer.train_step(1e-2)
 
 
 @needs_compiler
@@ -623,7 +621,7 @@ def test_rounding_to_bfloat16(instructions: str | None) -> None:
     x = torch.where(x.abs() < 1e-37, 0, x)  # smaller ones may become zero
     matrices = [part.flatten(0, 1) for part in torch.split(x[:8], [3, 1, 4])] + [x[8:].reshape(32, 128)]
     packed = [memory for matrix in matrices for memory in kernels.packed(*matrix.shape)]
-    kernels.pack(addresses(matrices), addresses(packed), 1)
+    kernels.pack(data_ptrs(matrices), data_ptrs(packed), 1)
 
     for index, found in enumerate(packed):
         expected = matrices[index // 2].bfloat16().flatten()
@@ -636,7 +634,7 @@ def test_other_ranks_have_them_too() -> None:
     """The plan that rank 0 sends has the others compile their own."""
     for kernels in (None, kernels_for("heads of 8")):
         leader = make_trainer(kernels)
-        follower = Replica.from_plan(leader.plan({**leader.own_tensors(), **leader.common_tensors()}), ALONE, 1)
+        follower = TrainState.from_spec(leader.to_spec({**leader.state_tensors(), **leader.outer_tensors()}), SINGLE_PROCESS, 1)
 
         assert (follower.model.transformer.kernels is None) == (kernels is None)
 
@@ -651,34 +649,34 @@ class TestChoice:
     def test_auto(self) -> None:
         """Where there is a compiler, C; unless torch is asked for."""
         for dtype in (torch.bfloat16, torch.float32):
-            found, said = choose_kernels("auto", TINY, dtype, CPU)
+            found, said = select_kernels("auto", TINY, dtype, CPU)
             assert isinstance(found, Kernels)
             assert (found.dtype, said) == (dtype, "compiled by cc")
-        assert choose_kernels("torch", TINY, torch.bfloat16, CPU) == (None, "as the run or its flags say")
+        assert select_kernels("torch", TINY, torch.bfloat16, CPU) == (None, "as requested")
 
     @pytest.mark.parametrize(
         ("changes", "device", "reason"),
         [
-            ({}, "cuda", "those in C are not for cuda"),
-            ({"dropout": 0.1}, "cpu", "those in C know no dropout, and no blocks without biases"),
-            ({"bias": False}, "cpu", "those in C know no dropout, and no blocks without biases"),
-            ({"context_len": 513}, "cpu", "those in C are for windows of at most 512, got 513"),
-            ({"n_embd": 12}, "cpu", "those in C need heads of a multiple of 4, got 6"),
+            ({}, "cuda", "native kernels do not run on cuda"),
+            ({"dropout": 0.1}, "cpu", "native kernels do not support dropout or bias=False"),
+            ({"bias": False}, "cpu", "native kernels do not support dropout or bias=False"),
+            ({"context_len": 513}, "cpu", "native kernels support windows of at most 512, got 513"),
+            ({"n_embd": 12}, "cpu", "native kernels need a head size that is a multiple of 4, got 6"),
         ],
     )
     def test_obstacles(self, changes: dict[str, float], device: str, reason: str) -> None:
         """What they cannot do is left to torch, and said; it is an error only for those who insist."""
         config = GPTConfig(**{"n_head": 2, "n_embd": 16, **changes})  # type: ignore[arg-type]
-        assert choose_kernels("auto", config, torch.float32, torch.device(device)) == (None, reason)
+        assert select_kernels("auto", config, torch.float32, torch.device(device)) == (None, reason)
         with pytest.raises(TrainingError) as error:
-            choose_kernels("c", config, torch.float32, torch.device(device))
+            select_kernels("c", config, torch.float32, torch.device(device))
         assert str(error.value) == f"--kernels c: {reason}; take --kernels torch"
 
     def test_another_processor(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where torch has none of the instructions that they were measured with, it computes."""
         monkeypatch.setattr(compiled, "instruction_set", lambda: "DEFAULT")
-        reason = "those in C are for AVX2 and AVX512, and this is DEFAULT"
-        assert choose_kernels("auto", TINY, torch.float32, CPU) == (None, reason)
+        reason = "native kernels need AVX2 or AVX512, and this processor has DEFAULT"
+        assert select_kernels("auto", TINY, torch.float32, CPU) == (None, reason)
 
     @pytest.mark.parametrize(
         ("script", "reason"),
@@ -703,27 +701,27 @@ class TestChoice:
         compiler.chmod(0o755)
         monkeypatch.setenv("CC", str(compiler))
 
-        kernels, said = choose_kernels("auto", TINY, torch.float32, CPU)
+        kernels, said = select_kernels("auto", TINY, torch.float32, CPU)
         assert kernels is None
         assert re.fullmatch(reason, said)
         with pytest.raises(TrainingError, match=f"^--kernels c: {reason}; take --kernels torch$"):
-            choose_kernels("c", TINY, torch.float32, CPU)
+            select_kernels("c", TINY, torch.float32, CPU)
 
     def test_no_compiler(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Neither by CC nor by PATH."""
         monkeypatch.setattr(compiled, "instruction_set", lambda: "AVX2")
         monkeypatch.setenv("CC", "/nowhere/cc -O1")
-        assert choose_kernels("auto", TINY, torch.float32, CPU) == (None, "no C compiler (/nowhere/cc, by PATH or CC)")
+        assert select_kernels("auto", TINY, torch.float32, CPU) == (None, "no C compiler (/nowhere/cc, by PATH or CC)")
         monkeypatch.delenv("CC")
         monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(TrainingError, match=r"^--kernels c: no C compiler \(cc, gcc, clang, by PATH or CC\); take"):
-            choose_kernels("c", TINY, torch.float32, CPU)
+            select_kernels("c", TINY, torch.float32, CPU)
 
     def test_a_command_that_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """CC with a quotation that does not end."""
         monkeypatch.setattr(compiled, "instruction_set", lambda: "AVX2")
         monkeypatch.setenv("CC", 'gcc "')
-        assert choose_kernels("auto", TINY, torch.float32, CPU) == (None, "CC is not a command (No closing quotation)")
+        assert select_kernels("auto", TINY, torch.float32, CPU) == (None, "CC is not a command (No closing quotation)")
 
     @needs_compiler
     def test_the_next_compiler(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -732,14 +730,14 @@ class TestChoice:
         (tmp_path / "cc").chmod(0o755)
         (tmp_path / "gcc").symlink_to(str(shutil.which("cc")))
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        assert choose_kernels("c", TINY, torch.bfloat16, CPU)[1] == "compiled by gcc"
+        assert select_kernels("c", TINY, torch.bfloat16, CPU)[1] == "compiled by gcc"
 
     @needs_compiler
     def test_no_temporary_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is said, and torch computes."""
         monkeypatch.setattr("tempfile.tempdir", "/nowhere")
         monkeypatch.setenv("CC", "cc -DNOT_CACHED=1")
-        kernels, reason = choose_kernels("auto", TINY, torch.bfloat16, CPU)
+        kernels, reason = select_kernels("auto", TINY, torch.bfloat16, CPU)
         assert kernels is None
         assert "/nowhere/picogpt-" in reason
 
@@ -747,7 +745,7 @@ class TestChoice:
     def test_flags_of_the_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """CC may have flags of its own."""
         monkeypatch.setenv("CC", "cc -DNOTHING=1")
-        assert choose_kernels("c", TINY, torch.bfloat16, CPU)[1] == "compiled by cc"
+        assert select_kernels("c", TINY, torch.bfloat16, CPU)[1] == "compiled by cc"
 
     @needs_compiler
     def test_nothing_is_left(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,8 +82,8 @@ def test_dropout_by_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (GPTConfig(), CPU, 1.29, ("fused", "products of matrices run at 1.3 times its speed")),
         (GPTConfig(), CPU, 1.31, ("products", "1.3 times as fast as torch's fused function")),
-        (GPTConfig(dropout=0.1), CPU, 0.5, ("products", "which drop weights fast")),
-        (GPTConfig(), torch.device("cuda"), 0.5, ("products", "whose gradients are reproducible on a GPU")),
+        (GPTConfig(dropout=0.1), CPU, 0.5, ("products", "fast dropout of attention weights")),
+        (GPTConfig(), torch.device("cuda"), 0.5, ("products", "reproducible gradients on a GPU")),
     ],
     ids=["as fast", "faster", "dropout", "GPU"],
 )
@@ -91,7 +91,7 @@ def test_choice(
     monkeypatch: pytest.MonkeyPatch, config: GPTConfig, device: torch.device, ratio: float, expected: tuple[str, str]
 ) -> None:
     """The products have to be well ahead on a CPU; where clocks do not decide they are taken for what they do."""
-    monkeypatch.setattr("picogpt.model.attention._times_as_fast", lambda *_: ratio)
+    monkeypatch.setattr("picogpt.model.attention._products_speedup", lambda *_: ratio)
 
     assert choose_attention(config, 2, torch.float32, device) == expected
 

@@ -4,9 +4,9 @@ import resource
 
 import torch
 
-from picogpt.device import keep_freed_memory
+from picogpt.device import disable_malloc_trim
 
-print(keep_freed_memory())
+print(disable_malloc_trim())
 for _ in range(5):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     tensors = [torch.ones(2**20) for _ in range(10)]

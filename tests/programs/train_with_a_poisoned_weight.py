@@ -6,7 +6,7 @@ from picogpt.cli.train import main
 from picogpt.data import Stop
 from picogpt.training.trainer import Trainer
 
-update = Trainer.update
+update = Trainer.train_step
 
 
 def update_poisoned(trainer: Trainer, rate: float, stop: Stop) -> float:
@@ -16,5 +16,5 @@ def update_poisoned(trainer: Trainer, rate: float, stop: Stop) -> float:
     return update(trainer, rate, stop)
 
 
-Trainer.update = update_poisoned  # type: ignore[assignment,method-assign]
+Trainer.train_step = update_poisoned  # type: ignore[assignment,method-assign]
 sys.exit(main())

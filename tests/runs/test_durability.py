@@ -373,7 +373,7 @@ def test_init_from_goes_on_to_the_same_bytes(here: list[str], capsys: pytest.Cap
     train.main([*here, *begin, "--run", "straight"])
     capsys.readouterr()
     train.main([*here, *begin, "--run", "broken", "--epochs", "2"])
-    assert "begins with the weights of" in capsys.readouterr().err
+    assert "starting from the weights of" in capsys.readouterr().err
     first_loss = RunFolder(Path("logs/broken")).read_log().train[0]
     assert first_loss < RunFolder(Path("logs/first")).read_log().train[0]
     # The rate comes down at the end of the schedule, so only the one that both have to the end can be compared.
@@ -392,7 +392,7 @@ def test_init_from_other_shapes(here: list[str], capsys: pytest.CaptureFixture[s
     train.main([*here, "--run", "first"])
     capsys.readouterr()
     assert train.main([*here, "--init-from", "first", "--run", "second", "--n-layer", "3"]) == 1
-    assert "the model to begin from has another shape: n_layer is 3 and was 2; leave these flags out" in capsys.readouterr().err
+    assert "the model to start from has another shape: n_layer is 3 and was 2; leave these flags out" in capsys.readouterr().err
     assert not Path("logs/second").exists()
     assert train.main([*here, "--init-from", "nowhere", "--run", "first"]) == 1
     assert "nowhere: no such file, and no run of that name" in capsys.readouterr().err
@@ -527,7 +527,7 @@ def test_first_trainer_that_is_done_meanwhile(
     monkeypatch.setattr(RunFolder, "create", late)
 
     assert train.main([*here, "--run", "raced"]) == 1
-    assert "another process has begun this run meanwhile; start again to go on with it" in capsys.readouterr().err
+    assert "another process has begun this run meanwhile; start again to resume it" in capsys.readouterr().err
 
 
 @pytest.mark.slow

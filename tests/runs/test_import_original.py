@@ -70,7 +70,7 @@ def test_import_and_go_on(
     with monkeypatch.context() as context:
         context.setattr("picogpt.training.trainer.Trainer.fit", lambda *_: True)
         assert train.main([*flags, "--epochs", "2"]) == 0
-    assert "brought over 1,500 steps, best loss 2.5000 there; its loss on this text is " in capsys.readouterr().err
+    assert "imported 1,500 steps, best loss 2.5000 there; its loss on this text is " in capsys.readouterr().err
     engine = Engine.load(Path("logs/old/model.safetensors"), dtype="float32")
     np.testing.assert_allclose(RollingDecoder(engine, 1).prefill(expected["idx"]), expected["last_logits"], atol=1e-4, rtol=0)
     before = load_model(Path("logs/old/model.safetensors"))[1]
@@ -524,7 +524,7 @@ def test_import_alone(
     assert not Path("logs").exists()
     assert train.main([*flags, "--run", "old"]) == 0
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"logs/old: 1,500 steps of {SEED_LOG}, best loss 2.5000; picogpt-generate -m old writes with it, picogpt-train "
+        f"logs/old: 1,500 steps of {SEED_LOG}, best loss 2.5000; picogpt-generate -m old generates with it, picogpt-train "
         "--init-from old trains on from it"
     )
     engine = Engine.load(Path("logs/old/model.safetensors"), dtype="float32")

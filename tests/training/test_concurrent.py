@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from picogpt.config import TrainConfig
-from picogpt.training.concurrent import groups_for, set_gradient
-from picogpt.training.state import Replica
+from picogpt.training.concurrent import count_thread_groups, parallel_backward
+from picogpt.training.state import TrainState
 from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, tiny_source
 
@@ -37,35 +37,35 @@ FULL = 129 * 256
 @pytest.fixture
 def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model counts as large enough."""
-    monkeypatch.setattr("picogpt.training.concurrent._GRAIN", 1)
+    monkeypatch.setattr("picogpt.training.concurrent._MIN_ACTIVATIONS", 1)
 
 
 @pytest.mark.parametrize(("sequences", "threads", "groups"), [(2, 2, 2), (2, 4, 2), (8, 2, 2), (1, 2, 1), (3, 2, 1), (2, 1, 1)])
 def test_groups(sequences: int, threads: int, groups: int) -> None:
     """Every group has as many sequences as the others, and as many threads."""
-    assert groups_for(sequences, threads, FULL) == groups
+    assert count_thread_groups(sequences, threads, FULL) == groups
 
 
 def test_no_groups_for_a_small_model() -> None:
     """Its operations are too short to be worth a thread of Python each."""
-    assert groups_for(2, 2, 129 * 128) == 1
+    assert count_thread_groups(2, 2, 129 * 128) == 1
 
 
 def test_no_groups_without_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's other kinds of threads are the whole process's."""
     monkeypatch.setattr(torch.__config__, "parallel_info", lambda: "ATen parallel backend: native thread pool")
 
-    assert groups_for(2, 2, FULL) == 1
+    assert count_thread_groups(2, 2, FULL) == 1
 
 
 def test_gradient_is_that_of_the_batch() -> None:
     """Loss and gradient of two halves on two threads are the whole batch's, and torch's threads are as before."""
-    replica = Replica(TINY, CONFIG, torch.float32)
+    replica = TrainState(TINY, CONFIG, torch.float32)
     batch = tiny_source(CONFIG).train_batch(0)
     parameters = list(replica.model.parameters())
     expected = replica.loss(batch)
     gradients = torch.autograd.grad(expected, parameters)
-    loss = set_gradient(replica.loss, parameters, batch, 2)
+    loss = parallel_backward(replica.loss, parameters, batch, 2)
 
     assert loss == pytest.approx(expected.item())
     assert torch.get_num_threads() == 2
@@ -82,7 +82,7 @@ def test_every_thread_has_its_share() -> None:
         seen.append((torch.get_num_threads(), len(batch.inputs)))  # type: ignore[attr-defined]
         return weight * 3
 
-    assert set_gradient(loss_of, [weight], tiny_source(CONFIG).train_batch(0), 2) == 3.0
+    assert parallel_backward(loss_of, [weight], tiny_source(CONFIG).train_batch(0), 2) == 3.0
     assert seen == [(1, 2), (1, 2)]
 
 
@@ -93,7 +93,7 @@ def test_an_error_of_a_thread_is_raised() -> None:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        set_gradient(loss_of, [torch.ones(())], tiny_source(CONFIG).train_batch(0), 2)
+        parallel_backward(loss_of, [torch.ones(())], tiny_source(CONFIG).train_batch(0), 2)
     assert torch.get_num_threads() == 2
 
 
@@ -101,10 +101,10 @@ def test_an_error_of_a_thread_is_raised() -> None:
 def test_training_is_reproducible() -> None:
     """Two runs have the same weights to the bit, and the losses of one that takes each step as a whole."""
     runs = [trainer(), trainer()]
-    losses = [[run.update(1e-3) for _ in range(5)] for run in runs]
+    losses = [[run.train_step(1e-3) for _ in range(5)] for run in runs]
     whole = trainer()
     whole._compiled = True  # keeps it from threads, and is not looked at elsewhere in a step
-    expected = [whole.update(1e-3) for _ in range(5)]
+    expected = [whole.train_step(1e-3) for _ in range(5)]
 
     assert losses[0] == losses[1]
     assert all(torch.equal(a, b) for a, b in zip(*(run.model.parameters() for run in runs), strict=True))
@@ -119,10 +119,10 @@ def test_when(monkeypatch: pytest.MonkeyPatch, dropout: float, threads: int, use
 
     def watched(*given: object) -> float:
         calls.append(1)
-        return set_gradient(*given)  # type: ignore[arg-type]
+        return parallel_backward(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("picogpt.training.state.set_gradient", watched)
+    monkeypatch.setattr("picogpt.training.state.parallel_backward", watched)
     torch.set_num_threads(threads)
-    trainer(dropout=dropout).update(1e-3)
+    trainer(dropout=dropout).train_step(1e-3)
 
     assert bool(calls) == used

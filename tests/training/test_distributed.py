@@ -31,9 +31,9 @@ from picogpt.errors import ConfigError, RanksError, TrainingError
 from picogpt.runs.folder import Checkpoint, RunFolder, pack, unpack
 from picogpt.runs.settings import RunSettings
 from picogpt.schedule import learning_rate
-from picogpt.training.distributed import ALONE, Ranks, reaching
+from picogpt.training.distributed import SINGLE_PROCESS, Ranks, translate_dist_errors
 from picogpt.training.optim import OuterOptimizer
-from picogpt.training.state import Replica, pack_step, unpack_step
+from picogpt.training.state import TrainState, pack_step, unpack_step
 from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, TINY_FLAGS, tiny_source, write_numbers
 from tests.data.test_stream import parquet
@@ -83,7 +83,7 @@ def train_in_two_parts(run: RunFolder) -> Trainer:
         for parameter, first, second in zip(parameters, *gradients, strict=True):
             parameter.grad = first / 2 + second / 2
         mean = sum(loss.item() for loss in losses) / 2
-        trainer.apply_gradient(learning_rate(k, settings.schedule.total_steps, config), mean)
+        trainer.optimizer_step(learning_rate(k, settings.schedule.total_steps, config), mean)
     return trainer
 
 
@@ -99,8 +99,8 @@ def test_two_ranks_are_two_halves(here: list[str]) -> None:
     alone = train_in_two_parts(RunFolder(Path("logs/two")))
 
     assert alone.step == 100
-    assert saved("two") == {name: array.tobytes() for name, array in alone.own_tensors().items()}
-    assert "2 ranks, each with 2 of a step's rolls; gradients are averaged every step" in said()
+    assert saved("two") == {name: array.tobytes() for name, array in alone.state_tensors().items()}
+    assert "2 ranks, each with 2 of a step's sequences; gradients are averaged every step" in said()
     assert Path("rank-0.out").read_text().count("epoch ") == 2
     assert (Path("rank-1.out").read_text(), said(1)) == ("", "")
 
@@ -217,11 +217,11 @@ def test_lost_rank(here: list[str], undisturbed: dict[str, dict[str, bytes]], lo
     assert codes[lost] == -signal.SIGKILL
     assert codes[1 - lost] == 1
     assert last.startswith("picogpt-train: " + ("rank 1: " if lost == 0 else "") + "another rank has ended or cannot be reached")
-    assert last.endswith("what was saved last stands: start again to go on from it")
+    assert last.endswith("the last checkpoint is intact: start again to resume from it")
     assert "Traceback" not in said(1 - lost)
     assert step_of("killed") >= 40
     assert run_ranks(2, flags) == [0, 0]
-    assert "goes on from step 40" in said()
+    assert "resuming from step 40" in said()
     assert saved("killed") == undisturbed[sync]
 
 
@@ -319,7 +319,7 @@ def test_no_ranks_on_mps(here: list[str], monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("picogpt.backend.choose_device", lambda *_: (torch.device("mps"), ""))
 
     assert run_ranks(2, [*here, "--device", "mps"]) == [1, 1]
-    assert "--device mps: torch connects no ranks on such a GPU" in said()
+    assert "--device mps: torch cannot connect ranks on such a GPU" in said()
 
 
 def test_junk_variables() -> None:
@@ -352,34 +352,34 @@ def test_loopback_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_starts_are_remembered() -> None:
     """A restart by torchrun finds that the run has begun; without torchrun every start is the first."""
     store = hash_store()
-    Ranks(0, 2, 0, store).note_start()
-    ALONE.note_start()
+    Ranks(0, 2, 0, store).mark_launched()
+    SINGLE_PROCESS.mark_launched()
 
-    assert not Ranks(0, 2, 0, store).first_start()
-    assert Ranks(0, 2, 0, hash_store()).first_start()
-    assert ALONE.first_start()
+    assert not Ranks(0, 2, 0, store).is_first_launch()
+    assert Ranks(0, 2, 0, hash_store()).is_first_launch()
+    assert SINGLE_PROCESS.is_first_launch()
 
 
 def test_other_errors_stay_what_they_are() -> None:
     """Only the loss of a rank becomes a line about it."""
-    with pytest.raises(RuntimeError, match="mine"), reaching():
+    with pytest.raises(RuntimeError, match="mine"), translate_dist_errors():
         raise RuntimeError("mine")
-    with pytest.raises(RanksError, match=r"another rank .* \(too late\); what was saved last stands"), reaching():
+    with pytest.raises(RanksError, match=r"another rank .* \(too late\); the last checkpoint is intact"), translate_dist_errors():
         raise dist.DistNetworkError("[/a/b.cc:5] too late. Ask somebody.\nstack")
 
 
 def test_other_version() -> None:
     """A machine with another picogpt is told."""
     with pytest.raises(RanksError, match=r"rank 0 has picogpt 0\.0 and this machine .*; install the same one everywhere"):
-        Replica.from_plan(Checkpoint(tensors={}, state={"version": "0.0"}), ALONE, None)
+        TrainState.from_spec(Checkpoint(tensors={}, state={"version": "0.0"}), SINGLE_PROCESS, None)
 
 
 @pytest.mark.parametrize("form", ["fused", "products"])
 def test_attention_of_rank_0(form: str) -> None:
     """The other ranks compute attention as rank 0 does, whatever is fast on their machines."""
-    leader = Replica(TINY, TrainConfig(), torch.float32)
+    leader = TrainState(TINY, TrainConfig(), torch.float32)
     leader.model.transformer.attention = form
-    follower = Replica.from_plan(leader.plan(leader.own_tensors()), ALONE, 1)
+    follower = TrainState.from_spec(leader.to_spec(leader.state_tensors()), SINGLE_PROCESS, 1)
 
     assert follower.model.transformer.attention == form
 
@@ -425,11 +425,11 @@ def test_local_steps(outer_trainers: tuple[Trainer, Trainer]) -> None:
     before = {name: array.copy() for name, array in without.model.arrays().items()}
     for trainer in outer_trainers:
         for _ in range(3):
-            trainer.update(1e-3)
+            trainer.train_step(1e-3)
     assert all(np.array_equal(array, without.model.arrays()[name]) for name, array in with_outer.model.arrays().items())
     assert with_outer.local_steps == 3
     for trainer in outer_trainers:
-        trainer.update(1e-3)
+        trainer.train_step(1e-3)
 
     assert with_outer.local_steps == without.local_steps == 0
     for name, array in with_outer.model.arrays().items():
@@ -442,7 +442,7 @@ def test_outer_step_before_its_time(outer_trainers: tuple[Trainer, Trainer], tmp
     alone, _ = outer_trainers
     before = {name: array.copy() for name, array in alone.model.arrays().items()}
     for _ in range(3):
-        alone.update(1e-3)
+        alone.train_step(1e-3)
     run = RunFolder(tmp_path)
     alone.save(run)
     two = Trainer(TINY, alone.config, tiny_source(alone.config), torch.float32, ranks=Ranks(0, 2))
@@ -459,7 +459,7 @@ def test_outer_step_before_its_time(outer_trainers: tuple[Trainer, Trainer], tmp
 def test_missing_device(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that is not there is one line and exit code 1; a name that is none is wrong usage."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert choose_device("cuda") == (torch.device("cuda", 0), "as the run or its flags say")
+    assert choose_device("cuda") == (torch.device("cuda", 0), "as requested")
     with pytest.raises(TrainingError, match=r"--device cuda: torch .* sees 1 such devices here, and 2 are needed"):
         choose_device("cuda", 1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

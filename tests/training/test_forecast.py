@@ -22,7 +22,7 @@ from picogpt.errors import RunError
 from picogpt.runs.folder import LossLog, RunFolder
 from picogpt.schedule import Pace, Schedule
 from picogpt.training.disk import DiskNeed, check_disk
-from picogpt.training.forecast import EpochEnd, Forecast, Forecaster, ForecastingObserver, rehearse, seconds_to_finish
+from picogpt.training.forecast import EpochEnd, Forecast, Forecaster, ForecastingObserver, benchmark_steps, seconds_to_finish
 from picogpt.training.memory import peak_memory
 from picogpt.training.trainer import StepReport, Trainer
 from picogpt.wording import format_passes
@@ -158,11 +158,11 @@ def watch(n_steps: int) -> tuple[list[str], Shown]:
     said: list[str] = []
     shown = Shown()
     observer = ForecastingObserver(shown, said.append, make_forecaster(), lambda: EpochEnd(0.0, 1000.0))
-    observer.say_outcome()
+    observer.report_outcome()
     for step in range(1, n_steps + 1):
         observer.on_step(StepReport(step=step, loss=1.0, chars=48))
     observer.on_epoch(trainer)
-    observer.say_outcome()
+    observer.report_outcome()
     return said, shown
 
 
@@ -184,7 +184,7 @@ def test_is_said_once(n_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rehearsal_leaves_nothing(tmp_path: Path) -> None:
     """Steps, validation and saving take time, the files have a size, and the folder is empty again."""
     config = TrainConfig(batch_size=2, windows=3)
-    seconds, end = rehearse(
+    seconds, end = benchmark_steps(
         TINY, config, lambda source: Trainer(TINY, config, source, torch.float32), tmp_path, lambda trainer: ""
     )
 
@@ -199,16 +199,16 @@ def test_rehearsal_with_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[st
     config = TrainConfig(batch_size=2, windows=3)
     monkeypatch.setattr("picogpt.cli.bar.LINE_INTERVAL", 0.0)
     steps: list[float] = []
-    update = Trainer.update
+    update = Trainer.train_step
 
     def counted(trainer: Trainer, rate: float) -> float:
         steps.append(rate)
         return update(trainer, rate)
 
-    monkeypatch.setattr(Trainer, "update", counted)
+    monkeypatch.setattr(Trainer, "train_step", counted)
     with TimingDisplay() as advance:
         make = lambda source: Trainer(TINY, config, source, torch.float32)  # noqa: E731
-        rehearse(TINY, config, make, tmp_path, lambda trainer: "", limit=0.0, advance=advance)
+        benchmark_steps(TINY, config, make, tmp_path, lambda trainer: "", limit=0.0, advance=advance)
 
     assert len(steps) == 1
     assert capsys.readouterr().err.splitlines() == ["timing a few steps", "timed 1 step in 0:00:00"]
@@ -224,7 +224,7 @@ def test_disk_need(tmp_path: Path, config: TrainConfig) -> None:
     trainer = Trainer(shape, config, tiny_source(config, shape), torch.float32)
     need = trainer.checkpoint_bytes()
     for _ in range(4):
-        trainer.update(1e-3)
+        trainer.train_step(1e-3)
     run = RunFolder(tmp_path)
     trainer.save(run)
 
@@ -360,7 +360,7 @@ class TestCommand:
 
         assert train.main([*flags, "--epochs", "3", "--dry-run"]) == 0
         err = capsys.readouterr().err
-        assert "logs/numbers: would go on from step 8" in err
+        assert "logs/numbers: would resume from step 8" in err
         assert {path.name: path.stat().st_mtime_ns for path in Path("logs/numbers").iterdir()} == before
         assert train.main([*flags, "--minutes", "1", "--fresh", "--dry-run"]) == 0
-        assert "the run that is there would be kept as logs/numbers.old-1" in capsys.readouterr().err
+        assert "the existing run would be kept as logs/numbers.old-1" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import torch
 from picogpt.config import TrainConfig
 from picogpt.errors import ConfigError
 from picogpt.model.gpt import GPT
-from picogpt.schedule import learning_rate, share_of_peak
+from picogpt.schedule import fraction_of_peak, learning_rate
 from picogpt.training.optim import Muon, build_optimizers, orthogonalize, set_learning_rate
 from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, tiny_source
@@ -67,16 +67,16 @@ def test_a_share_is_no_rate(rate: float) -> None:
     before = {name: array.copy() for name, array in trainer.model.arrays().items()}
 
     with pytest.raises(
-        ConfigError, match=r"learning rate of a step must be from 0 to the config's lr \(0.003\), got .* not a share"
+        ConfigError, match=r"learning rate of a step must be from 0 to the config's lr \(0.003\), got .* not a fraction"
     ):
-        trainer.update(rate)
+        trainer.train_step(rate)
     assert all((before[name] == array).all() for name, array in trainer.model.arrays().items())
 
 
 def test_share_of_peak() -> None:
     """Half of the highest rate is half of every group's; the highest one is all of it."""
-    assert share_of_peak(1.5e-3, TrainConfig()) == 0.5
-    assert share_of_peak(3e-3, TrainConfig()) == 1.0
+    assert fraction_of_peak(1.5e-3, TrainConfig()) == 0.5
+    assert fraction_of_peak(3e-3, TrainConfig()) == 1.0
 
 
 def test_every_parameter_has_one_optimizer() -> None:
@@ -228,7 +228,7 @@ def test_muon_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """How many matrices are updated together changes nothing."""
     results = []
     for at_once in (1, 2**20):
-        monkeypatch.setattr("picogpt.training.optim._AT_ONCE", at_once)
+        monkeypatch.setattr("picogpt.training.optim._MAX_BATCH_ELEMENTS", at_once)
         torch.manual_seed(3)
         parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 6), (6, 6), (12, 6), (6, 12), (18, 6))]
         for parameter in parameters:

@@ -12,7 +12,7 @@ import torch
 
 from picogpt.config import TrainConfig
 from picogpt.runs.folder import RunFolder
-from picogpt.schedule import Budget, Pace, Schedule, rate_of
+from picogpt.schedule import Budget, Pace, Schedule, lr_at_step
 from picogpt.training.pacing import Pacer, replan, steps_within
 from picogpt.training.trainer import Trainer
 from picogpt.uptime import process_seconds
@@ -48,9 +48,9 @@ def test_steps_within(seconds: float, expected: int) -> None:
 def test_learning_rate_has_no_jump(config: TrainConfig, step: int, total: int) -> None:
     """Where a plan changes the rate is the old plan's, and it comes down to its floor at the new end."""
     plan = replan(PLAN, step, total, config)
-    rates = [rate_of(k, plan, config) for k in range(step, total + 1)]
+    rates = [lr_at_step(k, plan, config) for k in range(step, total + 1)]
 
-    assert rates[0] == pytest.approx(rate_of(step, PLAN, config), rel=1e-9)
+    assert rates[0] == pytest.approx(lr_at_step(step, PLAN, config), rel=1e-9)
     assert rates[-1] == config.min_lr
     assert rates[-2] - config.min_lr < 3 * config.lr / (total - step) + 1e-12
     top = rates.index(max(rates))
@@ -62,7 +62,7 @@ def test_warm_up_is_cut_short() -> None:
     """Where hardly any steps are left the rate comes down from where the warm-up is."""
     plan = replan(PLAN, 5, 10, CONFIG)
 
-    assert [rate_of(k, plan, CONFIG) for k in range(5, 11)] == pytest.approx(
+    assert [lr_at_step(k, plan, CONFIG) for k in range(5, 11)] == pytest.approx(
         [0.06 / 11 * (5 - i) / 5 for i in range(6)], rel=1e-9
     )
 
@@ -72,11 +72,11 @@ def test_same_plan_changes_no_rate() -> None:
     plan = replan(PLAN, 300, 1000, CONFIG)
     seed = TrainConfig.from_recipe("seed", {})
 
-    assert [rate_of(k, plan, CONFIG) for k in range(300, 1000)] == pytest.approx(
-        [rate_of(k, PLAN, CONFIG) for k in range(300, 1000)]
+    assert [lr_at_step(k, plan, CONFIG) for k in range(300, 1000)] == pytest.approx(
+        [lr_at_step(k, PLAN, CONFIG) for k in range(300, 1000)]
     )
-    assert [rate_of(k, replan(PLAN, 300, 500, seed), seed) for k in range(300, 500)] == [
-        rate_of(k, PLAN, seed) for k in range(300, 500)
+    assert [lr_at_step(k, replan(PLAN, 300, 500, seed), seed) for k in range(300, 500)] == [
+        lr_at_step(k, PLAN, seed) for k in range(300, 500)
     ]
 
 
@@ -104,12 +104,12 @@ class Machine:
                 pacer.spent()
             step += 1
             self.times.append(self.now)
-            plan = pacer.step_taken(plan, step)
+            plan = pacer.after_step(plan, step)
             if plan.ends_epoch(step):
                 self.now += self._end / 2
-                plan = pacer.epoch_validated(plan, step)
+                plan = pacer.after_validation(plan, step)
                 self.now += self._end / 2
-                plan = pacer.epoch_over(plan, step)
+                plan = pacer.after_epoch(plan, step)
                 self.epochs += 1
         return plan, pacer
 
@@ -164,9 +164,9 @@ def test_kept_minutes_of_recipe_seed() -> None:
         60, TrainConfig.from_recipe("seed", {}), Pace(seconds_per_step=1, seconds_per_val_batch=0, seconds_per_epoch_end=1, seconds_spent=59),
         validation=0.0, clock=iter([0.0, 1.0, 2.0, 3.0, 4.0, 5.0]).__next__,
     )  # fmt: skip
-    plan = pacer.step_taken(PLAN, 1)
+    plan = pacer.after_step(PLAN, 1)
 
-    assert pacer.step_taken(plan, 2).total_steps == 2
+    assert pacer.after_step(plan, 2).total_steps == 2
 
 
 def test_pause_is_not_counted() -> None:
@@ -176,11 +176,11 @@ def test_pause_is_not_counted() -> None:
     pacer = Pacer(300, CONFIG, pace, validation=0.0, clock=lambda: now)
     for step in range(1, 5):
         now += 0.5
-        pacer.step_taken(PLAN, step)
+        pacer.after_step(PLAN, step)
     now += 3600.0
-    pacer.step_taken(PLAN, 5)
+    pacer.after_step(PLAN, 5)
     paused = pacer.spent()
-    stop = pacer.listening(lambda: False)
+    stop = pacer.with_clock(lambda: False)
     for _ in range(60):
         now += 1.0
         assert not stop()
@@ -196,20 +196,20 @@ class Scripted(Pacer):
         pace = Pace(seconds_per_step=1, seconds_per_val_batch=0, seconds_per_epoch_end=1)
         super().__init__(60, CONFIG, pace, validation=0.0)
 
-    def step_taken(self, schedule: Schedule, step: int) -> Schedule:
+    def after_step(self, schedule: Schedule, step: int) -> Schedule:
         return replan(schedule, step, {3: 20, 7: 9}.get(step, schedule.total_steps), CONFIG)
 
-    def epoch_over(self, schedule: Schedule, step: int) -> Schedule:
+    def after_epoch(self, schedule: Schedule, step: int) -> Schedule:
         return schedule
 
-    def epoch_validated(self, schedule: Schedule, step: int) -> Schedule:
+    def after_validation(self, schedule: Schedule, step: int) -> Schedule:
         return replan(schedule, step, 14, CONFIG, 3) if step == 5 else schedule
 
 
 class Late(Scripted):
     """Finds that the time is up when the first epoch has been shown."""
 
-    def epoch_over(self, schedule: Schedule, step: int) -> Schedule:
+    def after_epoch(self, schedule: Schedule, step: int) -> Schedule:
         return replan(schedule, step, step, CONFIG)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from picogpt.config import GPTConfig, TrainConfig
-from picogpt.device import check_compiler, choose_dtype, flush_denormals, instruction_set, keep_freed_memory, set_threads
+from picogpt.device import check_compiler, choose_dtype, disable_malloc_trim, flush_denormals, instruction_set, set_threads
 from picogpt.errors import TrainingError
 from picogpt.runs.folder import RunFolder, load_model, read_log
 from picogpt.schedule import Schedule
@@ -84,7 +84,7 @@ def test_picture_that_cannot_be_written(run: RunFolder) -> None:
     lines: list[str] = []
 
     assert make_trainer().fit(run, SCHEDULE, Watcher(), lambda: False, notify=lines.append)
-    assert lines == [f"warning: {run.plot_path}: log or picture not written (Is a directory); training goes on"] * 3
+    assert lines == [f"warning: {run.plot_path}: log or picture not written (Is a directory); training continues"] * 3
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -117,7 +117,7 @@ def test_restored_optimizer_updates_the_model(run: RunFolder) -> None:
     assert before == weights_of(first)
 
     for _ in range(CONFIG.muon_interval):
-        second.update(1e-2)
+        second.train_step(1e-2)
 
     assert all(before[name] != now for name, now in weights_of(second).items())
     assert all(state["step"].item() == 5 for optimizer in second.optimizers for state in optimizer.state.values())
@@ -128,7 +128,7 @@ def test_blocks_take_turns() -> None:
     trainer = make_trainer()
     for turn in (1, 0, 1):
         before = weights_of(trainer)
-        trainer.update(1e-2)
+        trainer.train_step(1e-2)
         changed = {name for name, now in weights_of(trainer).items() if before[name] != now}
         other = f"transformer.h.{1 - turn}."
         resting = {name for name in before if name.startswith(other) and ".ln_" not in name and name.endswith("weight")}
@@ -182,7 +182,7 @@ def test_gradient_clipping_and_its_absence() -> None:
         make_trainer(TrainConfig(batch_size=2, windows=3, lr=1e-2, grad_clip=clip, beta2=0.5)) for clip in (1e6, 0.0, 1e-9)
     )
     for trainer in (unlimited, none, tiny):
-        trainer.update(1e-2)
+        trainer.train_step(1e-2)
 
     assert weights_of(unlimited) == weights_of(none) != weights_of(tiny)
 
@@ -201,7 +201,7 @@ def test_gradient_checkpointing_changes_no_bit(dropout: float) -> None:
     for trainer in (kept, again):
         count(trainer)
         for _ in range(3):
-            trainer.update(1e-2)
+            trainer.train_step(1e-2)
 
     assert weights_of(again) == weights_of(kept)
     # Three windows in each of three steps.
@@ -214,7 +214,7 @@ def test_bfloat16_learns_the_same() -> None:
     fine = make_trainer()
 
     for _ in range(5):
-        assert coarse.update(1e-3) == pytest.approx(fine.update(1e-3), abs=0.02)
+        assert coarse.train_step(1e-3) == pytest.approx(fine.train_step(1e-3), abs=0.02)
     assert all(p.dtype == torch.float32 for p in coarse.model.parameters())
 
 
@@ -233,7 +233,7 @@ def test_device() -> None:
 @pytest.mark.parametrize(("ratio", "expected"), [(3.0, torch.bfloat16), (0.1, torch.float32), (1.1, torch.float32)])
 def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch, ratio: float, expected: torch.dtype) -> None:
     """bfloat16 is taken only where it is clearly faster."""
-    monkeypatch.setattr("picogpt.device._times_as_fast", lambda: ratio)
+    monkeypatch.setattr("picogpt.device._bf16_speedup", lambda: ratio)
 
     assert choose_dtype("auto")[0] is expected
 
@@ -290,7 +290,7 @@ def test_c_library_without_the_setting(error: type[Exception], monkeypatch: pyte
         raise error
 
     monkeypatch.setattr("ctypes.CDLL", fail)
-    assert not keep_freed_memory()
+    assert not disable_malloc_trim()
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
