@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
 
 from picogpt.cli.bar import ProgressBar
 from picogpt.cli.common import notice
@@ -32,11 +31,10 @@ class TrainingDisplay:
     Args:
         trainer: what is watched, for where it starts from.
         schedule: the run's length.
-        sample: makes a sample of text from the model as it is.
     """
 
-    def __init__(self, trainer: Trainer, schedule: Schedule, sample: Callable[[], str]) -> None:
-        self._first_schedule, self._sample, self._trainer = schedule, sample, trainer
+    def __init__(self, trainer: Trainer, schedule: Schedule) -> None:
+        self._first_schedule, self._trainer = schedule, trainer
         self._warned = False
         self._loss: float | None = None
         self._stdout_alive = True
@@ -82,7 +80,7 @@ class TrainingDisplay:
         if not self._warned and (warning := divergence(log, trainer.model.config.vocab_size)):
             self._warned = True
             notice(warning)
-        self._say("\n".join(f"    {line}" for line in self._sample().splitlines()))
+        self._say("\n".join(f"    {line}" for line in trainer.history.epochs[-1].sample.splitlines()))
 
     def _say(self, text: str) -> None:
         """Print a result; once stdout is gone, no more, and training goes on."""

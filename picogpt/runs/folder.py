@@ -161,6 +161,11 @@ class RunFolder:
         """Where the picture of the loss log belongs."""
         return self.path / "log.jpg"
 
+    @property
+    def page_path(self) -> Path:
+        """The path of the run's page."""
+        return self.path / "log.html"
+
     def has_config(self) -> bool:
         """Whether a run was begun here."""
         return (self.path / _CONFIG).exists()

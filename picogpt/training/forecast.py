@@ -15,9 +15,10 @@ from picogpt.files import TEMPORARY_SUFFIX
 from picogpt.plot import draw_losses
 from picogpt.runs.folder import LossLog, RunFolder
 from picogpt.schedule import Pace, Schedule
+from picogpt.training.history import History
 from picogpt.training.memory import peak_memory
 from picogpt.training.trainer import Observer, StepReport, Trainer, time_call
-from picogpt.wording import Notify, format_bytes, format_passes, format_seconds
+from picogpt.wording import Notify, format_bytes, format_passes, format_seconds, say_nothing
 
 __all__ = [
     "TIMED_STEPS",
@@ -32,9 +33,6 @@ __all__ = [
 
 TIMED_STEPS = 6
 """Steps that are timed, after a first one that makes buffers and kernels; an even number, as every second one may take longer."""
-
-Sampler = Callable[[Trainer], str]
-"""Generates a sample of text from a trainer's model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +77,10 @@ class EpochEnd:
 
     seconds_per_val_batch: float
     seconds: float
-    """Saving model and checkpoint, the sample and the picture."""
+    """Saving model and checkpoint, the sample, the picture and the page."""
 
 
-def time_epoch_end(trainer: Trainer, parent: Path, sample: Sampler, *, warm_up: bool = True) -> EpochEnd:
+def time_epoch_end(trainer: Trainer, parent: Path, *, warm_up: bool = True) -> EpochEnd:
     """Time one end of an epoch in a folder under `parent` that is then removed.
 
     With `warm_up` the first of two is not counted: it loads libraries, which happens once a run.
@@ -90,13 +88,16 @@ def time_epoch_end(trainer: Trainer, parent: Path, sample: Sampler, *, warm_up: 
     trainer.validate(1)
     validation = time_call(lambda: trainer.validate(1))
     with tempfile.TemporaryDirectory(prefix=".pace-", suffix=TEMPORARY_SUFFIX, dir=parent) as name:
-        folder = RunFolder(Path(name))
+        folder, history = RunFolder(Path(name)), History()
+        log = LossLog(train=[1.0], val=[1.0], chars=[1], seconds=[1.0])
 
         def end() -> None:
             folder.save_model(trainer.model.arrays(), trainer.model.config)
             trainer.save(folder)
-            sample(trainer)
-            draw_losses({"pace": LossLog(train=[1.0], val=[1.0], chars=[1], seconds=[1.0])})
+            history.record(trainer, trainer.source, log, say_nothing)
+            history.write(folder.path)
+            history.page(folder.name, trainer, log, in_training=True)
+            draw_losses({"pace": log})
 
         if warm_up:
             end()
@@ -108,7 +109,6 @@ def benchmark_steps(
     config: TrainConfig,
     make: Callable[[RepeatedSource], Trainer],
     parent: Path,
-    sample: Sampler,
     *,
     limit: float | None = None,
     advance: Callable[[], None] = lambda: None,
@@ -120,7 +120,6 @@ def benchmark_steps(
         config: how it is trained.
         make: makes a trainer.
         parent: folder to save into; it is left as it was.
-        sample: makes a sample of text.
         limit: seconds after which no further step is timed and nothing is done twice; None for no limit.
         advance: called after each of the 1 + `TIMED_STEPS` steps.
     """
@@ -135,7 +134,7 @@ def benchmark_steps(
     step = statistics.median(seconds[1:] or seconds)
     if config.sync_every:
         step += time_call(trainer.outer_step_on_all_ranks) / config.sync_every
-    return step, time_epoch_end(trainer, parent, sample, warm_up=limit is None)
+    return step, time_epoch_end(trainer, parent, warm_up=limit is None)
 
 
 @dataclass(frozen=True, kw_only=True)

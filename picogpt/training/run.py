@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import platform
 import shlex
 import time
@@ -25,7 +24,6 @@ from picogpt.training.forecast import EpochEnd, Forecaster, ForecastingObserver,
 from picogpt.training.import_run import describe_losses
 from picogpt.training.pacing import Pacer
 from picogpt.training.plan import Plan
-from picogpt.training.sample import sample_text
 from picogpt.training.trainer import Observer, Trainer, build_trainer
 from picogpt.wording import Notify, format_passes, plural
 
@@ -85,11 +83,11 @@ class TrainingRun:
         finally:
             plan.source.close()
 
-    def train(self, show: Callable[[Trainer, Schedule, Callable[[], str]], Display]) -> None:
+    def train(self, show: Callable[[Trainer, Schedule], Display]) -> None:
         """Train to the end of the run, or until a signal; everything is saved either way.
 
         Args:
-            show: makes the display, from the trainer, the run's length and a function that generates a sample of text.
+            show: makes the display, from the trainer and the run's length.
 
         Raises:
             Interrupted: a signal ended it.
@@ -291,13 +289,8 @@ class TrainingRun:
         # The folder of a dry run does not exist; its disk is that of the folder it would be in.
         parent = existing_folder(self.folder.path)
         with self._timing() as advance:
-            self._benchmarked = benchmark_steps(
-                plan.model, plan.train, self._build, parent, self._sample, limit=limit, advance=advance
-            )
+            self._benchmarked = benchmark_steps(plan.model, plan.train, self._build, parent, limit=limit, advance=advance)
         return self._benchmarked
-
-    def _sample(self, trainer: Trainer) -> str:
-        return sample_text(trainer.model, trainer.source.text, self._notify)
 
     def _forecaster(self) -> Forecaster:
         trainer, schedule = self.trainer, self.schedule
@@ -352,7 +345,7 @@ class TrainingRun:
                 "no length given: this one suits the text (docs/training.md); --minutes, --chars or --epochs give another"
             )
 
-    def _fit(self, stop: StopRequest, show: Callable[[Trainer, Schedule, Callable[[], str]], Display]) -> bool:
+    def _fit(self, stop: StopRequest, show: Callable[[Trainer, Schedule], Display]) -> bool:
         """Train; False if a signal ended it."""
         trainer, schedule = self.trainer, self.schedule
         if trainer.step >= schedule.total_steps and not trainer.epoch_is_open:
@@ -361,7 +354,7 @@ class TrainingRun:
                 "--minutes or --chars to continue, or --fresh to start over"
             )
             return True
-        display = show(trainer, schedule, functools.partial(self._sample, trainer))
+        display = show(trainer, schedule)
         observer = ForecastingObserver(display, self._notify, self._forecaster(), self._time_epoch_end)
         try:
             finished = trainer.fit(self.folder, schedule, observer, stop, notify=self._notify)
@@ -375,7 +368,7 @@ class TrainingRun:
     def _time_epoch_end(self) -> EpochEnd:
         if self.trainer.pacer is not None:
             return EpochEnd(0.0, self.trainer.pacer.seconds_per_epoch_end)
-        return time_epoch_end(self.trainer, self.folder.path, self._sample)
+        return time_epoch_end(self.trainer, self.folder.path)
 
     def _tell_usage(self) -> None:
         if summary := self._source.summary():

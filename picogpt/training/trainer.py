@@ -24,6 +24,7 @@ from picogpt.kernels.compiled import Kernels
 from picogpt.runs.folder import Checkpoint, LossLog, RunFolder, Tensors, pack, unpack
 from picogpt.schedule import Schedule, fraction_of_peak, lr_at_step
 from picogpt.training.distributed import SINGLE_PROCESS, Command, Ranks
+from picogpt.training.history import History
 from picogpt.training.pacing import Pacer
 from picogpt.training.state import TrainState, pack_step, strip_prefix
 from picogpt.wording import Notify, say_nothing
@@ -83,6 +84,8 @@ class Trainer(TrainState):
         super().__init__(model_config, config, dtype, device=device, ranks=ranks, kernels=kernels)
         self.source = source
         self.log = LossLog()
+        self.history = History()
+        """Samples and probabilities of each epoch, for the run's page."""
         self.seconds = 0.0
         """Seconds spent training, validation included, over all starts of the run."""
         self.schedule: Schedule | None = None
@@ -124,6 +127,15 @@ class Trainer(TrainState):
             RanksError: another rank is gone; the checkpoint before stands.
             OSError: something cannot be saved.
         """
+        self.history = History.read(run.path)
+        try:
+            return self._train_to_end(run, schedule, observer, stop, notify)
+        finally:
+            # Even after an error: a page that says that it is in training would load itself for ever.
+            if self.log.val:
+                self._write_history(run, notify, in_training=False)
+
+    def _train_to_end(self, run: RunFolder, schedule: Schedule, observer: Observer, stop: Stop, notify: Notify) -> bool:
         self.schedule, pacer = schedule, self.pacer
         stop = self.ranks.with_heartbeat(pacer.with_clock(stop) if pacer else stop)
         start, before = time.perf_counter(), self.seconds
@@ -133,7 +145,9 @@ class Trainer(TrainState):
                 finished = self._finish_epoch(run, self.schedule.val_steps, stop)
                 saved_at = time.perf_counter()
                 if finished:
+                    self.history.record(self, self.source, self.log, notify)
                     self._write_log(run, notify)
+                    self._write_history(run, notify, in_training=self.step < self.schedule.total_steps)
                     self._show_epoch(run, self.schedule, observer)
             else:
                 report = self._step_or_save(run, lr_at_step(self.step, self.schedule, self.config), stop)
@@ -249,8 +263,16 @@ class Trainer(TrainState):
             run.write_log(self.log)
             atomic_write(run.plot_path, draw_losses({run.name: self.log}))
         except OSError as error:
-            where = error.filename2 or error.filename or run.path  # of a rename the target, not the temporary file
-            notify(f"warning: {where}: log or picture not written ({error.strerror or error}); training continues")
+            notify(f"warning: {_where(error, run)}: log or picture not written ({error.strerror or error}); training continues")
+
+    def _write_history(self, run: RunFolder, notify: Notify, *, in_training: bool) -> None:
+        """Write `epochs.json` and `log.html`. A failure costs no training."""
+        try:
+            self.history.write(run.path)
+            page = self.history.page(run.name, self, self.log, in_training=in_training)
+            atomic_write(run.page_path, page.encode())
+        except OSError as error:
+            notify(f"warning: {_where(error, run)}: page not written ({error.strerror or error}); training continues")
 
     def _show_epoch(self, run: RunFolder, schedule: Schedule, observer: Observer) -> None:
         """Tell the observer of an epoch, and have the plan fitted to the time that took."""
@@ -346,6 +368,11 @@ class Trainer(TrainState):
             self.apply_outer_step([self.on_device(np.mean([held[name] for held in saved], axis=0)) for name in names])
         weights = {f"model.{name}": array for name, array in self.model.arrays().items()}
         return [{**saved[rank % len(saved)], **weights} for rank in range(1, self.ranks.count)]
+
+
+def _where(error: OSError, run: RunFolder) -> Any:
+    """The file that an error is about: of a rename the target, not the temporary file."""
+    return error.filename2 or error.filename or run.path
 
 
 def _split_by_rank(tensors: Tensors, count: int) -> list[Tensors]:

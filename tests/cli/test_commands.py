@@ -81,6 +81,8 @@ class TestTrain:
             "checkpoint.previous.safetensors",
             "log.pkl",
             "log.jpg",
+            "log.html",
+            "epochs.json",
         }
         config = json.loads(Path("logs/numbers/config.json").read_text())
         assert config["model"]["n_embd"] == 16

@@ -184,9 +184,7 @@ def test_is_said_once(n_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rehearsal_leaves_nothing(tmp_path: Path) -> None:
     """Steps, validation and saving take time, the files have a size, and the folder is empty again."""
     config = TrainConfig(batch_size=2, windows=3)
-    seconds, end = benchmark_steps(
-        TINY, config, lambda source: Trainer(TINY, config, source, torch.float32), tmp_path, lambda trainer: ""
-    )
+    seconds, end = benchmark_steps(TINY, config, lambda source: Trainer(TINY, config, source, torch.float32), tmp_path)
 
     assert seconds > 0
     assert end.seconds > 0
@@ -208,7 +206,7 @@ def test_rehearsal_with_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[st
     monkeypatch.setattr(Trainer, "train_step", counted)
     with TimingDisplay() as advance:
         make = lambda source: Trainer(TINY, config, source, torch.float32)  # noqa: E731
-        benchmark_steps(TINY, config, make, tmp_path, lambda trainer: "", limit=0.0, advance=advance)
+        benchmark_steps(TINY, config, make, tmp_path, limit=0.0, advance=advance)
 
     assert len(steps) == 1
     assert capsys.readouterr().err.splitlines() == ["timing a few steps", "timed 1 step in 0:00:00"]

@@ -17,6 +17,7 @@ from picogpt.errors import TrainingError
 from picogpt.runs.folder import RunFolder, load_model, read_log
 from picogpt.schedule import Schedule
 from picogpt.threads import Threads
+from picogpt.training.history import History
 from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, Watcher, tiny_source
 from tests.programs import program
@@ -85,6 +86,44 @@ def test_picture_that_cannot_be_written(run: RunFolder) -> None:
 
     assert make_trainer().fit(run, SCHEDULE, Watcher(), lambda: False, notify=lines.append)
     assert lines == [f"warning: {run.plot_path}: log or picture not written (Is a directory); training continues"] * 3
+
+
+def test_page_is_written(run: RunFolder) -> None:
+    """After each epoch there is a page that reloads itself while training lasts, and at the end it does not."""
+    pages: list[str] = []
+
+    class Reader(Watcher):
+        def on_epoch(self, trainer: Trainer) -> None:
+            pages.append(run.page_path.read_text())
+
+    trainer = make_trainer()
+    trainer.fit(run, SCHEDULE, Reader(), lambda: False)
+    pages.append(run.page_path.read_text())
+
+    assert ['http-equiv="refresh"' in page for page in pages] == [True, True, False, False]
+    assert [f"{n} epochs, " in page for n, page in enumerate(pages, start=1)] == [True, True, True, False]
+    assert History.read(run.path).epochs[-1].sample == trainer.history.epochs[-1].sample
+
+
+def test_stopped_run_has_a_page_at_rest(run: RunFolder) -> None:
+    """A stop in the middle of an epoch leaves a page that no longer reloads, and a resumed run keeps its epochs."""
+    watcher = Watcher(7)
+    make_trainer().fit(run, SCHEDULE, watcher, watcher.stop)
+    assert 'http-equiv="refresh"' not in run.page_path.read_text()
+    second = make_trainer()
+    second.restore(run.load_checkpoint()[0])
+    second.fit(run, SCHEDULE, Watcher(), lambda: False)
+
+    assert len(History.read(run.path).epochs) == 3
+
+
+def test_page_that_cannot_be_written(run: RunFolder) -> None:
+    """A line says so at each epoch and at the end, and the run goes to its end."""
+    run.page_path.mkdir()
+    lines: list[str] = []
+
+    assert make_trainer().fit(run, SCHEDULE, Watcher(), lambda: False, notify=lines.append)
+    assert lines == [f"warning: {run.page_path}: page not written (Is a directory); training continues"] * 4
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
