@@ -1,7 +1,7 @@
-"""The structures of bindings.h, field by field, and the check that both sides agree.
+"""The C structures of bindings.h as ctypes structures, and the check that both sides agree.
 
-What each field is and who writes it stands in bindings.h. Fields that are pointers hold addresses of tensors, which the caller
-keeps alive.
+bindings.h says what each field holds and who writes it. Pointer fields hold data pointers of tensors, which the caller must
+keep alive.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class LayerWeights(Structure):
-    """Weights of one block, its matrices packed."""
+    """Weights of one block, with its matrices packed; `_back` is packed for the gradient of the input."""
 
     _fields_ = fields_of(
         c_void_p,
@@ -54,22 +54,22 @@ class ParamGrads(Structure):
 
 
 class Save(IntEnum):
-    """How much the forward pass saves for the backward pass: `enum save`."""
+    """Activations that the forward pass saves for the backward pass: `enum save`."""
 
-    NOTHING = 0
-    INPUTS = 1
-    ACTIVATIONS = 2
+    NOTHING = 0  # inference
+    INPUTS = 1  # each block's input; everything else is recomputed
+    ACTIVATIONS = 2  # all that the backward pass reads
 
 
 class WeightGrads(IntEnum):
     """When the gradients of the matrices are computed: `enum weight_grads`."""
 
-    PER_WINDOW = 0
-    DEFERRED = 1
+    PER_WINDOW = 0  # accumulated by each window's backward pass
+    DEFERRED = 1  # one GEMM after all windows
 
 
 class Pass(Structure):
-    """One window of all rolls through all blocks."""
+    """Arguments of forward and backward for one window of all sequences through all blocks."""
 
     _fields_ = (
         ("weights", POINTER(LayerWeights)),
@@ -89,7 +89,7 @@ class PassGrads(Structure):
 
 
 class MatrixGrad(Structure):
-    """The gradient of one matrix, over all windows."""
+    """Arguments of one deferred weight gradient over all windows: sums = left^T right."""
 
     _fields_ = (
         *fields_of(c_void_p, "sums left right"),
@@ -98,13 +98,13 @@ class MatrixGrad(Structure):
 
 
 class MuonMatrix(Structure):
-    """A matrix that Muon updates, with the state of its optimizer."""
+    """A matrix that Muon updates, with its optimizer state."""
 
     _fields_ = fields_of(c_void_p, "weights gradient momentum mean_square")
 
 
 class MuonSettings(Structure):
-    """Settings of Muon's update, and the shape of all its matrices."""
+    """Settings of a Muon update, and the shape of its matrices."""
 
     _fields_ = (
         ("polynomials", POINTER(c_float)),
@@ -114,6 +114,7 @@ class MuonSettings(Structure):
     )
 
 
+# In the order of the table that the library exports.
 _STRUCTURES: dict[str, type[Structure]] = {
     "layer_weights": LayerWeights,
     "activations": Activations,
@@ -128,10 +129,11 @@ _CONSTANTS: dict[str, type[IntEnum]] = {"SAVE": Save, "GRADS": WeightGrads}
 
 
 def check_layout(library: ctypes.CDLL) -> None:
-    """Compare all of this module with the library.
+    """Check that the library was compiled with the structures and constants of this module.
 
     Raises:
-        AssertionError: bindings.h or this module was changed alone.
+        AssertionError: bindings.h or this module was changed without the other.
     """
+    # SAVE_NOTHING, SAVE_INPUTS, ..., GRADS_DEFERRED.
     constants = {f"{prefix}_{constant.name}": constant.value for prefix, enum in _CONSTANTS.items() for constant in enum}
     compare_layouts(library, _STRUCTURES, constants, sides="bindings.h and bindings.py")

@@ -1,4 +1,4 @@
-"""The check that Python and a native library mean the same structures and constants, made when the library is loaded."""
+"""Check at load time that Python and a native library use the same structures and constants."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["compare_layouts", "fields_of"]
 
 
 def fields_of(kind: type[Any], names: str) -> tuple[tuple[str, type[Any]], ...]:
-    """Fields of one type, by their names with spaces between them."""
+    """Return the ctypes fields of the space-separated `names`, all of type `kind`."""
     return tuple((name, kind) for name in names.split())
 
 
 class _Entry(Structure):
-    """`struct layout_entry`: a field's place, the size of a structure, or the value of a constant."""
+    """`struct layout_entry`: a field's offset and size, a structure's size, or a constant's value."""
 
     _fields_ = (("name", ctypes.c_char_p), ("offset", c_int64), ("size", c_int64))
 
@@ -24,23 +24,24 @@ class _Entry(Structure):
 def compare_layouts(
     library: ctypes.CDLL, structures: Mapping[str, type[Structure]], constants: Mapping[str, int], *, sides: str
 ) -> None:
-    """Compare structures and constants with those that the library was compiled with: a mismatch would write to foreign memory.
+    """Compare structures and constants with those the library was compiled with: a mismatch would corrupt memory.
 
     Args:
-        library: exports `layout`, a table of `struct layout_entry` that an entry without a name ends (layout.h).
-        structures: Python's structures, by their names in C, in the order of the table.
-        constants: values by name, in the order of the table, behind the structures.
-        sides: the two files that describe them, for the message.
+        library: exports `layout`, a table of `struct layout_entry` that ends with an entry without a name (layout.h).
+        structures: ctypes structures by their C names, in the order of the table.
+        constants: values by name, in the order of the table, after the structures.
+        sides: names of the two files that define them, for the message.
 
     Raises:
-        AssertionError: they differ; one of the files was changed alone.
+        AssertionError: the layouts differ; one of the files was changed without the other.
     """
     expected, found = list(_expected(structures, constants)), list(_found(library))
+    # The symmetric difference lists each entry that only one side has.
     assert found == expected, f"{sides} differ: {sorted(set(expected) ^ set(found))}"
 
 
 def _expected(structures: Mapping[str, type[Structure]], constants: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
-    """The layout as Python has it: name, offset or value, and size."""
+    """Yield the layout on Python's side: name, offset or value, and size."""
     for name, structure in structures.items():
         yield name, 0, ctypes.sizeof(structure)
         for field, *_ in structure._fields_:
@@ -50,7 +51,7 @@ def _expected(structures: Mapping[str, type[Structure]], constants: Mapping[str,
 
 
 def _found(library: ctypes.CDLL) -> Iterator[tuple[str, int, int]]:
-    """The layout as the library was compiled with it."""
+    """Yield the layout that the library was compiled with."""
     library.layout.argtypes, library.layout.restype = (), POINTER(_Entry)
     entries = library.layout()
     index = 0

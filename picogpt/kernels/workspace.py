@@ -1,6 +1,8 @@
-"""Activation buffers for all blocks and windows of a text, and of the next one: allocating them takes longer than filling them.
+"""Activation buffers for all blocks and windows of a text, reused for the next text.
 
-R rows are those of one window, N those of a whole text: one for each slot of each roll.
+They are reused because allocating them takes longer than filling them.
+
+Dimensions: R rows of one window, N rows of a whole text: one row for each slot of each sequence.
 """
 
 from __future__ import annotations
@@ -17,29 +19,30 @@ __all__ = ["Workspace"]
 
 
 class _Buffer(NamedTuple):
-    """The rows of one activation."""
+    """Width, dtype and lifetime of one activation."""
 
     width: int
     dtype: torch.dtype
     kept: bool = False
-    """Whether each block and window has rows of its own until the text is through; else all of them share one window's."""
+    """Whether each block and window has rows of its own until the backward pass; else all share the rows of one window."""
 
 
 class Workspace:
-    """Memory for all blocks and windows.
+    """Activation buffers for all blocks and windows of a text.
 
     Args:
-        kernels: what computes.
-        use: what for.
+        kernels: native kernels that fill the buffers.
+        spec: what the buffers are allocated for.
     """
 
     def __init__(self, kernels: Kernels, spec: WorkspaceSpec) -> None:
         self._n_layer, self._sizes = spec.n_layer, [spec.sequences * slots for slots in spec.slots]
+        # With recomputation the inputs of the weight gradients do not outlive their window, so nothing can be deferred.
         deferred = spec.save is Save.ACTIVATIONS and kernels.dtype == torch.bfloat16
         self.weight_grads = WeightGrads.DEFERRED if deferred else WeightGrads.PER_WINDOW
-        """Deferred, the inputs of the weight gradients stay until all windows are through: in float32 twice the memory."""
+        """Deferred weight gradients keep their inputs until all windows are done, which in float32 takes twice the memory."""
         self.all_windows: list[dict[str, Tensor]] = [{} for _ in range(spec.n_layer)]
-        """Activations that are kept, of all windows (N, width), by block and name."""
+        """Kept activations of all windows (N, width), by block and name."""
         parts = {}
         for name, buffer in _buffers(kernels, spec.save, self.weight_grads).items():
             parts[name], wholes = self._cut(buffer)
@@ -49,21 +52,22 @@ class Workspace:
             [{name: part[index][window] for name, part in parts.items()} for index in range(spec.n_layer)]
             for window in range(len(self._sizes))
         ]
-        """Activations by window, block and name."""
+        """Activations (R, width) by window, block and name: views of `all_windows`, or of shared rows."""
 
     def _cut(self, buffer: _Buffer) -> tuple[list[list[Tensor]], list[Tensor]]:
-        """Rows by block and window; and by block those of all windows, where they are kept."""
+        """Allocate a buffer; return its rows by block and window, and for kept buffers the rows of all windows by block."""
         if not buffer.kept:
-            shared = torch.empty(max(self._sizes), buffer.width, dtype=buffer.dtype)
+            shared = torch.empty(max(self._sizes), buffer.width, dtype=buffer.dtype)  # (max R, width)
             return [[shared[:size] for size in self._sizes] for _ in range(self._n_layer)], []
         wholes = [torch.empty(sum(self._sizes), buffer.width, dtype=buffer.dtype) for _ in range(self._n_layer)]
         return [list(torch.split(whole, self._sizes)) for whole in wholes], wholes
 
 
 def _buffers(kernels: Kernels, save: Save, weight_grads: WeightGrads) -> dict[str, _Buffer]:
-    """Each field of `picogpt.kernels.bindings.Activations`: its width, type, and whether it is kept."""
+    """Return width, dtype and lifetime of each field of `picogpt.kernels.bindings.Activations`."""
     width, n_head, _ = kernels.shape
     products, exact = kernels.dtype, torch.float32
+    # "x" is kept for any training; most others only where nothing is recomputed; GEMM outputs and inputs only if deferred.
     trained, kept, deferred = save is not Save.NOTHING, save is Save.ACTIVATIONS, weight_grads is WeightGrads.DEFERRED
     return {
         "x": _Buffer(width, exact, trained),
@@ -79,6 +83,7 @@ def _buffers(kernels: Kernels, save: Save, weight_grads: WeightGrads) -> dict[st
         "fc_gelu": _Buffer(4 * width, products, deferred),
         "d_mlp_out": _Buffer(width, products, deferred),
         "d_attn_out": _Buffer(width, products, deferred),
+        # Scratch of the backward pass and of recomputation: never kept.
         "qkv_scratch": _Buffer(3 * width, products),
         "fc_scratch": _Buffer(4 * width, products),
         "ln_scratch": _Buffer(width, products),

@@ -128,7 +128,7 @@ class _Transformer(nn.Module):
             fused = FusedBlocks(self.kernels, spec)
         if spec.trained:
             self._fused = fused
-        return fused.begin([list(block.parameters()) for block in self.h])
+        return fused.begin_sequence([list(block.parameters()) for block in self.h])
 
     def _through_modules(self, x: Tensor) -> Tensor:
         # The first window of a sequence can be shorter than the others.

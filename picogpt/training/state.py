@@ -1,4 +1,4 @@
-"""A model and its optimizers on one rank: how they take a step, and all that is needed to make the same ones elsewhere."""
+"""Training state of one rank: a model and its optimizers, how they take a step, and how they are sent to another rank."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _RATE = struct.Struct("<d")
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
-    """What all ranks have to agree on, beside the tensors."""
+    """Everything besides tensors that a worker needs to build the same training state as rank 0."""
 
     version: str
     model: dict[str, Any]
@@ -45,15 +45,15 @@ class WorkerSpec:
 
 
 class TrainState:
-    """A model, its optimizers, and the steps they have taken.
+    """A model, its optimizers and the number of steps taken, on one rank.
 
     Args:
         model_config: shape of the model.
-        config: how it is trained.
+        config: training settings.
         dtype: type of the matrix products; bfloat16 is used through autocast, weights and sums stay float32.
-        device: where it is.
-        ranks: those that train with it.
-        kernels: what computes the blocks, instead of torch's functions.
+        device: device of the weights.
+        ranks: the group of ranks that train together.
+        kernels: native kernels that compute the blocks; None computes them with torch.
     """
 
     def __init__(
@@ -69,27 +69,29 @@ class TrainState:
         self.config, self.dtype, self.device, self.ranks = config, dtype, device, ranks
         shape = (model_config.n_embd, model_config.n_head, model_config.context_len)
         assert kernels is None or (kernels.shape, kernels.dtype) == (shape, dtype), "compiled for another model"
+        # The initial weights depend on the seed alone, so all ranks start from the same ones.
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(device)
         self.model.transformer.kernels = kernels
         self.optimizers = build_optimizers(self.model, config, dtype)
         self.outer = OuterOptimizer(self.model.parameters()) if config.sync_every else None
         self.step = 0
-        """Optimizer steps taken so far; those of a run that was brought over are not among them."""
+        """Optimizer steps taken so far, without the steps of an imported run."""
         self.local_steps = 0
-        """Steps since the last outer step, where there are outer steps."""
+        """Steps since the last outer step (DiLoCo)."""
         self._compiled = False
         self._trained: nn.Module | None = None
-        """The model as training calls it, once the ranks have been brought together."""
+        """The model as training calls it: wrapped in DDP, or the plain model; None until `wrap_ddp`."""
 
     def compile_blocks(self) -> None:
-        """Have torch.compile translate the blocks when they are first called; weights and their names stay as they are."""
+        """Compile the blocks with torch.compile at their first call; weights and their names stay the same."""
         self._compiled = True
         for block in self.model.transformer.h:
+            # In place: a wrapped module would add a prefix to the names in the state dict.
             block.compile()
 
     def apply(self, backend: Backend) -> None:
-        """Take up the parts of `backend` that are no arguments of the constructor."""
+        """Apply the parts of `backend` that are not arguments of the constructor."""
         transformer = self.model.transformer
         if backend.compile:
             self.compile_blocks()
@@ -98,7 +100,7 @@ class TrainState:
         transformer.gradient_checkpointing = backend.gradient_checkpointing
 
     def to_spec(self, tensors: Tensors) -> Checkpoint:
-        """All that another rank needs to make this state, with `tensors` for those that it is to have."""
+        """Return everything a worker needs to build this training state, with `tensors` as its weights and optimizer state."""
         spec = WorkerSpec(
             version=__version__,
             model=asdict(self.model.config),
@@ -110,7 +112,7 @@ class TrainState:
         return Checkpoint(tensors=tensors, state=asdict(spec))
 
     def _backend_names(self) -> BackendChoice:
-        """The choice that selects the same backend on another rank."""
+        """Return the choice that selects the same backend on another rank."""
         transformer = self.model.transformer
         return BackendChoice(
             device=self.device.type,
@@ -124,11 +126,11 @@ class TrainState:
 
     @classmethod
     def from_spec(cls, checkpoint: Checkpoint, ranks: Ranks, threads: int | None) -> TrainState:
-        """The state that rank 0 has planned, computing with `threads` threads, or as many as rank 0 for None.
+        """Build the training state that rank 0 has sent, with `threads` threads, or as many as rank 0 for None.
 
         Raises:
             RanksError: rank 0 has another version of picogpt.
-            TrainingError: its device is not there, or no C compiler where it has one.
+            TrainingError: this machine lacks rank 0's kind of device, or a C compiler that rank 0 has.
         """
         version = checkpoint.state.get("version")
         if version != __version__:
@@ -145,58 +147,61 @@ class TrainState:
 
     @property
     def is_wrapped(self) -> bool:
-        """Whether the ranks have been brought together."""
+        """Whether `wrap_ddp` was called, so that steps can be taken."""
         return self._trained is not None
 
     def wrap_ddp(self) -> None:
-        """Be trained with the other ranks from now on; all of them have the same weights, or local ones of the same run.
+        """Wrap the model in DDP. All ranks must hold the same weights, or with DiLoCo local weights of the same run.
 
         DistributedDataParallel orders its buckets by the first backward pass, and more than two ranks add up in the order of
-        the buckets. That pass is taken here, so that a run that goes on adds up like one that was never stopped.
+        the buckets. That pass is taken here, so that a resumed run is bit-identical to one that was never stopped.
         """
         if self.outer is not None or self.ranks.count == 1:
+            # DiLoCo averages weights at outer steps instead of gradients, and a single process averages nothing.
             self._trained = self.model
             return
         self._trained = self.ranks.wrap_ddp(self.model, self.device)
         self.model.train()
+        # Any text does, as these gradients are thrown away: (B / ranks, T) zeros.
         ids = np.zeros((self._sequences_per_rank, self.config.windows * self.model.config.context_len), np.int64)
         with translate_dist_errors():
             self.loss(Batch(ids, ids)).backward()  # type: ignore[no-untyped-call]
 
     @property
     def _sequences_per_rank(self) -> int:
-        """Rolls of a batch that are each rank's."""
+        """Sequences of a batch that each rank takes."""
         return self.config.batch_size // self.ranks.count
 
     def local_step(self, batch: Batch, rate: float) -> float:
-        """Take one optimizer step with learning rate `rate` on this rank's share of `batch`.
+        """Take one training step with learning rate `rate` on this rank's part of `batch`.
 
         Returns:
             The mean loss of the whole batch in nats per character, before the update.
 
         Raises:
-            TrainingError: loss or gradient are not finite on one of the ranks; the weights are as they were on all of them.
-            RanksError: a rank is gone; likewise.
+            TrainingError: loss or gradient are not finite on one of the ranks; the weights are unchanged on all of them.
+            RanksError: a rank is gone; the weights are unchanged.
         """
         self.model.train()
         if self.model.config.dropout:
             self._seed_dropout()
-        rolls = slice(self.ranks.rank * self._sequences_per_rank, (self.ranks.rank + 1) * self._sequences_per_rank)
-        share = Batch(batch.inputs[rolls], batch.targets[rolls])
+        # Every rank gets the whole batch, and takes its own rows.
+        rows = slice(self.ranks.rank * self._sequences_per_rank, (self.ranks.rank + 1) * self._sequences_per_rank)
+        part = Batch(batch.inputs[rows], batch.targets[rows])  # (B / ranks, T) each
         self.model.zero_grad(set_to_none=True)
         if self._groups > 1:
-            return self.optimizer_step(rate, parallel_backward(self.loss, list(self.model.parameters()), share, self._groups))
-        loss = self.loss(share)
+            return self.optimizer_step(rate, parallel_backward(self.loss, list(self.model.parameters()), part, self._groups))
+        loss = self.loss(part)
         with translate_dist_errors():
             loss.backward()  # type: ignore[no-untyped-call]
         return self.optimizer_step(rate, loss.item())
 
     @property
     def _groups(self) -> int:
-        """Groups of threads that take sequences of their own.
+        """Number of thread groups that each compute sequences of their own (`picogpt.training.concurrent`).
 
-        The native kernels divide a step's work better; draws of dropout and gradients that are averaged with other ranks'
-        on their way have an order to keep.
+        It is 1 with native kernels, which divide a step's work better, and with dropout and DDP, as random draws and
+        gradient buckets have an order to keep.
         """
         by_torch = self.model.transformer.kernels is None and self.device.type == "cpu" and not self._compiled
         if not by_torch or self.model.config.dropout or self._trained is not self.model:
@@ -205,8 +210,9 @@ class TrainState:
         return count_thread_groups(self._sequences_per_rank, torch.get_num_threads(), (shape.context_len + 1) * shape.n_embd)
 
     def optimizer_step(self, rate: float, loss: float) -> float:
-        """Update the weights by the gradient that they have, unless it is not finite; return the ranks' mean `loss`."""
+        """Clip the gradient and update the weights, unless loss or gradient are not finite; return the ranks' mean `loss`."""
         norm = self._clip_gradient(self.config.grad_clip or math.inf)
+        # All ranks compute the same means, so all of them raise or none does.
         found = self.ranks.all_gather([loss, norm])
         mean, mean_norm = (math.fsum(values) / len(found) for values in zip(*found, strict=True))
         if not (math.isfinite(mean) and math.isfinite(mean_norm)):
@@ -219,57 +225,62 @@ class TrainState:
             optimizer.step()
         self.step += 1
         if self.outer is not None:
+            # DiLoCo: after `sync_every` local steps the ranks average their weights.
             self.local_steps += 1
             if self.local_steps == self.config.sync_every:
                 self.outer_step()
         return mean
 
     def _clip_gradient(self, most: float) -> float:
-        """Scale the gradient down to norm `most`, if it has more; return what it had."""
+        """Clip the global norm of the gradient to `most`; return the norm before clipping."""
         norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
-        if not norm + 1e-6 <= most:  # where it is, torch would multiply all of it by one
+        # Below the limit torch would multiply every gradient by 1, a pass over memory for nothing. NaN takes the branch too.
+        if not norm + 1e-6 <= most:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), most, norm)
         return norm.item()
 
     def _seed_dropout(self) -> None:
+        # A seed of its own for each rank and step: a resumed run draws the same masks without saving the generator.
         bits = philox(self.config.seed, Stream.DROPOUT, self.ranks.rank, self.step)
-        torch.manual_seed(int(bits.random_raw() >> 1))
+        torch.manual_seed(int(bits.random_raw() >> 1))  # 63 bits: torch takes no seed from 2^63 on
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Mean loss over `batch` in nats per character, in the type of the run's products."""
+        """Return the mean loss over `batch` in nats per character, under autocast where products are in bfloat16."""
         inputs, targets = (torch.from_numpy(np.ascontiguousarray(part)).to(self.device) for part in batch)
+        # Validation calls the plain model: DDP would wait for workers that take no part in it.
         model = self._trained if self._trained is not None and self.model.training else self.model
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            _, loss = model(inputs, targets)
+            _, loss = model(inputs, targets)  # (B, T) each -> scalar
         assert isinstance(loss, torch.Tensor)
         return loss
 
     @torch.no_grad()
     def outer_step(self) -> None:
-        """Take an outer step with the weights that all ranks have come to, and go on from its result."""
+        """Take an outer step (DiLoCo): average the weights over the ranks, step the outer optimizer, continue from its result."""
         self.apply_outer_step(self.ranks.all_reduce_mean([parameter.detach() for parameter in self.model.parameters()]))
 
     @torch.no_grad()
     def apply_outer_step(self, means: list[torch.Tensor]) -> None:
-        """Take an outer step with these means of the weights over the ranks."""
+        """Take an outer step, given the means of the weights over the ranks."""
         assert self.outer is not None
         self.outer.step(means)
         for parameter, anchor in zip(self.model.parameters(), self.outer.anchors, strict=True):
+            # All ranks start the next local steps from the same weights.
             parameter.copy_(anchor)
         self.local_steps = 0
 
     def load_weights(self, weights: Tensors) -> None:
-        """Begin with the weights of another model.
+        """Start from the weights of another model.
 
         Raises:
-            RunError: they are of another shape; nothing is changed.
+            RunError: the weights have another shape; nothing is changed.
         """
         self.model.load_arrays(weights)
         if self.outer is not None:
             self.outer = OuterOptimizer(self.model.parameters())
 
     def state_tensors(self) -> Tensors:
-        """The weights and the optimizers' tensors, by name."""
+        """Return the weights and the inner optimizers' state, by name."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.arrays().items()}
         for optimizer in self.optimizers:
             for name, parameter in self._parameters_of(optimizer):
@@ -278,7 +289,7 @@ class TrainState:
         return tensors
 
     def checkpoint_bytes(self) -> int:
-        """Bytes of all ranks' tensors in a checkpoint, those included that the optimizers make in their first step."""
+        """Return the bytes of all ranks' tensors in a checkpoint, including optimizer state that the first step creates."""
         weights = sum(parameter.numel() for parameter in self.model.parameters())
         moments = 0
         for optimizer in self.optimizers:
@@ -287,11 +298,12 @@ class TrainState:
                     # Muon keeps a mean square for each neuron, AdamW for each weight.
                     squares = max(parameter.shape) if isinstance(optimizer, Muon) else parameter.numel()
                     moments += parameter.numel() + squares + 1
+        # With DiLoCo each rank saves a state of its own, and the anchors and their momentum are saved once.
         own, common = weights + moments, 2 * weights if self.outer is not None else 0
-        return 4 * (own * (self.ranks.count if self.outer is not None else 1) + common)
+        return 4 * (own * (self.ranks.count if self.outer is not None else 1) + common)  # float32
 
     def outer_tensors(self) -> Tensors:
-        """Those that all ranks have in common while they train by themselves: of the outer optimizer."""
+        """Return the outer optimizer's state, which is the same on all ranks."""
         tensors: Tensors = {}
         if self.outer is not None:
             for name, anchor in zip(self.model.arrays(), self.outer.anchors, strict=True):
@@ -302,15 +314,16 @@ class TrainState:
         return tensors
 
     def load_tensors(self, tensors: Tensors) -> None:
-        """Take up what `state_tensors` and `outer_tensors` have given; other names are passed over.
+        """Load the tensors of `state_tensors` and `outer_tensors`; other names are ignored.
 
         Raises:
-            RunError: the weights are of another shape of model; nothing is changed.
+            RunError: the weights have another shape; nothing is changed.
         """
         self.model.load_arrays(strip_prefix("model.", tensors))
         held = strip_prefix("optimizer.", tensors)
         for optimizer in self.optimizers:
             for name, parameter in self._parameters_of(optimizer):
+                # Names are optimizer.KEY.PARAMETER, such as optimizer.momentum.transformer.h.0.attn.c_attn.weight.
                 suffix = f".{name}"
                 optimizer.state[parameter] = {
                     key.removesuffix(suffix): self.on_device(array) for key, array in held.items() if key.endswith(suffix)
@@ -322,30 +335,31 @@ class TrainState:
                     self.outer.sgd.state[anchor] = {"momentum_buffer": self.on_device(tensors[f"outer.{name}"])}
 
     def on_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        """A copy of `array` as a tensor."""
+        """Copy `array` to a tensor on this state's device."""
         return torch.from_numpy(array.copy()).to(self.device)
 
     def _parameters_of(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:
-        """The parameters that `optimizer` holds, by name."""
+        """Return the parameters that `optimizer` holds, with their names."""
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return [(name, parameter) for name, parameter in self.model.named_parameters() if id(parameter) in held]
 
 
 def strip_prefix(prefix: str, tensors: Tensors) -> Tensors:
-    """Those of `tensors` whose names begin with `prefix`, without it."""
+    """Return the tensors whose names start with `prefix`, with the prefix removed."""
     return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
 
 
 def pack_step(batch: Batch, rate: float) -> bytes:
-    """What another rank needs to take the same step: the learning rate, and the ids of `batch`, a byte each.
+    """Serialize a step for the workers: the learning rate, then the ids of `batch`, a byte each.
 
-    They stand roll by roll, each with the id that follows its last one.
+    Ids are stored sequence by sequence, each with the target of its last character: T + 1 bytes hold inputs and targets.
     """
+    # Targets are the inputs shifted by one, so only the last one is new: (B, T) and (B, 1) -> (B, T + 1).
     return _RATE.pack(rate) + np.concatenate((batch.inputs, batch.targets[:, -1:]), axis=1).astype(np.uint8).tobytes()
 
 
-def unpack_step(content: bytes, n_rolls: int) -> tuple[Batch, float]:
-    """The inverse of `pack_step`."""
+def unpack_step(content: bytes, n_sequences: int) -> tuple[Batch, float]:
+    """Deserialize a step: the inverse of `pack_step`."""
     (rate,) = _RATE.unpack_from(content)
-    rows = np.frombuffer(content, np.uint8, offset=_RATE.size).reshape(n_rolls, -1).astype(np.int64)
+    rows = np.frombuffer(content, np.uint8, offset=_RATE.size).reshape(n_sequences, -1).astype(np.int64)  # (B, T + 1)
     return Batch(rows[:, :-1], rows[:, 1:]), rate

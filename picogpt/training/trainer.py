@@ -1,7 +1,7 @@
-"""The training loop. Knows the model from outside only; progress, pictures and signals hook in through `Observer` and `stop`.
+"""The training loop of rank 0. Progress, plots and signals hook in through `Observer` and `stop`.
 
 A run is a pure function of its settings on one machine and thread count: the weights start from the seed, batch k
-depends on k alone, and dropout draws from a seed made of the run's, the step's and the rank's. So there is no generator to save.
+depends on k alone, and dropout's seed follows from the run's seed, the step and the rank. So no generator state is saved.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SAVE_INTERVAL = 300.0
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one optimizer step came to."""
+    """Result of one optimizer step."""
 
     step: int
     """Steps taken so far, this one included."""
@@ -48,26 +48,26 @@ class StepReport:
 
 
 class Observer(Protocol):
-    """Who watches a run: told of every step, and of every epoch after it has been saved."""
+    """Receiver of a run's events: every step, and every epoch after it has been saved."""
 
     def on_step(self, report: StepReport) -> None:
-        """One step was taken."""
+        """Called after each step."""
 
     def on_epoch(self, trainer: Trainer) -> None:
-        """An epoch has ended; `trainer.log` has its entry."""
+        """Called after each epoch; `trainer.log` has its entry."""
 
 
 class Trainer(TrainState):
-    """The replica that leads: with its data, its log and its folder. The ranks beside it follow (`picogpt.training.worker`).
+    """The training state of rank 0, with the data, the loss log and checkpoints. Workers run `picogpt.training.worker`.
 
     Args:
         model_config: shape of the model.
-        config: how it is trained.
-        source: where its batches come from.
+        config: training settings.
+        source: source of the batches.
         dtype: type of the matrix products; bfloat16 is used through autocast, weights and sums stay float32.
-        device: where it computes.
-        ranks: those that train with it.
-        kernels: what computes the blocks, instead of torch's functions.
+        device: device of the weights.
+        ranks: the group of ranks that train together.
+        kernels: native kernels that compute the blocks; None computes them with torch.
     """
 
     def __init__(
@@ -89,43 +89,45 @@ class Trainer(TrainState):
         self.seconds = 0.0
         """Seconds spent training, validation included, over all starts of the run."""
         self.schedule: Schedule | None = None
-        """The run's length, as planned now."""
+        """The current plan of the run's length."""
         self.pacer: Pacer | None = None
-        """Changes the plan as the run goes, where it is to end by the clock."""
+        """Re-plans a run with a budget of minutes; None for other runs."""
         self.stored_plan: dict[str, Any] | None = None
-        """Plan and measurements of such a run when it was saved."""
+        """Plan and measurements of the pacer in the loaded checkpoint."""
+        # Steps and characters of an imported run, which the log counts but the schedule does not.
         self._steps_before, self._chars_before = 0, 0
         self._epoch_loss, self._epoch_steps = 0.0, 0
-        self._worker_states: list[Tensors] = []  # what ranks 1, 2, ... are to begin with, where that is not what this one has
+        # Initial tensors of ranks 1, 2, ... after a resume with DiLoCo; empty where they equal rank 0's.
+        self._worker_states: list[Tensors] = []
 
     @property
     def chars_per_step(self) -> int:
-        """Characters in a batch."""
+        """Characters of a global batch."""
         return self.config.batch_size * self.config.windows * self.model.config.context_len
 
     @property
     def epoch_is_open(self) -> bool:
-        """Whether steps have been taken that are in no epoch of the log yet."""
+        """Whether steps have been taken that the log does not contain yet."""
         return self._epoch_steps > 0
 
     def fit(self, run: RunFolder, schedule: Schedule, observer: Observer, stop: Stop, *, notify: Notify = say_nothing) -> bool:
         """Train to the end of `schedule`, saving into `run` after every epoch, every few minutes and when stopped.
 
         Args:
-            run: the run's folder, made and locked.
-            schedule: how many steps, and how they divide into epochs; a `pacer` changes that as the run goes.
-            observer: told what happens.
-            stop: asked after every step and validation batch; once it says True, the run is saved and the loop ends.
-            notify: given a line where the log or its picture cannot be written, which does not end the run.
+            run: the run's folder, created and locked.
+            schedule: number of steps and their division into epochs; a `pacer` changes both during the run.
+            observer: receives the run's events.
+            stop: polled after every step and validation batch; once it returns True, the run is saved and the loop ends.
+            notify: receives a warning where the log or its plot cannot be written, which does not end the run.
 
         Returns:
             Whether the schedule was finished.
 
         Raises:
             TrainingError: loss or gradient are not finite; the state before that step is saved.
-            DataError: the data have ended for good; likewise.
-            RanksError: another rank is gone; the checkpoint before stands.
-            OSError: something cannot be saved.
+            DataError: no more data can be read; the state before that step is saved.
+            RanksError: another rank is gone; the last checkpoint is intact.
+            OSError: a file cannot be saved.
         """
         self.history = History.read(run.path)
         try:
@@ -140,6 +142,8 @@ class Trainer(TrainState):
         stop = self.ranks.with_heartbeat(pacer.with_clock(stop) if pacer else stop)
         start, before = time.perf_counter(), self.seconds
         saved_at = start
+        # One turn is a step or the end of an epoch. An epoch's end is a turn of its own, so that a run that was stopped while it
+        # validated resumes with the validation.
         while self.step < self.schedule.total_steps or self.epoch_is_open:
             if self.epoch_is_open and self.schedule.ends_epoch(self.step):
                 finished = self._finish_epoch(run, self.schedule.val_steps, stop)
@@ -156,17 +160,19 @@ class Trainer(TrainState):
                 observer.on_step(report)
                 if pacer:
                     self.schedule = pacer.after_step(self.schedule, self.step)
+            # Log and checkpoint count the seconds of all starts.
             self.seconds = before + time.perf_counter() - start
             if stop():
                 self.save(run)
                 return False
+            # Long epochs are saved in the middle too: a crash costs minutes at most.
             if time.perf_counter() - saved_at > SAVE_INTERVAL:
                 self.save(run)
                 saved_at = time.perf_counter()
         return True
 
     def _step_or_save(self, run: RunFolder, rate: float, stop: Stop) -> StepReport | None:
-        """One step, or None if a stop came while it waited for its data; what ends the run is raised after saving."""
+        """Take a step; return None if `stop` came while waiting for data. Errors are raised after saving."""
         try:
             loss = self.train_step(rate, stop)
         except WaitInterrupted:
@@ -181,36 +187,37 @@ class Trainer(TrainState):
         return StepReport(step=self.step, loss=loss, chars=self.chars_per_step)
 
     def train_step(self, rate: float, stop: Stop = lambda: False) -> float:
-        """Take one optimizer step; return the batch's mean loss in nats per character.
+        """Take one training step on all ranks; return the batch's mean loss in nats per character.
 
         Args:
-            rate: learning rate, from 0 to the config's `lr`, the highest one; other groups of parameters, which have highest
-                rates of their own, take the same share of these. It is no share itself.
-            stop: asked while the data are waited for.
+            rate: learning rate, from 0 to the config's peak `lr`. Parameter groups with a peak of their own, such as Muon's,
+                take the same fraction of it.
+            stop: polled while waiting for data.
 
         Raises:
             ConfigError: `rate` is out of its range.
-            TrainingError: loss or gradient are not finite; the weights are as they were.
-            DataError: there are no more data; the weights are as they were.
-            WaitInterrupted: `stop` said so while the data were waited for; likewise.
-            RanksError: another rank is gone; likewise.
+            TrainingError: loss or gradient are not finite; the weights are unchanged.
+            DataError: there are no more data; the weights are unchanged.
+            WaitInterrupted: `stop` returned True while waiting for data; the weights are unchanged.
+            RanksError: another rank is gone; the weights are unchanged.
         """
-        fraction_of_peak(rate, self.config)  # before any rank is told of the step
+        fraction_of_peak(rate, self.config)  # raises before any worker receives the step
         if not self.is_wrapped:
             self._start_workers()
         batch = self.source.train_batch(self.step, stop)
+        # Workers take the same step at the same time: DDP averages the gradients in the backward pass.
         self.ranks.broadcast_command(Command.STEP, pack_step(batch, rate))
         loss = self.local_step(batch, rate)
         self.log.iter_num = self._steps_before + self.step
         return loss
 
     def outer_step_on_all_ranks(self) -> None:
-        """Have all ranks take an outer step, before its time."""
+        """Take an outer step on all ranks now, before `sync_every` local steps are done."""
         self.ranks.broadcast_command(Command.OUTER_STEP)
         self.outer_step()
 
     def _start_workers(self) -> None:
-        """Have the other ranks make the same replica."""
+        """Send the training state to all workers, and wrap the model."""
         own, common = self.state_tensors(), self.outer_tensors()
         others = self._worker_states or [own] * (self.ranks.count - 1)
         self.ranks.broadcast_command(Command.BEGIN)
@@ -221,22 +228,25 @@ class Trainer(TrainState):
 
     @torch.no_grad()
     def validate(self, val_steps: int, stop: Stop = lambda: False) -> float | None:
-        """Mean loss over at most `val_steps` validation batches in nats per character; None if stopped on the way."""
+        """Return the mean loss over at most `val_steps` validation batches in nats per character; None if stopped."""
         self.model.eval()
         total, count = 0.0, 0
         for batch in self.source.val_batches(val_steps):
             if stop():
                 return None
+            # Weighted by characters, as the last batch can be smaller: sum of nats / number of characters.
             total += self.loss(batch).item() * batch.targets.size
             count += batch.targets.size
         return total / count
 
     def _finish_epoch(self, run: RunFolder, val_steps: int, stop: Stop) -> bool:
-        """Validate, enter the epoch into the log and save; False if stopped before that."""
+        """Validate, append the epoch to the log and save; return False if stopped before that."""
         if self.local_steps:
+            # Validate the weights that all ranks agree on, not rank 0's local ones.
             self.outer_step_on_all_ranks()
         if not run.has_checkpoint():
-            self.save(run)  # before there is a model, which alone would be taken for a run that cannot be gone on with
+            # Checkpoint first: a folder with only a model looks like a finished run that cannot be resumed.
+            self.save(run)
         val_loss = self.validate(val_steps, stop)
         if val_loss is None:
             return False
@@ -249,6 +259,7 @@ class Trainer(TrainState):
         if log.best_loss is None or val_loss < log.best_loss:
             log.best_loss = val_loss
             if self._is_finite():
+                # model.safetensors keeps the best weights, the checkpoint the latest ones.
                 run.save_model(self.model.arrays(), self.model.config, self.source.text)
         if self.pacer is not None and self.schedule is not None:
             self.schedule = self.pacer.after_validation(self.schedule, self.step)
@@ -256,8 +267,8 @@ class Trainer(TrainState):
         return True
 
     def _write_log(self, run: RunFolder, notify: Notify) -> None:
-        """Write `log.pkl` and `log.jpg`. A failure costs no training: the checkpoint has the log too."""
-        from picogpt.plot import draw_losses  # loads matplotlib, which a run of no whole epoch does not need
+        """Write `log.pkl` and `log.jpg`. A failure is only a warning: the checkpoint contains the log too."""
+        from picogpt.plot import draw_losses  # imports matplotlib, which a run without a whole epoch does not need
 
         try:
             run.write_log(self.log)
@@ -275,20 +286,21 @@ class Trainer(TrainState):
             notify(f"warning: {_where(error, run)}: page not written ({error.strerror or error}); training continues")
 
     def _show_epoch(self, run: RunFolder, schedule: Schedule, observer: Observer) -> None:
-        """Tell the observer of an epoch, and have the plan fitted to the time that took."""
+        """Call the observer, and re-plan with the time that the epoch's end has taken."""
         observer.on_epoch(self)
         if self.pacer is None:
             return
         self.schedule = self.pacer.after_epoch(schedule, self.step)
         if schedule.total_steps > self.step >= self.schedule.total_steps:
-            self.save(run)  # the time is up, which was not known when the epoch was saved
+            # The new plan ends here, which the checkpoint of this epoch does not know.
+            self.save(run)
 
     def save(self, run: RunFolder) -> None:
-        """Write a checkpoint of everything that is needed to go on.
+        """Write a checkpoint with everything that is needed to resume.
 
         Raises:
             TrainingError: a weight is not finite; nothing is written.
-            OSError: the disk is full, read-only or broken; the checkpoints on it are as they were.
+            OSError: the disk is full, read-only or broken; the checkpoints on it are unchanged.
         """
         if not self._is_finite():
             raise TrainingError(
@@ -298,6 +310,7 @@ class Trainer(TrainState):
         others = self._collect_worker_states()
         tensors = {**self.state_tensors(), **self.outer_tensors()}
         for rank, held in enumerate(others, start=1):
+            # Names carry their owner: rank1.model.*, rank2.optimizer.*, data.*.
             tensors |= {f"rank{rank}.{name}": array for name, array in held.items()}
         arrays, data = self.source.snapshot()
         tensors |= {f"data.{name}": array for name, array in arrays.items()}
@@ -314,11 +327,12 @@ class Trainer(TrainState):
             "log": self.log.to_dict(),
         }
         if self.pacer is not None and self.schedule is not None:
+            # With a budget of minutes the plan depends on measured times, so it is part of the state.
             state["plan"] = {"schedule": asdict(self.schedule), "pacer": self.pacer.state()}
         run.save_checkpoint(Checkpoint(tensors=tensors, state=state))
 
     def _collect_worker_states(self) -> list[Tensors]:
-        """What ranks 1, 2, ... have that this one has not: they train by themselves between two outer steps."""
+        """Return the tensors of ranks 1, 2, ..., which differ from rank 0's between two outer steps (DiLoCo)."""
         if self.outer is None or not self.is_wrapped:
             return self._worker_states
         self.ranks.broadcast_command(Command.COLLECT)
@@ -328,10 +342,10 @@ class Trainer(TrainState):
         return all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
 
     def init_from_weights(self, weights: Tensors, log: LossLog | None = None) -> None:
-        """Begin with the weights, and the log if given, of another run; the optimizer begins anew.
+        """Start from the weights, and the log if given, of another run, with a new optimizer state.
 
         Raises:
-            RunError: the weights are of another shape of model; nothing is changed.
+            RunError: the weights have another shape; nothing is changed.
         """
         self.load_weights(weights)
         if log is not None:
@@ -339,10 +353,10 @@ class Trainer(TrainState):
             self._steps_before, self._chars_before = log.iter_num, log.chars[-1] if log.chars else 0
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Put everything back to where `checkpoint` was saved.
+        """Restore everything to the state that `checkpoint` was saved in.
 
         Raises:
-            RunError: the checkpoint was made by another shape of model; nothing is changed.
+            RunError: the checkpoint's model has another shape; nothing is changed.
         """
         tensors, state = checkpoint.tensors, checkpoint.state
         self.load_tensors(tensors)
@@ -356,10 +370,10 @@ class Trainer(TrainState):
         self.seconds, self.stored_plan = float(state["seconds"]), state.get("plan")
 
     def _redistribute_states(self, saved: list[Tensors]) -> list[Tensors]:
-        """What ranks 1, 2, ... begin with, given what each rank had that was saved.
+        """Return the initial tensors of ranks 1, 2, ..., given the saved tensors of each rank.
 
-        Where there were more or fewer of them, an outer step brings their weights together before its time, so that no step
-        of any rank is lost; the inner optimizers are taken in turn.
+        If the number of ranks has changed, an early outer step averages the saved weights, so that no step of any rank is
+        lost; the inner optimizer states are assigned round-robin.
         """
         if len(saved) == self.ranks.count:
             return saved[1:]
@@ -376,21 +390,21 @@ def _where(error: OSError, run: RunFolder) -> Any:
 
 
 def _split_by_rank(tensors: Tensors, count: int) -> list[Tensors]:
-    """What a checkpoint holds of ranks 1, 2, ... of `count`."""
+    """Return a checkpoint's tensors of ranks 1, 2, ..., count - 1."""
     return [strip_prefix(f"rank{rank}.", tensors) for rank in range(1, count)]
 
 
 def build_trainer(
     model: GPTConfig, config: TrainConfig, source: Source, backend: Backend, ranks: Ranks = SINGLE_PROCESS
 ) -> Trainer:
-    """A trainer that computes with `backend`."""
+    """Return a trainer that computes with `backend`."""
     trainer = Trainer(model, config, source, backend.dtype, device=backend.device, ranks=ranks, kernels=backend.kernels)
     trainer.apply(backend)
     return trainer
 
 
 def time_call(call: Callable[[], object]) -> float:
-    """How long `call` takes."""
+    """Return the seconds that `call` takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
