@@ -46,7 +46,7 @@ def score(engine: Engine, texts: npt.NDArray[np.uint8], hop: int) -> npt.NDArray
     for start in range(0, texts.shape[1] - 1, 64):
         inputs = texts[:, start : min(start + 64, texts.shape[1] - 1)]
         targets = texts[:, start + 1 : start + 1 + inputs.shape[1]]
-        losses.append(nats(roll.prefill_every(inputs), targets))
+        losses.append(nats(roll.prefill_all_logits(inputs), targets))
     means: npt.NDArray[np.float64] = np.concatenate(losses, axis=1)[:, half:].mean(axis=1)
     return means
 

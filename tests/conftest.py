@@ -19,7 +19,7 @@ import picogpt.training.run
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Corpus, TextSource
 from picogpt.device import instruction_set
-from picogpt.inference import Backend, find_backend
+from picogpt.inference import EngineBackend, load_engine_backend
 from picogpt.kernels.compiled import INSTRUCTIONS
 from picogpt.training.forecast import EpochEnd
 from picogpt.training.trainer import StepReport, Trainer
@@ -113,9 +113,9 @@ def _usual_signals() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def compiled_backend() -> Backend:
+def compiled_backend() -> EngineBackend:
     """The inference engine's functions in C, compiled before any test looks at what a command writes."""
-    return find_backend()
+    return load_engine_backend()
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,16 @@ import numpy.typing as npt
 
 from picogpt.errors import DataError
 
-__all__ = ["CONDITIONS", "ROLLS_PER_STRETCH", "Estimate", "Rolls", "Scores", "cut_rolls", "cut_stretches", "position_bins"]
+__all__ = [
+    "CONDITIONS",
+    "SEQUENCES_PER_STRETCH",
+    "Estimate",
+    "EvalSequences",
+    "Scores",
+    "cut_sequences",
+    "cut_stretches",
+    "position_bins",
+]
 
 Ids = npt.NDArray[np.uint8]
 Losses = npt.NDArray[np.float32]
@@ -28,8 +37,8 @@ CONDITIONS: Mapping[str, str] = {
 }
 """What a model is scored under, by short name."""
 
-ROLLS_PER_STRETCH = 4
-"""Rolls in a stretch that stands for an article: neighbours share their subject, so they are no independent samples."""
+SEQUENCES_PER_STRETCH = 4
+"""EvalSequences in a stretch that stands for an article: neighbours share their subject, so they are no independent samples."""
 _FEWEST_STRETCHES = 20
 """A text too short for so many stretches of that length is cut into shorter ones: a standard error needs many."""
 
@@ -53,7 +62,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Rolls:
+class EvalSequences:
     """The rolls that are scored."""
 
     ids: Ids
@@ -85,12 +94,12 @@ def cut_stretches(ids: Ids, roll_len: int) -> list[Ids]:
 
     Neighbours share one character: the last one predicted in a stretch is the first one read in the next.
     """
-    rolls = min(ROLLS_PER_STRETCH, max(1, (len(ids) - 1) // roll_len // _FEWEST_STRETCHES))
+    rolls = min(SEQUENCES_PER_STRETCH, max(1, (len(ids) - 1) // roll_len // _FEWEST_STRETCHES))
     size = rolls * roll_len
     return [ids[start : start + size + 1] for start in range(0, len(ids) - roll_len, size)]
 
 
-def cut_rolls(articles: Sequence[Ids], roll_len: int, chars: int) -> Rolls:
+def cut_sequences(articles: Sequence[Ids], roll_len: int, chars: int) -> EvalSequences:
     """Cut articles into whole rolls of `roll_len` characters from their beginning on; what is left at an end is not scored.
 
     Args:
@@ -114,7 +123,7 @@ def cut_rolls(articles: Sequence[Ids], roll_len: int, chars: int) -> Rolls:
     article = np.searchsorted(np.cumsum(counts), chosen, side="right")
     starts = (chosen - (np.cumsum(counts) - counts)[article]) * roll_len
     rows = [articles[a][start : start + roll_len + 1] for a, start in zip(article, starts, strict=True)]
-    return Rolls(np.stack(rows), np.unique(article, return_inverse=True)[1].astype(np.int64))
+    return EvalSequences(np.stack(rows), np.unique(article, return_inverse=True)[1].astype(np.int64))
 
 
 def position_bins(context_len: int, per_octave: int = 1) -> list[tuple[int, int]]:
@@ -134,7 +143,7 @@ class Scores:
     losses: Mapping[str, Losses]
     """(R, W, n) in nats, by the short name of a condition or a baseline."""
     article_of: npt.NDArray[np.int64]
-    """(R,): as in `Rolls`."""
+    """(R,): as in `EvalSequences`."""
 
     def mean(self, name: str, *, minus: str | None = None, first_window: int = 0) -> Estimate:
         """Over all characters of the windows from `first_window` on; with `minus`, of the difference, paired by character."""

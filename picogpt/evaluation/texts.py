@@ -34,7 +34,7 @@ from picogpt.wording import Notify, plural
 
 __all__ = ["EvalText", "TrainedRun", "find_eval_text", "find_ngram_text", "validation_articles"]
 
-MOST_READ = 100_000_000
+MAX_CHARS_READ = 100_000_000
 """Characters of a stream that are searched for articles of enough length."""
 
 
@@ -254,12 +254,12 @@ def _streamed_training(trained: TrainedRun, shards: Shards, notify: Notify) -> I
 def validation_articles(reader: ArticleReader, roll_len: int, chars: int) -> Iterator[Ids]:
     """The articles for validation that are long enough for a roll, in order, until their rolls have so many characters.
 
-    After `MOST_READ` characters it ends with what there is.
+    After `MAX_CHARS_READ` characters it ends with what there is.
     """
     total = count = read = 0
     with contextlib.closing(reader.taken()) as taken:
         for article in taken:
-            if article.place.epoch > 0 or (total >= chars and count >= 2) or read >= MOST_READ:
+            if article.place.epoch > 0 or (total >= chars and count >= 2) or read >= MAX_CHARS_READ:
                 return
             read += len(article.ids)
             rolls = (len(article.ids) - 1) // roll_len

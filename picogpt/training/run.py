@@ -128,7 +128,7 @@ class TrainingRun:
         plan.ranks.connect()
         self._check_disk()
         if plan.request.fresh and folder.path.exists():
-            self._notify(f"the run that is there would be kept as {folder.free_name()}")
+            self._notify(f"the run that is there would be kept as {folder.next_backup_name()}")
         if plan.stored is not None and folder.has_checkpoint():
             state = folder.load_checkpoint(rename=False)[0].state
             self.trainer.step, self.trainer.seconds = int(state["step"]), float(state["seconds"])
@@ -157,7 +157,7 @@ class TrainingRun:
     def _archive(self) -> None:
         if self.folder.path.exists():
             with self.folder.lock():
-                self._notify(f"the run that was there is kept as {self.folder.set_aside()}")
+                self._notify(f"the run that was there is kept as {self.folder.archive()}")
 
     def _prepare(self) -> None:
         """Bring the trainer to where the run stands, and fix the number of steps."""

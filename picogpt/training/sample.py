@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from picogpt.config import GenerateConfig, SampleConfig
 from picogpt.errors import PicoGPTError
-from picogpt.inference import Engine, find_backend
-from picogpt.inference.generate import RollingDecoder, Sampler, StopWatcher, generate, never_drawn
+from picogpt.inference import Engine, load_engine_backend
+from picogpt.inference.generate import RollingDecoder, Sampler, StopSequenceFilter, generate, suppressed_ids
 from picogpt.rng import sample_generator
 from picogpt.tokenizer import CharTokenizer
 from picogpt.training.trainer import Trainer
@@ -21,11 +21,11 @@ def sample_text(trainer: Trainer, notify: Notify) -> str:
     """Text that the model generates after a newline, with the same draws every time; `notify` is told of a first compilation."""
     tokenizer = CharTokenizer()
     try:
-        engine = Engine(trainer.model.config, trainer.model.arrays(), backend=find_backend(notify))
+        engine = Engine(trainer.model.config, trainer.model.arrays(), backend=load_engine_backend(notify))
     except PicoGPTError as error:
         return f"(no sample: {error})"
     decoder = RollingDecoder(engine, GenerateConfig().hop_for(engine.config.context_len))
     logits = decoder.prefill(tokenizer.encode("\n")[None])
-    sampler = Sampler(SampleConfig(), [sample_generator(0)], never_drawn(trainer.source.text))
-    made = generate(decoder, logits, SAMPLE_CHARS, sampler=sampler, watchers=[StopWatcher([])])
+    sampler = Sampler(SampleConfig(), [sample_generator(0)], suppressed_ids(trainer.source.text))
+    made = generate(decoder, logits, SAMPLE_CHARS, sampler=sampler, stop_filters=[StopSequenceFilter([])])
     return "".join(tokenizer.decode(ids) for (ids,) in made)
