@@ -24,7 +24,15 @@ from benchmarks.train import PROFILES
 from picogpt.checks import ENGINE_DTYPES
 from picogpt.config import EngineDType, GenerateConfig, GPTConfig, SampleConfig
 from picogpt.inference import Engine
-from picogpt.inference.generate import OneByOne, Reader, RollingDecoder, Sampler, StopWatcher, generate, never_drawn
+from picogpt.inference.generate import (
+    Decoder,
+    RollingDecoder,
+    Sampler,
+    StepwiseDecoder,
+    StopSequenceFilter,
+    generate,
+    suppressed_ids,
+)
 from picogpt.inference.reference import ReferenceModel
 from picogpt.kernels.processor import vector_instructions
 from picogpt.rng import sample_generator
@@ -95,13 +103,13 @@ def random_ids(length: int, batch: int = 1) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(length).integers(1, 75, (batch, length), dtype=np.uint8)
 
 
-def speed(reader: Reader, prompt: npt.NDArray[np.uint8], count: int, batch: int = 1) -> float:
+def speed(reader: Decoder, prompt: npt.NDArray[np.uint8], count: int, batch: int = 1) -> float:
     """Characters a second, of all texts together, that are drawn and read behind `prompt`."""
     logits = reader.prefill(prompt)
     if isinstance(reader, RollingDecoder) and batch > 1:
         reader, logits = reader.fork(batch), np.repeat(logits, batch, axis=0)
-    sampler = Sampler(SampleConfig(), [sample_generator(0, i) for i in range(batch)], never_drawn(None))
-    made = generate(reader, logits, count + 1, sampler=sampler, watchers=[StopWatcher([]) for _ in range(batch)])
+    sampler = Sampler(SampleConfig(), [sample_generator(0, i) for i in range(batch)], suppressed_ids(None))
+    made = generate(reader, logits, count + 1, sampler=sampler, stop_filters=[StopSequenceFilter([]) for _ in range(batch)])
     next(made)  # drawn from the prompt's own logits
     start = time.perf_counter()
     for _ in made:
@@ -159,7 +167,7 @@ def one_text(path: Path, settings: Settings) -> None:
     reference = ReferenceModel.load(path).model
     calls: dict[str, Callable[[], float]] = {
         "plain C loop, float32, 1 thread": partial(plain.speed, SLICE),
-        "plain torch, whole text anew": lambda: speed(OneByOne(ReferenceModel(reference).prefill), random_ids(PROMPT), 1),
+        "plain torch, whole text anew": lambda: speed(StepwiseDecoder(ReferenceModel(reference).prefill), random_ids(PROMPT), 1),
     }
     for dtype in settings.dtypes:
         for threads in settings.threads:
@@ -186,7 +194,7 @@ class OngoingText:
 
     def __init__(self, engine: Engine) -> None:
         self._decoder = decoder_of(engine)
-        self._sampler = Sampler(SampleConfig(), [sample_generator(0)], never_drawn(None))
+        self._sampler = Sampler(SampleConfig(), [sample_generator(0)], suppressed_ids(None))
         self._last = self._sampler.draw(self._decoder.prefill(random_ids(PROMPT)))
 
     def speed(self) -> float:
@@ -297,8 +305,8 @@ def proportional_kb(process: int) -> int:
 def long_text(path: Path, settings: Settings) -> None:
     """Print the speed over the last tenth of 100,000 characters against the first."""
     decoder = decoder_of(Engine.load(path, threads=max(settings.threads), dtype=settings.dtypes[-1]))
-    sampler = Sampler(SampleConfig(), [sample_generator(0)], never_drawn(None))
-    made = generate(decoder, decoder.prefill(random_ids(128)), 100_000, sampler=sampler, watchers=[StopWatcher([])])
+    sampler = Sampler(SampleConfig(), [sample_generator(0)], suppressed_ids(None))
+    made = generate(decoder, decoder.prefill(random_ids(128)), 100_000, sampler=sampler, stop_filters=[StopSequenceFilter([])])
     marks, count = {0: time.perf_counter()}, 0
     for (ids,) in made:
         count += len(ids)
@@ -323,8 +331,8 @@ def beside_a_busy_core(path: Path, settings: Settings) -> None:
 def speed_for(engine: Engine, seconds: float) -> float:
     """Characters a second over some seconds."""
     decoder = decoder_of(engine)
-    sampler = Sampler(SampleConfig(), [sample_generator(0)], never_drawn(None))
-    made = generate(decoder, decoder.prefill(random_ids(128)), None, sampler=sampler, watchers=[StopWatcher([])])
+    sampler = Sampler(SampleConfig(), [sample_generator(0)], suppressed_ids(None))
+    made = generate(decoder, decoder.prefill(random_ids(128)), None, sampler=sampler, stop_filters=[StopSequenceFilter([])])
     start, count = time.perf_counter(), 0
     for (ids,) in made:
         count += len(ids)

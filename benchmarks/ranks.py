@@ -137,7 +137,7 @@ def rank(steps: int, sync_every: int, threads: int, dtype: str) -> None:
     flush_denormals()
     set_threads(threads)
     model, config = GPTConfig(), TrainConfig(sync_every=sync_every)
-    source = RepeatedSource(roll_len=config.windows * model.context_len, batch_size=config.batch_size)
+    source = RepeatedSource(sequence_len=config.windows * model.context_len, batch_size=config.batch_size)
     with ranks.propagate_exit_code():
         trainer = Trainer(model, config, source, choose_dtype(dtype)[0], ranks=ranks)
         for _ in range(2):  # which make buffers and kernels

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from picogpt.config import EngineDType, GenerateConfig, GPTConfig, SampleConfig, TextConfig
 from picogpt.errors import ConfigError, DataError
 from picogpt.inference import Engine
-from picogpt.inference.generate import ROLL_WINDOWS, RollingDecoder, Sampler, StopWatcher, generate, never_drawn
+from picogpt.inference.generate import MAX_PROMPT_WINDOWS, RollingDecoder, Sampler, StopSequenceFilter, generate, suppressed_ids
 from picogpt.model.roll import window_spans
 from picogpt.rng import sample_generator
 from picogpt.runs.find import find_log, find_model
@@ -131,14 +131,14 @@ class Model:
         assert draw.seed is not None
         ids = self._prompt_ids(prompt)
         decoder = RollingDecoder(self._engine, make.hop_for(self.config.context_len))
-        watcher = StopWatcher([self._stop_ids(text) for text in make.stop])
-        sampler = Sampler(draw, [sample_generator(draw.seed)], never_drawn(self._text))
-        parts = generate(decoder, decoder.prefill(ids[None]), max_new_tokens, sampler=sampler, watchers=[watcher])
+        watcher = StopSequenceFilter([self._stop_ids(text) for text in make.stop])
+        sampler = Sampler(draw, [sample_generator(draw.seed)], suppressed_ids(self._text))
+        parts = generate(decoder, decoder.prefill(ids[None]), max_new_tokens, sampler=sampler, stop_filters=[watcher])
         return (self.decode(part) for (part,) in parts if part)
 
     def _prompt_ids(self, prompt: str) -> npt.NDArray[np.uint8]:
         """The ids to read before the first new character: those of the prompt's end, or a newline, where a text starts."""
-        ids = self.encode(prompt)[-ROLL_WINDOWS * self.config.context_len :]
+        ids = self.encode(prompt)[-MAX_PROMPT_WINDOWS * self.config.context_len :]
         return ids if len(ids) else self._tokenizer.encode("\n")
 
     def _stop_ids(self, text: str) -> list[int]:
@@ -163,7 +163,7 @@ class Model:
         for i, (start, end) in enumerate(window_spans(len(ids), self.config.context_len)):
             if i:
                 window.reset(window.context())
-            rows.append(window.prefill(ids[None, start:end], every=True)[0])  # (n, V)
+            rows.append(window.prefill(ids[None, start:end], all_logits=True)[0])  # (n, V)
         return np.concatenate(rows)
 
     def score(self, text: str) -> Score:

@@ -46,7 +46,7 @@ def score(engine: Engine, texts: npt.NDArray[np.uint8], hop: int) -> npt.NDArray
     for start in range(0, texts.shape[1] - 1, 64):
         inputs = texts[:, start : min(start + 64, texts.shape[1] - 1)]
         targets = texts[:, start + 1 : start + 1 + inputs.shape[1]]
-        losses.append(nats(roll.prefill_every(inputs), targets))
+        losses.append(nats(roll.prefill_all_logits(inputs), targets))
     means: npt.NDArray[np.float64] = np.concatenate(losses, axis=1)[:, half:].mean(axis=1)
     return means
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--hops", type=int, nargs="+", default=HOPS, help="hops to measure")
     arguments = parser.parse_args()
     engine = Engine.load(find_model(arguments.model, Path("logs"))[0])
-    ids = TextSource(read_texts([arguments.text], name="text"), roll_len=ROLL, batch_size=1, seed=0).val_ids
+    ids = TextSource(read_texts([arguments.text], name="text"), sequence_len=ROLL, batch_size=1, seed=0).val_ids
     starts = np.linspace(0, len(ids) - 2 * ROLL - 1, arguments.texts).astype(int)
     texts = np.stack([ids[start : start + 2 * ROLL + 1] for start in starts])
     base = score(engine, texts, HOPS[0])

@@ -19,7 +19,7 @@ import picogpt.training.run
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Corpus, TextSource
 from picogpt.device import instruction_set
-from picogpt.inference import Backend, find_backend
+from picogpt.inference import EngineBackend, load_engine_backend
 from picogpt.kernels.compiled import INSTRUCTIONS
 from picogpt.training.forecast import EpochEnd
 from picogpt.training.trainer import StepReport, Trainer
@@ -113,9 +113,9 @@ def _usual_signals() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def compiled_backend() -> Backend:
+def compiled_backend() -> EngineBackend:
     """The inference engine's functions in C, compiled before any test looks at what a command writes."""
-    return find_backend()
+    return load_engine_backend()
 
 
 @pytest.fixture(autouse=True)
@@ -150,4 +150,4 @@ def tiny_source(config: TrainConfig, model: GPTConfig = TINY, n_chars: int = 300
     """Batches of a text that repeats, with a shape that fits `config`."""
     ids = np.tile(np.arange(1, 31, dtype=np.uint8), n_chars // 30)
     corpus = Corpus(name="tiny", ids=ids)
-    return TextSource(corpus, roll_len=config.windows * model.context_len, batch_size=config.batch_size, seed=config.seed)
+    return TextSource(corpus, sequence_len=config.windows * model.context_len, batch_size=config.batch_size, seed=config.seed)

@@ -37,7 +37,7 @@ def test_plain_loop_learns_the_same() -> None:
 
 def nanogpt() -> tuple[NanoGPTLoop, RepeatedSource]:
     """Its loop on windows of noise, three a step, and where they come from."""
-    source = RepeatedSource(roll_len=TINY.context_len, batch_size=3)
+    source = RepeatedSource(sequence_len=TINY.context_len, batch_size=3)
     return NanoGPTLoop(TINY, source), source
 
 

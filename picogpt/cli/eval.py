@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from picogpt.config import EngineDType
     from picogpt.data.articles import Ids
     from picogpt.evaluation.report import Report
-    from picogpt.evaluation.scores import Losses, Rolls
+    from picogpt.evaluation.scores import EvalSequences, Losses
     from picogpt.evaluation.texts import EvalText
     from picogpt.inference import Engine
 
@@ -123,20 +123,20 @@ def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig) -> Rep
     from picogpt.data.resolve import Console
     from picogpt.evaluation.baselines import compressed_bits
     from picogpt.evaluation.report import Report
-    from picogpt.evaluation.scores import Scores, cut_rolls
+    from picogpt.evaluation.scores import Scores, cut_sequences
     from picogpt.evaluation.texts import TrainedRun, find_eval_text, find_ngram_text
 
     engine = _load_engine(path, arguments.threads, arguments.dtype)
     trained, console = TrainedRun.of_model(path), Console(notice, DownloadBar)
-    roll_len = config.windows * engine.config.context_len
+    sequence_len = config.windows * engine.config.context_len
     text = find_eval_text(
         trained,
         TextRequest(paths=tuple(arguments.text), dataset=arguments.dataset, column=arguments.text_column),
-        roll_len=roll_len,
+        sequence_len=sequence_len,
         chars=config.chars,
         console=console,
     )
-    rolls = cut_rolls(text.articles, roll_len, config.chars)
+    rolls = cut_sequences(text.articles, sequence_len, config.chars)
     _announce(text, rolls)
     ngram_text = find_ngram_text(trained, text, arguments.ngram_text, console)
     losses = _read(engine, rolls)
@@ -169,7 +169,7 @@ def _load_engine(path: Path, threads: int | None, dtype: EngineDType) -> Engine:
     return engine
 
 
-def _read(engine: Engine, rolls: Rolls) -> dict[str, Losses]:
+def _read(engine: Engine, rolls: EvalSequences) -> dict[str, Losses]:
     """The loss of every character under each condition, with progress."""
     from picogpt.evaluation.evaluate import chars_to_read, evaluate
 
@@ -177,7 +177,7 @@ def _read(engine: Engine, rolls: Rolls) -> dict[str, Losses]:
         return evaluate(engine, rolls, advance=advance)
 
 
-def _read_as_is(engine: Engine, rolls: Rolls) -> Losses:
+def _read_as_is(engine: Engine, rolls: EvalSequences) -> Losses:
     """The loss of every character with the context vectors as they are, with progress."""
     from picogpt.evaluation.evaluate import evaluate_as_is
 
@@ -185,7 +185,7 @@ def _read_as_is(engine: Engine, rolls: Rolls) -> Losses:
         return evaluate_as_is(engine, rolls, advance=advance)
 
 
-def _count_ngram(text: tuple[str, Ids] | str, rolls: Rolls) -> tuple[str, Losses | None]:
+def _count_ngram(text: tuple[str, Ids] | str, rolls: EvalSequences) -> tuple[str, Losses | None]:
     """What the n-gram was counted on and its losses (R, T), or why there is none, of the name and ids of a text."""
     from picogpt.evaluation.baselines import NGRAM_CHARS, NGram
 
@@ -197,7 +197,7 @@ def _count_ngram(text: tuple[str, Ids] | str, rolls: Rolls) -> tuple[str, Losses
     return f"n-gram counted on {name}: {counted.n_chars:,} characters{cap}", counted.losses(rolls.ids)
 
 
-def _announce(text: EvalText, rolls: Rolls) -> None:
+def _announce(text: EvalText, rolls: EvalSequences) -> None:
     """Say what is scored."""
     R, T = len(rolls.ids), rolls.ids.shape[1] - 1
     why = "" if text.unit == "articles" else "; no articles are marked in it, so stretches stand for them"

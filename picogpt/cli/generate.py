@@ -228,13 +228,13 @@ class _Writer:
     chat: bool
 
     def __post_init__(self) -> None:
-        from picogpt.inference.generate import never_drawn
+        from picogpt.inference.generate import suppressed_ids
         from picogpt.tokenizer import SPECIAL_IDS, UNKNOWN_ID, CharTokenizer, TextEncoder
 
         self.tokenizer = CharTokenizer()
         # A model of an earlier version has read as <?> what is folded now. It knows the letters all the same.
         self._encoder = TextEncoder(fold=self.text is None or self.text.fold)
-        self._never = never_drawn(self.text, chat=self.chat)
+        self._never = suppressed_ids(self.text, chat=self.chat)
         if self.chat and (self.text is None or SPECIAL_IDS["<A>"] not in self.text.ids):
             notice("warning: --chat: this model is not known to be trained on questions and answers, so expect no answers of it")
         self._conversation: list[int] = []
@@ -281,7 +281,7 @@ class _Writer:
         """New ids of `count` texts after `ids` as they become certain, and which texts have come to a stop."""
         import numpy as np
 
-        from picogpt.inference.generate import RollingDecoder, Sampler, StopWatcher, generate
+        from picogpt.inference.generate import RollingDecoder, Sampler, StopSequenceFilter, generate
         from picogpt.rng import sample_generator
 
         decoder = RollingDecoder(self.engine, self.hop)
@@ -291,10 +291,10 @@ class _Writer:
         assert self.draw.seed is not None
         # Each turn of a loop has draws of its own.
         generators = [sample_generator(self.draw.seed, self._turns * self.make.num_samples + i) for i in range(count)]
-        watchers = [StopWatcher(self._stops) for _ in range(count)]
+        watchers = [StopSequenceFilter(self._stops) for _ in range(count)]
         self._turns += 1
         sampler = Sampler(self.draw, generators, self._never)
-        for parts in generate(decoder, logits, self.make.max_new_tokens, sampler=sampler, watchers=watchers):
+        for parts in generate(decoder, logits, self.make.max_new_tokens, sampler=sampler, stop_filters=watchers):
             yield parts, [watcher.stopped for watcher in watchers]
 
     def _prompt_ids(self, prompt: str) -> Sequence[int]:
@@ -311,9 +311,9 @@ class _Writer:
 
             self._conversation += [SPECIAL_IDS["<Q>"], *ids, SPECIAL_IDS["</Q>"], *newline, SPECIAL_IDS["<A>"]]
             ids = self._conversation
-        from picogpt.inference.generate import ROLL_WINDOWS
+        from picogpt.inference.generate import MAX_PROMPT_WINDOWS
 
-        longest = ROLL_WINDOWS * self.engine.config.context_len
+        longest = MAX_PROMPT_WINDOWS * self.engine.config.context_len
         if len(ids) > longest:
             notice(f"of the prompt's {len(ids):,} characters the model reads the last {longest:,}")
         return ids[-longest:] or newline  # a text begins where a line does

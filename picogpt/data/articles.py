@@ -300,20 +300,20 @@ def join_articles(reader: ArticleReader, characters: int, *, for_validation: boo
     return np.concatenate(parts)[:characters] if parts else np.zeros(0, np.uint8)
 
 
-def draw_validation(reader: ArticleReader, characters: int | None = None, *, roll_len: int = 0) -> Ids:
+def draw_validation(reader: ArticleReader, characters: int | None = None, *, sequence_len: int = 0) -> Ids:
     """The first articles for validation, joined.
 
     Args:
         reader: where articles come from; not started, and closed afterwards.
         characters: how many to draw; None for `VALIDATION_CHARS`.
-        roll_len: characters in a sequence, of which the other articles must make one at least.
+        sequence_len: characters in a sequence, of which the other articles must make one at least.
 
     Raises:
         DataError: there is no article for validation, or the data set is too short to train on.
     """
     wanted = VALIDATION_CHARS if characters is None else characters
     parts: list[Ids] = []
-    drawn, left = 0, PassLength(reader.name, roll_len, Place(0, 0, 0))
+    drawn, left = 0, PassLength(reader.name, sequence_len, Place(0, 0, 0))
     with contextlib.closing(reader.taken()) as taken:
         for article in taken:
             left.count(article)
@@ -332,12 +332,12 @@ class PassLength:
 
     Args:
         name: of the data set.
-        roll_len: characters in a sequence.
+        sequence_len: characters in a sequence.
         begun: the place of the first article that is counted.
     """
 
-    def __init__(self, name: str, roll_len: int, begun: Place) -> None:
-        self._name, self._roll_len = name, roll_len
+    def __init__(self, name: str, sequence_len: int, begun: Place) -> None:
+        self._name, self._roll_len = name, sequence_len
         self._epoch, self._from_start = begun.epoch, begun[1:] == (0, 0)
         self._chars = 0
 

@@ -72,16 +72,16 @@ class StreamSource:
     Args:
         reader: where articles come from; started by `begin` or `restore`.
         val_ids: the validation text.
-        roll_len: characters in a roll.
+        sequence_len: characters in a roll.
         batch_size: rolls in a batch.
         seed: of the draws from the pool.
     """
 
-    def __init__(self, reader: ArticleReader, val_ids: Ids, *, roll_len: int, batch_size: int, seed: int) -> None:
+    def __init__(self, reader: ArticleReader, val_ids: Ids, *, sequence_len: int, batch_size: int, seed: int) -> None:
         self.val_ids = val_ids
-        self._reader, self._roll_len, self._batch_size, self._seed = reader, roll_len, batch_size, seed
+        self._reader, self._roll_len, self._batch_size, self._seed = reader, sequence_len, batch_size, seed
         size = max(POOL, 2 * batch_size)
-        self._pool = np.zeros((size, roll_len + 1), np.uint8)
+        self._pool = np.zeros((size, sequence_len + 1), np.uint8)
         self._article_of = np.zeros(size, np.int64)  # number of the article that each sequence of the pool begins in
         self._filled = 0
         self._fresh: list[tuple[Ids, int]] = []  # sequences that are cut and not yet in the pool

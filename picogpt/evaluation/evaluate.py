@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from picogpt.evaluation.scores import CONDITIONS, Losses, Rolls
+from picogpt.evaluation.scores import CONDITIONS, EvalSequences, Losses
 from picogpt.inference import Engine
 from picogpt.inference.tensors import Floats
 
@@ -25,7 +25,7 @@ _PIECE_SECONDS = 0.5
 """The longest that a call of the engine should take, as Ctrl-C is heard between two of them."""
 
 
-def chars_to_read(rolls: Rolls, context_len: int) -> int:
+def chars_to_read(rolls: EvalSequences, context_len: int) -> int:
     """Characters that the model reads in `evaluate`, over all conditions."""
     R, T = len(rolls.ids), int(rolls.ids.shape[1]) - 1
     # The first window is the same under all conditions, and a sliding one that begins where a window does is the zeroed one.
@@ -34,12 +34,12 @@ def chars_to_read(rolls: Rolls, context_len: int) -> int:
     return R * context_len * windows
 
 
-def evaluate(engine: Engine, rolls: Rolls, *, advance: Advance) -> dict[str, Losses]:
+def evaluate(engine: Engine, rolls: EvalSequences, *, advance: Advance) -> dict[str, Losses]:
     """The loss of each character of the rolls, under each of `picogpt.evaluation.scores.CONDITIONS`.
 
     - `as_is`: as in training, each window starts from the mean of the one before it;
     - `zeroed`: each window starts from the zero vector, as only the first one does in training;
-    - `other`: from the vector at the same place of a roll of another article (`Rolls.partners`);
+    - `other`: from the vector at the same place of a roll of another article (`EvalSequences.partners`);
     - `sliding`: windows that start half a window after the one before, from the zero vector, of which the newest half is
       scored: the plain way to give each character at least half a window of context. Of the first one all is scored.
 
@@ -65,7 +65,7 @@ def evaluate(engine: Engine, rolls: Rolls, *, advance: Advance) -> dict[str, Los
     return losses
 
 
-def evaluate_as_is(engine: Engine, rolls: Rolls, *, advance: Advance) -> Losses:
+def evaluate_as_is(engine: Engine, rolls: EvalSequences, *, advance: Advance) -> Losses:
     """The losses (R, W, n) of `evaluate` under `as_is` alone; the model reads each character once."""
     return _as_is(_Reader(engine, rolls, advance))[0]
 
@@ -77,7 +77,7 @@ class _Reader:
         engine, rolls, advance: see `evaluate`.
     """
 
-    def __init__(self, engine: Engine, rolls: Rolls, advance: Advance) -> None:
+    def __init__(self, engine: Engine, rolls: EvalSequences, advance: Advance) -> None:
         self._engine, self._ids, self._advance = engine, rolls.ids, advance
         self._at_once = engine.threads  # windows of a piece; stays a multiple of it, as each thread takes whole windows
         self.n, self.n_embd = engine.config.context_len, engine.config.n_embd
@@ -128,7 +128,7 @@ def _sliding(reader: _Reader, zeroed: Losses) -> Losses:
     return losses.reshape(R, W, n)
 
 
-def _sliding_starts(roll_len: int, context_len: int) -> list[int]:
+def _sliding_starts(sequence_len: int, context_len: int) -> list[int]:
     """Where each overlapping window starts; the last one ends where the roll does."""
-    last = roll_len - context_len
+    last = sequence_len - context_len
     return [*range(0, last, max(1, context_len // 2)), last]

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from picogpt.config import GPTConfig, TextConfig
 from picogpt.errors import RunError
 from picogpt.files import atomic_write
-from picogpt.inference.generate import never_drawn
+from picogpt.inference.generate import suppressed_ids
 from picogpt.runs.folder import serialize_tensors
 from picogpt.tokenizer import SPECIAL_IDS, UNKNOWN_ID, VOCAB_SIZE, CharTokenizer
 
@@ -96,7 +96,7 @@ class Gpt2Model:
             "temperature": 0.5,
             "top_k": 0,
             "max_length": self.config.context_len + 1,
-            "suppress_tokens": never_drawn(self.text).tolist(),
+            "suppress_tokens": suppressed_ids(self.text).tolist(),
         }
 
     def card(self) -> str:

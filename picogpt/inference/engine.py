@@ -1,4 +1,4 @@
-"""The inference engine: a model's weights, packed for the functions in C where there is a compiler, and for numpy elsewhere."""
+"""The inference engine: a model's weights, packed for the native kernels where there is a C compiler, and for numpy elsewhere."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+# torch is not imported here, so that generation starts in a fraction of a second.
 from picogpt.config import EngineDType, GPTConfig
 from picogpt.errors import BuildError, ConfigError
 from picogpt.inference.native import NativeModel
@@ -24,53 +25,57 @@ from picogpt.runs.folder import open_model
 from picogpt.threads import choose_threads
 from picogpt.wording import Notify, say_nothing
 
-__all__ = ["Backend", "Engine", "find_backend"]
+__all__ = ["Engine", "EngineBackend", "load_engine_backend"]
 
 SOURCE = Path(__file__).parents[1] / "kernels" / "csrc" / "decode.c"
 _FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-pthread")
-"""Sums keep their order, so that a result does not depend on how rows are dealt out to threads."""
+"""Flags of the C compiler. Without `-ffast-math` sums keep their order, so results do not depend on the number of threads."""
+# gcc prefers 256-bit vectors on many AVX-512 processors unless it is told otherwise.
 _INSTRUCTIONS = {"AVX512": ("-march=native", "-mprefer-vector-width=512"), "AVX2": ("-mavx2", "-mfma")}
 
 
 @dataclass(frozen=True)
-class Backend:
-    """What computes: the functions of `decode.c`, or numpy where there is no library."""
+class EngineBackend:
+    """Native kernels (`decode.c`) or numpy."""
 
     library: ctypes.CDLL | None
+    """The compiled `decode.c`; None selects numpy."""
     reason: str
-    """What compiled the library, or why there is none."""
+    """Compiler of the library, or why there is none."""
 
 
-NUMPY = Backend(None, "as the caller asked")
+NUMPY = EngineBackend(None, "as requested")
 
 
-def find_backend(notify: Notify = say_nothing) -> Backend:
-    """The functions in C, compiled now or at an earlier start, or numpy and why.
+def load_engine_backend(notify: Notify = say_nothing) -> EngineBackend:
+    """Load the native kernels, compiling them if they are not cached; fall back to numpy with the reason.
 
     Args:
-        notify: is given a line before something is compiled.
+        notify: called with a line before anything is compiled.
     """
+    # A processor with neither instruction set gets none of these flags, and so the compiler's default.
     flags = [*_FLAGS, *_INSTRUCTIONS.get(vector_instructions(), ())]
     try:
         built = load_library(SOURCE, {}, flags=flags, link_flags=("-lm", "-pthread"), notify=notify)
     except BuildError as error:
-        return Backend(None, str(error))
-    return Backend(built.functions, f"compiled by {built.compiler}")
+        # No compiler, or one that fails: numpy gives the same text, only more slowly, so this is no error.
+        return EngineBackend(None, str(error))
+    return EngineBackend(built.functions, f"compiled by {built.compiler}")
 
 
 class Engine:
-    """A model, ready to generate and to score text.
+    """A model, ready to generate and score text.
 
     Args:
         config: the model's shape.
-        arrays: its state dict as arrays, nanoGPT's names; `lm_head.weight` may be missing, as it is the embedding.
-        backend: what computes it.
-        threads: how many threads do, at most.
-        dtype: the type of the matrices; `auto` is bfloat16 in C. numpy knows float32 alone.
+        arrays: its state dict as arrays, nanoGPT's names; `lm_head.weight` may be missing, as it is tied to the embedding.
+        backend: native kernels or numpy.
+        threads: maximum number of threads.
+        dtype: type of the matrices; `auto` is bfloat16 in C. numpy supports float32 only.
 
     Raises:
-        RunError: a weight is missing, of another shape, not finite or beyond all bounds, or the vocabulary is another.
-        ConfigError: numpy cannot compute in `dtype`.
+        RunError: a weight is missing, has another shape, is not finite or has diverged, or the vocabulary size differs.
+        ConfigError: `dtype` needs the native kernels, and `backend` has none.
     """
 
     def __init__(
@@ -78,13 +83,14 @@ class Engine:
         config: GPTConfig,
         arrays: Mapping[str, npt.NDArray[Any]],
         *,
-        backend: Backend = NUMPY,
+        backend: EngineBackend = NUMPY,
         threads: int = 1,
         dtype: EngineDType = "auto",
     ) -> None:
         tensors = Tensors(config, arrays)
         self.config, self.threads, self.backend = config, threads, backend
         self._native: NativeModel | None = None
+        # Either way the weights are packed once, here, and the arrays of the file can be freed.
         if backend.library is not None:
             self.dtype = "bfloat16" if dtype == "auto" else dtype
             self._native = NativeModel(backend.library, tensors, self.dtype)
@@ -92,7 +98,7 @@ class Engine:
             self.dtype = "float32"
             self._weights = Weights(tensors)
         else:
-            raise ConfigError(f"dtype {dtype} needs the functions in C, and there are none: {backend.reason}", "dtype")
+            raise ConfigError(f"dtype {dtype} needs the native kernels, which are not available: {backend.reason}", "dtype")
 
     @classmethod
     def load(
@@ -101,27 +107,28 @@ class Engine:
         *,
         threads: int | None = None,
         dtype: EngineDType = "auto",
-        backend: Backend | None = None,
+        backend: EngineBackend | None = None,
         notify: Notify = say_nothing,
     ) -> Engine:
-        """Read the model of a `.safetensors` file.
+        """Load the model from a `.safetensors` file.
 
         Args:
             path: the file.
             threads: see `picogpt.threads.choose_threads`.
             dtype: see `Engine`.
-            backend: what computes it; None takes C where it can be had, and tells `notify` if it cannot.
-            notify: takes a line that a user should see.
+            backend: native kernels or numpy; None uses C if it is available, and calls `notify` if it is not.
+            notify: called with a line that a user should see.
 
         Raises:
-            RunError: there is no model, or it is damaged.
+            RunError: the model is missing or damaged.
             ConfigError: see `Engine`.
         """
         if backend is None:
-            backend = find_backend(notify)
+            backend = load_engine_backend(notify)
             if backend.library is None:
                 notify(f"numpy computes the model, several times more slowly than C: {backend.reason}")
         count = choose_threads(threads).count
+        # The file stays open while the weights are packed, each read on demand: they need not all be in memory at once.
         with open_model(path) as (config, arrays):
             engine = cls(config, arrays, backend=backend, threads=count, dtype=dtype)
         if backend.library is None:
@@ -129,34 +136,36 @@ class Engine:
         return engine
 
     def window(self, batch: int = 1) -> Window:
-        """An empty window of `batch` texts, whose context vectors are zero."""
+        """Return an empty window of `batch` texts, whose context vectors are zero."""
         if self._native is not None:
             return NativeWindow(self._native, self.threads, batch)
         return NumpyWindow(self._weights, batch)
 
     def score(self, ids: Ids, contexts: Floats) -> tuple[Floats, Floats]:
-        """The losses of W windows, each by itself; every thread takes whole windows.
+        """Return the losses of W independent windows; each thread takes whole windows.
 
         Args:
-            ids: (W, n + 1), n from 1 to the window's length: what is read, and behind it the last target.
-            contexts: the context vectors (W, C) that they begin with.
+            ids: (W, n + 1), n from 1 to the window's length: n inputs, and the last target.
+            contexts: the context vectors (W, C) that the windows start from.
 
         Returns:
-            The losses (W, n) in nats, and the context vectors (W, C) for windows that begin where these end.
+            The losses (W, n) in nats, and the context vectors (W, C) for the windows that follow.
         """
         if self._native is not None:
             return score_windows(self._native, self.threads, ids, contexts)
         window = NumpyWindow(self._weights, len(ids))
         window.reset(contexts)
-        logits = window.prefill(ids[:, :-1], every=True)
+        logits = window.prefill(ids[:, :-1], all_logits=True)  # (W, n, V)
+        # Cross-entropy: log(sum exp(logits)) - logits[target], with the row maximum subtracted so that exp cannot overflow.
         logits -= logits.max(axis=-1, keepdims=True)
-        chosen = np.take_along_axis(logits, ids[:, 1:, None].astype(np.intp), axis=-1)[..., 0]
+        chosen = np.take_along_axis(logits, ids[:, 1:, None].astype(np.intp), axis=-1)[..., 0]  # (W, n)
         losses: Floats = np.log(np.exp(logits).sum(axis=-1)) - chosen
         return losses, window.context()
 
 
 def limit_numpy_threads(count: int) -> None:
-    """Have numpy's matrix products take at most `count` threads."""
+    """Limit numpy's matrix products (BLAS) to `count` threads."""
+    # Imported late: with the native kernels it is not needed.
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(count, user_api="blas")

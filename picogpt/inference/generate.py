@@ -1,6 +1,8 @@
-"""From predictions to characters: windows that hop through a text of any length, and sampling, pure and seeded.
+"""Generation: rolling windows over a text of any length, and seeded sampling.
 
-Ids in, ids out; knows no characters, no files and no torch.
+Ids in, ids out: this module knows no characters, no files and no torch.
+
+Dimensions: B texts in the batch, k new characters, V = vocab_size.
 """
 
 from __future__ import annotations
@@ -19,15 +21,15 @@ from picogpt.inference import Engine, NativeWindow, Sampling, Window
 from picogpt.tokenizer import SPECIAL_IDS, TEXT_IDS, UNKNOWN_ID, VOCAB_SIZE
 
 __all__ = [
-    "OneByOne",
-    "Reader",
+    "Decoder",
     "RollingDecoder",
     "Sampler",
-    "StopWatcher",
-    "filters_of",
+    "StepwiseDecoder",
+    "StopSequenceFilter",
+    "build_filters",
     "generate",
     "min_p_filter",
-    "never_drawn",
+    "suppressed_ids",
     "temperature_filter",
     "top_k_filter",
     "top_p_filter",
@@ -38,52 +40,58 @@ Scores = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.integer[Any]]
 Filter = Callable[[Scores], Scores]
 
-ROLL_WINDOWS = 10
-"""Windows of a prompt that are read, counted from its end: as many as training rolls over."""
+MAX_PROMPT_WINDOWS = 10
+"""Maximum number of windows read of a prompt, counted from its end: the length of a training sequence."""
 
-_SHOWN_EVERY = 0.02
-"""Seconds in which what is drawn at once should be done: text is to appear smoothly, and Ctrl-C to be heard."""
+_CALL_SECONDS = 0.02
+"""Target duration of one call of `Decoder.decode`: text appears smoothly, and Ctrl-C is handled between two calls."""
 
 
-class Reader(Protocol):
-    """A model that reads B texts side by side and predicts what follows."""
+class Decoder(Protocol):
+    """A model that reads a batch of B texts, and draws the characters that follow."""
 
     def prefill(self, ids: Ids) -> Floats:
-        """Read ids (B, k) behind those read before; return the logits (B, V) of the characters after them."""
+        """Append ids (B, k) to the texts; return the logits (B, V) of the next characters."""
 
-    def decode(self, ids: Ids, sampler: Sampler, most: int) -> Ids:
-        """Read ids (B,), draw the next ones, and so on up to `most` times; return what was drawn (n, B), n from 1 to `most`."""
+    def decode(self, ids: Ids, sampler: Sampler, max_new: int) -> Ids:
+        """Read ids (B,), draw the next ids, read those, and so on; return the ids drawn (n, B), n from 1 to `max_new`."""
 
 
-class OneByOne:
-    """A `Reader` made of a model that only predicts: ids are drawn in numpy.
+class StepwiseDecoder:
+    """A `Decoder` for a model that only predicts logits: ids are drawn in numpy, one at a time.
 
     Args:
-        prefill: the model's; see `Reader`.
+        prefill: the model's `Decoder.prefill`.
     """
 
     def __init__(self, prefill: Callable[[Ids], Floats]) -> None:
         self.prefill = prefill
 
-    def decode(self, ids: Ids, sampler: Sampler, most: int) -> Ids:  # noqa: ARG002 (one is allowed)
-        """See `Reader`."""
-        return sampler.draw(self.prefill(ids[:, None]))[None]
+    def decode(self, ids: Ids, sampler: Sampler, max_new: int) -> Ids:  # noqa: ARG002 (it always returns one)
+        """See `Decoder`."""
+        return sampler.draw(self.prefill(ids[:, None]))[None]  # (1, B)
 
 
 class RollingDecoder:
-    """The rolling text: windows with a KV cache, each beginning `hop` characters after the one before it.
+    """A `Decoder` for texts of any length: sliding windows with stride `hop`, each with a KV cache.
 
-    A window fills character by character. When it is full the next one begins `hop` characters further on: what the two
-    have in common, the newest characters, is read again in one go. Its context vector is that of an earlier window up to
-    the place where it begins itself: the longest stretch of at most a window's length, so a whole window where `hop` divides
-    that length, and the beginning of the first window while there is no other. So every window is one that training
-    knows, and time and memory for a character do not grow with the text. With `hop` 1 every character is predicted as if
-    the whole text had been cut anew for it, remainder first.
+    A window fills character by character. When it is full, the next window starts `hop` characters later, and prefills the
+    characters that both windows share. Its context vector is the mean of an earlier window, taken where the new window
+    starts. That earlier window is the longest one of at most the window's length: a full window if `hop` divides the length,
+    and the beginning of the first window as long as there is no other. So every window looks as in training, and the time
+    and memory for a character do not grow with the text. With `hop` 1 each character is predicted as if the whole text had
+    been cut into windows again for it, the remainder first.
+
+    Example with windows of 8 and hop 4; `c` is the snapshot of a window's mean that a later window starts from:
+
+        window 0   [0 1 2 3 c 4 5 6 7 c]
+        window 1           [4 5 6 7 8 9 10 11 c]        starts from window 0 after 4 characters
+        window 2                   [8 9 10 11 ...]      starts from window 0 after 8 characters
 
     Args:
         engine: the model.
-        hop: characters from one window's beginning to the next one's, from 1 to the window's length.
-        batch: B, how many texts go side by side.
+        hop: stride from one window's start to the next one's, from 1 to the window's length.
+        batch: B, texts in the batch.
     """
 
     def __init__(self, engine: Engine, hop: int, batch: int = 1) -> None:
@@ -94,30 +102,30 @@ class RollingDecoder:
         self._recent = np.zeros((batch, self._context_len), np.uint8)  # the window's characters
         self._contexts: deque[Floats] = deque()  # for the windows to come
         # Of each window the mean up to here is kept; of the first one also those of the hops on the way.
-        self._kept_at = self._context_len // hop * hop
-        self._next_kept = hop
+        self._snapshot_at = self._context_len // hop * hop
+        self._next_snapshot = hop
 
     def prefill(self, ids: Ids) -> Floats:
         """Read ids (B, k), k >= 1; return the logits (B, V) of the characters after them."""
         return [self._window.prefill(part) for part in self._parts(ids)][-1]
 
-    def prefill_every(self, ids: Ids) -> Floats:
+    def prefill_all_logits(self, ids: Ids) -> Floats:
         """Read ids (B, k), k >= 1; return the logits (B, k, V) after each of them."""
-        return np.concatenate([self._window.prefill(part, every=True) for part in self._parts(ids)], axis=1)
+        return np.concatenate([self._window.prefill(part, all_logits=True) for part in self._parts(ids)], axis=1)
 
-    def decode(self, ids: Ids, sampler: Sampler, most: int) -> Ids:
-        """Read ids (B,), draw the next ones, and so on up to `most` times, within one window.
+    def decode(self, ids: Ids, sampler: Sampler, max_new: int) -> Ids:
+        """Decode ids (B,), draw the next ones, and so on up to `max_new` times, within one window.
 
         Returns:
-            The ids drawn (n, B), n from 1 to `most`, of which the last have not been read.
+            The ids drawn (n, B), n from 1 to `max_new`. The last of them are not in the KV cache yet.
         """
         if not isinstance(self._window, NativeWindow):
-            return OneByOne(self.prefill).decode(ids, sampler, most)
-        n = min(most, self._make_space())
-        drawn = self._window.decode(ids, sampler.numbers(n), sampler.native)
+            return StepwiseDecoder(self.prefill).decode(ids, sampler, max_new)
+        n = min(max_new, self._chars_to_boundary())
+        drawn = self._window.decode(ids, sampler.uniforms(n), sampler.native)
         end = len(self._window)
         self._recent[:, end - n : end] = np.concatenate((ids[None], drawn[:-1])).T
-        self._keep_context()
+        self._take_snapshot()
         return drawn
 
     def fork(self, batch: int) -> RollingDecoder:
@@ -130,103 +138,109 @@ class RollingDecoder:
         return other
 
     def _parts(self, ids: Ids) -> Iterator[Ids]:
-        """Cut `ids` where a window is full or a mean is to be kept; the caller reads each part before asking for the next."""
+        """Split `ids` at window ends and snapshots; the caller must prefill each part before it takes the next."""
         start = 0
         while start < ids.shape[1]:
-            part = ids[:, start : start + self._make_space()]
+            part = ids[:, start : start + self._chars_to_boundary()]
             n = len(self._window)
             self._recent[:, n : n + part.shape[1]] = part
             yield part
             start += part.shape[1]
-            self._keep_context()
+            self._take_snapshot()
 
-    def _make_space(self) -> int:
-        """How many characters can be read before a window is full or a mean is to be kept; at least one."""
+    def _chars_to_boundary(self) -> int:
+        """Return how many characters fit before the next window end or snapshot, at least one; start a window if none fits."""
         if self._window.free == 0:
-            self._begin_next()
+            self._start_window()
         n = len(self._window)
-        return min(self._window.free, self._next_kept - n if n < self._next_kept else self._context_len)
+        return min(self._window.free, self._next_snapshot - n if n < self._next_snapshot else self._context_len)
 
-    def _keep_context(self) -> None:
-        if len(self._window) == self._next_kept:
+    def _take_snapshot(self) -> None:
+        if len(self._window) == self._next_snapshot:
             self._contexts.append(self._window.context())
-            self._next_kept = min(self._next_kept + self._hop, self._context_len + 1)
+            # In later windows the next one is beyond the end, so there is one snapshot for each window.
+            self._next_snapshot = min(self._next_snapshot + self._hop, self._context_len + 1)
 
-    def _begin_next(self) -> None:
+    def _start_window(self) -> None:
         self._window.reset(self._contexts.popleft())
-        kept = self._recent[:, self._hop :].copy()
-        if kept.size:
-            self._window.prefill(kept)
-            self._recent[:, : kept.shape[1]] = kept
-        self._next_kept = self._kept_at
+        # The KV cache depends on positions in the window, so the shared characters are prefilled again.
+        shared = self._recent[:, self._hop :].copy()
+        if shared.size:  # none if the hop is a whole window
+            self._window.prefill(shared)
+            self._recent[:, : shared.shape[1]] = shared
+        self._next_snapshot = self._snapshot_at
 
 
-def never_drawn(text: TextConfig | None, *, chat: bool = False) -> npt.NDArray[np.intp]:
-    """Ids that a model never draws: all but those of its training text, without unknown and the special tokens.
+def suppressed_ids(text: TextConfig | None, *, chat: bool = False) -> npt.NDArray[np.intp]:
+    """Return the ids that are never drawn: those not in the training text, the unknown id and the special tokens.
 
-    The model has learned nothing of an id that its text did not hold.
+    The model has learned nothing about an id that never occurred in training.
 
     Args:
-        text: what is known of the training text; None allows all characters.
+        text: description of the training text; None allows all characters.
         chat: whether to allow the special tokens.
     """
+    # The suppressed ids are the complement of the allowed ones.
     specials = set(SPECIAL_IDS.values())
     drawn = set(TEXT_IDS if text is None else text.ids) - specials - {UNKNOWN_ID}
     return np.array(sorted(set(range(VOCAB_SIZE)) - drawn - (specials if chat else set())), np.intp)
 
 
-def never_filter(scores: Scores, ids: npt.NDArray[np.intp]) -> Scores:
-    """Leave all but `ids` of the scores (..., V)."""
-    left: Scores = scores.copy()
-    left[..., ids] = -np.inf
-    return left
+def suppress_filter(scores: Scores, ids: npt.NDArray[np.intp]) -> Scores:
+    """Set `ids` of `scores` (..., V) to -inf."""
+    kept: Scores = scores.copy()
+    kept[..., ids] = -np.inf
+    return kept
 
 
 def temperature_filter(scores: Scores, temperature: float) -> Scores:
-    """Divide logits `scores` (..., V), less the largest, by `temperature`; 0 leaves only the likeliest, the first of equals."""
+    """Divide logits `scores` (..., V), minus their maximum, by `temperature`; 0 keeps only the argmax, the first of equals."""
     if temperature == 0:
         best = np.full_like(scores, -np.inf)
         np.put_along_axis(best, scores.argmax(axis=-1, keepdims=True), 0.0, axis=-1)
         return best
-    # The maximum goes first, so that a tiny temperature makes no infinity less infinity.
+    # The maximum is subtracted first: it stays 0 at any temperature, and all else may overflow to -inf, but never to NaN.
     with np.errstate(over="ignore"):
         divided: Scores = (scores - scores.max(axis=-1, keepdims=True)) / temperature
     return divided
 
 
 def top_k_filter(scores: Scores, k: int) -> Scores:
-    """Leave the `k` largest of `scores` (..., V), of equals the first; 0 leaves all."""
+    """Keep the `k` largest of `scores` (..., V), the first of equals; 0 keeps all."""
     if not 0 < k < scores.shape[-1]:
         return scores
+    # A stable sort, so that of equal scores the same ones are kept as by the native kernels.
     order = np.argsort(-scores, axis=-1, kind="stable")
     return _without(scores, order[..., k:])
 
 
 def top_p_filter(scores: Scores, p: float) -> Scores:
-    """Leave the likeliest of `scores` (..., V) that together reach probability `p` (nucleus: Holtzman et al., 2020)."""
+    """Keep the smallest set of `scores` (..., V) whose probability reaches `p` (nucleus sampling: Holtzman et al., 2020)."""
     if p >= 1:
         return scores
     order = np.argsort(-scores, axis=-1, kind="stable")
-    ranked = np.take_along_axis(_softmax(scores), order, axis=-1)
+    ranked = np.take_along_axis(_softmax(scores), order, axis=-1)  # probabilities, largest first
+    # An id is kept if the probability of those ranked before it is below p, so the one that reaches p is kept too.
     before = ranked.cumsum(axis=-1) - ranked
     kept = np.where(before < p, np.take_along_axis(scores, order, axis=-1), -np.inf)
-    result = np.empty_like(scores)
+    result = np.empty_like(scores)  # back in the order of ids
     np.put_along_axis(result, order, kept, axis=-1)
     return result
 
 
 def min_p_filter(scores: Scores, p: float) -> Scores:
-    """Leave those of `scores` (..., V) at least `p` times as likely as the likeliest (Nguyen et al., 2025)."""
+    """Keep `scores` (..., V) with at least `p` times the largest probability (min-p: Nguyen et al., 2025)."""
     if p <= 0:
         return scores
+    # q >= p max(q) in logits: s >= max(s) + log(p), without a softmax.
     kept: Scores = np.where(scores >= scores.max(axis=-1, keepdims=True) + math.log(p), scores, -np.inf)
     return kept
 
 
 def _without(scores: Scores, indices: npt.NDArray[np.intp]) -> Scores:
-    left: Scores = scores.copy()
-    np.put_along_axis(left, indices, -np.inf, axis=-1)
-    return left
+    kept: Scores = scores.copy()
+    np.put_along_axis(kept, indices, -np.inf, axis=-1)
+    return kept
 
 
 def _softmax(scores: Scores) -> Scores:
@@ -235,71 +249,74 @@ def _softmax(scores: Scores) -> Scores:
     return probabilities
 
 
-def filters_of(config: SampleConfig, never: npt.NDArray[np.intp] | None = None) -> list[Filter]:
-    """The filters of `config` that do anything, in the order in which they are applied; ids of `never` are left out first."""
-    chosen: list[Filter] = [] if never is None else [lambda scores: never_filter(scores, never)]
-    chosen.append(lambda scores: temperature_filter(scores, config.temperature))
+def build_filters(config: SampleConfig, suppressed: npt.NDArray[np.intp] | None = None) -> list[Filter]:
+    """Return the active filters of `config` in the order in which they apply; `suppressed` ids are removed first."""
+    filters: list[Filter] = [] if suppressed is None else [lambda scores: suppress_filter(scores, suppressed)]
+    filters.append(lambda scores: temperature_filter(scores, config.temperature))
     if config.top_k:
-        chosen.append(lambda scores: top_k_filter(scores, config.top_k))
+        filters.append(lambda scores: top_k_filter(scores, config.top_k))
     if config.top_p < 1:
-        chosen.append(lambda scores: top_p_filter(scores, config.top_p))
+        filters.append(lambda scores: top_p_filter(scores, config.top_p))
     if config.min_p > 0:
-        chosen.append(lambda scores: min_p_filter(scores, config.min_p))
-    return chosen
+        filters.append(lambda scores: min_p_filter(scores, config.min_p))
+    return filters
 
 
 class Sampler:
-    """Draws ids, each with one number of its own text's generator.
+    """Draws ids, using exactly one random number per id from the text's own generator.
 
     Args:
-        config: how.
+        config: the sampling parameters.
         generators: one for each of B texts; see `picogpt.rng.sample_generator`.
-        never: ids that are not drawn (`never_drawn`).
+        suppressed: ids that are never drawn (`suppressed_ids`).
     """
 
     def __init__(
         self,
         config: SampleConfig,
         generators: Sequence[np.random.Generator],
-        never: npt.NDArray[np.intp] | None = None,
+        suppressed: npt.NDArray[np.intp] | None = None,
     ) -> None:
-        self._filters, self._generators = filters_of(config, never), generators
+        self._filters, self._generators = build_filters(config, suppressed), generators
         allowed = np.zeros(VOCAB_SIZE)
-        allowed[[] if never is None else never] = -np.inf
+        allowed[[] if suppressed is None else suppressed] = -np.inf
         self.native = Sampling(config.temperature, config.top_k, config.top_p, config.min_p, allowed)
-        """The same for the functions in C, which come to the same ids."""
+        """The same parameters for the native kernels, which draw the same ids."""
 
-    def numbers(self, count: int) -> Scores:
-        """The next `count` numbers of each generator, (count, B)."""
-        numbers: Scores = np.stack([generator.random(count) for generator in self._generators], axis=1)
-        return numbers
+    def uniforms(self, count: int) -> Scores:
+        """Draw `count` random numbers in [0, 1) from each generator, (count, B)."""
+        uniforms: Scores = np.stack([generator.random(count) for generator in self._generators], axis=1)
+        return uniforms
 
     def draw(self, logits: Floats) -> npt.NDArray[np.intp]:
-        """An id for each row of `logits` (B, V)."""
+        """Draw an id for each row of `logits` (B, V)."""
+        # float64, as in the native kernels, so that both draw the same ids from the same logits.
         scores = logits.astype(np.float64)
         for apply in self._filters:
             scores = apply(scores)
-        cumulative = np.exp(scores - scores.max(axis=-1, keepdims=True)).cumsum(axis=-1)
-        draws = self.numbers(1)[0] * cumulative[:, -1]
+        # Inverse transform sampling: the first id whose cumulative probability exceeds the random number. The probabilities
+        # are not normalised; the random number is scaled by their sum instead.
+        cumulative = np.exp(scores - scores.max(axis=-1, keepdims=True)).cumsum(axis=-1)  # (B, V)
+        draws = self.uniforms(1)[0] * cumulative[:, -1]  # (B,)
         drawn: npt.NDArray[np.intp] = (cumulative > draws[:, None]).argmax(axis=-1)
         return drawn
 
 
-class StopWatcher:
-    """Holds back characters that may be the beginning of a stop text, and ends a sample where one is complete.
+class StopSequenceFilter:
+    """Holds back ids that may begin a stop sequence, and ends a text where a stop sequence is complete.
 
     Args:
-        stops: the ids of each stop text.
+        stops: the ids of each stop sequence.
     """
 
     def __init__(self, stops: Sequence[Sequence[int]]) -> None:
         self._stops = [tuple(stop) for stop in stops]
         self._held: list[int] = []
         self.stopped = False
-        """Whether a stop text has come."""
+        """Whether a stop sequence was found."""
 
-    def pass_on(self, token: int) -> list[int]:
-        """Take the next id; return those that are now certain to be no part of a stop text."""
+    def push(self, token: int) -> list[int]:
+        """Take the next id; return the ids that can no longer be part of a stop sequence."""
         if not self._stops:
             return [token]
         self._held.append(token)
@@ -308,6 +325,7 @@ class StopWatcher:
             if held[-len(stop) :] == stop:
                 self.stopped = True
                 return self._release(len(held) - len(stop))
+        # Hold back the longest suffix that is a proper prefix of a stop sequence; everything before it is safe.
         longest = max((n for stop in self._stops for n in range(1, len(stop)) if held[-n:] == stop[:n]), default=0)
         return self._release(len(held) - longest)
 
@@ -315,46 +333,49 @@ class StopWatcher:
         released, self._held = self._held[:count], self._held[count:]
         return released
 
-    def finish(self) -> list[int]:
-        """What is still held back when no more comes; nothing once a stop text has come."""
+    def flush(self) -> list[int]:
+        """Return the ids still held back at the end of the text; none if a stop sequence was found."""
         return [] if self.stopped else self._release(len(self._held))
 
 
 def generate(
-    reader: Reader, logits: Floats, n_new: int | None, *, sampler: Sampler, watchers: Sequence[StopWatcher]
+    decoder: Decoder, logits: Floats, n_new: int | None, *, sampler: Sampler, stop_filters: Sequence[StopSequenceFilter]
 ) -> Iterator[list[list[int]]]:
-    """Continue B texts until each has `n_new` characters or a stop text.
+    """Continue B texts until each has `n_new` characters or ends in a stop sequence.
 
     Args:
-        reader: the model, which has read the prompt.
-        logits: what it predicts after the prompt (B, V).
-        n_new: characters of each text; None for no end.
-        sampler: how they are drawn.
-        watchers: B watchers for stop texts.
+        decoder: the model, which has read the prompt.
+        logits: its logits after the prompt (B, V).
+        n_new: characters to generate for each text; None means no limit.
+        sampler: draws the ids.
+        stop_filters: B filters, one for each text.
 
     Yields:
-        Several times a second, for each text the ids that are now certain to be part of it.
+        For each text its new ids, several times a second.
     """
     left = math.inf if n_new is None else n_new
-    drawn: Ids = sampler.draw(logits)[None] if left else np.empty((0, len(watchers)), np.intp)
-    at_once = 1
+    # The first id comes from the prompt's logits; every later one from `decode`, which reads the id before it.
+    drawn: Ids = sampler.draw(logits)[None] if left else np.empty((0, len(stop_filters)), np.intp)  # (n, B)
+    max_new = 1
     while len(drawn):
         left -= len(drawn)
-        yield [_pass_on(watcher, ids) for watcher, ids in zip(watchers, drawn.T.tolist(), strict=True)]
-        if not left or all(watcher.stopped for watcher in watchers):
+        yield [_push_all(stop_filter, ids) for stop_filter, ids in zip(stop_filters, drawn.T.tolist(), strict=True)]
+        # All texts of a batch go on until the last one has stopped.
+        if not left or all(stop_filter.stopped for stop_filter in stop_filters):
             break
+        # The length of a call starts at one character and doubles until the call takes `_CALL_SECONDS`.
         start = time.perf_counter()
-        drawn = reader.decode(drawn[-1], sampler, int(min(left, at_once)))
+        drawn = decoder.decode(drawn[-1], sampler, int(min(left, max_new)))
         seconds = (time.perf_counter() - start) / len(drawn)
-        at_once = max(1, min(2 * at_once, int(_SHOWN_EVERY / seconds)))
-    yield [watcher.finish() for watcher in watchers]
+        max_new = max(1, min(2 * max_new, int(_CALL_SECONDS / seconds)))
+    yield [stop_filter.flush() for stop_filter in stop_filters]
 
 
-def _pass_on(watcher: StopWatcher, ids: Sequence[int]) -> list[int]:
-    """The ids that are certain once `ids` have come, up to a stop text."""
-    certain: list[int] = []
+def _push_all(stop_filter: StopSequenceFilter, ids: Sequence[int]) -> list[int]:
+    """Push `ids` up to a stop sequence; return the ids that come out."""
+    released: list[int] = []
     for token in ids:
-        if watcher.stopped:
+        if stop_filter.stopped:
             break
-        certain += watcher.pass_on(token)
-    return certain
+        released += stop_filter.push(token)
+    return released

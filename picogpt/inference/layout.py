@@ -1,6 +1,7 @@
-"""The structures of `kernels/decode.c`, its constants and its functions: names, fields and order are those of their twins in C.
+"""ctypes declarations of the structures, constants and functions of `kernels/csrc/decode.c`.
 
-Every offset, size and value is compared when the library is loaded.
+Names, fields and their order match the C declarations, which also say what each field holds. Every offset, size and value is
+compared when the library is loaded: a field in the wrong place would be a write to foreign memory.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = [
 
 
 class MatrixStruct(ctypes.Structure):
-    """A packed matrix."""
+    """A packed matrix, in panels of `PANEL` outputs."""
 
     _fields_ = (*fields_of(c_void_p, "packed scales bias"), *fields_of(c_int32, "type n_out n_in lines"))
 
@@ -47,7 +48,7 @@ class LayerStruct(ctypes.Structure):
 
 
 class ModelStruct(ctypes.Structure):
-    """All weights, and the model's shape."""
+    """The model's weights and shape."""
 
     _fields_ = (
         *fields_of(c_void_p, "tokens positions layers lnf_weight lnf_bias"),
@@ -57,13 +58,13 @@ class ModelStruct(ctypes.Structure):
 
 
 class WindowsStruct(ctypes.Structure):
-    """The KV cache of several windows."""
+    """The KV cache of a batch of windows, and the sums of their outputs."""
 
     _fields_ = (*fields_of(c_void_p, "keys values sums contexts"), *fields_of(c_int32, "texts filled cache reserved"))
 
 
 class SamplingStruct(ctypes.Structure):
-    """How ids are drawn."""
+    """Sampling parameters."""
 
     _fields_ = (
         *fields_of(c_double, "temperature top_p min_p"),
@@ -73,19 +74,19 @@ class SamplingStruct(ctypes.Structure):
 
 
 class PrefillStruct(ctypes.Structure):
-    """A request to read ids."""
+    """Arguments of `prefill`: read many ids of each text."""
 
     _fields_ = (*fields_of(c_void_p, "model windows ids logits workspace"), *fields_of(c_int32, "length every threads reserved"))
 
 
 class DecodeStruct(ctypes.Structure):
-    """A request to read and draw ids in turns."""
+    """Arguments of `decode`: read one id of each text and draw the next, `count` times."""
 
     _fields_ = (*fields_of(c_void_p, "model windows sampling ids uniforms drawn workspace"), *fields_of(c_int32, "count threads"))
 
 
 class ScoringStruct(ctypes.Structure):
-    """A request for the losses of whole windows."""
+    """Arguments of `score`: the losses of whole windows."""
 
     _fields_ = (
         *fields_of(c_void_p, "model ids contexts losses means workspace"),
@@ -93,6 +94,7 @@ class ScoringStruct(ctypes.Structure):
     )
 
 
+# `reserved` fields fill each structure up to a multiple of 8 bytes, so that no compiler pads it in its own way.
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "matrix": MatrixStruct,
     "layer": LayerStruct,
@@ -103,13 +105,13 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "decode": DecodeStruct,
     "scoring": ScoringStruct,
 }
-"""By their names in C."""
+"""The structures, by their names in C."""
 PANEL, GROUP = 16, 64
-"""Outputs of a panel, and inputs that share a scale in int8."""
+"""Outputs in a panel, and inputs that share a quantization scale in int8."""
 
 
 class NumberType(IntEnum):
-    """Types of a packed matrix: `enum number_type`."""
+    """Number type of a packed matrix: `enum number_type`."""
 
     FLOAT32 = 0
     BFLOAT16_PAIRS = 1
@@ -117,20 +119,20 @@ class NumberType(IntEnum):
 
 
 class CacheType(IntEnum):
-    """Types of a KV cache: `enum cache_type`."""
+    """Number type of a KV cache: `enum cache_type`."""
 
     CACHE_FLOAT32 = 0
     CACHE_BFLOAT16 = 1
 
 
 def declare_functions(library: ctypes.CDLL) -> None:
-    """Compare all of this module with the library, and declare what its functions take and return.
+    """Check this module against the library, and declare the arguments and results of its functions.
 
     Raises:
-        AssertionError: decode.c or this module was changed alone.
+        AssertionError: decode.c and this module differ.
     """
     constants = {"PANEL": PANEL, "GROUP": GROUP, **NumberType.__members__, **CacheType.__members__}
-    compare_layouts(library, STRUCTURES, constants, sides="decode.c and picogpt/engine/layout.py")
+    compare_layouts(library, STRUCTURES, constants, sides="decode.c and picogpt/inference/layout.py")
     pointer, number = c_void_p, ctypes.c_int
     for name, arguments, result in (
         ("workspace_bytes", [pointer, number, number], ctypes.c_long),
@@ -141,4 +143,5 @@ def declare_functions(library: ctypes.CDLL) -> None:
         ("pack", [pointer, pointer, number, number], None),
     ):
         function = getattr(library, name)
+        # Without argtypes ctypes would pass addresses as 32-bit integers.
         function.argtypes, function.restype = arguments, result

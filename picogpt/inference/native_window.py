@@ -1,6 +1,6 @@
-"""Windows of text whose KV cache `kernels/decode.c` fills, and the losses of whole windows.
+"""Windows of text whose KV cache the native kernels fill, and the losses of whole windows (`kernels/csrc/decode.c`).
 
-Dimensions: L layers, B texts side by side, k new characters, H heads of D entries, C = n_embd, S slots of a window, V ids,
+Dimensions: L layers, B texts in the batch, k new characters, H heads of D entries, C = n_embd, S slots of a window, V ids,
 W whole windows; D, S, C and V are padded in memory.
 """
 
@@ -21,49 +21,51 @@ from picogpt.inference.window import Ids
 
 __all__ = ["NativeWindow", "Sampling", "score_windows"]
 
-_MANY_TEXTS = 8
-"""From so many texts on the KV cache is in bfloat16, unless float32 is asked for."""
-_ROWS = 256
-"""Rows of activations at once, at least; longer inputs are read in pieces."""
+_BFLOAT16_BATCH = 8
+"""Smallest batch with a KV cache in bfloat16, unless the model is in float32."""
+_CHUNK_ROWS = 256
+"""Rows of activations that the workspace holds, at least; longer inputs are read in chunks."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How ids are drawn; see `picogpt.config.SampleConfig`."""
+    """Sampling parameters for the native kernels; see `picogpt.config.SampleConfig`."""
 
     temperature: float
     top_k: int
     top_p: float
     min_p: float
     allowed: npt.NDArray[np.float64]
-    """(V,): 0 for ids that may be drawn, and -inf for others."""
+    """(V,): 0 for ids that may be drawn, -inf for suppressed ones; added to the logits."""
 
     def struct(self) -> SamplingStruct:
-        """The structure for C, which this object has to outlive."""
-        numbers = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        return SamplingStruct(**numbers, allowed=self.allowed.ctypes.data)
+        """Return the C structure. It points into this object, which must outlive it."""
+        parameters = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        return SamplingStruct(**parameters, allowed=self.allowed.ctypes.data)
 
 
 class NativeWindow:
-    """A `picogpt.inference.window.Window` in C.
+    """A `picogpt.inference.window.Window` computed by the native kernels.
 
     Args:
         model: the packed model.
-        threads: how many compute it, at most.
-        batch: B, how many texts go side by side.
+        threads: maximum number of threads.
+        batch: B, texts in the batch.
     """
 
     def __init__(self, model: NativeModel, threads: int, batch: int = 1) -> None:
         config, self._model, self._threads, self._batch = model.config, model, threads, batch
-        self._rows = max(_ROWS, 2 * batch)
+        # At least two rows for each text: the context vector's slot and one character.
+        self._rows = max(_CHUNK_ROWS, 2 * batch)
         heads, D, S = (config.n_layer, batch, config.n_head), model.head_size, config.context_len + 1
-        # Many texts have more keys and values than the processor's caches hold; in half the size they are read in half the time.
-        in_bfloat16 = batch >= _MANY_TEXTS and model.dtype != "float32"
+        # The KV cache of a large batch exceeds the processor's caches: with half the bytes it is read in half the time.
+        in_bfloat16 = batch >= _BFLOAT16_BATCH and model.dtype != "float32"
         cache_type = np.uint16 if in_bfloat16 else np.float32
-        self._keys = aligned((*heads, D, padded(S)), cache_type)  # reordered within a head, see decode.c
-        self._values = aligned((*heads, S, padded(D)), cache_type)
+        self._keys = aligned((*heads, D, padded(S)), cache_type)  # (L, B, H, D * SP), in panels of slots within a head
+        self._values = aligned((*heads, S, padded(D)), cache_type)  # (L, B, H, S, DP)
         self._contexts: Floats = aligned((batch, padded(config.n_embd)), np.float32)
         self._sums: Floats = aligned((batch, padded(config.n_embd)), np.float32)
+        # Activations and each thread's scratch buffers, allocated once: no call allocates memory in C.
         self._workspace = aligned((model.library.workspace_bytes(model.address, self._rows, threads),), np.uint8)
         self._tuner = ThreadTuner(threads)
         arrays = {"keys": self._keys, "values": self._values, "sums": self._sums, "contexts": self._contexts}
@@ -73,21 +75,22 @@ class NativeWindow:
     def reset(self, contexts: Floats) -> None:
         """See `Window`."""
         self._struct.filled = 0
-        self._contexts[:, : contexts.shape[1]] = contexts
+        self._contexts[:, : contexts.shape[1]] = contexts  # the padding behind them stays zero
         self._sums[...] = 0
 
     def fork(self, batch: int) -> NativeWindow:
         """See `Window`."""
         other = NativeWindow(self._model, self._threads, batch)
-        for theirs, ours in ((other._keys, self._keys), (other._values, self._values)):
-            theirs[...] = ours if theirs.dtype == ours.dtype else _bfloat16(ours)
+        # Assignment broadcasts the one text over the batch. The larger batch may store its cache in bfloat16.
+        for target, source in ((other._keys, self._keys), (other._values, self._values)):
+            target[...] = source if target.dtype == source.dtype else _bfloat16(source)
         other._contexts[...], other._sums[...] = self._contexts, self._sums
         other._struct.filled = self._struct.filled
         return other
 
     def __len__(self) -> int:
         """See `Window`."""
-        return max(0, int(self._struct.filled) - 1)
+        return max(0, int(self._struct.filled) - 1)  # the context vector takes the first slot
 
     @property
     def free(self) -> int:
@@ -99,20 +102,20 @@ class NativeWindow:
         mean: Floats = self._sums[:, : self._model.config.n_embd] / np.float32(self._struct.filled)
         return mean
 
-    def prefill(self, ids: Ids, *, every: bool = False) -> Floats:
+    def prefill(self, ids: Ids, *, all_logits: bool = False) -> Floats:
         """See `Window`."""
         assert 1 <= ids.shape[1] <= self.free, (ids.shape, self.free)
         most = self._rows // self._batch - 1  # beside the context vector's slot
-        parts = [self._prefill(ids[:, i : i + most], every=every) for i in range(0, ids.shape[1], most)]
-        logits: Floats = np.concatenate(parts, axis=1) if every else parts[-1]
+        parts = [self._prefill(ids[:, i : i + most], all_logits=all_logits) for i in range(0, ids.shape[1], most)]
+        logits: Floats = np.concatenate(parts, axis=1) if all_logits else parts[-1]
         return logits
 
-    def _prefill(self, ids: Ids, *, every: bool) -> Floats:
+    def _prefill(self, ids: Ids, *, all_logits: bool) -> Floats:
         V = self._model.config.vocab_size
         ids = np.ascontiguousarray(ids, np.int32)
-        logits: Floats = aligned((*ids.shape, padded(V)) if every else (len(ids), padded(V)), np.float32)
+        logits: Floats = aligned((*ids.shape, padded(V)) if all_logits else (len(ids), padded(V)), np.float32)
         request = PrefillStruct(
-            **self._common(ids, self._tuner.threads), logits=logits.ctypes.data, length=ids.shape[1], every=every
+            **self._common(ids, self._tuner.threads), logits=logits.ctypes.data, length=ids.shape[1], every=all_logits
         )
         self._model.library.prefill(ctypes.addressof(request))
         self._struct.filled += ids.shape[1] + (self._struct.filled == 0)
@@ -131,7 +134,7 @@ class NativeWindow:
         """
         assert 1 <= len(numbers) <= self.free, (len(numbers), self.free)
         if self._struct.filled == 0:
-            self._prefill(np.empty((self._batch, 0), np.int32), every=False)  # the context vectors' slot
+            self._prefill(np.empty((self._batch, 0), np.int32), all_logits=False)  # the context vectors' slot
         ids, drawn = np.ascontiguousarray(ids, np.int32), np.empty(numbers.shape, np.int32)
         how, made = sampling.struct(), 0
         while made < len(numbers):
@@ -159,20 +162,22 @@ class NativeWindow:
 
 
 def _bfloat16(array: Floats) -> npt.NDArray[np.integer[Any]]:
-    """The upper halves of `array`, rounded to nearest, ties to even."""
+    """Round `array` to bfloat16, the upper half of float32: to nearest, ties to even."""
     bits = array.view(np.uint32)
+    # Adding 0x7FFF rounds ties down; the lowest bit that is kept adds 1 where that makes the result even.
     rounded: npt.NDArray[np.integer[Any]] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return rounded
 
 
 def score_windows(model: NativeModel, threads: int, ids: Ids, contexts: Floats) -> tuple[Floats, Floats]:
-    """The losses of W windows, each by itself; see `picogpt.inference.Engine.score`."""
+    """Return the losses of W independent windows; see `picogpt.inference.Engine.score`."""
     C, (windows, length) = model.config.n_embd, (ids.shape[0], ids.shape[1] - 1)
     assert 1 <= length <= model.config.context_len, ids.shape
     ids = np.ascontiguousarray(ids, np.int32)
     losses = np.empty((windows, length), np.float32)
     starts, means = aligned((2, windows, padded(C)), np.float32)
     starts[:, :C] = contexts
+    # A thread takes whole windows, and each has its own part of the workspace.
     threads = min(threads, windows)
     workspace = aligned((model.library.scoring_bytes(model.address, length, threads),), np.uint8)
     arrays = {"ids": ids, "contexts": starts, "losses": losses, "means": means, "workspace": workspace}

@@ -1,7 +1,7 @@
-"""The plain way to generate: the torch model, with the windows of the whole text cut anew for every character.
+"""Reference generation: the torch model, run over the whole text again for every character.
 
-This is what the original project does, and what the model was trained to give at every position. Nothing is kept from
-one character to the next, so the time of each one grows with the text.
+This is how the original project generates, and the function that the model was trained on at every position. There is no
+KV cache, so the time for a character grows with the length of the text. Tests and benchmarks compare the engine with it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ __all__ = ["ReferenceModel"]
 
 
 class ReferenceModel:
-    """The torch model; `picogpt.inference.generate.OneByOne` makes a reader of it."""
+    """The torch model without a KV cache; `picogpt.inference.generate.StepwiseDecoder` makes a decoder of it."""
 
     def __init__(self, model: GPT) -> None:
-        self.model = model.eval()
+        self.model = model.eval()  # no dropout
         self._ids: torch.Tensor | None = None
 
     @classmethod
     def load(cls, path: Path) -> ReferenceModel:
-        """Read the model of a run's folder or a `.safetensors` file.
+        """Load the model from a `.safetensors` file.
 
         Raises:
-            RunError: there is none, or it is damaged.
+            RunError: the model is missing or damaged.
         """
         config, weights = load_model(path)
         model = GPT(config)
@@ -40,9 +40,10 @@ class ReferenceModel:
 
     @torch.no_grad()
     def prefill(self, ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
-        """Read ids (B, k) behind those read before; return the logits (B, V) of the characters after them."""
+        """Append ids (B, k) to the text; return the logits (B, V) of the next character."""
         new = torch.from_numpy(ids.astype(np.int64))
         self._ids = new if self._ids is None else torch.cat((self._ids, new), dim=1)
-        logits, _ = self.model(self._ids)
+        # The model cuts the text into windows itself: the first takes the remainder, all others are full.
+        logits, _ = self.model(self._ids)  # (B, T, V)
         last: npt.NDArray[np.float32] = logits[:, -1].numpy()
         return last

@@ -1,4 +1,4 @@
-"""A model's weights by name, checked as they are read."""
+"""A model's weights by name, validated as they are read."""
 
 from __future__ import annotations
 
@@ -17,62 +17,66 @@ __all__ = ["Floats", "Tensors", "check_largest"]
 Floats = npt.NDArray[np.float32]
 
 _GELU_CEILING = 4096
-"""Largest input of a GELU that is taken for sound; those of a trained model stay below a hundred."""
+"""Largest GELU input that is accepted; those of a trained model stay below a hundred."""
 
 
 def check_largest(fc: Floats, bias: Floats) -> float:
-    """The largest number that a layer can put into its GELU: the norm of its input is at most sqrt(C) (Cauchy-Schwarz).
+    """Return an upper bound of a layer's GELU inputs.
+
+    An output of `fc` is w x + b, where x is a normalised vector, so |x| <= sqrt(C). By Cauchy-Schwarz it is at most
+    |w| sqrt(C) + b, over all rows w of `fc`.
 
     Args:
         fc: (4C, C), with the gain of the LayerNorm before it.
         bias: (4C,), with that LayerNorm's bias.
 
     Raises:
-        RunError: it is beyond all bounds.
+        RunError: the bound exceeds `_GELU_CEILING`, so the weights have diverged.
     """
+    # einsum computes the squared row norms without a temporary (4C, C).
     norms = np.sqrt(np.einsum("oi,oi->o", fc, fc) * fc.shape[1])
     largest = float((norms + bias).max())
-    if not largest <= _GELU_CEILING:
-        raise RunError(f"the weights have diverged: numbers up to {largest:.3g} may occur; train with a smaller --lr")
+    if not largest <= _GELU_CEILING:  # true for NaN as well
+        raise RunError(f"the weights have diverged: activations may reach {largest:.3g}; train with a smaller --lr")
     return largest
 
 
 class Tensors:
-    """The weights of one model; each is read when it is asked for, so that all need not be in memory at once.
+    """The weights of one model, each read on demand, so that they need not all be in memory at once.
 
     Args:
         config: the model's shape.
-        arrays: its state dict as arrays, nanoGPT's names; `lm_head.weight` may be missing, as it is the embedding.
+        arrays: its state dict as arrays, nanoGPT's names; `lm_head.weight` may be missing, as it is tied to the embedding.
 
     Raises:
-        RunError: the vocabulary is another.
+        RunError: the model has another vocabulary size.
     """
 
     def __init__(self, config: GPTConfig, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        # The tokenizer is fixed, so a model with another vocabulary would read and write the wrong characters.
         if config.vocab_size != VOCAB_SIZE:
-            raise RunError(
-                f"the weights are of another model: a vocabulary of {config.vocab_size} where {VOCAB_SIZE} ids are known"
-            )
+            raise RunError(f"the weights are of another model: a vocabulary of {config.vocab_size}, expected {VOCAB_SIZE}")
         self.config, self._arrays = config, arrays
 
     def get(self, name: str, *shape: int) -> Floats:
-        """Weight `transformer.{name}` in float32.
+        """Return weight `transformer.{name}` in float32.
 
         Raises:
-            RunError: it is missing, of another shape or not finite.
+            RunError: the weight is missing, has another shape or is not finite.
         """
         name = f"transformer.{name}"
         array = self._arrays.get(name)
         if array is None or array.shape != shape:
             found = "none" if array is None else array.shape
             raise RunError(f"the weights are of another model: {name} should have shape {shape}, got {found}")
-        weight: Floats = array.astype(np.float32, copy=False)
+        weight: Floats = array.astype(np.float32, copy=False)  # a bfloat16 file is float32 by now
+        # NaN weights would raise nothing later: every logit would be NaN.
         if not np.isfinite(weight).all():
             raise RunError(f"the weights are damaged or have diverged: {name} has values that are not finite")
         return weight
 
     def bias(self, name: str, size: int) -> Floats:
-        """Bias `transformer.{name}` (size,), or zeros where the model has none.
+        """Return bias `transformer.{name}` (size,), or zeros if the model has no biases.
 
         Raises:
             RunError: see `get`.

@@ -32,7 +32,7 @@ def find_model(name: str | None, logs_dir: Path) -> tuple[Path, str]:
         path = _find(name, logs_dir, MODEL_FILE)
         return path, f"model {path}"
     runs = _runs(logs_dir, MODEL_FILE)
-    own = [run.path / MODEL_FILE for run in runs if not run.is_finished_model()]
+    own = [run.path / MODEL_FILE for run in runs if not run.is_weights_only()]
     if own:
         path = max(own, key=lambda path: path.stat().st_mtime_ns)
         return path, f"model {path}" + (f", saved last of {len(own)}" if len(own) > 1 else "")

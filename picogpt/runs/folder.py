@@ -178,7 +178,7 @@ class RunFolder:
         """Whether there is a trained model."""
         return (self.path / MODEL_FILE).exists()
 
-    def is_finished_model(self) -> bool:
+    def is_weights_only(self) -> bool:
         """Whether there is a trained model and nothing to go on from, as in the runs that come with picogpt."""
         return self.has_model() and not self.has_checkpoint()
 
@@ -190,16 +190,16 @@ class RunFolder:
         """Make the folder."""
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def free_name(self) -> Path:
+    def next_backup_name(self) -> Path:
         """The first of `NAME.old-1`, `NAME.old-2`, ... that is free."""
         number = 1
         while (target := self.path.with_name(f"{self.name}.old-{number}")).exists():
             number += 1
         return target
 
-    def set_aside(self) -> Path:
-        """Rename the folder to `free_name` and return that."""
-        target = self.free_name()
+    def archive(self) -> Path:
+        """Rename the folder to `next_backup_name` and return that."""
+        target = self.next_backup_name()
         replace(self.path, target)
         return target
 

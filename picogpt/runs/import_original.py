@@ -36,7 +36,7 @@ from picogpt.tokenizer import VOCAB_SIZE
 
 __all__ = ["OriginalRun", "read_original"]
 
-ROLLS_OF_A_STEP: Final = 8
+SEQUENCES_PER_STEP: Final = 8
 """Rolls in a step of the original, of ten windows each; its log counts steps only."""
 
 _MAX_BYTES = 1 << 30
@@ -226,7 +226,7 @@ def _extract(content: Any, n_head: int, n_bytes: int) -> OriginalRun:
         raise _Rejected("an impossible number of steps")
     # An epoch that was cut short has an entry in one of the lists only.
     n_epochs = min(len(train), len(val))
-    chars = steps * ROLLS_OF_A_STEP * 10 * config.context_len
+    chars = steps * SEQUENCES_PER_STEP * 10 * config.context_len
     log = LossLog(
         train=[_number(x, encode) for x in train[:n_epochs]],
         val=[_number(x, encode) for x in val[:n_epochs]],

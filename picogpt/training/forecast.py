@@ -125,7 +125,7 @@ def benchmark_steps(
     """
     began = time.perf_counter()
     seconds: list[float] = []
-    trainer = make(RepeatedSource(roll_len=config.windows * model.context_len, batch_size=config.batch_size))
+    trainer = make(RepeatedSource(sequence_len=config.windows * model.context_len, batch_size=config.batch_size))
     for _ in range(1 + TIMED_STEPS):
         seconds.append(time_call(lambda: trainer.train_step(config.lr)))
         advance()

@@ -44,7 +44,7 @@ def import_run(request: TrainRequest, *, dry_run: bool, notify: Notify) -> None:
         notify(f"{told}; dry run: nothing is kept")
         return
     if run.path.exists():
-        notify(f"the existing run is kept as {run.set_aside()}")
+        notify(f"the existing run is kept as {run.archive()}")
     run.create()
     run.write_log(original.log)
     atomic_write(run.plot_path, draw_losses({run.name: original.log}))

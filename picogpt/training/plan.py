@@ -180,7 +180,7 @@ def _check_new_name(folder: RunFolder, notify: Notify) -> None:
 def _default_run(path: Path, notify: Notify) -> RunFolder:
     """The run called `path`, or `path`-2, -3, ... where trained models that cannot be resumed have these names."""
     folder, number = RunFolder(path), 1
-    while folder.is_finished_model():
+    while folder.is_weights_only():
         number += 1
         folder = RunFolder(path.with_name(f"{path.name}-{number}"))
     if number > 1:

@@ -126,7 +126,7 @@ class TrainingRun:
         plan.ranks.connect()
         self._check_disk()
         if plan.request.fresh and folder.path.exists():
-            self._notify(f"the existing run would be kept as {folder.free_name()}")
+            self._notify(f"the existing run would be kept as {folder.next_backup_name()}")
         if plan.stored is not None and folder.has_checkpoint():
             state = folder.load_checkpoint(rename=False)[0].state
             self.trainer.step, self.trainer.seconds = int(state["step"]), float(state["seconds"])
@@ -155,7 +155,7 @@ class TrainingRun:
     def _archive(self) -> None:
         if self.folder.path.exists():
             with self.folder.lock():
-                self._notify(f"the existing run is kept as {self.folder.set_aside()}")
+                self._notify(f"the existing run is kept as {self.folder.archive()}")
 
     def _prepare(self) -> None:
         """Bring the trainer to where the run stands, and fix the number of steps."""
@@ -329,14 +329,14 @@ class TrainingRun:
 
     def _announce_length(self) -> None:
         train, schedule, train_chars = self.plan.train, self.schedule, self._source.train_chars
-        roll_len = train.windows * self.plan.model.context_len
+        sequence_len = train.windows * self.plan.model.context_len
         n_epochs = len(self.trainer.log.val) + schedule.epochs_left(self.trainer.step)
         read = ""
         if train_chars is not None:  # how often the text is passed over, which an epoch is not
             passes = schedule.total_steps * self.trainer.chars_per_step / train_chars
             read = f", {format_passes(passes)}" + (", enough to learn it by heart" if passes > 2 * MAX_SUITABLE_PASSES else "")
         self._notify(
-            f"{self.folder.path}: {plural(schedule.total_steps, 'step')} of {train.batch_size} x {roll_len:,} characters, "
+            f"{self.folder.path}: {plural(schedule.total_steps, 'step')} of {train.batch_size} x {sequence_len:,} characters, "
             f"{schedule.steps_per_epoch:,} an epoch, {plural(n_epochs, 'epoch')}{read}; recipe {train.recipe}, "
             f"learning rate {train.lr:g}, seed {train.seed}"
         )

@@ -723,7 +723,7 @@ class TestGenerate:
         reason = "no C compiler (no-such-compiler, by PATH or CC)"
         assert err.splitlines()[0] == f"numpy computes the model, several times more slowly than C: {reason}"
         assert generate.main([*flags[:-1], "int8"]) == 2
-        assert f"--dtype int8 needs the functions in C, and there are none: {reason}" in capsys.readouterr().err
+        assert f"--dtype int8 needs the native kernels, which are not available: {reason}" in capsys.readouterr().err
 
     def test_needs_no_torch(self, trained: Path) -> None:
         """torch, datasets and matplotlib are never imported."""

@@ -131,7 +131,7 @@ def test_without_a_compiler(run: RunFolder, capsys: Capture, monkeypatch: pytest
     assert "numpy computes the model, several times more slowly than C" in capsys.readouterr().err
     assert evaluate("--dtype", "int8") == 2
 
-    assert "--dtype int8 needs the functions in C, and there are none" in capsys.readouterr().err
+    assert "--dtype int8 needs the native kernels, which are not available" in capsys.readouterr().err
 
 
 def test_other_text(run: RunFolder, text_file: Path, capsys: Capture) -> None:
@@ -235,7 +235,7 @@ def test_articles_of_another_stream(run: RunFolder, monkeypatch: pytest.MonkeyPa
 def test_a_stream_of_short_articles(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """It is not searched without end for articles of enough length."""
     of(run, dataset="org/name", characters=None, commit="c" * 40, files=("one",), format="parquet")
-    monkeypatch.setattr(eval_texts, "MOST_READ", 1000)
+    monkeypatch.setattr(eval_texts, "MAX_CHARS_READ", 1000)
     monkeypatch.setattr(articles, "READ_AHEAD", 2000)
     asked: list[int] = []
 

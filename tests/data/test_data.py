@@ -154,7 +154,7 @@ class TestText:
         monkeypatch.setattr("picogpt.data.text.IN_MEMORY", 1000)
         monkeypatch.setattr("picogpt.data.text._BLOCK", 300)
         mapped = read_texts([str(path)], name="x", scratch=tmp_path)
-        sources = [TextSource(corpus, roll_len=50, batch_size=3, seed=0) for corpus in (whole, mapped)]
+        sources = [TextSource(corpus, sequence_len=50, batch_size=3, seed=0) for corpus in (whole, mapped)]
 
         assert mapped.mapped is not None
         assert whole.mapped is None
@@ -176,7 +176,7 @@ class TestText:
         monkeypatch.setattr("picogpt.data.text.IN_MEMORY", 1000)
         monkeypatch.setattr("picogpt.data.text._BLOCK", 1 << 18)
         corpus = read_texts([str(path)], name="x", scratch=tmp_path)
-        source = TextSource(corpus, roll_len=1000, batch_size=8, seed=0)
+        source = TextSource(corpus, sequence_len=1000, batch_size=8, seed=0)
         assert corpus.fingerprint
         for k in range(700):
             source.train_batch(k)
@@ -404,10 +404,10 @@ class TestBatches:
         with pytest.raises(DataError, match="tiny: too short, 30 characters where rolls of 80 need at least 91"):
             tiny_source(config, n_chars=30)
         with pytest.raises(DataError, match="too short, 1 characters where rolls of 80 need at least 91"):
-            TextSource(Corpus(name="x", ids=np.ones(1, np.uint8)), roll_len=80, batch_size=1, seed=0)
+            TextSource(Corpus(name="x", ids=np.ones(1, np.uint8)), sequence_len=80, batch_size=1, seed=0)
         ids = np.ones(91, dtype=np.uint8)
 
-        assert TextSource(Corpus(name="x", ids=ids), roll_len=80, batch_size=1, seed=0).train_batch(3)
+        assert TextSource(Corpus(name="x", ids=ids), sequence_len=80, batch_size=1, seed=0).train_batch(3)
 
 
 def corpora_share() -> float:

@@ -363,9 +363,9 @@ def test_a_stream_too_short_for_a_sequence() -> None:
         r"file-0 and 2 more files: too short, \d+ characters to train on where a sequence takes 1,001 \(one article in 20 is"
     )
     with pytest.raises(DataError, match=message):
-        draw_validation(reader, roll_len=1000)
+        draw_validation(reader, sequence_len=1000)
     short = StreamSource(
-        ArticleReader(SHARDS, 7, lambda _: None, texts(["short"] * 9)), SHARDS_VALIDATION, roll_len=1000, batch_size=2, seed=0
+        ArticleReader(SHARDS, 7, lambda _: None, texts(["short"] * 9)), SHARDS_VALIDATION, sequence_len=1000, batch_size=2, seed=0
     )
     short.begin(NOWHERE)
 
@@ -382,13 +382,17 @@ def test_nothing_but_validation() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(articles, "_is_for_validation", lambda *_: True)
         with pytest.raises(DataError, match="too short, 0 characters to train on where a sequence takes 11 "):
-            draw_validation(ArticleReader(SHARDS, 7, lambda _: None, texts(["an article"])), roll_len=10)
+            draw_validation(ArticleReader(SHARDS, 7, lambda _: None, texts(["an article"])), sequence_len=10)
 
 
 def test_a_sequence_over_two_passes_is_enough_where_a_pass_has_one() -> None:
     """A pass with text for one sequence begins; one that was resumed in its middle is not taken for a short one."""
     source = StreamSource(
-        ArticleReader(SHARDS, 7, lambda _: None, texts(["long enough"] * 9)), SHARDS_VALIDATION, roll_len=40, batch_size=2, seed=0
+        ArticleReader(SHARDS, 7, lambda _: None, texts(["long enough"] * 9)),
+        SHARDS_VALIDATION,
+        sequence_len=40,
+        batch_size=2,
+        seed=0,
     )
     source._place = Place(3, 2, 8)
     source.begin(NOWHERE)

@@ -81,11 +81,11 @@ def rows_of(file: str, row: int) -> Iterator[Row]:
         yield (article(number * 200 + i),)
 
 
-def make_source(*, batch_size: int = 2, roll_len: int = 40, read: Any = rows_of, notify: Any = None) -> StreamSource:
+def make_source(*, batch_size: int = 2, sequence_len: int = 40, read: Any = rows_of, notify: Any = None) -> StreamSource:
     """A source on that data set."""
     reader = ArticleReader(SHARDS, 7, notify or (lambda _: None), read)
     validation = draw_validation(ArticleReader(SHARDS, 7, lambda _: None, rows_of), 3000)
-    return StreamSource(reader, validation, roll_len=roll_len, batch_size=batch_size, seed=7)
+    return StreamSource(reader, validation, sequence_len=sequence_len, batch_size=batch_size, seed=7)
 
 
 @pytest.fixture(autouse=True)
@@ -352,7 +352,7 @@ def test_articles_of_all_sizes() -> None:
     texts = ["", "a", "b" * 10_000_000, "", "", "c", *(f"d{i}" for i in range(2000))]
     shards = Shards(files=("one",), format="parquet", columns=("text",), commit=COMMIT)
     reader = ArticleReader(shards, 0, lambda _: None, lambda _, row: iter([(text,) for text in texts[row:]]))
-    source = StreamSource(reader, np.zeros(100, np.uint8), roll_len=10_000, batch_size=2, seed=0)
+    source = StreamSource(reader, np.zeros(100, np.uint8), sequence_len=10_000, batch_size=2, seed=0)
     source.begin(NOWHERE)
     while source._usage.train_articles < 1000:
         source._cut_next(lambda: False)
@@ -571,7 +571,7 @@ def test_random_resumes_lose_and_repeat_nothing(library: Shards) -> None:
     """The places of all articles taken, over runs killed at random after a snapshot at random: each once, in order."""
 
     def source() -> StreamSource:
-        return StreamSource(Logged(library, log), np.zeros(100, np.uint8), roll_len=40, batch_size=2, seed=7)
+        return StreamSource(Logged(library, log), np.zeros(100, np.uint8), sequence_len=40, batch_size=2, seed=7)
 
     generator = random.Random(0)
     log: list[Place] = []

@@ -1,4 +1,4 @@
-"""Which rolls are scored, and the arithmetic of means and their standard errors."""
+"""Which sequences are scored, and the arithmetic of means and their standard errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from picogpt.errors import DataError
-from picogpt.evaluation.scores import Rolls, Scores, cut_rolls, cut_stretches, position_bins
+from picogpt.evaluation.scores import EvalSequences, Scores, cut_sequences, cut_stretches, position_bins
 
 
 def text(n_chars: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
@@ -16,7 +16,7 @@ def text(n_chars: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
 
 @pytest.mark.parametrize(("n_chars", "lengths"), [(801, [41] * 20), (1601, [81] * 20), (3235, [161] * 20 + [35])])
 def test_stretches(n_chars: int, lengths: list[int]) -> None:
-    """Up to four rolls of 40 long, as many as leave twenty of them; together they predict each character once."""
+    """Up to four sequences of 40 long, as many as leave twenty of them; together they predict each character once."""
     ids = text(n_chars)
     stretches = cut_stretches(ids, 40)
     whole = [length for length in lengths if length > 40]
@@ -26,22 +26,22 @@ def test_stretches(n_chars: int, lengths: list[int]) -> None:
 
 
 def test_rolls_of_articles() -> None:
-    """Whole rolls from each beginning on, each with the character after it; what is too short is left out."""
+    """Whole sequences from each beginning on, each with the character after it; what is too short is left out."""
     articles = [text(21) + 0, text(9), text(12) + 100, text(31) + 150]
-    rolls = cut_rolls(articles, 10, 1000)
+    sequences = cut_sequences(articles, 10, 1000)
 
-    assert rolls.article_of.tolist() == [0, 0, 1, 2, 2, 2]
-    assert rolls.ids[:, 0].tolist() == [0, 10, 100, 150, 160, 170]
-    assert rolls.ids.shape == (6, 11)
-    assert (rolls.n_articles, rolls.n_chars) == (3, 60)
+    assert sequences.article_of.tolist() == [0, 0, 1, 2, 2, 2]
+    assert sequences.ids[:, 0].tolist() == [0, 10, 100, 150, 160, 170]
+    assert sequences.ids.shape == (6, 11)
+    assert (sequences.n_articles, sequences.n_chars) == (3, 60)
 
 
 def test_cap_is_spread_evenly() -> None:
-    """Of more text than is asked for, rolls from the first one to the last."""
-    rolls = cut_rolls([text(101), text(901)], 10, 50)
+    """Of more text than is asked for, sequences from the first one to the last."""
+    sequences = cut_sequences([text(101), text(901)], 10, 50)
 
-    assert rolls.article_of.tolist() == [0, 1, 1, 1, 1]
-    assert len(cut_rolls([text(101), text(901)], 10, 1).ids) == 2
+    assert sequences.article_of.tolist() == [0, 1, 1, 1, 1]
+    assert len(cut_sequences([text(101), text(901)], 10, 1).ids) == 2
 
 
 def test_too_short() -> None:
@@ -51,16 +51,16 @@ def test_too_short() -> None:
         "give more text, or fewer --windows"
     )
     with pytest.raises(DataError, match=message):
-        cut_rolls([text(30), text(10)], 10, 1000)
+        cut_sequences([text(30), text(10)], 10, 1000)
     with pytest.raises(DataError, match="the longest here has 0"):
-        cut_rolls([], 10, 1000)
+        cut_sequences([], 10, 1000)
 
 
 def test_partners() -> None:
     """A roll of the next article, at the same place where there is one."""
-    rolls = Rolls(np.zeros((6, 3), np.uint8), np.array([0, 0, 0, 1, 2, 2]))
+    sequences = EvalSequences(np.zeros((6, 3), np.uint8), np.array([0, 0, 0, 1, 2, 2]))
 
-    assert rolls.partners().tolist() == [3, 3, 3, 4, 0, 1]
+    assert sequences.partners().tolist() == [3, 3, 3, 4, 0, 1]
 
 
 def test_position_bins() -> None:
@@ -72,7 +72,7 @@ def test_position_bins() -> None:
 
 
 def scores(*means: float, articles: list[int]) -> Scores:
-    """Rolls of two windows of three characters, every loss of a roll the same, and 0.5 less without its context."""
+    """EvalSequences of two windows of three characters, every loss of a roll the same, and 0.5 less without its context."""
     losses = np.repeat(np.array(means, np.float32), 6).reshape(-1, 2, 3)
     return Scores({"as_is": losses, "zeroed": losses + np.float32(0.5)}, np.array(articles))
 
@@ -86,7 +86,7 @@ def test_standard_error_by_hand() -> None:
 
 
 def test_articles_count_by_their_characters() -> None:
-    """An article of three rolls weighs three times as much, and its rolls are one sample: 2.5 +- 0.75 by the formula."""
+    """An article of three sequences weighs three times as much, and its sequences are one sample: 2.5 +- 0.75 by the formula."""
     estimate = scores(1, 3, 3, 3, articles=[0, 1, 1, 1]).mean("as_is")
 
     # A = 2, n = 6 and 18, deviations 6 - 15 = -9 and 54 - 45 = 9: sqrt(2 x 162) / 24.

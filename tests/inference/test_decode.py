@@ -18,9 +18,9 @@ import torch.nn.functional as F
 
 from picogpt.config import EngineDType, GPTConfig, SampleConfig
 from picogpt.errors import ConfigError
-from picogpt.inference import Backend, Engine, find_backend
+from picogpt.inference import Engine, EngineBackend, load_engine_backend
 from picogpt.inference.engine import SOURCE
-from picogpt.inference.generate import OneByOne, RollingDecoder, Sampler
+from picogpt.inference.generate import RollingDecoder, Sampler, StepwiseDecoder
 from picogpt.inference.layout import STRUCTURES, MatrixStruct
 from picogpt.inference.tuner import ThreadTuner
 from picogpt.kernels.processor import vector_instructions
@@ -59,7 +59,7 @@ def name_of(config: GPTConfig) -> str:
 
 @pytest.mark.parametrize("config", SHAPES, ids=name_of)
 @torch.no_grad()
-def test_any_shape(config: GPTConfig, compiled_backend: Backend) -> None:
+def test_any_shape(config: GPTConfig, compiled_backend: EngineBackend) -> None:
     """Whatever the trainer can make predicts as in torch, read at once and one by one, over several windows."""
     model = rough_model(config, 0.1)
     n = min(3 * config.context_len, 600)
@@ -67,22 +67,22 @@ def test_any_shape(config: GPTConfig, compiled_backend: Backend) -> None:
     expected = model(torch.from_numpy(ids), torch.from_numpy(ids))[0].numpy()
     engine = engine_of(model, compiled_backend, threads=3)
     decoder = RollingDecoder(engine, config.context_len)
-    singly = np.concatenate([decoder.prefill_every(ids[:, i : i + 1]) for i in range(ids.shape[1])], axis=1)
+    singly = np.concatenate([decoder.prefill_all_logits(ids[:, i : i + 1]) for i in range(ids.shape[1])], axis=1)
 
-    np.testing.assert_allclose(RollingDecoder(engine, config.context_len).prefill_every(ids), expected, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(RollingDecoder(engine, config.context_len).prefill_all_logits(ids), expected, atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(singly, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("config", SHAPES[:4], ids=name_of)
-def test_threads_change_nothing(config: GPTConfig, dtype: EngineDType, compiled_backend: Backend) -> None:
+def test_threads_change_nothing(config: GPTConfig, dtype: EngineDType, compiled_backend: EngineBackend) -> None:
     """One thread or more, and more than there are rows, compute the same to the bit."""
     model = rough_model(config, 0.1)
 
     def results(threads: int) -> list[bytes]:
         engine = Engine(config, model.arrays(), backend=compiled_backend, threads=threads, dtype=dtype)
         decoder = RollingDecoder(engine, max(1, config.context_len - 1))
-        logits = decoder.prefill_every(some_ids(40))
+        logits = decoder.prefill_all_logits(some_ids(40))
         sampler = Sampler(SampleConfig(), [sample_generator(0)])
         drawn = [decoder.decode(np.array([1]), sampler, 20) for _ in range(5)]
         many = decoder.fork(5)
@@ -97,21 +97,21 @@ def test_threads_change_nothing(config: GPTConfig, dtype: EngineDType, compiled_
 
 
 @pytest.mark.parametrize("config", SHAPES[:2], ids=name_of)
-def test_bfloat16_is_exact(config: GPTConfig, compiled_backend: Backend) -> None:
+def test_bfloat16_is_exact(config: GPTConfig, compiled_backend: EngineBackend) -> None:
     """Of weights that are in bfloat16 it computes what float32 does, to the bit."""
     model = rough_model(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
     found = [
-        RollingDecoder(Engine(config, model.arrays(), backend=compiled_backend, dtype=dtype), 12).prefill_every(some_ids(36))
+        RollingDecoder(Engine(config, model.arrays(), backend=compiled_backend, dtype=dtype), 12).prefill_all_logits(some_ids(36))
         for dtype in ("float32", "bfloat16")
     ]
 
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
-def test_rounding_of_weights(compiled_backend: Backend) -> None:
+def test_rounding_of_weights(compiled_backend: EngineBackend) -> None:
     """Weights that bfloat16 cannot hold are rounded to the nearest, ties to even, as torch does."""
     model = rough_model(SMALL)
     rounded = rough_model(SMALL)
@@ -123,23 +123,23 @@ def test_rounding_of_weights(compiled_backend: Backend) -> None:
     with torch.no_grad():
         embedding.copy_(rounded.transformer.wte.weight)
     ids = some_ids(12)
-    found = RollingDecoder(Engine(SMALL, model.arrays(), backend=compiled_backend, dtype="bfloat16"), 12).prefill_every(ids)
-    expected = RollingDecoder(engine_of(rounded, compiled_backend), 12).prefill_every(ids)
+    found = RollingDecoder(Engine(SMALL, model.arrays(), backend=compiled_backend, dtype="bfloat16"), 12).prefill_all_logits(ids)
+    expected = RollingDecoder(engine_of(rounded, compiled_backend), 12).prefill_all_logits(ids)
 
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_int8_is_close(compiled_backend: Backend) -> None:
+def test_int8_is_close(compiled_backend: EngineBackend) -> None:
     """Bytes with a scale a row, read at once and one by one, give nearly the probabilities of float32."""
     model = rough_model(replace(SMALL, n_embd=64), 0.05)
     ids = some_ids(12)
-    exact = RollingDecoder(engine_of(model, compiled_backend), 12).prefill_every(ids)
+    exact = RollingDecoder(engine_of(model, compiled_backend), 12).prefill_all_logits(ids)
     engine = Engine(model.config, model.arrays(), backend=compiled_backend, dtype="int8")
     decoder = RollingDecoder(engine, 12)
-    singly = np.concatenate([decoder.prefill_every(ids[:, i : i + 1]) for i in range(12)], axis=1)
+    singly = np.concatenate([decoder.prefill_all_logits(ids[:, i : i + 1]) for i in range(12)], axis=1)
 
     spread = exact.std()
-    assert 0 < np.abs(RollingDecoder(engine, 12).prefill_every(ids) - exact).max() < 0.1 * spread
+    assert 0 < np.abs(RollingDecoder(engine, 12).prefill_all_logits(ids) - exact).max() < 0.1 * spread
     assert 0 < np.abs(singly - exact).max() < 0.2 * spread
 
 
@@ -157,11 +157,11 @@ def test_int8_is_close(compiled_backend: Backend) -> None:
     ids=repr,
 )
 @pytest.mark.parametrize("hop", [11, 12])
-def test_draws_as_in_numpy(config: SampleConfig, hop: int, compiled_backend: Backend) -> None:
+def test_draws_as_in_numpy(config: SampleConfig, hop: int, compiled_backend: EngineBackend) -> None:
     """The same seed draws the same ids from the functions in C and from numpy's filters, over many windows."""
     engine = engine_of(rough_model(SMALL, 0.1), compiled_backend)
     decoder = RollingDecoder(engine, hop, batch=2)
-    plain = OneByOne(RollingDecoder(engine, hop, batch=2).prefill)
+    plain = StepwiseDecoder(RollingDecoder(engine, hop, batch=2).prefill)
     samplers = [Sampler(config, [sample_generator(3, i) for i in range(2)]) for _ in range(2)]
     ids = np.array([1, 2])
     drawn: list[npt.NDArray[np.integer]] = []
@@ -177,7 +177,7 @@ def test_draws_as_in_numpy(config: SampleConfig, hop: int, compiled_backend: Bac
 
 
 @torch.no_grad()
-def test_losses(compiled_backend: Backend) -> None:
+def test_losses(compiled_backend: EngineBackend) -> None:
     """Losses and context vectors of many windows are those of the torch model, in C and in numpy."""
     model = rough_model(SMALL, 0.1)
     ids, contexts = some_ids(13, 7), np.random.default_rng(0).normal(size=(7, 32)).astype(np.float32)
@@ -190,18 +190,18 @@ def test_losses(compiled_backend: Backend) -> None:
         np.testing.assert_allclose(means, h.mean(dim=1).numpy(), atol=1e-5)
 
 
-def test_many_rows_are_read_in_pieces(compiled_backend: Backend) -> None:
+def test_many_rows_are_read_in_pieces(compiled_backend: EngineBackend) -> None:
     """More rows than there is memory for at once give what each text gives by itself."""
     engine = engine_of(rough_model(replace(SMALL, context_len=128), 0.1), compiled_backend)
     ids = some_ids(128, 9)
-    together = RollingDecoder(engine, 128, batch=9).prefill_every(ids)
+    together = RollingDecoder(engine, 128, batch=9).prefill_all_logits(ids)
 
     for row, alone in zip(together, ids, strict=True):
-        np.testing.assert_allclose(row[None], RollingDecoder(engine, 128).prefill_every(alone[None]), atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(row[None], RollingDecoder(engine, 128).prefill_all_logits(alone[None]), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-4), ("bfloat16", 0.02)])
-def test_many_texts_fork_from_one(dtype: EngineDType, error: float, compiled_backend: Backend) -> None:
+def test_many_texts_fork_from_one(dtype: EngineDType, error: float, compiled_backend: EngineBackend) -> None:
     """Many texts continue a prompt as one does; in bfloat16 their KV cache is rounded, and no more than that."""
     model = rough_model(replace(SMALL, context_len=64), 0.05)
     engine = Engine(model.config, model.arrays(), backend=compiled_backend, threads=2, dtype=dtype)
@@ -215,18 +215,18 @@ def test_many_texts_fork_from_one(dtype: EngineDType, error: float, compiled_bac
         np.testing.assert_allclose(found, np.repeat(expected, 9, axis=0), atol=error * expected.std(), rtol=1e-4)
 
 
-def test_structures_of_another_size_are_noticed(compiled_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_structures_of_another_size_are_noticed(compiled_backend: EngineBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """A field that one side lacks is noticed before anything is computed."""
 
     class Longer(ctypes.Structure):
         _fields_ = (*MatrixStruct._fields_, ("more", ctypes.c_void_p))
 
     monkeypatch.setitem(STRUCTURES, "matrix", Longer)
-    with pytest.raises(AssertionError, match=r"^decode.c and picogpt/engine/layout.py differ: \[.*matrix\.more"):
+    with pytest.raises(AssertionError, match=r"^decode.c and picogpt/inference/layout.py differ: \[.*matrix\.more"):
         engine_of(GPT(SMALL), compiled_backend)
 
 
-def test_structures_in_another_order_are_noticed(compiled_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_structures_in_another_order_are_noticed(compiled_backend: EngineBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two fields of one size that have changed places are noticed too."""
     first, second, *others = MatrixStruct._fields_
     other = type("Other", (ctypes.Structure,), {"_fields_": (second, first, *others)})
@@ -235,14 +235,14 @@ def test_structures_in_another_order_are_noticed(compiled_backend: Backend, monk
         engine_of(GPT(SMALL), compiled_backend)
 
 
-def test_a_forked_process_has_threads_of_its_own(compiled_backend: Backend) -> None:
+def test_a_forked_process_has_threads_of_its_own(compiled_backend: EngineBackend) -> None:
     """A child that is forked after threads have worked computes too, and ends."""
     engine = engine_of(rough_model(SMALL), compiled_backend, threads=3)
-    expected = RollingDecoder(engine, 12).prefill_every(some_ids(30)).tobytes()
+    expected = RollingDecoder(engine, 12).prefill_all_logits(some_ids(30)).tobytes()
     child = os.fork()
     if child == 0:
         signal.alarm(20)
-        os._exit(RollingDecoder(engine, 12).prefill_every(some_ids(30)).tobytes() != expected)
+        os._exit(RollingDecoder(engine, 12).prefill_all_logits(some_ids(30)).tobytes() != expected)
 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
@@ -250,13 +250,13 @@ def test_a_forked_process_has_threads_of_its_own(compiled_backend: Backend) -> N
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a compiler that works numpy computes, and says why; a type that it lacks is refused."""
     monkeypatch.setenv("CC", "false")
-    backend = find_backend()
+    backend = load_engine_backend()
     model = rough_model(SMALL)
 
     assert backend.library is None
     assert "false fails" in backend.reason
     assert Engine(SMALL, model.arrays(), backend=backend).dtype == "float32"
-    with pytest.raises(ConfigError, match="dtype int8 needs the functions in C, and there are none: false fails"):
+    with pytest.raises(ConfigError, match="dtype int8 needs the native kernels, which are not available: false fails"):
         Engine(SMALL, model.arrays(), backend=backend, dtype="int8")
 
 
@@ -350,7 +350,7 @@ def logits_by_windows(model: GPT, ids: npt.NDArray[np.int64], hop: int) -> npt.N
 @pytest.mark.slow
 @pytest.mark.parametrize(("hop", "count"), [(128, 2000), (120, 2000), (64, 1000), (1, 150)])
 @torch.no_grad()
-def test_a_trained_model_as_in_torch(hop: int, count: int, compiled_backend: Backend) -> None:
+def test_a_trained_model_as_in_torch(hop: int, count: int, compiled_backend: EngineBackend) -> None:
     """The full-size trained model predicts a real text as in torch to 1e-4 in every logit, character by character."""
     config, arrays = load_model(PRETRAINED / "wikipedia" / "model.safetensors")
     model = GPT(config).eval()
@@ -365,7 +365,7 @@ def test_a_trained_model_as_in_torch(hop: int, count: int, compiled_backend: Bac
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tinyshakespeare", "wikipedia"])
-def test_what_a_type_costs(name: str, compiled_backend: Backend) -> None:
+def test_what_a_type_costs(name: str, compiled_backend: EngineBackend) -> None:
     """Of a trained model each type predicts a real text, character by character, as well as float32, within a bound."""
     config, arrays = load_model(PRETRAINED / name / "model.safetensors")
     text = Path(__file__).parents[2] / "dataset" / "sample.txt"

@@ -13,7 +13,7 @@ import torch
 
 from picogpt.config import GPTConfig
 from picogpt.errors import RunError
-from picogpt.inference import Backend, Engine
+from picogpt.inference import Engine, EngineBackend
 from picogpt.inference import weights as weights_module
 from picogpt.inference.engine import NUMPY
 from picogpt.inference.generate import RollingDecoder
@@ -26,12 +26,12 @@ SMALL = GPTConfig(n_layer=2, n_head=4, n_embd=32, context_len=16)
 
 
 @pytest.fixture(scope="module", params=["numpy", pytest.param("c", marks=needs_any_compiler)])
-def backend(request: pytest.FixtureRequest, compiled_backend: Backend) -> Backend:
+def backend(request: pytest.FixtureRequest, compiled_backend: EngineBackend) -> EngineBackend:
     """Both ways to compute."""
     return compiled_backend if request.param == "c" else NUMPY
 
 
-def engine_of(model: GPT, backend: Backend, threads: int = 2) -> Engine:
+def engine_of(model: GPT, backend: EngineBackend, threads: int = 2) -> Engine:
     """The engine of a torch model, in float32."""
     return Engine(model.config, model.arrays(), backend=backend, threads=threads, dtype="float32")
 
@@ -47,14 +47,14 @@ def rough_model(config: GPTConfig, scale: float = 0.3) -> GPT:
 
 
 @pytest.fixture(scope="module")
-def engine(roll_vectors: Vectors, backend: Backend) -> Engine:
+def engine(roll_vectors: Vectors, backend: EngineBackend) -> Engine:
     """The model of the vectors."""
     weights = {name.removeprefix("w/"): array for name, array in roll_vectors.items() if name.startswith("w/")}
     return Engine(SMALL, weights, backend=backend, threads=2, dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def rough(backend: Backend) -> tuple[GPT, Engine]:
+def rough(backend: EngineBackend) -> tuple[GPT, Engine]:
     """A model of another shape, whose heads are as long as no vector."""
     model = rough_model(GPTConfig(n_layer=3, n_head=3, n_embd=60, context_len=12))
     return model, engine_of(model, backend)
@@ -76,7 +76,7 @@ def test_full_hop_is_the_plain_roll(engine: Engine, roll_vectors: Vectors, n: in
     """With the hop of a whole window the predictions are those of training, however many characters are read at once."""
     ids = roll_vectors[f"idx/{n}"]
     roll = RollingDecoder(engine, 16, batch=2)
-    logits = np.concatenate([roll.prefill_every(ids[:, i : i + at_once]) for i in range(0, n, at_once)], axis=1)
+    logits = np.concatenate([roll.prefill_all_logits(ids[:, i : i + at_once]) for i in range(0, n, at_once)], axis=1)
 
     np.testing.assert_allclose(logits, roll_vectors[f"logits/{n}"], atol=1e-4, rtol=0)
 
@@ -96,9 +96,9 @@ def test_every_weight_counts(rough: tuple[GPT, Engine]) -> None:
     ids = np.arange(1, 37)[None] % 80
     with torch.no_grad():
         expected = model(torch.from_numpy(ids), torch.from_numpy(ids))[0].numpy()
-    at_once = RollingDecoder(engine, 12).prefill_every(ids)
+    at_once = RollingDecoder(engine, 12).prefill_all_logits(ids)
     roll = RollingDecoder(engine, 12)
-    one_by_one = np.concatenate([roll.prefill_every(ids[:, i : i + 1]) for i in range(36)], axis=1)
+    one_by_one = np.concatenate([roll.prefill_all_logits(ids[:, i : i + 1]) for i in range(36)], axis=1)
 
     scale = np.abs(expected).max()
     np.testing.assert_allclose(at_once / scale, expected / scale, atol=2e-5, rtol=0)
@@ -194,7 +194,7 @@ def test_gelu_table_is_long_enough() -> None:
             assert (inputs @ layer.fc[:-1] + layer.fc[-1]).max() < len(weights.gelu_values)
 
 
-def test_large_scores(backend: Backend) -> None:
+def test_large_scores(backend: EngineBackend) -> None:
     """Scores too large for a plain exponential, as trained models have them, still give the model's logits."""
     torch.manual_seed(0)
     model = GPT(SMALL).eval()
@@ -215,7 +215,7 @@ def test_large_scores(backend: Backend) -> None:
 @pytest.mark.skipif(
     platform.machine().lower() not in {"x86_64", "amd64"}, reason="other processors are quick with denormal numbers"
 )
-def test_denormal_numbers_are_zero(compiled_backend: Backend) -> None:
+def test_denormal_numbers_are_zero(compiled_backend: EngineBackend) -> None:
     """Every thread of C takes them for zero, as they cost a hundred multiplications; the program's own stay as they are."""
     model = GPT(SMALL)
     with torch.no_grad():
@@ -224,13 +224,13 @@ def test_denormal_numbers_are_zero(compiled_backend: Backend) -> None:
     engine = engine_of(model, compiled_backend)
     losses, means = engine.score(np.ones((4, 17), np.int32), np.zeros((4, 32), np.float32))
 
-    assert not engine.window().prefill(np.ones((1, 16), np.int32), every=True).any()
+    assert not engine.window().prefill(np.ones((1, 16), np.int32), all_logits=True).any()
     assert not means.any()
     np.testing.assert_allclose(losses, math.log(88), rtol=1e-6)
     assert np.float32(1e-38) / np.float32(10) > 0
 
 
-def test_without_biases(backend: Backend) -> None:
+def test_without_biases(backend: EngineBackend) -> None:
     """A model without biases runs too."""
     config = GPTConfig(n_layer=1, n_head=2, n_embd=16, context_len=8, bias=False)
     model = GPT(config).eval()
@@ -244,13 +244,17 @@ def test_without_biases(backend: Backend) -> None:
     ("name", "array", "message"),
     [
         ("transformer.ln_f.bias", np.full(32, np.nan, np.float32), "ln_f.bias has values that are not finite"),
-        ("transformer.h.0.mlp.c_fc.weight", np.full((128, 32), 1e9, np.float32), "the weights have diverged: numbers up to"),
+        (
+            "transformer.h.0.mlp.c_fc.weight",
+            np.full((128, 32), 1e9, np.float32),
+            "the weights have diverged: activations may reach",
+        ),
         ("transformer.wte.weight", None, r"transformer.wte.weight should have shape \(88, 32\), got none"),
         ("transformer.h.1.ln_2.bias", np.zeros(3, np.float32), r"ln_2.bias should have shape \(32,\), got \(3,\)"),
     ],
 )
 def test_other_weights_are_refused(
-    roll_vectors: Vectors, backend: Backend, name: str, array: npt.NDArray[Any] | None, message: str
+    roll_vectors: Vectors, backend: EngineBackend, name: str, array: npt.NDArray[Any] | None, message: str
 ) -> None:
     """A weight that is missing or of another shape is named."""
     weights = {key.removeprefix("w/"): value for key, value in roll_vectors.items() if key.startswith("w/")}
@@ -264,5 +268,5 @@ def test_other_vocabulary_is_refused() -> None:
     """The ids of another vocabulary would mean something else."""
     config = GPTConfig(n_layer=1, n_head=1, n_embd=8, context_len=4, vocab_size=50)
 
-    with pytest.raises(RunError, match="a vocabulary of 50 where 88 ids are known"):
+    with pytest.raises(RunError, match="a vocabulary of 50, expected 88"):
         Engine(config, GPT(config).arrays())

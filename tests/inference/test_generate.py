@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from picogpt.config import SampleConfig, TextConfig
 from picogpt.inference.generate import (
-    OneByOne,
     Sampler,
-    StopWatcher,
-    filters_of,
+    StepwiseDecoder,
+    StopSequenceFilter,
+    build_filters,
     generate,
     min_p_filter,
-    never_drawn,
+    suppressed_ids,
     temperature_filter,
     top_k_filter,
     top_p_filter,
@@ -71,7 +71,7 @@ def test_filters(scores: npt.NDArray[np.float64], expected: list[float]) -> None
 def test_filters_are_applied_in_the_usual_order() -> None:
     """Temperature, top-k, top-p, min-p: at temperature 2 top-p 0.35 keeps two of four, where at 1 it would keep one."""
     scores = FOUR
-    for apply in filters_of(SampleConfig(temperature=2.0, top_k=3, top_p=0.39, min_p=0.1)):
+    for apply in build_filters(SampleConfig(temperature=2.0, top_k=3, top_p=0.39, min_p=0.1)):
         scores = apply(scores)
 
     # The square roots of 0.2, 0.3 and 0.4 are 0.447, 0.548 and 0.632 of 1.627: the largest has 0.389, so a second is needed.
@@ -82,7 +82,7 @@ def test_rows_are_filtered_each_by_itself() -> None:
     """Several texts side by side."""
     both = np.concatenate((FOUR, FOUR[:, ::-1]))
 
-    for apply in filters_of(SampleConfig(top_k=2, top_p=0.9, min_p=0.1)):
+    for apply in build_filters(SampleConfig(top_k=2, top_p=0.9, min_p=0.1)):
         np.testing.assert_array_equal(apply(both)[0], apply(FOUR)[0])
         np.testing.assert_array_equal(apply(both)[1], apply(FOUR[:, ::-1].copy())[0])
 
@@ -102,7 +102,7 @@ def test_only_what_the_text_held_is_drawn(text: TextConfig | None, chat: bool, e
     """Unknown, spare ids, and what the text did not hold are not drawn, however likely; special tokens in a chat only."""
     logits = np.zeros((1, 88), np.float32)
     logits[0, [0, 82, 87, *(() if text is None else range(1, 5))]] = 100
-    sampler = Sampler(SampleConfig(temperature=1.0), [sample_generator(0)], never_drawn(text, chat=chat))
+    sampler = Sampler(SampleConfig(temperature=1.0), [sample_generator(0)], suppressed_ids(text, chat=chat))
     drawn = {int(sampler.draw(logits)[0]) for _ in range(2000)}
 
     assert drawn == expected
@@ -137,10 +137,10 @@ def run(
 ) -> list[list[int]]:
     """All ids of each text that goes on from id 1."""
     logits = Counting().prefill(np.ones((batch, 1), dtype=np.int64))
-    watchers = [StopWatcher(stops or []) for _ in range(batch)]
+    watchers = [StopSequenceFilter(stops or []) for _ in range(batch)]
     generators = [sample_generator(seed, i) for i in range(batch)]
-    sampler = Sampler(SampleConfig(temperature=temperature), generators, never_drawn(None))
-    steps = generate(OneByOne(Counting().prefill), logits, n_new, sampler=sampler, watchers=watchers)
+    sampler = Sampler(SampleConfig(temperature=temperature), generators, suppressed_ids(None))
+    steps = generate(StepwiseDecoder(Counting().prefill), logits, n_new, sampler=sampler, stop_filters=watchers)
     parts = list(itertools.islice(steps, 100))
     return [[token for part in parts for token in part[i]] for i in range(batch)]
 
@@ -162,13 +162,13 @@ def test_stop_text_ends_a_sample() -> None:
 @given(st.lists(st.integers(1, 2), max_size=30), st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=4), max_size=3))
 def test_stop_watcher_cuts_at_the_first_stop(tokens: list[int], stops: list[list[int]]) -> None:
     """Whatever comes and whatever is held back on the way, the text is cut before the stop that is complete first."""
-    watcher = StopWatcher(stops)
+    watcher = StopSequenceFilter(stops)
     text: list[int] = []
     for token in tokens:
-        text += watcher.pass_on(token)
+        text += watcher.push(token)
         if watcher.stopped:
             break
-    text += watcher.finish()
+    text += watcher.flush()
     expected, found = tokens, False
     for end in range(1, len(tokens) + 1):
         ends = [len(stop) for stop in stops if tokens[:end][-len(stop) :] == stop]

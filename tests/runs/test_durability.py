@@ -337,7 +337,7 @@ def test_killed_runs_go_on_to_the_same_bytes(here: list[str], monkeypatch: pytes
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             process.wait(timeout=1.5 + generator.random())
-            RunFolder(Path("logs/killed")).set_aside()  # it was done before it could be killed: once more
+            RunFolder(Path("logs/killed")).archive()  # it was done before it could be killed: once more
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -263,7 +263,7 @@ def test_set_aside(run: RunFolder) -> None:
     """An old run is kept under the first free name."""
     (run.path.with_name("a.old-1")).mkdir()
 
-    assert run.set_aside().name == "a.old-2"
+    assert run.archive().name == "a.old-2"
     assert not run.path.exists()
 
 

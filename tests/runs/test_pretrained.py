@@ -30,10 +30,10 @@ def test_a_model(run: RunFolder) -> None:
     """It knows English, has nothing to go on from, and its card has the loss of its log."""
     engine = Engine.load(run.path / "model.safetensors")
     ids = CharTokenizer().encode("the king and his brother went down to the sea, and there they found that the ship was gone.")
-    logits = RollingDecoder(engine, engine.config.context_len).prefill_every(ids[None, :-1])[0].astype(np.float64)
+    logits = RollingDecoder(engine, engine.config.context_len).prefill_all_logits(ids[None, :-1])[0].astype(np.float64)
     chosen = logits[np.arange(len(ids) - 1), ids[1:]]
 
     assert (np.log(np.exp(logits).sum(axis=1)) - chosen).mean() < 1.7
-    assert run.is_finished_model()
+    assert run.is_weights_only()
     losses = re.findall(r"\d\.\d{4}", (run.path / "README.md").read_text())
     assert f"{run.read_log().best_loss:.4f}" in losses
