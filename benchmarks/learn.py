@@ -35,7 +35,7 @@ from picogpt.data import (
     read_texts,
     resolve_stream,
 )
-from picogpt.data.batches import even_rolls
+from picogpt.data.batches import evenly_spaced_batches
 from picogpt.device import set_threads
 from picogpt.kernels.compiled import kernels_name
 from picogpt.schedule import learning_rate
@@ -125,7 +125,7 @@ def learn_seed(arguments: argparse.Namespace) -> Course:
     if arguments.loop == "ours":
         loop = full_trainer(config, source)
         print(f"seed, with our loop: {describe(loop)}")
-    chars_per_step = config.batch_size * roll_len(config)
+    chars_per_step = config.batch_size * sequence_len(config)
 
     def step() -> int:
         # The schedule is the original's own, of 600,000 steps, whatever the length.
@@ -180,23 +180,23 @@ def mean_loss(loss: Callable[[Batch], torch.Tensor], batches: list[Batch], model
     return total / sum(batch.targets.size for batch in batches)
 
 
-def roll_len(config: TrainConfig) -> int:
+def sequence_len(config: TrainConfig) -> int:
     """Characters of a roll."""
     return config.windows * GPTConfig().context_len
 
 
 def open_source(arguments: argparse.Namespace, config: TrainConfig) -> tuple[Source, list[Batch]]:
     """Batches for a recipe, and the validation batches, the same ones for both."""
-    length, size = roll_len(config), config.batch_size
+    length, size = sequence_len(config), config.batch_size
     source: TextSource | StreamSource
     if arguments.text is not None:
-        source = TextSource(read_texts(arguments.text, name="text"), roll_len=length, batch_size=size, seed=config.seed)
+        source = TextSource(read_texts(arguments.text, name="text"), sequence_len=length, batch_size=size, seed=config.seed)
     else:
         shards = find_shards(resolve_stream(str(arguments.folder), None))
         validation = draw_validation(ArticleReader(shards, config.seed, print))
         source = StreamSource(
-            ArticleReader(shards, config.seed, print), validation, roll_len=length, batch_size=size, seed=config.seed
+            ArticleReader(shards, config.seed, print), validation, sequence_len=length, batch_size=size, seed=config.seed
         )
         source.begin(_NoRun())
     most = -(-arguments.val_rolls // VALIDATION_BATCH)
-    return source, list(even_rolls(source.val_ids, length, VALIDATION_BATCH, most))
+    return source, list(evenly_spaced_batches(source.val_ids, length, VALIDATION_BATCH, most))

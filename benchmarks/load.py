@@ -18,7 +18,7 @@ from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import (
     ArticleReader,
     Batch,
-    RepeatedSource,
+    RandomSource,
     Source,
     Stop,
     StreamSource,
@@ -85,11 +85,11 @@ class Tap(StreamSource):
         return self.last
 
 
-class Replay(RepeatedSource):
+class Replay(RandomSource):
     """The last batch of a stream again, from memory."""
 
     def __init__(self, tap: Tap) -> None:
-        super().__init__(roll_len=roll_len(), batch_size=TrainConfig().batch_size)
+        super().__init__(sequence_len=sequence_len(), batch_size=TrainConfig().batch_size)
         self._tap = tap
 
     def train_batch(self, k: int, stop: Stop = lambda: False) -> Batch:  # noqa: ARG002
@@ -103,7 +103,7 @@ def default_trainer(source: Source) -> Trainer:
     return full_trainer(TrainConfig(), source)
 
 
-def roll_len() -> int:
+def sequence_len() -> int:
     """Characters of a roll by default."""
     return TrainConfig().windows * GPTConfig().context_len
 
@@ -114,7 +114,7 @@ def open_stream(bytes_sent: Callable[[], int]) -> tuple[Tap, Loaded]:
     shards = find_shards(StreamSpec(name=REPOSITORY, path=REPOSITORY))
     validation = draw_validation(ArticleReader(shards, 0, print))
     size = TrainConfig().batch_size
-    source = Tap(ArticleReader(shards, 0, print), validation, roll_len=roll_len(), batch_size=size, seed=0)
+    source = Tap(ArticleReader(shards, 0, print), validation, sequence_len=sequence_len(), batch_size=size, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         source.begin(RunFolder(Path(folder)))
     source.train_batch(0)
@@ -129,7 +129,7 @@ def load_alone(bytes_sent: Callable[[], int], results: Connection) -> None:
     start = time.perf_counter()
     for k in range(1, LOADER_BATCHES + 1):
         source.train_batch(k)
-    found.chars_per_second = LOADER_BATCHES * TrainConfig().batch_size * roll_len() / (time.perf_counter() - start)
+    found.chars_per_second = LOADER_BATCHES * TrainConfig().batch_size * sequence_len() / (time.perf_counter() - start)
     finish(source, found, results)
 
 
@@ -153,7 +153,7 @@ def train_from_stream(bytes_sent: Callable[[], int], results: Connection) -> Non
 
 def train_from_memory(bytes_sent: Callable[[], int], results: Connection) -> None:  # noqa: ARG001
     """Take a few steps on noise in memory, for the memory they take."""
-    trainer = default_trainer(RepeatedSource(roll_len=roll_len(), batch_size=TrainConfig().batch_size))
+    trainer = default_trainer(RandomSource(sequence_len=sequence_len(), batch_size=TrainConfig().batch_size))
     for _ in range(5):
         trainer.update(1e-3)
     results.send(asdict(Loaded(peak=peak())))

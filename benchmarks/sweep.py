@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.common import full_trainer
-from benchmarks.learn import open_source, roll_len
+from benchmarks.learn import open_source, sequence_len
 from picogpt.config import TrainConfig
 from picogpt.data import Batch
 from picogpt.device import set_threads
@@ -147,7 +147,7 @@ def train_arm(arguments: argparse.Namespace, arm: str, seed: int, threads: int) 
                 parameter.copy_(value)
         averaged = roll_losses(trainer, val_batches)
     source.close()
-    return Outcome(arm, seed, losses, averaged, seconds, total * config.batch_size * roll_len(config))
+    return Outcome(arm, seed, losses, averaged, seconds, total * config.batch_size * sequence_len(config))
 
 
 @torch.no_grad()

@@ -15,24 +15,24 @@ from typing import Protocol
 from picogpt.errors import DataError
 from picogpt.wording import Notify
 
-__all__ = ["decode_stream", "decode_text", "unify_text"]
+__all__ = ["decode_stream", "decode_text", "normalize_newlines"]
 
 
-_MARKS = (
+_BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16's, which it begins with
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-_LONGEST_MARK = 4
+_MAX_BOM_BYTES = 4
 _WIDE = frozenset({"utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"})
 """Encodings whose ASCII has zero bytes."""
 _ASCII = bytes(range(128))
 _REPLACEMENT_CHARACTER = "\ufffd"
-_WESTERN_SHARE = 0.5
+_MAX_WESTERN_SHARE = 0.5
 """Largest share of bytes beyond ASCII in a Western European text; Russian or Chinese in an encoding of its own has more."""
-_TELLING_BYTES = 64
+_MIN_SAMPLE_BYTES = 64
 """Bytes from which on that share says something."""
 
 
@@ -43,7 +43,7 @@ class Stream(Protocol):
         """The next `size` bytes, fewer only at the end."""
 
 
-def unify_text(text: str) -> str:
+def normalize_newlines(text: str) -> str:
     """`text` without a byte order mark at its start, its line ends newlines."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
@@ -73,9 +73,9 @@ def decode_stream(stream: Stream, *, name: str, notify: Notify, block_bytes: int
         OSError: it cannot be read.
         DataError: it is no text, or in an encoding that is not known.
     """
-    block_bytes = max(block_bytes, _LONGEST_MARK)
+    block_bytes = max(block_bytes, _MAX_BOM_BYTES)
     block = stream.read(block_bytes)
-    mark, encoding = next(((mark, marked) for mark, marked in _MARKS if block.startswith(mark)), (b"", "ascii"))
+    mark, encoding = next(((mark, marked) for mark, marked in _BOMS if block.startswith(mark)), (b"", "ascii"))
     block = block[len(mark) :] or stream.read(block_bytes)
     if encoding in _WIDE:
         notify(f"{name}: read as {encoding.upper()}, which its byte order mark names")
@@ -86,7 +86,7 @@ def decode_stream(stream: Stream, *, name: str, notify: Notify, block_bytes: int
         if reject and b"\0" in block and encoding not in _WIDE:
             raise DataError(f"{name}: no text (it has zero bytes, and no byte order mark); convert it to UTF-8, or leave it out")
         if encoding == "ascii" and not block.isascii():
-            block, encoding = _decide(stream, block, block_bytes)
+            block, encoding = _detect_encoding(stream, block, block_bytes)
             if encoding != "utf-8":
                 if reject and not _is_western(block):
                     raise DataError(f"{name}: neither UTF-8 nor a Western European text; convert it to UTF-8, or leave it out")
@@ -102,7 +102,7 @@ def decode_stream(stream: Stream, *, name: str, notify: Notify, block_bytes: int
         notify(f"{name}: damaged characters, which stay unknown (U+FFFD): {faults:,}")
 
 
-def _decide(stream: Stream, block: bytes, block_bytes: int) -> tuple[bytes, str]:
+def _detect_encoding(stream: Stream, block: bytes, block_bytes: int) -> tuple[bytes, str]:
     """The encoding of a stream from `block` on, the first one beyond ASCII; and the block, longer where it did not tell."""
     letters, faults = _letters_and_faults(block, final=False)
     while not letters + faults:  # all there is beyond ASCII is the beginning of a character at the end
@@ -114,7 +114,7 @@ def _decide(stream: Stream, block: bytes, block_bytes: int) -> tuple[bytes, str]
 
 def _is_western(block: bytes) -> bool:
     """Whether few enough bytes are beyond ASCII for CP1252, as far as can be told."""
-    return len(block) < _TELLING_BYTES or len(block.translate(None, _ASCII)) <= _WESTERN_SHARE * len(block)
+    return len(block) < _MIN_SAMPLE_BYTES or len(block.translate(None, _ASCII)) <= _MAX_WESTERN_SHARE * len(block)
 
 
 def _letters_and_faults(block: bytes, *, final: bool) -> tuple[int, int]:

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from anyascii import anyascii
 
-__all__ = ["N_CODE_POINTS", "Folding", "code_points_of", "fold_character"]
+__all__ = ["N_CODE_POINTS", "Folding", "fold_character", "to_code_points"]
 
 N_CODE_POINTS = 0x110000
 """Code points of Unicode."""
@@ -37,11 +37,11 @@ _REPLACEMENT_CHARACTER = "\ufffd"
 _INVISIBLE = frozenset({"BN", "LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"})
 """Bidirectional classes of format characters that show nothing, unlike the Arabic number sign; three marks are listed apart."""
 _DIRECTION_MARKS = frozenset("\u061c\u200e\u200f")
-_PIECE = 1 << 18
+_CHUNK = 1 << 18
 """Characters that are folded at once, so that the arrays stay in the cache."""
 
 
-def code_points_of(text: str) -> CodePoints:
+def to_code_points(text: str) -> CodePoints:
     """Code points of `text`, shape (len(text),). Any string will do, lone surrogates too."""
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
 
@@ -54,10 +54,10 @@ def fold_character(character: str) -> str:
     category = unicodedata.category(character)
     if category in {"Zs", "Zl", "Zp", "Cc"}:
         return " " if category == "Zs" else "\n" if character in _LINE_ENDS else character
-    if _shows_nothing(character, category):
+    if _is_invisible(character, category):
         return ""
     spelling = anyascii(character)
-    if category[0] in "PS" and _is_plain(character, category, spelling):
+    if category[0] in "PS" and _is_faithful(character, category, spelling):
         return spelling
     parts = unicodedata.normalize("NFKD", character)
     if parts != character and (folded := "".join(map(fold_character, parts))).isascii():
@@ -66,14 +66,14 @@ def fold_character(character: str) -> str:
     return spelling if is_latin and spelling else character
 
 
-def _is_plain(character: str, category: str, spelling: str) -> bool:
+def _is_faithful(character: str, category: str, spelling: str) -> bool:
     """Whether the spelling of a punctuation mark or symbol says what it is: `:grinning:` does not."""
     if category == "Sc" or character in _SPELLED_WITH_LETTERS:
         return True
     return bool(spelling) and not any(c.isalnum() for c in spelling)
 
 
-def _shows_nothing(character: str, category: str) -> bool:
+def _is_invisible(character: str, category: str) -> bool:
     """Whether it is an accent by itself, or a format character that cannot be seen."""
     if category == "Cf":
         return unicodedata.bidirectional(character) in _INVISIBLE or character in _DIRECTION_MARKS
@@ -95,10 +95,10 @@ class Folding:
         """Fold `text`, any string; ASCII comes back as it is."""
         if text.isascii():
             return text
-        return "".join(self._fold_piece(text[start : start + _PIECE]) for start in range(0, len(text), _PIECE))
+        return "".join(self._fold_chunk(text[start : start + _CHUNK]) for start in range(0, len(text), _CHUNK))
 
-    def _fold_piece(self, text: str) -> str:
-        points = code_points_of(text)
+    def _fold_chunk(self, text: str) -> str:
+        points = to_code_points(text)
         new = points[~self._known[points]]
         if new.size:
             self._learn("".join(map(chr, np.unique(new).tolist())))
@@ -114,8 +114,8 @@ class Folding:
         """Enter `characters`, all different and none of them known, into the tables."""
         replacements = [fold_character(character) for character in characters]
         lengths = np.array([len(replacement) for replacement in replacements])
-        points = code_points_of(characters)
+        points = to_code_points(characters)
         self._length[points] = lengths
         self._start[points] = len(self._pool) + np.cumsum(lengths) - lengths
         self._known[points] = True
-        self._pool = np.concatenate((self._pool, code_points_of("".join(replacements))))
+        self._pool = np.concatenate((self._pool, to_code_points("".join(replacements))))

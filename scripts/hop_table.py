@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--hops", type=int, nargs="+", default=HOPS, help="hops to measure")
     arguments = parser.parse_args()
     engine = Engine.load(find_model(arguments.model, Path("logs"))[0])
-    ids = TextSource(read_texts([arguments.text], name="text"), roll_len=ROLL, batch_size=1, seed=0).val_ids
+    ids = TextSource(read_texts([arguments.text], name="text"), sequence_len=ROLL, batch_size=1, seed=0).val_ids
     starts = np.linspace(0, len(ids) - 2 * ROLL - 1, arguments.texts).astype(int)
     texts = np.stack([ids[start : start + 2 * ROLL + 1] for start in starts])
     base = score(engine, texts, HOPS[0])

@@ -150,4 +150,4 @@ def tiny_source(config: TrainConfig, model: GPTConfig = TINY, n_chars: int = 300
     """Batches of a text that repeats, with a shape that fits `config`."""
     ids = np.tile(np.arange(1, 31, dtype=np.uint8), n_chars // 30)
     corpus = Corpus(name="tiny", ids=ids)
-    return TextSource(corpus, roll_len=config.windows * model.context_len, batch_size=config.batch_size, seed=config.seed)
+    return TextSource(corpus, sequence_len=config.windows * model.context_len, batch_size=config.batch_size, seed=config.seed)

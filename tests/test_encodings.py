@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from picogpt.encodings import decode_stream, decode_text, unify_text
+from picogpt.encodings import decode_stream, decode_text, normalize_newlines
 from picogpt.errors import DataError
 
 CP1252 = "x: not UTF-8; read as CP1252 (Western European)"
@@ -79,4 +79,4 @@ def test_zero_bytes_are_rejected() -> None:
 
 def test_unify_text() -> None:
     """A text that is already decoded loses its mark and other line ends."""
-    assert unify_text("\ufeffa\r\nb\rc\n") == "a\nb\nc\n"
+    assert normalize_newlines("\ufeffa\r\nb\rc\n") == "a\nb\nc\n"

@@ -128,15 +128,15 @@ def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig) -> Rep
 
     engine = _load_engine(path, arguments.threads, arguments.dtype)
     trained, console = TrainedRun.of_model(path), Console(notice, DownloadBar)
-    roll_len = config.windows * engine.config.context_len
+    sequence_len = config.windows * engine.config.context_len
     text = find_eval_text(
         trained,
         TextRequest(paths=tuple(arguments.text), dataset=arguments.dataset, column=arguments.text_column),
-        roll_len=roll_len,
+        sequence_len=sequence_len,
         chars=config.chars,
         console=console,
     )
-    rolls = cut_rolls(text.articles, roll_len, config.chars)
+    rolls = cut_rolls(text.articles, sequence_len, config.chars)
     _announce(text, rolls)
     ngram_text = find_ngram_text(trained, text, arguments.ngram_text, console)
     losses = _read(engine, rolls)

@@ -1,7 +1,7 @@
-"""Articles of a data set, one after the other: read and encoded in a thread of their own, from any place on.
+"""Articles of a data set, one after the other: read and encoded in a thread of their own, from any cursor on.
 
 Articles come in the order of their files, and files in an order made of the seed, anew each pass. One in twenty, by a hash of
-where it stands, is for validation. What was read ahead is no state: whoever goes on names the place to go on from.
+where it stands, is for validation. What was read ahead is no state: whoever goes on names the cursor to go on from.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ import numpy.typing as npt
 from picogpt.config import TextConfig
 from picogpt.data.batches import Stop, WaitInterrupted
 from picogpt.data.hub import read_rows
-from picogpt.data.network import explain, is_network, remedy
-from picogpt.data.outage import Closed, Outage
+from picogpt.data.network import explain, hint, is_transient
+from picogpt.data.outage import Outage, ReaderClosed
 from picogpt.data.shards import Row, Shards
-from picogpt.encodings import unify_text
+from picogpt.encodings import normalize_newlines
 from picogpt.errors import DataError
 from picogpt.rng import Stream, stream_generator
 from picogpt.tokenizer import SPECIAL_IDS, TEXT_IDS, CharTokenizer, Tally, TextEncoder
 from picogpt.wording import Notify
 
-__all__ = ["SEPARATOR", "Article", "ArticleReader", "Ids", "PassLength", "Place", "draw_validation", "join_articles"]
+__all__ = ["SEPARATOR", "Article", "ArticleReader", "Cursor", "Ids", "PassLengthCheck", "draw_validation", "join_articles"]
 
 Ids = npt.NDArray[np.uint8]
 Read = Callable[[str, int], Iterator[Row]]
 
 VALIDATION_CHARS = 256_000
 """Characters of validation text that are drawn once for a run."""
-ONE_IN = 20
+VALIDATION_DIVISOR = 20
 """One article in so many is for validation."""
 READ_AHEAD = 1 << 24
 """Bytes, one a character, that wait between the reader and training: a network may be gone while they last."""
 
 _QUESTION_TOKENS = ("<Q>", "</Q>", "<A>", "</A>")
 """Special tokens around a question and its answer."""
-_ARTICLE_SIZE = 500
+_ARTICLE_OVERHEAD = 500
 """Bytes that an article takes beside its characters: of articles of a few characters each, millions would be read ahead."""
-_LITTLE_AHEAD = 1 << 20
+_SHORT_READ_AHEAD = 1 << 20
 """Bytes read ahead where only the first articles are wanted."""
 
 
-class Place(NamedTuple):
+class Cursor(NamedTuple):
     """Where an article stands: pass over the data set, file within the pass, row of the file."""
 
     epoch: int
@@ -60,10 +60,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Article:
-    """One article, encoded, with its place and the place after it."""
+    """One article, encoded, with its cursor and the cursor after it."""
 
-    place: Place
-    after: Place
+    cursor: Cursor
+    next_cursor: Cursor
     for_validation: bool
     ids: Ids
     empty_before: int
@@ -71,7 +71,7 @@ class Article:
 
 
 class ArticleReader:
-    """Reads articles in order, in a thread of its own, from any place on.
+    """Reads articles in order, in a thread of its own, from any cursor on.
 
     A failure of the network is waited out (`picogpt.data.outage`) and reading goes on from the very row.
 
@@ -119,9 +119,9 @@ class ArticleReader:
         first, *others = self._shards.files
         return f"{first} and {len(others)} more files" if others else first
 
-    def start(self, place: Place) -> None:
-        """Begin to read at `place`."""
-        self._thread = threading.Thread(target=self._run, args=(place,), name="articles", daemon=True)
+    def start(self, cursor: Cursor) -> None:
+        """Begin to read at `cursor`."""
+        self._thread = threading.Thread(target=self._run, args=(cursor,), name="articles", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -149,32 +149,32 @@ class ArticleReader:
             return item
         raise item
 
-    def taken(self) -> Generator[Article, None, None]:
+    def from_start(self) -> Generator[Article, None, None]:
         """All articles from the first one on, read in the thread, so that Ctrl-C is heard whatever a library waits for.
 
         Raises:
             DataError: there will be no more.
         """
-        self._buffer = _Buffer(_LITTLE_AHEAD)
-        self.start(Place(0, 0, 0))
+        self._buffer = _Buffer(_SHORT_READ_AHEAD)
+        self.start(Cursor(0, 0, 0))
         try:
             while True:
                 yield self.take(lambda: False)
         finally:
             self.close()
 
-    def _run(self, place: Place) -> None:
+    def _run(self, cursor: Cursor) -> None:
         try:
-            for article in self.articles(place):
+            for article in self.articles(cursor):
                 self._buffer.put(article)
-        except Closed:
+        except ReaderClosed:
             pass
         except Exception as error:
-            with contextlib.suppress(Closed):
+            with contextlib.suppress(ReaderClosed):
                 self._buffer.put(error)
 
-    def articles(self, place: Place) -> Iterator[Article]:
-        """All articles from `place` on, pass after pass, without end; waits out failures.
+    def articles(self, cursor: Cursor) -> Iterator[Article]:
+        """All articles from `cursor` on, pass after pass, without end; waits out failures.
 
         Raises:
             DataError: the data set holds no text, a file is gone, or patience has run out.
@@ -182,27 +182,27 @@ class ArticleReader:
         empty = 0
         found = True
         while not self._closed.is_set():
-            if place.file == 0 and place.row == 0:
+            if cursor.file == 0 and cursor.row == 0:
                 if not found:
                     raise DataError(f"{self._shards.files[0]}: no text in the whole data set; check --text-column")
                 found = False
-            file = self._file(place)
-            for row, columns in self._rows(file, place.row):
+            file = self._file(cursor)
+            for row, columns in self._rows(file, cursor.row):
                 ids = self._encode(columns)
                 if not len(ids):
                     empty += 1
                     continue
-                here = place._replace(row=row)
-                yield Article(here, place._replace(row=row + 1), _is_for_validation(file, row), ids, empty)
+                here = cursor._replace(row=row)
+                yield Article(here, cursor._replace(row=row + 1), _is_for_validation(file, row), ids, empty)
                 empty, found = 0, True
-            place = Place(place.epoch, place.file + 1, 0)
-            if place.file == len(self._shards.files):
-                place = Place(place.epoch + 1, 0, 0)
+            cursor = Cursor(cursor.epoch, cursor.file + 1, 0)
+            if cursor.file == len(self._shards.files):
+                cursor = Cursor(cursor.epoch + 1, 0, 0)
 
-    def _file(self, place: Place) -> str:
-        """The file that `place` is in."""
-        order = stream_generator(self._seed, Stream.SHARD_ORDER, place.epoch)
-        number = int(order.permutation(len(self._shards.files))[place.file])
+    def _file(self, cursor: Cursor) -> str:
+        """The file that `cursor` is in."""
+        order = stream_generator(self._seed, Stream.SHARD_ORDER, cursor.epoch)
+        number = int(order.permutation(len(self._shards.files))[cursor.file])
         return self._shards.files[number]
 
     def _rows(self, file: str, row: int) -> Iterator[tuple[int, Row]]:
@@ -214,9 +214,9 @@ class ArticleReader:
             except DataError:
                 raise
             except Exception as error:  # the libraries below raise nearly anything when a connection breaks
-                if advice := remedy(error):
+                if advice := hint(error):
                     raise DataError(f"{file}: cannot be read ({explain(error)}); {advice}") from error
-                self._outage.wait(f"{file.rpartition('/')[2]}, row {row:,}", explain(error), damaged=not is_network(error))
+                self._outage.wait(f"{file.rpartition('/')[2]}, row {row:,}", explain(error), damaged=not is_transient(error))
                 rows = self._read(file, row)
                 continue
             self._outage.over()
@@ -227,12 +227,12 @@ class ArticleReader:
 
     def _encode(self, columns: Row) -> Ids:
         """One column is a text; two are a question and its answer, wrapped in their tokens."""
-        texts = [self._encoder.encode(unify_text(column)) for column in columns]
+        texts = [self._encoder.encode(normalize_newlines(column)) for column in columns]
         if len(texts) == 1:
             return texts[0]
         question, answer = texts
         mark = {token: np.array([SPECIAL_IDS[token]], np.uint8) for token in _QUESTION_TOKENS}
-        return np.concatenate((mark["<Q>"], question, mark["</Q>"], _NEWLINE, mark["<A>"], answer, mark["</A>"]))
+        return np.concatenate((mark["<Q>"], question, mark["</Q>"], _NEWLINE_IDS, mark["<A>"], answer, mark["</A>"]))
 
 
 class _Buffer:
@@ -249,12 +249,12 @@ class _Buffer:
         """Add `item` once there is room.
 
         Raises:
-            Closed: nobody takes it any more.
+            ReaderClosed: nobody takes it any more.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._size < min(READ_AHEAD, self._limit))
             if self._closed:
-                raise Closed
+                raise ReaderClosed
             self._items.append(item)
             self._size += _size(item)
             self._changed.notify()
@@ -277,22 +277,22 @@ class _Buffer:
 
 
 def _size(item: Article | Exception) -> int:
-    return _ARTICLE_SIZE + len(item.ids) if isinstance(item, Article) else 0
+    return _ARTICLE_OVERHEAD + len(item.ids) if isinstance(item, Article) else 0
 
 
 def _is_for_validation(file: str, row: int) -> bool:
     """By a hash of file and row, so that an article is always on the same side."""
     digest = hashlib.sha256(f"{file.rpartition('/')[2]}:{row}".encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "little") % ONE_IN == 0
+    return int.from_bytes(digest[:8], "little") % VALIDATION_DIVISOR == 0
 
 
 def join_articles(reader: ArticleReader, characters: int, *, for_validation: bool) -> Ids:
     """The first articles of one side, joined, until they have so many characters or the data set is at its end; may be empty."""
     parts: list[Ids] = []
     total = 0
-    with contextlib.closing(reader.taken()) as taken:
-        for article in taken:
-            if article.place.epoch > 0 or total >= characters:
+    with contextlib.closing(reader.from_start()) as articles:
+        for article in articles:
+            if article.cursor.epoch > 0 or total >= characters:
                 break
             if article.for_validation is for_validation:
                 parts += [article.ids, SEPARATOR]
@@ -300,24 +300,24 @@ def join_articles(reader: ArticleReader, characters: int, *, for_validation: boo
     return np.concatenate(parts)[:characters] if parts else np.zeros(0, np.uint8)
 
 
-def draw_validation(reader: ArticleReader, characters: int | None = None, *, roll_len: int = 0) -> Ids:
+def draw_validation(reader: ArticleReader, characters: int | None = None, *, sequence_len: int = 0) -> Ids:
     """The first articles for validation, joined.
 
     Args:
         reader: where articles come from; not started, and closed afterwards.
         characters: how many to draw; None for `VALIDATION_CHARS`.
-        roll_len: characters in a sequence, of which the other articles must make one at least.
+        sequence_len: characters in a sequence, of which the other articles must make one at least.
 
     Raises:
         DataError: there is no article for validation, or the data set is too short to train on.
     """
     wanted = VALIDATION_CHARS if characters is None else characters
     parts: list[Ids] = []
-    drawn, left = 0, PassLength(reader.name, roll_len, Place(0, 0, 0))
-    with contextlib.closing(reader.taken()) as taken:
-        for article in taken:
+    drawn, left = 0, PassLengthCheck(reader.name, sequence_len, Cursor(0, 0, 0))
+    with contextlib.closing(reader.from_start()) as articles:
+        for article in articles:
             left.count(article)
-            if article.place.epoch > 0 or drawn >= wanted:
+            if article.cursor.epoch > 0 or drawn >= wanted:
                 break
             if article.for_validation:
                 parts += [article.ids, SEPARATOR]
@@ -327,17 +327,17 @@ def draw_validation(reader: ArticleReader, characters: int | None = None, *, rol
     return np.concatenate(parts)[:wanted]
 
 
-class PassLength:
+class PassLengthCheck:
     """Checks that each pass over a data set has text for one sequence at least, so that nobody turns in it for ever.
 
     Args:
         name: of the data set.
-        roll_len: characters in a sequence.
-        begun: the place of the first article that is counted.
+        sequence_len: characters in a sequence.
+        begun: the cursor of the first article that is counted.
     """
 
-    def __init__(self, name: str, roll_len: int, begun: Place) -> None:
-        self._name, self._roll_len = name, roll_len
+    def __init__(self, name: str, sequence_len: int, begun: Cursor) -> None:
+        self._name, self._sequence_len = name, sequence_len
         self._epoch, self._from_start = begun.epoch, begun[1:] == (0, 0)
         self._chars = 0
 
@@ -347,18 +347,18 @@ class PassLength:
         Raises:
             DataError: it begins a pass, and all of the pass before had too little text to train on.
         """
-        if article.place.epoch != self._epoch:
-            if self._from_start and self._chars <= self._roll_len:
+        if article.cursor.epoch != self._epoch:
+            if self._from_start and self._chars <= self._sequence_len:
                 raise DataError(
                     f"{self._name}: too short, {self._chars:,} characters to train on where a sequence takes "
-                    f"{self._roll_len + 1:,} (one article in {ONE_IN} is for validation); give more text, smaller --windows or "
-                    "--context-len, or a small text with --text"
+                    f"{self._sequence_len + 1:,} (one article in {VALIDATION_DIVISOR} is for validation); give more text, "
+                    "smaller --windows or --context-len, or a small text with --text"
                 )
-            self._epoch, self._from_start, self._chars = article.place.epoch, True, 0
+            self._epoch, self._from_start, self._chars = article.cursor.epoch, True, 0
         if not article.for_validation:
             self._chars += len(article.ids) + len(SEPARATOR)
 
 
-_NEWLINE = CharTokenizer().encode("\n")
-SEPARATOR = np.concatenate((_NEWLINE, _NEWLINE))
+_NEWLINE_IDS = CharTokenizer().encode("\n")
+SEPARATOR = np.concatenate((_NEWLINE_IDS, _NEWLINE_IDS))
 """What stands between two articles."""

@@ -17,23 +17,23 @@ from picogpt.tokenizer import VOCAB_SIZE
 
 __all__ = [
     "Batch",
-    "RepeatedSource",
+    "RandomSource",
     "Source",
     "Stop",
     "TextSource",
     "ValidationStore",
     "WaitInterrupted",
-    "even_rolls",
+    "evenly_spaced_batches",
     "split_text",
 ]
 
 Stop = Callable[[], bool]
 """Asked now and then whether to end."""
 
-TRAIN_SHARE = 0.9
+TRAIN_FRACTION = 0.9
 """Share of a text that is trained on; the rest, at its end, is for validation."""
 
-_COUNTED = 1 << 22
+_COUNT_BLOCK = 1 << 22
 """Characters that are counted at once."""
 
 
@@ -90,7 +90,7 @@ class Source(Protocol):
 
 def split_text(ids: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """The part of a text (characters,) that is trained on, and the part for validation."""
-    n_train = int(TRAIN_SHARE * len(ids))
+    n_train = int(TRAIN_FRACTION * len(ids))
     return ids[:n_train], ids[n_train:]
 
 
@@ -103,7 +103,7 @@ class TextSource:
 
     Args:
         corpus: the text.
-        roll_len: characters in a roll.
+        sequence_len: characters in a roll.
         batch_size: rolls in a batch.
         seed: of the starting points and the orders.
 
@@ -111,30 +111,30 @@ class TextSource:
         DataError: the text is too short to cut a roll from it.
     """
 
-    def __init__(self, corpus: Corpus, *, roll_len: int, batch_size: int, seed: int) -> None:
+    def __init__(self, corpus: Corpus, *, sequence_len: int, batch_size: int, seed: int) -> None:
         self._corpus = corpus
         self.train_ids, self.val_ids = split_text(corpus.ids)
         n_train = len(self.train_ids)
-        self._roll_len, self._batch_size, self._seed = roll_len, batch_size, seed
-        if len(self.train_ids) <= roll_len or len(self.val_ids) < 2:
-            needed = max(int((roll_len + 1) / TRAIN_SHARE) + 1, 20)
+        self._sequence_len, self._batch_size, self._seed = sequence_len, batch_size, seed
+        if len(self.train_ids) <= sequence_len or len(self.val_ids) < 2:
+            needed = max(int((sequence_len + 1) / TRAIN_FRACTION) + 1, 20)
             raise DataError(
-                f"{corpus.name}: too short, {len(corpus.ids):,} characters where rolls of {roll_len:,} need at least "
+                f"{corpus.name}: too short, {len(corpus.ids):,} characters where rolls of {sequence_len:,} need at least "
                 f"{needed:,}; give more text, or smaller --windows or --context-len"
             )
-        n_rolls = (n_train - 1) // roll_len
+        n_sequences = (n_train - 1) // sequence_len
         # One roll less than would fit leaves room for the starting point to move.
-        self._rolls_per_pass = max(1, n_rolls - 1)
-        self._slack = n_train - 1 - self._rolls_per_pass * roll_len
+        self._sequences_per_pass = max(1, n_sequences - 1)
+        self._max_phase = n_train - 1 - self._sequences_per_pass * sequence_len
         self._starts_of_pass = functools.lru_cache(maxsize=2)(self._draw_starts)
 
     @functools.cached_property
     def text(self) -> TextConfig:
         """How the text became ids, and which ones its training part holds."""
         counts = np.zeros(VOCAB_SIZE, np.int64)
-        for start in range(0, len(self.train_ids), _COUNTED):
-            counts += np.bincount(self.train_ids[start : start + _COUNTED], minlength=VOCAB_SIZE)
-            self._corpus.forget()
+        for start in range(0, len(self.train_ids), _COUNT_BLOCK):
+            counts += np.bincount(self.train_ids[start : start + _COUNT_BLOCK], minlength=VOCAB_SIZE)
+            self._corpus.release_pages()
         return TextConfig(fold=self._corpus.fold, ids=tuple(np.flatnonzero(counts).tolist()))
 
     @property
@@ -145,22 +145,22 @@ class TextSource:
     def _draw_starts(self, number: int) -> npt.NDArray[np.int64]:
         """Where each roll of pass `number` starts, in the order in which they are read."""
         generator = stream_generator(self._seed, Stream.TEXT_ORDER, number)
-        phase = generator.integers(self._slack + 1)
-        starts: npt.NDArray[np.int64] = phase + self._roll_len * generator.permutation(self._rolls_per_pass)
+        phase = generator.integers(self._max_phase + 1)
+        starts: npt.NDArray[np.int64] = phase + self._sequence_len * generator.permutation(self._sequences_per_pass)
         return starts
 
     def train_batch(self, k: int, stop: Stop = lambda: False) -> Batch:  # noqa: ARG002 (never waits)
-        """Batch of step k, (batch_size, roll_len)."""
+        """Batch of step k, (batch_size, sequence_len)."""
         rolls = range(k * self._batch_size, (k + 1) * self._batch_size)
-        starts = [int(self._starts_of_pass(i // self._rolls_per_pass)[i % self._rolls_per_pass]) for i in rolls]
-        batch = _cut(self.train_ids, starts, self._roll_len)
-        self._corpus.forget()
+        starts = [int(self._starts_of_pass(i // self._sequences_per_pass)[i % self._sequences_per_pass]) for i in rolls]
+        batch = _cut(self.train_ids, starts, self._sequence_len)
+        self._corpus.release_pages()
         return batch
 
     def val_batches(self, most: int) -> Iterator[Batch]:
-        """At most `most` batches of (batch_size, roll_len); see `even_rolls`."""
-        for batch in even_rolls(self.val_ids, self._roll_len, self._batch_size, most):
-            self._corpus.forget()
+        """At most `most` batches of (batch_size, sequence_len); see `evenly_spaced_batches`."""
+        for batch in evenly_spaced_batches(self.val_ids, self._sequence_len, self._batch_size, most):
+            self._corpus.release_pages()
             yield batch
 
     def begin(self, run: ValidationStore) -> None:
@@ -181,29 +181,29 @@ class TextSource:
         """Nothing to do."""
 
 
-class RepeatedSource(TextSource):
+class RandomSource(TextSource):
     """Batches of random characters, to time steps with, whatever the data are."""
 
-    def __init__(self, *, roll_len: int, batch_size: int) -> None:
+    def __init__(self, *, sequence_len: int, batch_size: int) -> None:
         # Long enough for a whole batch of validation rolls in its last tenth.
-        size = 10 * (batch_size * roll_len + 2)
+        size = 10 * (batch_size * sequence_len + 2)
         ids = np.random.Generator(np.random.Philox(0)).integers(1, 75, size, dtype=np.uint8)
-        super().__init__(Corpus(name="noise", ids=ids), roll_len=roll_len, batch_size=batch_size, seed=0)
+        super().__init__(Corpus(name="noise", ids=ids), sequence_len=sequence_len, batch_size=batch_size, seed=0)
 
 
-def even_rolls(ids: npt.NDArray[np.uint8], roll_len: int, batch_size: int, most: int) -> Iterator[Batch]:
+def evenly_spaced_batches(ids: npt.NDArray[np.uint8], sequence_len: int, batch_size: int, most: int) -> Iterator[Batch]:
     """At most `most` batches of rolls spread evenly over `ids`, fewer where that reads all of it; the last may be smaller.
 
     A text shorter than a roll is one roll.
     """
-    roll_len = min(roll_len, len(ids) - 1)
-    room = len(ids) - 1 - roll_len
-    n_rolls = min(most * batch_size, room // roll_len + 1)
-    starts = [i * room // max(1, n_rolls - 1) for i in range(n_rolls)]
-    for first in range(0, n_rolls, batch_size):
-        yield _cut(ids, starts[first : first + batch_size], roll_len)
+    sequence_len = min(sequence_len, len(ids) - 1)
+    span = len(ids) - 1 - sequence_len
+    n_sequences = min(most * batch_size, span // sequence_len + 1)
+    starts = [i * span // max(1, n_sequences - 1) for i in range(n_sequences)]
+    for first in range(0, n_sequences, batch_size):
+        yield _cut(ids, starts[first : first + batch_size], sequence_len)
 
 
-def _cut(ids: npt.NDArray[np.uint8], starts: list[int], roll_len: int) -> Batch:
-    rows = np.stack([ids[start : start + roll_len + 1] for start in starts]).astype(np.int64)
+def _cut(ids: npt.NDArray[np.uint8], starts: list[int], sequence_len: int) -> Batch:
+    rows = np.stack([ids[start : start + sequence_len + 1] for start in starts]).astype(np.int64)
     return Batch(rows[:, :-1], rows[:, 1:])

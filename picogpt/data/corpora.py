@@ -29,7 +29,7 @@ _TINY_SHAKESPEARE_BYTES = 1_115_394
 
 PATIENCE = 30.0
 """Seconds without an answer after which a download that was asked for gives up."""
-SHORT_PATIENCE = 8.0
+AUTO_TIMEOUT = 8.0
 """Seconds that `auto` gives the whole download."""
 
 Progress = Callable[[int, int], None]
@@ -53,7 +53,7 @@ def load_dataset(name: str, *, notify: Notify, progress: Progress) -> Corpus:
         return _tiny_shakespeare(notify, lambda: _download(PATIENCE, progress))
     if name == "auto":
         try:
-            return _tiny_shakespeare(notify, lambda: _download_within(SHORT_PATIENCE))
+            return _tiny_shakespeare(notify, lambda: _download_within(AUTO_TIMEOUT))
         except DataError as error:
             notify(f"{error}; using the sample play instead")
             return _sample()

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from picogpt.data.local import find_local, read_local
-from picogpt.data.network import check_environment, connect_once, explain, first_line, is_network, remedy
-from picogpt.data.outage import START_PATIENCE, Outage, in_background
+from picogpt.data.network import check_environment, disable_retries, explain, first_line, hint, is_transient
+from picogpt.data.outage import START_PATIENCE, Outage, run_in_thread
 from picogpt.data.shards import Row, Shards, as_row
 from picogpt.errors import ConfigError, DataError
 
@@ -106,7 +106,7 @@ def find_shards(spec: StreamSpec, notify: Callable[[str], None] = lambda _: None
     """
     if spec.is_folder:
         return find_local(Path(spec.path), spec.config, spec.columns)
-    return in_background(lambda pause: _find_on_hub(spec, Outage(notify, pause, patience=START_PATIENCE)))
+    return run_in_thread(lambda pause: _find_on_hub(spec, Outage(notify, pause, patience=START_PATIENCE)))
 
 
 def _find_on_hub(spec: StreamSpec, outage: Outage) -> Shards:
@@ -116,9 +116,9 @@ def _find_on_hub(spec: StreamSpec, outage: Outage) -> Shards:
         except DataError:  # noqa: PERF203 - a try that fails waits for a second at least
             raise
         except Exception as error:  # the libraries below raise nearly anything when a connection breaks
-            if advice := remedy(error):
+            if advice := hint(error):
                 raise DataError(f"{spec.path}: the hub cannot be reached ({explain(error)}); {advice}") from error
-            outage.wait(spec.path, explain(error), damaged=not is_network(error))
+            outage.wait(spec.path, explain(error), damaged=not is_transient(error))
 
 
 def _ask_hub(spec: StreamSpec) -> Shards:
@@ -127,7 +127,7 @@ def _ask_hub(spec: StreamSpec) -> Shards:
     try:
         builder = datasets.load_dataset_builder(spec.path, spec.config)
     except datasets.exceptions.DatasetNotFoundError as error:
-        if is_network(error):
+        if is_transient(error):
             raise
         raise DataError(
             f"{spec.path}: no such data set on the hub, or one that needs permission (set HF_TOKEN); {first_line(error)}"
@@ -179,7 +179,7 @@ def _library() -> Any:
         setattr(datasets.config, f"STREAMING_{name}_RETRY_INTERVAL", 0)
     for logging in (datasets.logging, huggingface_hub.logging):
         logging.set_verbosity(logging.CRITICAL)
-    connect_once()
+    disable_retries()
     return datasets
 
 

@@ -11,16 +11,16 @@ from typing import Any
 
 from picogpt.errors import DataError
 
-__all__ = ["check_environment", "connect_once", "explain", "is_network", "remedy"]
+__all__ = ["check_environment", "disable_retries", "explain", "hint", "is_transient"]
 
-SILENCE = 10.0
+REQUEST_TIMEOUT = 10.0
 """Seconds without a byte after which a request has failed."""
 
 _PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _TOKEN = re.compile(r"[!-~]*")
-_BUSY = {408, 425, 429}
+_RETRYABLE = {408, 425, 429}
 """Statuses, beside those from 500 on, with which a server asks to be asked again."""
 _NETWORK_ERRORS = {"TransportError", "ConnectionError", "TimeoutError", "gaierror", "SSLError", "HTTPException"}
 """Names of the classes of errors of a network; each HTTP library has classes of its own under the same names."""
@@ -57,7 +57,7 @@ def _check_proxy(variable: str, value: str) -> None:
     # Like curl, the libraries take an address without a scheme for http.
     scheme = _check_address(variable, value if "://" in value else f"http://{value}", schemes, "http://HOST:PORT, or unset it")
     if scheme.startswith("socks") and find_spec("socksio") is None:
-        shown = _without_password(value)
+        shown = _redact(value)
         raise DataError(f"{variable}: {shown}: SOCKS proxies need one more package; pip install socksio, or unset {variable}")
 
 
@@ -75,19 +75,19 @@ def _check_address(variable: str, value: str, schemes: tuple[str, ...], example:
     except ValueError:  # a port or an IPv6 address that is none
         good = False
     if not good:
-        raise DataError(f"{variable}: {_without_password(value)!r} is no address; set it to {example}")
+        raise DataError(f"{variable}: {_redact(value)!r} is no address; set it to {example}")
     return parts.scheme
 
 
-def _without_password(address: str) -> str:
+def _redact(address: str) -> str:
     """`address` for a screen or a log: a name and a password in it may themselves have slashes and at signs."""
     scheme, separator, rest = address.rpartition("://")
     *hidden, shown = rest.rsplit("@", 1)
     return scheme + separator + ("***@" if hidden else "") + shown
 
 
-def connect_once() -> None:
-    """Have the hub's library ask each thing once, for `SILENCE` seconds, and check that what came is what was asked for.
+def disable_retries() -> None:
+    """Have the hub's library ask each thing once, for `REQUEST_TIMEOUT` seconds, and check that what came is what was asked for.
 
     By itself the library repeats some requests for minutes without a word, asks others once, and waits for some without an end.
     Here every failure is a `HubError` at once, and the one who asked waits (`picogpt.data.outage`).
@@ -112,12 +112,12 @@ def connect_once() -> None:
         def send_once(request: Any, **options: Any) -> Any:
             limits = request.extensions.get("timeout", {})
             request.extensions["timeout"] = {
-                name: min(limits.get(name) or SILENCE, SILENCE) for name in ("connect", "read", "write", "pool")
+                name: min(limits.get(name) or REQUEST_TIMEOUT, REQUEST_TIMEOUT) for name in ("connect", "read", "write", "pool")
             }
             try:
                 response = send(request, **options)
             except Exception as error:
-                if is_network(error):
+                if is_transient(error):
                     raise HubError(f"{type(error).__name__}: {error}") from error
                 raise
             _check_response(request, response)
@@ -132,7 +132,7 @@ def connect_once() -> None:
 def _check_response(request: Any, response: Any) -> None:
     """Raise `HubError` for a server that is busy, and for less than the range of bytes that was asked for."""
     status = response.status_code
-    if status in _BUSY or status >= 500:
+    if status in _RETRYABLE or status >= 500:
         response.close()
         raise HubError(f"{request.method} {request.url.path}: {status} {response.reason_phrase}")
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
@@ -146,20 +146,20 @@ def _check_response(request: Any, response: Any) -> None:
         raise HubError(f"{request.url.path}: less came than was asked for")
 
 
-def is_network(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether a network or a server that is busy is behind an error, so that waiting may mend it."""
     for cause in _causes(error, hidden=True):
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        if status is not None and (status in _BUSY or status >= 500):
+        if status is not None and (status in _RETRYABLE or status >= 500):
             return True
         if any(kind.__name__ in _NETWORK_ERRORS for kind in type(cause).__mro__):
             return True
     return False
 
 
-def remedy(error: BaseException) -> str | None:
+def hint(error: BaseException) -> str | None:
     """What to do about an error that waiting does not mend; None where it may."""
-    if is_network(error):
+    if is_transient(error):
         return None
     for cause in _causes(error):
         status = getattr(getattr(cause, "response", None), "status_code", None)

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from picogpt.errors import DataError
 
-__all__ = ["START_PATIENCE", "Closed", "Outage", "in_background"]
+__all__ = ["START_PATIENCE", "Outage", "ReaderClosed", "run_in_thread"]
 
 T = TypeVar("T")
 Pause = Callable[[float], bool]
@@ -31,7 +31,7 @@ NOTICE_INTERVAL = 60.0
 """Seconds between two lines about failures at the least."""
 
 
-class Closed(Exception):
+class ReaderClosed(Exception):
     """The reader was closed while it waited."""
 
 
@@ -57,7 +57,7 @@ class Outage:
         self._since: float | None = None
         self._damaged_since: float | None = None
         self._announced = False
-        self._said_at = -math.inf
+        self._notified_at = -math.inf
         self._wait = 0.0
 
     def wait(self, where: str, reason: str, *, damaged: bool = False) -> None:
@@ -70,7 +70,7 @@ class Outage:
 
         Raises:
             DataError: patience has run out.
-            Closed: the reader was closed meanwhile.
+            ReaderClosed: the reader was closed meanwhile.
         """
         now = self._clock()
         if self._since is None:
@@ -81,12 +81,12 @@ class Outage:
             raise DataError(
                 f"{where}: no answer for {failing:,.0f} s ({reason}); check the network, then start the same command again"
             )
-        if now - self._said_at >= NOTICE_INTERVAL:
-            self._announced, self._said_at = True, now
+        if now - self._notified_at >= NOTICE_INTERVAL:
+            self._announced, self._notified_at = True, now
             left = self._patience - failing
             self._notify(f"{where}: {reason}; no answer for {failing:,.0f} s, retrying for {left:,.0f} s more")
         if self._pause(self._wait):
-            raise Closed
+            raise ReaderClosed
         self._wait = min(2 * self._wait, LONGEST_WAIT)
 
     def _give_up_on_damage(self, where: str, reason: str, now: float, *, damaged: bool) -> None:
@@ -111,7 +111,7 @@ class Outage:
         self._since, self._announced = None, False
 
 
-def in_background(work: Callable[[Pause], T]) -> T:
+def run_in_thread(work: Callable[[Pause], T]) -> T:
     """Do `work` in a thread and wait for it, so that Ctrl-C ends the wait at once whatever a library waits for inside.
 
     Args:

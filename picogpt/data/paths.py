@@ -19,7 +19,7 @@ SUFFIXES = (".txt", ".md")
 """Endings of the files that are read in a folder, in capitals or small letters."""
 
 _BLOCK_BYTES = 1 << 20
-_MOST_LISTED = 3
+_MAX_LISTED = 3
 
 
 def find_files(paths: Sequence[str], notify: Callable[[str], None]) -> list[str]:
@@ -36,49 +36,49 @@ def find_files(paths: Sequence[str], notify: Callable[[str], None]) -> list[str]
     Raises:
         DataError: a folder cannot be read, or holds no text.
     """
-    passed_over: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     found: list[str] = []
     for path in paths:
         if path == STDIN or not Path(path).is_dir():
             found.append(path)
             continue
-        before = passed_over.copy()
-        texts = sorted(_walk(path, passed_over))
+        before = skipped.copy()
+        texts = sorted(_walk(path, skipped))
         if not texts:
             kinds = " or ".join(SUFFIXES)
-            ignored = _list_counts(passed_over - before)
+            ignored = _list_counts(skipped - before)
             raise DataError(f"{path}: the folder holds no {kinds} file{ignored}; give one that does, or the files themselves")
         found += texts
-    files, repeated = _without_repeats(found)
-    if passed_over or len(files) > 1:
-        notify(f"files to read: {len(files):,}{_list_counts(passed_over)}")
+    files, repeated = _drop_duplicates(found)
+    if skipped or len(files) > 1:
+        notify(f"files to read: {len(files):,}{_list_counts(skipped)}")
     if repeated:
-        listed = ", ".join(f"{again} (as {first})" for again, first in repeated[:_MOST_LISTED])
-        more = f" and {len(repeated) - _MOST_LISTED:,} more" if len(repeated) > _MOST_LISTED else ""
+        listed = ", ".join(f"{again} (as {first})" for again, first in repeated[:_MAX_LISTED])
+        more = f" and {len(repeated) - _MAX_LISTED:,} more" if len(repeated) > _MAX_LISTED else ""
         notify(f"read once, as the content is the same: {listed}{more}")
     return files
 
 
-def _walk(folder: str, passed_over: Counter[str]) -> Iterator[str]:
+def _walk(folder: str, skipped: Counter[str]) -> Iterator[str]:
     """The texts in `folder` and below it; counts what else there is by its kind."""
     # Links to folders are not followed, so that no loop of them is without end.
-    for where, folders, files in os.walk(folder, onerror=_refuse):
-        passed_over["hidden"] += sum(name.startswith(".") for name in folders)
+    for where, folders, files in os.walk(folder, onerror=_raise_unreadable):
+        skipped["hidden"] += sum(name.startswith(".") for name in folders)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        passed_over["linked"] += sum((Path(where) / name).is_symlink() for name in folders)
+        skipped["linked"] += sum((Path(where) / name).is_symlink() for name in folders)
         for name in files:
             path = Path(where) / name
             if name.startswith("."):
-                passed_over["hidden"] += 1
+                skipped["hidden"] += 1
             elif path.suffix.lower() not in SUFFIXES:
-                passed_over[path.suffix.lower() or "without an ending"] += 1
+                skipped[path.suffix.lower() or "without an ending"] += 1
             elif not path.is_file():
-                passed_over["no plain file"] += 1
+                skipped["no plain file"] += 1
             else:
                 yield str(path)
 
 
-def _refuse(error: OSError) -> None:
+def _raise_unreadable(error: OSError) -> None:
     raise DataError(f"{error.filename}: cannot be read ({error.strerror or error}); check the path of --text") from error
 
 
@@ -87,7 +87,7 @@ def _list_counts(counts: Counter[str]) -> str:
     return f" (passed over: {', '.join(kinds)})" if kinds else ""
 
 
-def _without_repeats(paths: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+def _drop_duplicates(paths: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """`paths` without those that have the content of an earlier one; and each of these with that earlier one."""
     sizes = [_size(path) for path in paths]
     often = Counter(sizes)

@@ -86,8 +86,8 @@ class _LocalText:
     def source(self, model: GPTConfig, config: TrainConfig, val_ids: Ids | None) -> Source:  # noqa: ARG002 (cut from the text)
         """Batches of passes over it."""
         corpus = self._corpus
-        roll_len = config.windows * model.context_len
-        source = TextSource(corpus, roll_len=roll_len, batch_size=config.batch_size, seed=config.seed)
+        sequence_len = config.windows * model.context_len
+        source = TextSource(corpus, sequence_len=sequence_len, batch_size=config.batch_size, seed=config.seed)
         self._notify(
             f"{corpus.name}: {len(corpus.ids):,} characters, {len(source.train_ids):,} to train on and {len(source.val_ids):,} "
             f"to validate; {corpus.tally}{self._advice(len(source.train_ids))}"
@@ -144,26 +144,26 @@ class _HubStream:
         where = f"at commit {self._shards.commit[:12]}" if self._shards.commit else "in this folder"
         files = plural(len(self._shards.files), "file")
         self._notify(f"{self._spec.path}: {files} {where}, streamed; one article in twenty is for validation")
-        roll_len = config.windows * model.context_len
+        sequence_len = config.windows * model.context_len
         if val_ids is None:
-            val_ids = self._draw_validation(config.seed, roll_len)
+            val_ids = self._draw_validation(config.seed, sequence_len)
         self._notify(f"validation text: {len(val_ids):,} characters, the same for the whole run")
         return StreamSource(
             ArticleReader(self._shards, config.seed, self._notify, fold=self._fold),
             val_ids,
-            roll_len=roll_len,
+            sequence_len=sequence_len,
             batch_size=config.batch_size,
             seed=config.seed,
         )
 
-    def _draw_validation(self, seed: int, roll_len: int) -> Ids:
+    def _draw_validation(self, seed: int, sequence_len: int) -> Ids:
         """The validation text; the articles that are read for it show what the stream's characters are.
 
         Raises:
             DataError: there is none, the stream is too short, or most of these articles' characters are unknown.
         """
         reader = ArticleReader(self._shards, seed, self._notify, fold=self._fold, patience=START_PATIENCE)
-        ids = draw_validation(reader, roll_len=roll_len)
+        ids = draw_validation(reader, sequence_len=sequence_len)
         self._notify(f"{self._spec.path}: of its first {reader.tally.characters:,} characters: {reader.tally}")
         check_unknown(self._spec.path, reader.tally, self._notify)
         return ids

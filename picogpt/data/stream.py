@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.config import TextConfig
-from picogpt.data.articles import ONE_IN, READ_AHEAD, SEPARATOR, Article, ArticleReader, Ids, PassLength, Place
-from picogpt.data.batches import Batch, Stop, ValidationStore, even_rolls
+from picogpt.data.articles import READ_AHEAD, SEPARATOR, VALIDATION_DIVISOR, Article, ArticleReader, Cursor, Ids, PassLengthCheck
+from picogpt.data.batches import Batch, Stop, ValidationStore, evenly_spaced_batches
 from picogpt.rng import Stream, stream_generator
 from picogpt.wording import plural
 
@@ -63,7 +63,7 @@ def download_bytes(characters: int) -> int:
 
     What is for validation is fetched too, and what is read ahead. Compressed files take fewer, by what they are compressed.
     """
-    return round(characters / (1 - 1 / ONE_IN)) + READ_AHEAD
+    return round(characters / (1 - 1 / VALIDATION_DIVISOR)) + READ_AHEAD
 
 
 class StreamSource:
@@ -72,21 +72,21 @@ class StreamSource:
     Args:
         reader: where articles come from; started by `begin` or `restore`.
         val_ids: the validation text.
-        roll_len: characters in a roll.
+        sequence_len: characters in a roll.
         batch_size: rolls in a batch.
         seed: of the draws from the pool.
     """
 
-    def __init__(self, reader: ArticleReader, val_ids: Ids, *, roll_len: int, batch_size: int, seed: int) -> None:
+    def __init__(self, reader: ArticleReader, val_ids: Ids, *, sequence_len: int, batch_size: int, seed: int) -> None:
         self.val_ids = val_ids
-        self._reader, self._roll_len, self._batch_size, self._seed = reader, roll_len, batch_size, seed
+        self._reader, self._sequence_len, self._batch_size, self._seed = reader, sequence_len, batch_size, seed
         size = max(POOL, 2 * batch_size)
-        self._pool = np.zeros((size, roll_len + 1), np.uint8)
+        self._pool = np.zeros((size, sequence_len + 1), np.uint8)
         self._article_of = np.zeros(size, np.int64)  # number of the article that each sequence of the pool begins in
         self._filled = 0
         self._fresh: list[tuple[Ids, int]] = []  # sequences that are cut and not yet in the pool
         self._carry = np.zeros(0, np.uint8)  # text that is not yet a sequence
-        self._place = Place(0, 0, 0)
+        self._cursor = Cursor(0, 0, 0)
         self._usage = Usage()
 
     @property
@@ -105,8 +105,8 @@ class StreamSource:
         self._start_reading()
 
     def _start_reading(self) -> None:
-        self._pass = PassLength(self._reader.name, self._roll_len, self._place)
-        self._reader.start(self._place)
+        self._pass = PassLengthCheck(self._reader.name, self._sequence_len, self._cursor)
+        self._reader.start(self._cursor)
 
     def close(self) -> None:
         """End the reader."""
@@ -153,20 +153,20 @@ class StreamSource:
 
     def _cut_next(self, stop: Stop) -> None:
         """Take articles until one more sequence can be cut, and cut it."""
-        while len(self._carry) <= self._roll_len:
+        while len(self._carry) <= self._sequence_len:
             article = self._reader.take(stop)
             self._pass.count(article)
-            self._place = article.after
+            self._cursor = article.next_cursor
             self._usage.count(article)
             if not article.for_validation:
                 self._carry = np.concatenate((self._carry, article.ids, SEPARATOR))
         # The last character of one sequence is the first of the next, so that each is predicted once.
-        self._fresh.append((self._carry[: self._roll_len + 1].copy(), self._usage.train_articles))
-        self._carry = self._carry[self._roll_len :]
+        self._fresh.append((self._carry[: self._sequence_len + 1].copy(), self._usage.train_articles))
+        self._carry = self._carry[self._sequence_len :]
 
     def val_batches(self, most: int) -> Iterator[Batch]:
         """At most `most` batches of validation rolls, always the same ones."""
-        return even_rolls(self.val_ids, self._roll_len, self._batch_size, most)
+        return evenly_spaced_batches(self.val_ids, self._sequence_len, self._batch_size, most)
 
     def summary(self) -> str:
         """How much text was read, and what for."""
@@ -179,10 +179,10 @@ class StreamSource:
             "pool": self._pool[: self._filled].copy(),
             "article_of": self._article_of[: self._filled].copy(),
             "carry": self._carry.copy(),
-            "fresh": np.stack(rows) if rows else np.zeros((0, self._roll_len + 1), np.uint8),
+            "fresh": np.stack(rows) if rows else np.zeros((0, self._sequence_len + 1), np.uint8),
         }
         plain = {
-            "place": list(self._place),
+            "place": list(self._cursor),
             "usage": asdict(self._usage),
             "fresh": [article for _, article in self._fresh],
         }
@@ -195,5 +195,5 @@ class StreamSource:
         self._article_of[: self._filled] = arrays["article_of"]
         self._carry = arrays["carry"].copy()
         self._fresh = list(zip(arrays["fresh"].copy(), plain["fresh"], strict=True))
-        self._place, self._usage = Place(*plain["place"]), Usage(**plain["usage"])
+        self._cursor, self._usage = Cursor(*plain["place"]), Usage(**plain["usage"])
         self._start_reading()

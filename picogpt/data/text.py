@@ -26,15 +26,15 @@ __all__ = ["Corpus", "check_unknown", "read_texts"]
 
 Ids = npt.NDArray[np.uint8]
 
-IN_MEMORY = 1 << 26
+MAX_CHARS_IN_MEMORY = 1 << 26
 """Characters of the longest text that is held in memory; a longer one lies in a file beside the runs, as ids."""
 
-_BLOCK = 1 << 22
+_BLOCK_BYTES = 1 << 22
 """Bytes that are read, and ids that are hashed, at once."""
 
-MOST_UNKNOWN = 0.5
+MAX_UNKNOWN_SHARE = 0.5
 """Share of unknown characters above which a text is rejected."""
-WORTH_WARNING = 0.01
+WARN_UNKNOWN_SHARE = 0.01
 """Share of unknown characters above which a text is warned of."""
 
 
@@ -57,12 +57,12 @@ class Corpus:
     def fingerprint(self) -> str:
         """SHA-256 of the ids, in hexadecimal: equal for the same text, so that a resumed run notices another one."""
         digest = hashlib.sha256()
-        for start in range(0, len(self.ids), _BLOCK):
-            digest.update(self.ids[start : start + _BLOCK].data)
-            self.forget()
+        for start in range(0, len(self.ids), _BLOCK_BYTES):
+            digest.update(self.ids[start : start + _BLOCK_BYTES].data)
+            self.release_pages()
         return digest.hexdigest()
 
-    def forget(self) -> None:
+    def release_pages(self) -> None:
         """Give back the memory of what was read from a file, which would grow to the size of the file."""
         if self.mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             self.mapped.madvise(mmap.MADV_DONTNEED)
@@ -81,12 +81,12 @@ def check_unknown(name: str, tally: Tally, notify: Notify, *, reject: bool = Tru
         DataError: more than half of the text is unknown.
     """
     share = tally.unknown_share
-    if reject and share > MOST_UNKNOWN:
+    if reject and share > MAX_UNKNOWN_SHARE:
         raise DataError(
             f"{name}: {share:.0%} of its characters are unknown ({list_commonest(tally.unknown)}), so there is hardly anything "
             "to learn; the model knows ASCII, and folds to it what is near (docs/texts.md)"
         )
-    if share > WORTH_WARNING:
+    if share > WARN_UNKNOWN_SHARE:
         notify(
             f"warning: {name}: {share:.1%} of its characters are unknown and read as <?>, which is easy to predict, so that the "
             "loss comes out too low, and never drawn, so that generated texts go astray where it would stand"
@@ -103,7 +103,7 @@ def read_texts(
     Args:
         paths: what to read.
         name: the corpus's name.
-        scratch: folder for the ids of a text longer than `IN_MEMORY`.
+        scratch: folder for the ids of a text longer than `MAX_CHARS_IN_MEMORY`.
         fold: whether characters outside ASCII are folded (`picogpt.folding`).
         notify: told in a line what was found, passed over, or read in another encoding than UTF-8.
 
@@ -114,13 +114,13 @@ def read_texts(
     encoder = TextEncoder(fold=fold)
     blocks = _encoded(find_files(paths, notify), encoder, notify)
     parts: list[Ids] = []
-    while sum(map(len, parts)) <= IN_MEMORY:
+    while sum(map(len, parts)) <= MAX_CHARS_IN_MEMORY:
         ids = next(blocks, None)
         if ids is None:
             break
         parts.append(ids)
     else:
-        mapped = _map(itertools.chain(parts, blocks), scratch)
+        mapped = _memory_map(itertools.chain(parts, blocks), scratch)
         return Corpus(name=name, ids=np.frombuffer(mapped, np.uint8), tally=encoder.tally, fold=fold, mapped=mapped)
     if not parts:
         raise DataError(f"{' '.join(paths)}: no text in it; give a file with at least a few thousand characters")
@@ -134,7 +134,7 @@ def _encoded(files: Sequence[str], encoder: TextEncoder, notify: Notify) -> Iter
         yield from map(encoder.encode, blocks if i == 0 else _after_newline(blocks))
 
 
-def _map(blocks: Iterable[Ids], scratch: Path) -> mmap.mmap:
+def _memory_map(blocks: Iterable[Ids], scratch: Path) -> mmap.mmap:
     """Ids in a file of `scratch` that has no name, mapped into memory."""
     try:
         with unnamed_file(scratch, (ids.tobytes() for ids in blocks)) as stream:
@@ -155,7 +155,7 @@ def _blocks(path: str, notify: Notify) -> Iterator[str]:
     """The text of one file, in blocks of a few million bytes."""
     try:
         with _open(path) as stream:
-            yield from decode_stream(stream, name=path, notify=notify, block_bytes=_BLOCK)
+            yield from decode_stream(stream, name=path, notify=notify, block_bytes=_BLOCK_BYTES)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path of --text") from error
 

@@ -128,7 +128,7 @@ def _sliding(reader: _Reader, zeroed: Losses) -> Losses:
     return losses.reshape(R, W, n)
 
 
-def _sliding_starts(roll_len: int, context_len: int) -> list[int]:
+def _sliding_starts(sequence_len: int, context_len: int) -> list[int]:
     """Where each overlapping window starts; the last one ends where the roll does."""
-    last = roll_len - context_len
+    last = sequence_len - context_len
     return [*range(0, last, max(1, context_len // 2)), last]

@@ -80,40 +80,40 @@ class Rolls:
         return np.asarray(first[following] + place % counts[following], np.int64)
 
 
-def cut_stretches(ids: Ids, roll_len: int) -> list[Ids]:
+def cut_stretches(ids: Ids, sequence_len: int) -> list[Ids]:
     """Cut a text (characters,) without articles into stretches of whole rolls that stand for them; the last may be shorter.
 
     Neighbours share one character: the last one predicted in a stretch is the first one read in the next.
     """
-    rolls = min(ROLLS_PER_STRETCH, max(1, (len(ids) - 1) // roll_len // _FEWEST_STRETCHES))
-    size = rolls * roll_len
-    return [ids[start : start + size + 1] for start in range(0, len(ids) - roll_len, size)]
+    rolls = min(ROLLS_PER_STRETCH, max(1, (len(ids) - 1) // sequence_len // _FEWEST_STRETCHES))
+    size = rolls * sequence_len
+    return [ids[start : start + size + 1] for start in range(0, len(ids) - sequence_len, size)]
 
 
-def cut_rolls(articles: Sequence[Ids], roll_len: int, chars: int) -> Rolls:
-    """Cut articles into whole rolls of `roll_len` characters from their beginning on; what is left at an end is not scored.
+def cut_rolls(articles: Sequence[Ids], sequence_len: int, chars: int) -> Rolls:
+    """Cut articles into whole rolls of `sequence_len` characters from their beginning on; what is left at an end is not scored.
 
     Args:
         articles: ids of each, (characters,).
-        roll_len: T.
+        sequence_len: T.
         chars: characters to score, about: where there are more, whole rolls (at least two) spread evenly over all of them.
 
     Raises:
         DataError: not two of the articles are long enough for a roll.
     """
-    counts = np.array([max(0, len(article) - 1) // roll_len for article in articles], np.int64)
+    counts = np.array([max(0, len(article) - 1) // sequence_len for article in articles], np.int64)
     if np.count_nonzero(counts) < 2:
         longest = max(map(len, articles), default=0)
         raise DataError(
-            f"too short to evaluate: it takes two articles of at least {roll_len + 1:,} characters (the longest here has "
-            f"{longest:,}), or a text of {2 * roll_len + 1:,}; give more text, or fewer --windows"
+            f"too short to evaluate: it takes two articles of at least {sequence_len + 1:,} characters (the longest here has "
+            f"{longest:,}), or a text of {2 * sequence_len + 1:,}; give more text, or fewer --windows"
         )
     total = int(counts.sum())
-    n_rolls = min(total, max(2, chars // roll_len))
+    n_rolls = min(total, max(2, chars // sequence_len))
     chosen = np.arange(n_rolls) * (total - 1) // (n_rolls - 1)
     article = np.searchsorted(np.cumsum(counts), chosen, side="right")
-    starts = (chosen - (np.cumsum(counts) - counts)[article]) * roll_len
-    rows = [articles[a][start : start + roll_len + 1] for a, start in zip(article, starts, strict=True)]
+    starts = (chosen - (np.cumsum(counts) - counts)[article]) * sequence_len
+    rows = [articles[a][start : start + sequence_len + 1] for a, start in zip(article, starts, strict=True)]
     return Rolls(np.stack(rows), np.unique(article, return_inverse=True)[1].astype(np.int64))
 
 

@@ -108,7 +108,7 @@ class _Stream(NamedTuple):
     shards: Shards
 
 
-def find_eval_text(trained: TrainedRun, asked: TextRequest, *, roll_len: int, chars: int, console: Console) -> EvalText:
+def find_eval_text(trained: TrainedRun, asked: TextRequest, *, sequence_len: int, chars: int, console: Console) -> EvalText:
     """The text that is asked for, or the one that the run was validated on.
 
     Raises:
@@ -120,10 +120,10 @@ def find_eval_text(trained: TrainedRun, asked: TextRequest, *, roll_len: int, ch
     streamed = dataset is not None and dataset not in DATASETS
     check_text_column(asked.column, streamed=streamed)
     if not asked.is_named:
-        return _own_text(trained, roll_len, console)
+        return _own_text(trained, sequence_len, console)
     if dataset is not None and streamed:
         stream, is_own = _find_shards(trained, dataset, asked.column, notify)
-        return _streamed_text(trained, stream, is_own=is_own, roll_len=roll_len, chars=chars, notify=notify)
+        return _streamed_text(trained, stream, is_own=is_own, sequence_len=sequence_len, chars=chars, notify=notify)
     if asked.paths:
         corpus = read_texts(asked.paths, name=_name(asked.paths), scratch=trained.run.path, fold=trained.fold, notify=notify)
     else:
@@ -132,7 +132,7 @@ def find_eval_text(trained: TrainedRun, asked: TextRequest, *, roll_len: int, ch
     known = trained.settings is not None and corpus.fingerprint == trained.settings.data.sha256
     if known:
         notify(f"warning: {corpus.name}: the run was trained on nine tenths of this text; without --text only the rest is scored")
-    return EvalText(corpus.name, "all of it", cut_stretches(corpus.ids, roll_len), "stretches", corpus if known else None)
+    return EvalText(corpus.name, "all of it", cut_stretches(corpus.ids, sequence_len), "stretches", corpus if known else None)
 
 
 def find_ngram_text(trained: TrainedRun, evaluated: EvalText, paths: Sequence[str], console: Console) -> tuple[str, Ids] | str:
@@ -164,7 +164,7 @@ def _name(paths: Sequence[str]) -> str:
     return first if len(paths) == 1 else f"{first} and {len(paths) - 1} more"
 
 
-def _own_text(trained: TrainedRun, roll_len: int, console: Console) -> EvalText:
+def _own_text(trained: TrainedRun, sequence_len: int, console: Console) -> EvalText:
     """The part of the run's text that it was validated on."""
     settings, run = trained.settings, trained.run
     if settings is None:
@@ -173,11 +173,11 @@ def _own_text(trained: TrainedRun, roll_len: int, console: Console) -> EvalText:
         if not run.has_validation():
             raise RunError(f"{run.path}: the validation text of its stream is not there; name a text with --text or --dataset")
         # Paragraphs are set off by empty lines too, so where one article ends cannot be told.
-        articles = cut_stretches(run.load_validation(), roll_len)
+        articles = cut_stretches(run.load_validation(), sequence_len)
         return EvalText(settings.data.name, "the validation text of the run", articles, "stretches")
     corpus = _read_own(settings, run.path, console, local=False)
     _announce(corpus, console.notify)
-    articles = cut_stretches(split_text(corpus.ids)[1], roll_len)
+    articles = cut_stretches(split_text(corpus.ids)[1], sequence_len)
     return EvalText(corpus.name, "the last tenth, which the run has not trained on", articles, "stretches", corpus)
 
 
@@ -234,13 +234,15 @@ def _find_shards(trained: TrainedRun, dataset: str, column: str | None, notify: 
     return _Stream(spec.path, spec.short_name, shards), own
 
 
-def _streamed_text(trained: TrainedRun, stream: _Stream, *, is_own: bool, roll_len: int, chars: int, notify: Notify) -> EvalText:
+def _streamed_text(
+    trained: TrainedRun, stream: _Stream, *, is_own: bool, sequence_len: int, chars: int, notify: Notify
+) -> EvalText:
     """The first articles for validation of a stream."""
     reader = ArticleReader(stream.shards, 0, notify, fold=trained.fold)
-    articles = list(validation_articles(reader, roll_len, chars))
+    articles = list(validation_articles(reader, sequence_len, chars))
     notify(f"{stream.path}: of the first {reader.tally.characters:,} characters: {reader.tally}")
     check_unknown(stream.path, reader.tally, notify, reject=False)
-    part = f"the first articles for validation of over {roll_len:,} characters"
+    part = f"the first articles for validation of over {sequence_len:,} characters"
     return EvalText(stream.short_name, part, articles, "articles", shards=stream.shards if is_own else None)
 
 
@@ -251,19 +253,19 @@ def _streamed_training(trained: TrainedRun, shards: Shards, notify: Notify) -> I
     return join_articles(ArticleReader(shards, trained.seed, notify, fold=trained.fold), chars, for_validation=False)
 
 
-def validation_articles(reader: ArticleReader, roll_len: int, chars: int) -> Iterator[Ids]:
+def validation_articles(reader: ArticleReader, sequence_len: int, chars: int) -> Iterator[Ids]:
     """The articles for validation that are long enough for a roll, in order, until their rolls have so many characters.
 
     After `MOST_READ` characters it ends with what there is.
     """
     total = count = read = 0
-    with contextlib.closing(reader.taken()) as taken:
+    with contextlib.closing(reader.from_start()) as taken:
         for article in taken:
-            if article.place.epoch > 0 or (total >= chars and count >= 2) or read >= MOST_READ:
+            if article.cursor.epoch > 0 or (total >= chars and count >= 2) or read >= MOST_READ:
                 return
             read += len(article.ids)
-            rolls = (len(article.ids) - 1) // roll_len
+            rolls = (len(article.ids) - 1) // sequence_len
             if article.for_validation and rolls:
-                total += rolls * roll_len
+                total += rolls * sequence_len
                 count += 1
                 yield article.ids

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from picogpt.config import GPTConfig, TrainConfig
-from picogpt.data import RepeatedSource
+from picogpt.data import RandomSource
 from picogpt.files import TEMPORARY_SUFFIX
 from picogpt.plot import draw_losses
 from picogpt.runs.folder import LossLog, RunFolder
@@ -106,7 +106,7 @@ def time_epoch_end(trainer: Trainer, parent: Path, sample: Sampler, *, warm_up: 
 def rehearse(
     model: GPTConfig,
     config: TrainConfig,
-    make: Callable[[RepeatedSource], Trainer],
+    make: Callable[[RandomSource], Trainer],
     parent: Path,
     sample: Sampler,
     *,
@@ -126,7 +126,7 @@ def rehearse(
     """
     began = time.perf_counter()
     seconds: list[float] = []
-    trainer = make(RepeatedSource(roll_len=config.windows * model.context_len, batch_size=config.batch_size))
+    trainer = make(RandomSource(sequence_len=config.windows * model.context_len, batch_size=config.batch_size))
     for _ in range(1 + TIMED_STEPS):
         seconds.append(seconds_of(lambda: trainer.update(config.lr)))
         advance()

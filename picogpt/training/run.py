@@ -334,14 +334,14 @@ class TrainingRun:
 
     def _announce_length(self) -> None:
         train, schedule, train_chars = self.plan.train, self.schedule, self._source.train_chars
-        roll_len = train.windows * self.plan.model.context_len
+        sequence_len = train.windows * self.plan.model.context_len
         n_epochs = len(self.trainer.log.val) + schedule.epochs_left(self.trainer.step)
         read = ""
         if train_chars is not None:  # how often the text is passed over, which an epoch is not
             passes = schedule.total_steps * self.trainer.chars_per_step / train_chars
             read = f", {format_passes(passes)}" + (", enough to learn it by heart" if passes > 2 * MAX_SUITABLE_PASSES else "")
         self._notify(
-            f"{self.folder.path}: {plural(schedule.total_steps, 'step')} of {train.batch_size} x {roll_len:,} characters, "
+            f"{self.folder.path}: {plural(schedule.total_steps, 'step')} of {train.batch_size} x {sequence_len:,} characters, "
             f"{schedule.steps_per_epoch:,} an epoch, {plural(n_epochs, 'epoch')}{read}; recipe {train.recipe}, "
             f"learning rate {train.lr:g}, seed {train.seed}"
         )

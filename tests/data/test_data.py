@@ -60,7 +60,7 @@ class TestText:
 
     def test_blocks_join(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A text longer than a block comes out the same, letters of several bytes at the seam included."""
-        monkeypatch.setattr("picogpt.data.text._BLOCK", 4)
+        monkeypatch.setattr("picogpt.data.text._BLOCK_BYTES", 4)
         (tmp_path / "a").write_text("abéc日éfé", encoding="utf-8")
         corpus = read_texts([str(tmp_path / "a")], name="x")
 
@@ -151,10 +151,10 @@ class TestText:
         path = tmp_path / "a"
         path.write_text("".join(f"line {i} é\n" for i in range(2000)), encoding="utf-8")
         whole = read_texts([str(path)], name="x")
-        monkeypatch.setattr("picogpt.data.text.IN_MEMORY", 1000)
-        monkeypatch.setattr("picogpt.data.text._BLOCK", 300)
+        monkeypatch.setattr("picogpt.data.text.MAX_CHARS_IN_MEMORY", 1000)
+        monkeypatch.setattr("picogpt.data.text._BLOCK_BYTES", 300)
         mapped = read_texts([str(path)], name="x", scratch=tmp_path)
-        sources = [TextSource(corpus, roll_len=50, batch_size=3, seed=0) for corpus in (whole, mapped)]
+        sources = [TextSource(corpus, sequence_len=50, batch_size=3, seed=0) for corpus in (whole, mapped)]
 
         assert mapped.mapped is not None
         assert whole.mapped is None
@@ -173,10 +173,10 @@ class TestText:
         """However much of it is read, by the fingerprint or in batches, the pages are given back."""
         path = tmp_path / "a"
         path.write_text("some more text\n" * 400_000)
-        monkeypatch.setattr("picogpt.data.text.IN_MEMORY", 1000)
-        monkeypatch.setattr("picogpt.data.text._BLOCK", 1 << 18)
+        monkeypatch.setattr("picogpt.data.text.MAX_CHARS_IN_MEMORY", 1000)
+        monkeypatch.setattr("picogpt.data.text._BLOCK_BYTES", 1 << 18)
         corpus = read_texts([str(path)], name="x", scratch=tmp_path)
-        source = TextSource(corpus, roll_len=1000, batch_size=8, seed=0)
+        source = TextSource(corpus, sequence_len=1000, batch_size=8, seed=0)
         assert corpus.fingerprint
         for k in range(700):
             source.train_batch(k)
@@ -189,7 +189,7 @@ class TestText:
         """A disk that fills on the way is one line, and nothing stays on it."""
         path = tmp_path / "a"
         path.write_text("text\n" * 1000)
-        monkeypatch.setattr("picogpt.data.text.IN_MEMORY", 100)
+        monkeypatch.setattr("picogpt.data.text.MAX_CHARS_IN_MEMORY", 100)
         monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Path("/dev/full").open("wb"))  # noqa: SIM115
 
         with pytest.raises(DataError, match=r"no room for the ids of a long text.*No space left on device.*another --logs-dir"):
@@ -317,7 +317,7 @@ class TestCorpora:
             answered.wait(10)
             return b""
 
-        monkeypatch.setattr(corpora, "SHORT_PATIENCE", 0.05)
+        monkeypatch.setattr(corpora, "AUTO_TIMEOUT", 0.05)
         monkeypatch.setattr(corpora, "_download", hang)
         corpus, notices, _ = self.load("auto")
 
@@ -404,14 +404,14 @@ class TestBatches:
         with pytest.raises(DataError, match="tiny: too short, 30 characters where rolls of 80 need at least 91"):
             tiny_source(config, n_chars=30)
         with pytest.raises(DataError, match="too short, 1 characters where rolls of 80 need at least 91"):
-            TextSource(Corpus(name="x", ids=np.ones(1, np.uint8)), roll_len=80, batch_size=1, seed=0)
+            TextSource(Corpus(name="x", ids=np.ones(1, np.uint8)), sequence_len=80, batch_size=1, seed=0)
         ids = np.ones(91, dtype=np.uint8)
 
-        assert TextSource(Corpus(name="x", ids=ids), roll_len=80, batch_size=1, seed=0).train_batch(3)
+        assert TextSource(Corpus(name="x", ids=ids), sequence_len=80, batch_size=1, seed=0).train_batch(3)
 
 
 def corpora_share() -> float:
     """The share of a text that is trained on."""
     from picogpt.data import batches
 
-    return batches.TRAIN_SHARE
+    return batches.TRAIN_FRACTION

@@ -14,7 +14,7 @@ import pytest
 
 from picogpt.cli import train
 from picogpt.data import ArticleReader, StreamSpec, articles, find_shards, local, resolve_stream
-from picogpt.data.articles import Place
+from picogpt.data.articles import Cursor
 from picogpt.data.hub import read_rows
 from picogpt.errors import ConfigError, DataError
 from picogpt.runs.folder import RunFolder
@@ -88,7 +88,7 @@ def test_names_are_literal(here: Path, name: str) -> None:
     assert spec.is_folder
     assert shards.files == (f"{here.resolve().as_posix()}/{name}/train-{name}.jsonl",)
     assert [row for file in shards.files for row in read_rows(shards, file, 0)] == [("mine",), ("mine too",)]
-    assert next(ArticleReader(shards, 0, print).articles(Place(0, 0, 0))).empty_before == 0
+    assert next(ArticleReader(shards, 0, print).articles(Cursor(0, 0, 0))).empty_before == 0
 
 
 @pytest.mark.slow

@@ -29,9 +29,9 @@ from picogpt.data import (
     outage,
     stream,
 )
-from picogpt.data.articles import Place
+from picogpt.data.articles import Cursor
 from picogpt.data.network import check_environment
-from picogpt.data.outage import Outage, in_background
+from picogpt.data.outage import Outage, run_in_thread
 from picogpt.errors import DataError
 from tests.conftest import HUB_PORT
 from tests.data.test_stream import FLAGS, NOWHERE, README, SHARDS, article, decode, parquet
@@ -46,7 +46,7 @@ WIKIPEDIA = NAMED_STREAMS["wikipedia"]
 def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short waits, a small pool, and a folder to run in."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(network, "SILENCE", 0.3)
+    monkeypatch.setattr(network, "REQUEST_TIMEOUT", 0.3)
     monkeypatch.setattr(outage, "LONGEST_WAIT", 0.01)
     monkeypatch.setattr(stream, "POOL", 8)
     monkeypatch.setattr(articles, "VALIDATION_CHARS", 500)
@@ -85,8 +85,8 @@ def resume(shards: Shards) -> list[str]:
     """Ask for all that the rest of a pass asks for."""
     forget()
     found = []
-    for item in ArticleReader(shards, 7, lambda _: None).articles(Place(0, 0, 5)):
-        if item.place.epoch:
+    for item in ArticleReader(shards, 7, lambda _: None).articles(Cursor(0, 0, 5)):
+        if item.cursor.epoch:
             break
         found.append(decode(item.ids))
     return found
@@ -138,7 +138,7 @@ def test_a_start_gives_up_after_a_stated_time(
     monkeypatch.setattr(hub, "START_PATIENCE", 0.2)
     monkeypatch.setattr("picogpt.data.START_PATIENCE", 0.2)
     monkeypatch.setattr(outage, "DAMAGE_PATIENCE", 0.2)
-    monkeypatch.setattr(network, "SILENCE", 0.05)
+    monkeypatch.setattr(network, "REQUEST_TIMEOUT", 0.05)
     forget()
     find_shards(WIKIPEDIA)
     # The one after those for the list of files and the columns is for the validation text.
@@ -218,8 +218,8 @@ def test_formats_of_the_hub(name: str) -> None:
         shards = find_shards(StreamSpec(name="some/thing", path="some/thing"))
         served.faults += ["short", "cut", "reset"]
         found = []
-        for item in ArticleReader(shards, 7, lambda _: None).articles(Place(0, 0, 0)):
-            if item.place.epoch:
+        for item in ArticleReader(shards, 7, lambda _: None).articles(Cursor(0, 0, 0)):
+            if item.cursor.epoch:
                 break
             found.append(decode(item.ids))
 
@@ -314,7 +314,7 @@ def test_a_stored_token_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "\u201chf_abc\u201d")
 
     with pytest.raises(DataError, match="token: it holds no token; log in anew, or delete the file"):
-        network.connect_once()
+        network.disable_retries()
 
 
 def test_certificates_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +327,7 @@ def test_certificates_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(
         DataError, match=r"no connection can be made \(/gone.pem: No such file or directory\); check NO_PROXY, SSL_CERT"
     ):
-        network.connect_once()
+        network.disable_retries()
 
 
 def test_a_cache_that_cannot_be_written(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,10 +345,10 @@ def test_a_cache_that_cannot_be_written(served: Hub, monkeypatch: pytest.MonkeyP
 
 def test_work_in_the_background() -> None:
     """Its answer and its error come back, and its pause ends once nobody waits."""
-    assert in_background(lambda pause: pause(0)) is False
+    assert run_in_thread(lambda pause: pause(0)) is False
 
     with pytest.raises(ZeroDivisionError):
-        in_background(lambda _: 1 // 0)
+        run_in_thread(lambda _: 1 // 0)
 
 
 def texts(rows: list[str]) -> Any:
@@ -363,9 +363,9 @@ def test_a_stream_too_short_for_a_sequence() -> None:
         r"file-0 and 2 more files: too short, \d+ characters to train on where a sequence takes 1,001 \(one article in 20 is"
     )
     with pytest.raises(DataError, match=message):
-        draw_validation(reader, roll_len=1000)
+        draw_validation(reader, sequence_len=1000)
     short = StreamSource(
-        ArticleReader(SHARDS, 7, lambda _: None, texts(["short"] * 9)), SHARDS_VALIDATION, roll_len=1000, batch_size=2, seed=0
+        ArticleReader(SHARDS, 7, lambda _: None, texts(["short"] * 9)), SHARDS_VALIDATION, sequence_len=1000, batch_size=2, seed=0
     )
     short.begin(NOWHERE)
 
@@ -382,15 +382,19 @@ def test_nothing_but_validation() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(articles, "_is_for_validation", lambda *_: True)
         with pytest.raises(DataError, match="too short, 0 characters to train on where a sequence takes 11 "):
-            draw_validation(ArticleReader(SHARDS, 7, lambda _: None, texts(["an article"])), roll_len=10)
+            draw_validation(ArticleReader(SHARDS, 7, lambda _: None, texts(["an article"])), sequence_len=10)
 
 
 def test_a_sequence_over_two_passes_is_enough_where_a_pass_has_one() -> None:
     """A pass with text for one sequence begins; one that was resumed in its middle is not taken for a short one."""
     source = StreamSource(
-        ArticleReader(SHARDS, 7, lambda _: None, texts(["long enough"] * 9)), SHARDS_VALIDATION, roll_len=40, batch_size=2, seed=0
+        ArticleReader(SHARDS, 7, lambda _: None, texts(["long enough"] * 9)),
+        SHARDS_VALIDATION,
+        sequence_len=40,
+        batch_size=2,
+        seed=0,
     )
-    source._place = Place(3, 2, 8)
+    source._cursor = Cursor(3, 2, 8)
     source.begin(NOWHERE)
 
     assert source.train_batch(0).inputs.shape == (2, 40)
@@ -401,7 +405,7 @@ def test_a_bug_in_the_reader_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever ends the reader's thread reaches whoever takes articles; nobody waits for ever."""
     reader = ArticleReader(SHARDS, 7, lambda _: None, texts(["x"]))
     monkeypatch.setattr(reader, "_encode", lambda _: 1 // 0)
-    reader.start(Place(0, 0, 0))
+    reader.start(Cursor(0, 0, 0))
 
     with pytest.raises(ZeroDivisionError):
         reader.take(lambda: False)

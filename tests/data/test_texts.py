@@ -15,7 +15,7 @@ from picogpt.cli import eval as evaluation
 from picogpt.cli import generate, train
 from picogpt.config import GPTConfig, TextConfig
 from picogpt.data import ArticleReader, Shards
-from picogpt.data.articles import Place
+from picogpt.data.articles import Cursor
 from picogpt.errors import RunError
 from picogpt.evaluation.texts import TrainedRun
 from picogpt.model.gpt import GPT
@@ -150,10 +150,10 @@ class TestStreams:
         plain = ArticleReader(shards, 0, lambda _: None, rows((article,)), fold=False)
         decode = CharTokenizer().decode
 
-        assert decode(next(reader.articles(Place(0, 0, 0))).ids) == "one's cafe\n<?>"
+        assert decode(next(reader.articles(Cursor(0, 0, 0))).ids) == "one's cafe\n<?>"
         assert reader.tally.folded == {"’": 1, "é": 1}
         assert reader.tally.unknown == {"日": 1}
-        assert decode(next(plain.articles(Place(0, 0, 0))).ids) == "one<?>s caf<?>\n<?>"
+        assert decode(next(plain.articles(Cursor(0, 0, 0))).ids) == "one<?>s caf<?>\n<?>"
 
     def test_ids_of_a_stream(self) -> None:
         """All characters count as held; of questions and answers the tokens around them too."""

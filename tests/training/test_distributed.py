@@ -72,7 +72,7 @@ def train_in_two_parts(run: RunFolder) -> Trainer:
     settings = RunSettings.from_dict(run.read_config())
     model, config = settings.model, settings.train
     corpus = read_texts(settings.data.text, name="text")
-    source = TextSource(corpus, roll_len=config.windows * model.context_len, batch_size=config.batch_size, seed=config.seed)
+    source = TextSource(corpus, sequence_len=config.windows * model.context_len, batch_size=config.batch_size, seed=config.seed)
     trainer = Trainer(model, config, source, getattr(torch, settings.dtype))
     parameters = list(trainer.model.parameters())
     half = config.batch_size // 2
