@@ -1,4 +1,4 @@
-"""Where text comes from: files and named corpora, streams of the hub, all cut into batches. Knows no torch; batches are numpy."""
+"""Data loading: files and named corpora in memory, streams of the hub; all cut into batches. No torch here; batches are numpy."""
 
 from picogpt.data.articles import ArticleReader, draw_validation
 from picogpt.data.batches import Batch, RandomSource, Source, Stop, TextSource, ValidationStore, WaitInterrupted, split_text

@@ -378,7 +378,7 @@ def test_folder_without_a_part_for_training(here: Path) -> None:
     """The parts that there are, are named."""
     (here / "test.jsonl").write_text('{"text": "one"}\n')
 
-    with pytest.raises(DataError, match="it has no files of a part named train; there are test"):
+    with pytest.raises(DataError, match="it has no train split; it has test"):
         find_shards(StreamSpec(name="x", path=str(here)))
 
 
@@ -405,7 +405,7 @@ def test_too_small_for_validation() -> None:
     only = next(file for file in FILES if not articles._is_for_validation(file, 0))
     reader = ArticleReader(SHARDS, 7, lambda _: None, lambda file, row: iter([("one",)] if file == only else []))
 
-    with pytest.raises(DataError, match="file-0 and 2 more files: too small, not one article in it is for validation"):
+    with pytest.raises(DataError, match="file-0 and 2 more files: too small, no article is held out for validation"):
         draw_validation(reader)
 
 
@@ -715,7 +715,7 @@ def test_going_on_without_the_hub(hub: Hub, here: Path) -> None:
         code, out, err = finish(process)
 
     assert offline[0] == changed[0] == 1
-    assert "unset HF_HUB_OFFLINE to go on" in offline[2]
+    assert "unset HF_HUB_OFFLINE, or use --text" in offline[2]
     assert re.search(rf"wikipedia@{COMMIT}/.*parquet: cannot be read \(.*\); .*--fresh starts over", changed[2])
     assert re.search(r"train-0000\d-of-00003.parquet, row \d+: ConnectError: .*refused; no answer for 0 s, retrying for", failed)
     assert (code, out.count("epoch 3 of 3")) == (0, 1), err
@@ -726,10 +726,10 @@ def test_going_on_without_the_hub(hub: Hub, here: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "changes", "message"),
     [
-        (["--dataset", "nobody/nothing"], {}, "nobody/nothing: no such data set on the hub, or one that needs permission"),
+        (["--dataset", "nobody/nothing"], {}, "nobody/nothing: no such data set on the hub, or it needs permission"),
         (["--dataset", "wikimedia/wikipedia:20231101.xx"], {}, "BuilderConfig '20231101.xx' not found"),
         (["--text-column", "body"], {}, "wikimedia/wikipedia: it has no column body; name one of id, text with --text-column"),
-        ([], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, and a stream needs the hub; unset HF_HUB_OFFLINE to go on"),
+        ([], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, and a stream needs the hub; unset HF_HUB_OFFLINE, or use --text"),
     ],
     ids=["wrong name", "wrong part", "missing column", "offline"],
 )

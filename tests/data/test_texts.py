@@ -71,7 +71,7 @@ class TestTraining:
 
         assert "capitals become small letters; folded to ASCII: 420 (" in said
         assert "; no character unknown" in said
-        assert "; short, so soon learned by heart: better 100,000 characters or more" in said
+        assert "; short, so soon memorized: better 100,000 characters or more" in said
         assert data_of("novel")["fold"] is True
         assert text_of("novel") == TextConfig(fold=True, ids=tuple(sorted(set(CharTokenizer().encode(FOLDED).tolist()))))
 
@@ -120,9 +120,9 @@ class TestTraining:
         assert begin("--text", "notes", *TINY_FLAGS) == 0
         said = capsys.readouterr().err
 
-        assert "files to read: 2 (passed over: 1 hidden)" in said
+        assert "files to read: 2 (skipped: 1 hidden)" in said
         assert "notes/a.txt: not UTF-8; read as CP1252 (Western European)" in said
-        assert "notes/b.md: read as UTF-16-LE, which its byte order mark names" in said
+        assert "notes/b.md: read as UTF-16-LE, according to its byte order mark" in said
         assert "no character unknown" in said
 
     def test_sample_of_an_epoch_draws_what_the_text_holds(
