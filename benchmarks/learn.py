@@ -35,7 +35,7 @@ from picogpt.data import (
     read_texts,
     resolve_stream,
 )
-from picogpt.data.batches import even_rolls
+from picogpt.data.batches import evenly_spaced_batches
 from picogpt.device import set_threads
 from picogpt.kernels.compiled import kernels_name
 from picogpt.schedule import learning_rate
@@ -201,4 +201,4 @@ def open_source(arguments: argparse.Namespace, config: TrainConfig) -> tuple[Sou
         )
         source.begin(_NoRun())
     most = -(-arguments.val_rolls // VALIDATION_BATCH)
-    return source, list(even_rolls(source.val_ids, length, VALIDATION_BATCH, most))
+    return source, list(evenly_spaced_batches(source.val_ids, length, VALIDATION_BATCH, most))

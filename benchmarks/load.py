@@ -18,7 +18,7 @@ from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import (
     ArticleReader,
     Batch,
-    RepeatedSource,
+    RandomSource,
     Source,
     Stop,
     StreamSource,
@@ -85,7 +85,7 @@ class Tap(StreamSource):
         return self.last
 
 
-class Replay(RepeatedSource):
+class Replay(RandomSource):
     """The last batch of a stream again, from memory."""
 
     def __init__(self, tap: Tap) -> None:
@@ -153,7 +153,7 @@ def train_from_stream(bytes_sent: Callable[[], int], results: Connection) -> Non
 
 def train_from_memory(bytes_sent: Callable[[], int], results: Connection) -> None:  # noqa: ARG001
     """Take a few steps on noise in memory, for the memory they take."""
-    trainer = default_trainer(RepeatedSource(sequence_len=sequence_len(), batch_size=TrainConfig().batch_size))
+    trainer = default_trainer(RandomSource(sequence_len=sequence_len(), batch_size=TrainConfig().batch_size))
     for _ in range(5):
         trainer.train_step(1e-3)
     results.send(asdict(Loaded(peak=peak())))

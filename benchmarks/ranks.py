@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from benchmarks.common import ROOT
 from picogpt.config import GPTConfig, TrainConfig
-from picogpt.data import RepeatedSource
+from picogpt.data import RandomSource
 from picogpt.device import choose_dtype, flush_denormals, set_threads
 from picogpt.training.distributed import Ranks
 from picogpt.training.trainer import Trainer, time_call
@@ -137,7 +137,7 @@ def rank(steps: int, sync_every: int, threads: int, dtype: str) -> None:
     flush_denormals()
     set_threads(threads)
     model, config = GPTConfig(), TrainConfig(sync_every=sync_every)
-    source = RepeatedSource(sequence_len=config.windows * model.context_len, batch_size=config.batch_size)
+    source = RandomSource(sequence_len=config.windows * model.context_len, batch_size=config.batch_size)
     with ranks.propagate_exit_code():
         trainer = Trainer(model, config, source, choose_dtype(dtype)[0], ranks=ranks)
         for _ in range(2):  # which make buffers and kernels

@@ -20,7 +20,7 @@ from benchmarks.common import backend, full_trainer, interleave, machine, proces
 from benchmarks.peaks import disturbances, measure_peaks, peak_flops
 from benchmarks.plain import NanoGPTLoop, PlainLoop
 from picogpt.config import GPTConfig, TrainConfig
-from picogpt.data import RepeatedSource
+from picogpt.data import RandomSource
 from picogpt.device import set_threads
 from picogpt.training.memory import peak_memory
 from picogpt.training.trainer import Trainer, time_call
@@ -169,19 +169,19 @@ def ours(config: TrainConfig, *, dtype: str = "auto", kernels: str = "auto", ada
     """The loop of `picogpt-train` with these flags."""
     if adamw:
         config = replace(config, optimizer="adamw")
-    source = RepeatedSource(sequence_len=config.windows * GPTConfig().context_len, batch_size=config.batch_size)
+    source = RandomSource(sequence_len=config.windows * GPTConfig().context_len, batch_size=config.batch_size)
     return full_trainer(config, source, dtype=dtype, kernels=kernels)
 
 
 def plain(config: TrainConfig) -> PlainLoop:
     """The plain loop with the same batches."""
-    source = RepeatedSource(sequence_len=config.windows * GPTConfig().context_len, batch_size=config.batch_size)
+    source = RandomSource(sequence_len=config.windows * GPTConfig().context_len, batch_size=config.batch_size)
     return PlainLoop(GPTConfig(), config, source)
 
 
 def nanogpt(config: TrainConfig, *, windows: int, dtype: torch.dtype = torch.float32) -> NanoGPTLoop:  # noqa: ARG001 (has its own)
     """The nanoGPT way with so many windows a step."""
-    source = RepeatedSource(sequence_len=GPTConfig().context_len, batch_size=windows)
+    source = RandomSource(sequence_len=GPTConfig().context_len, batch_size=windows)
     return NanoGPTLoop(GPTConfig(), source, dtype)
 
 

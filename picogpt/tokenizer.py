@@ -23,7 +23,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from picogpt.folding import N_CODE_POINTS, Folding, code_points_of, fold_character
+from picogpt.folding import N_CODE_POINTS, Folding, fold_character, to_code_points
 
 __all__ = ["SPECIAL_IDS", "TEXT_IDS", "UNKNOWN_ID", "VOCAB_SIZE", "CharTokenizer", "Tally", "TextEncoder", "list_commonest"]
 
@@ -59,7 +59,7 @@ class CharTokenizer:
 
     def encode(self, text: str) -> npt.NDArray[np.uint8]:
         """Ids of `text`, one per character, shape (len(text),). Any string will do, lone surrogates too."""
-        ids: npt.NDArray[np.uint8] = self._id_of[code_points_of(text)]
+        ids: npt.NDArray[np.uint8] = self._id_of[to_code_points(text)]
         return ids
 
     def decode(self, ids: npt.ArrayLike) -> str:
@@ -75,7 +75,7 @@ class CharTokenizer:
 
     def unknown_characters(self, text: str) -> Counter[str]:
         """How often each character of `text` that has no id occurs."""
-        code_points = code_points_of(text)
+        code_points = to_code_points(text)
         unknown, counts = np.unique(code_points[self._id_of[code_points] == UNKNOWN_ID], return_counts=True)
         return Counter({chr(point): int(count) for point, count in zip(unknown, counts, strict=True)})
 

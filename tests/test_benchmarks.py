@@ -20,7 +20,7 @@ from benchmarks.plain import NanoGPTLoop, PlainLoop
 from benchmarks.ranks import launch
 from benchmarks.train import Row, flops_per_char, report
 from picogpt.config import GPTConfig, TrainConfig
-from picogpt.data import Batch, RepeatedSource
+from picogpt.data import Batch, RandomSource
 from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, needs_compiler, tiny_source
 
@@ -35,9 +35,9 @@ def test_plain_loop_learns_the_same() -> None:
     assert [plain.train_step(1e-2) for _ in range(4)] == pytest.approx([ours.train_step(1e-2) for _ in range(4)], abs=1e-4)
 
 
-def nanogpt() -> tuple[NanoGPTLoop, RepeatedSource]:
+def nanogpt() -> tuple[NanoGPTLoop, RandomSource]:
     """Its loop on windows of noise, three a step, and where they come from."""
-    source = RepeatedSource(sequence_len=TINY.context_len, batch_size=3)
+    source = RandomSource(sequence_len=TINY.context_len, batch_size=3)
     return NanoGPTLoop(TINY, source), source
 
 

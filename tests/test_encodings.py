@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from picogpt.encodings import decode_stream, decode_text, unify_text
+from picogpt.encodings import decode_stream, decode_text, normalize_newlines
 from picogpt.errors import DataError
 
 CP1252 = "x: not UTF-8; read as CP1252 (Western European)"
@@ -30,15 +30,15 @@ def read(content: bytes, block_bytes: int | None = None) -> tuple[str, list[str]
         (b"a\r\nb\rc\n", "a\nb\nc\n", []),
         ("é\r\n€".encode(), "é\n€", []),
         ("\ufeffé\r\n".encode(), "é\n", []),
-        (b"\xff\xfe" + "é\r\nx".encode("utf-16-le"), "é\nx", ["x: read as UTF-16-LE, which its byte order mark names"]),
-        (b"\xfe\xff" + "é\r\nx".encode("utf-16-be"), "é\nx", ["x: read as UTF-16-BE, which its byte order mark names"]),
-        ("é\r\nx".encode("utf-32"), "é\nx", ["x: read as UTF-32-LE, which its byte order mark names"]),
-        (b"\0\0\xfe\xff" + "é".encode("utf-32-be"), "é", ["x: read as UTF-32-BE, which its byte order mark names"]),
+        (b"\xff\xfe" + "é\r\nx".encode("utf-16-le"), "é\nx", ["x: read as UTF-16-LE, according to its byte order mark"]),
+        (b"\xfe\xff" + "é\r\nx".encode("utf-16-be"), "é\nx", ["x: read as UTF-16-BE, according to its byte order mark"]),
+        ("é\r\nx".encode("utf-32"), "é\nx", ["x: read as UTF-32-LE, according to its byte order mark"]),
+        (b"\0\0\xfe\xff" + "é".encode("utf-32-be"), "é", ["x: read as UTF-32-BE, according to its byte order mark"]),
         ("café “x” €".encode("cp1252"), "café “x” €", [CP1252]),
         ("café".encode("latin-1"), "café", [CP1252]),
-        (b"\x81\xe9", "\ufffdé", [CP1252, "x: damaged characters, which stay unknown (U+FFFD): 1"]),
-        ("éé".encode() + b"\xffa", "éé\ufffda", ["x: damaged characters, which stay unknown (U+FFFD): 1"]),
-        ("éé€".encode()[:-1], "éé\ufffd", ["x: damaged characters, which stay unknown (U+FFFD): 1"]),
+        (b"\x81\xe9", "\ufffdé", [CP1252, "x: damaged characters, read as unknown (U+FFFD): 1"]),
+        ("éé".encode() + b"\xffa", "éé\ufffda", ["x: damaged characters, read as unknown (U+FFFD): 1"]),
+        ("éé€".encode()[:-1], "éé\ufffd", ["x: damaged characters, read as unknown (U+FFFD): 1"]),
     ],
     ids=[
         "nothing", "line ends", "UTF-8", "UTF-8 with a mark", "UTF-16 LE", "UTF-16 BE", "UTF-32 LE", "UTF-32 BE", "CP1252",
@@ -72,11 +72,11 @@ def test_other_encodings_are_rejected(encoding: str) -> None:
 
 def test_zero_bytes_are_rejected() -> None:
     """Zero bytes without a mark are no text."""
-    with pytest.raises(DataError, match=r"x: no text \(it has zero bytes, and no byte order mark\); convert it to UTF-8"):
+    with pytest.raises(DataError, match=r"x: not text \(zero bytes, but no byte order mark\); convert it to UTF-8"):
         read("text".encode("utf-16-le"), 1000)
     assert read(b"a\0b") == ("a\0b", [])
 
 
 def test_unify_text() -> None:
     """A text that is already decoded loses its mark and other line ends."""
-    assert unify_text("\ufeffa\r\nb\rc\n") == "a\nb\nc\n"
+    assert normalize_newlines("\ufeffa\r\nb\rc\n") == "a\nb\nc\n"

@@ -92,7 +92,7 @@ def test_long_texts_are_folded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     """Where a text is cut into pieces makes no difference."""
     text = "“naïve”—ﬃ 日本 " * 50
     whole = Folding()(text)
-    monkeypatch.setattr("picogpt.folding._PIECE", 7)
+    monkeypatch.setattr("picogpt.folding._CHUNK", 7)
 
     assert Folding()(text) == whole
 

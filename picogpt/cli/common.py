@@ -13,14 +13,14 @@ from typing import NoReturn
 
 from picogpt.cli.parser import Parser
 from picogpt.cli.screen import above_bar
-from picogpt.cli.streams import cursor_is_within_a_line, has_no_reader, open_streams
+from picogpt.cli.streams import install_blocking_streams, reader_is_gone, stdout_is_mid_line
 from picogpt.errors import ConfigError, PicoGPTError
 
 __all__ = ["check_picture", "end_process", "notice", "run_command"]
 
 _INTERRUPTED = 130
 
-_REMEDIES: Mapping[int, str] = {
+_HINTS: Mapping[int, str] = {
     errno.ENOSPC: "free some space on the disk, then start again",
     errno.EDQUOT: "free some space of your quota, then start again",
     errno.EIO: "check the disk, then start again",
@@ -41,7 +41,7 @@ _REMEDIES: Mapping[int, str] = {
 def notice(text: str) -> None:
     """Print something about the work on stderr, on a line of its own."""
     with contextlib.suppress(OSError, ValueError), above_bar():  # a closed stderr stops no work
-        print(f"\n{text}" if cursor_is_within_a_line() else text, file=sys.stderr, flush=True)
+        print(f"\n{text}" if stdout_is_mid_line() else text, file=sys.stderr, flush=True)
 
 
 def run_command(body: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None) -> int:
@@ -49,7 +49,7 @@ def run_command(body: Callable[[argparse.Namespace], int], parser: Parser, argv:
 
     The one boundary at which the package's errors become a line on stderr. Other exceptions are bugs and go on.
     """
-    open_streams()
+    install_blocking_streams()
     arguments = parser.parse(argv)
     try:
         code = body(arguments)
@@ -57,7 +57,7 @@ def run_command(body: Callable[[argparse.Namespace], int], parser: Parser, argv:
             sys.stdout.flush()  # here, where a full disk is one line
         return code
     except (PicoGPTError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
-        left = isinstance(error, BrokenPipeError) and has_no_reader(sys.stdout)
+        left = isinstance(error, BrokenPipeError) and reader_is_gone(sys.stdout)
         _flush_or_drop()  # first: an interruption can come before the text above it is out
         if left:
             return 0
@@ -115,8 +115,8 @@ def _explain(error: BaseException, parser: Parser) -> tuple[str, int]:
         case OSError():
             name = error.filename2 or error.filename  # of a rename the target, not the temporary file
             where = f"{os.fsdecode(name)}: " if name else ""
-            remedy = _REMEDIES.get(error.errno or 0)
-            return f"{where}{error.strerror or error}" + (f"; {remedy}" if remedy else ""), 1
+            hint = _HINTS.get(error.errno or 0)
+            return f"{where}{error.strerror or error}" + (f"; {hint}" if hint else ""), 1
     # torch has no exception of its own for an allocation that was refused.
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return "not enough memory; close other programs, or take a smaller --batch-size or model", 1

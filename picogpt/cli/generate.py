@@ -17,7 +17,7 @@ from picogpt.checks import ENGINE_DTYPES, check_threads, parse_new_tokens
 from picogpt.cli.common import notice, run_command
 from picogpt.cli.parser import Parser, add_model, count
 from picogpt.config import GenerateConfig, SampleConfig, TextConfig
-from picogpt.encodings import decode_text, unify_text
+from picogpt.encodings import decode_text, normalize_newlines
 from picogpt.errors import ConfigError, DataError
 from picogpt.signals import StopRequest
 
@@ -67,7 +67,7 @@ def build_parser() -> Parser:
         help=f"type of the weights: {', '.join(ENGINE_DTYPES)}; auto is bfloat16 (default: auto)",
     )
     sampling = parser.add_argument_group("sampling")
-    number = _adder(sampling)
+    number = _number_flags(sampling)
     number("-t", "--temperature", float, draw.temperature, "below 1 surer, above 1 wilder, 0 always the likeliest character")
     number("-k", "--top-k", int, draw.top_k, "draw from the N likeliest, 0 from all")
     number("", "--top-p", float, draw.top_p, "draw from the likeliest that together reach this probability")
@@ -77,14 +77,14 @@ def build_parser() -> Parser:
     output.add_argument(
         "-n", "--max-new-tokens", metavar="N", default=str(make.max_new_tokens), help="characters, or inf (default: %(default)s)"
     )
-    _adder(output)("", "--num-samples", int, make.num_samples, "texts made side by side, shown one after the other")
+    _number_flags(output)("", "--num-samples", int, make.num_samples, "texts made side by side, shown one after the other")
     output.add_argument("--stop", metavar="TEXT", nargs="+", default=[], help="end before any of these (default: none)")
     output.add_argument("--no-echo", action="store_true", help="show the new text only, without the prompt")
     output.add_argument("--json", action="store_true", help="one JSON object a sample, on a line")
     return parser
 
 
-def _adder(group: argparse._ArgumentGroup):  # type: ignore[no-untyped-def]
+def _number_flags(group: argparse._ArgumentGroup):  # type: ignore[no-untyped-def]
     """Adds a flag that takes a number and says its default."""
 
     def add(short: str, flag: str, kind: type, default: float, meaning: str) -> None:
@@ -155,7 +155,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _read_prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt is not None:
-        return _typed(arguments.prompt)
+        return _decode_argument(arguments.prompt)
     source = "the prompt"
     if arguments.prompt_file not in {None, _STDIN}:
         source = arguments.prompt_file
@@ -169,16 +169,16 @@ def _read_prompt(arguments: argparse.Namespace) -> str:
     return decode_text(content, name=source, notify=notice).removesuffix("\n")
 
 
-def _typed(text: str) -> str:
+def _decode_argument(text: str) -> str:
     """A prompt from the command line or the terminal, read as a file with these bytes is."""
     try:
         text.encode()
     except UnicodeEncodeError:  # Python stands surrogates for bytes that are not UTF-8
         return decode_text(os.fsencode(text), name="the prompt", notify=notice)
-    return unify_text(text)
+    return normalize_newlines(text)
 
 
-def _ask() -> str:
+def _read_line() -> str:
     """A line from the terminal; the prompt's mark is no result and goes to stderr where stdout is none."""
     if sys.stdout.isatty():
         return input("> ")
@@ -186,7 +186,7 @@ def _ask() -> str:
     return input()
 
 
-def _edit_lines() -> None:
+def _enable_line_editing() -> None:
     """Give input() line editing, and have text that is pasted taken for one prompt, whatever number of lines it has.
 
     GNU readline asks the terminal to mark what is pasted (bracketed paste); Python switches that off. Other libraries lack it.
@@ -200,10 +200,10 @@ def _edit_lines() -> None:
 
 def _loop(writer: _Writer) -> int:
     """Take prompts from a terminal until Ctrl-D; in a chat the conversation is kept."""
-    _edit_lines()
+    _enable_line_editing()
     while True:
         try:
-            prompt = _typed(_ask())
+            prompt = _decode_argument(_read_line())
         except EOFError:
             print()
             return 0
@@ -239,7 +239,7 @@ class _Writer:
             notice("warning: --chat: this model is not known to be trained on questions and answers, so expect no answers of it")
         self._conversation: list[int] = []
         self._turns = 0
-        self._stops = [self._encoder.encode(_typed(stop)).tolist() for stop in self.make.stop]
+        self._stops = [self._encoder.encode(_decode_argument(stop)).tolist() for stop in self.make.stop]
         for stop, ids in zip(self.make.stop, self._stops, strict=True):
             if UNKNOWN_ID in ids or not ids:
                 raise ConfigError(f"stop must be made of characters that the model knows, got {stop!r}", "stop")

@@ -10,12 +10,12 @@ import select
 import sys
 from typing import Any, TypeGuard
 
-__all__ = ["cursor_is_within_a_line", "has_no_reader", "open_streams"]
+__all__ = ["install_blocking_streams", "reader_is_gone", "stdout_is_mid_line"]
 
-_ENCODE_ANYWAY = "picogpt-encode-anyway"
+_LOSSLESS_ERRORS = "picogpt-encode-anyway"
 
 
-def open_streams() -> None:
+def install_blocking_streams() -> None:
     """Put streams that wait in the place of this process's standard ones; those of a test or an embedding program stay.
 
     Where another program has set `O_NONBLOCK` on a pipe, Python drops what does not fit into it, and takes a moment without
@@ -23,25 +23,25 @@ def open_streams() -> None:
     """
     if os.name == "nt":  # its pipes block
         return
-    if sys.stdin is sys.__stdin__ and _is_plain(sys.stdin):
-        sys.stdin = io.TextIOWrapper(io.BufferedReader(_Waiting(0, "rb")), sys.stdin.encoding, sys.stdin.errors)
-    if sys.stdout is sys.__stdout__ and _is_plain(sys.stdout):
-        sys.stdout = _writer(sys.stdout, _ENCODE_ANYWAY)
-    if sys.stderr is sys.__stderr__ and _is_plain(sys.stderr):
+    if sys.stdin is sys.__stdin__ and _is_replaceable(sys.stdin):
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(_BlockingFile(0, "rb")), sys.stdin.encoding, sys.stdin.errors)
+    if sys.stdout is sys.__stdout__ and _is_replaceable(sys.stdout):
+        sys.stdout = _writer(sys.stdout, _LOSSLESS_ERRORS)
+    if sys.stderr is sys.__stderr__ and _is_replaceable(sys.stderr):
         sys.stderr = _writer(sys.stderr, sys.stderr.errors)
 
 
-def _is_plain(stream: object) -> TypeGuard[io.TextIOWrapper]:
+def _is_replaceable(stream: object) -> TypeGuard[io.TextIOWrapper]:
     return isinstance(stream, io.TextIOWrapper) and not stream.closed
 
 
 def _writer(stream: Any, errors: str | None) -> io.TextIOWrapper:
     """A stream like `stream` that waits."""
-    binary = io.BufferedWriter(_Waiting(stream.fileno(), "wb"))
+    binary = io.BufferedWriter(_BlockingFile(stream.fileno(), "wb"))
     return io.TextIOWrapper(binary, stream.encoding, errors, line_buffering=stream.line_buffering)
 
 
-class _Waiting(io.FileIO):
+class _BlockingFile(io.FileIO):
     """A descriptor that is waited for where it is non-blocking."""
 
     ends_a_line = True
@@ -75,15 +75,15 @@ class _Waiting(io.FileIO):
         return io.RawIOBase.readall(self)
 
 
-def cursor_is_within_a_line() -> bool:
+def stdout_is_mid_line() -> bool:
     """Whether what was written to stdout last, on a terminal that stderr writes to as well, did not end its line."""
     with contextlib.suppress(AttributeError, OSError, ValueError):
         raw: object = sys.stdout.buffer.raw  # type: ignore[union-attr]
-        return isinstance(raw, _Waiting) and not raw.ends_a_line and sys.stdout.isatty() and sys.stderr.isatty()
+        return isinstance(raw, _BlockingFile) and not raw.ends_a_line and sys.stdout.isatty() and sys.stderr.isatty()
     return False
 
 
-def has_no_reader(stream: Any) -> bool:
+def reader_is_gone(stream: Any) -> bool:
     """Whether `stream` is a pipe whose other end is closed."""
     if not hasattr(select, "poll"):  # Windows, where nothing else tells
         return True
@@ -95,7 +95,7 @@ def has_no_reader(stream: Any) -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
-def _encode_anyway(error: UnicodeError) -> tuple[str | bytes, int]:
+def _encode_lossless(error: UnicodeError) -> tuple[str | bytes, int]:
     """Encode bytes of a file name that are no text as they were, and what the terminal's encoding lacks with a backslash."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
@@ -103,4 +103,4 @@ def _encode_anyway(error: UnicodeError) -> tuple[str | bytes, int]:
         return codecs.lookup_error("backslashreplace")(error)
 
 
-codecs.register_error(_ENCODE_ANYWAY, _encode_anyway)
+codecs.register_error(_LOSSLESS_ERRORS, _encode_lossless)

@@ -168,17 +168,17 @@ def _train(arguments: argparse.Namespace, *, began: float) -> int:
     from picogpt.training.distributed import Ranks
 
     if "RANK" not in os.environ:
-        _lead(request, Ranks(), began, dry_run=arguments.dry_run)
+        _run_rank_0(request, Ranks(), began, dry_run=arguments.dry_run)
         return 0
     ranks = Ranks.join(os.environ)
     if ranks.rank > 0:
-        return _follow(request, ranks)
+        return _run_worker(request, ranks)
     with ranks.propagate_exit_code():
-        _lead(request if ranks.is_first_launch() else request.for_restart(), ranks, began, dry_run=arguments.dry_run)
+        _run_rank_0(request if ranks.is_first_launch() else request.for_restart(), ranks, began, dry_run=arguments.dry_run)
     return 0
 
 
-def _lead(request: TrainRequest, ranks: Ranks, began: float, *, dry_run: bool) -> None:
+def _run_rank_0(request: TrainRequest, ranks: Ranks, began: float, *, dry_run: bool) -> None:
     """Train alone, or as rank 0 of the ranks that share a run."""
     from picogpt.cli.download import DownloadBar
     from picogpt.cli.progress import TimingDisplay, TrainingDisplay
@@ -194,7 +194,7 @@ def _lead(request: TrainRequest, ranks: Ranks, began: float, *, dry_run: bool) -
             run.train(TrainingDisplay)
 
 
-def _follow(request: TrainRequest, ranks: Ranks) -> int:
+def _run_worker(request: TrainRequest, ranks: Ranks) -> int:
     """Train as a worker; rank 0 is told of a signal."""
     from picogpt.training.worker import run_worker
 

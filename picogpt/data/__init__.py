@@ -1,7 +1,7 @@
-"""Where text comes from: files and named corpora, streams of the hub, all cut into batches. Knows no torch; batches are numpy."""
+"""Data loading: files and named corpora in memory, streams of the hub; all cut into batches. No torch here; batches are numpy."""
 
 from picogpt.data.articles import ArticleReader, draw_validation
-from picogpt.data.batches import Batch, RepeatedSource, Source, Stop, TextSource, ValidationStore, WaitInterrupted, split_text
+from picogpt.data.batches import Batch, RandomSource, Source, Stop, TextSource, ValidationStore, WaitInterrupted, split_text
 from picogpt.data.corpora import DATASETS, load_dataset
 from picogpt.data.hub import NAMED_STREAMS, StreamSpec, find_shards, resolve_stream
 from picogpt.data.network import check_environment
@@ -17,7 +17,7 @@ __all__ = [
     "ArticleReader",
     "Batch",
     "Corpus",
-    "RepeatedSource",
+    "RandomSource",
     "Shards",
     "Source",
     "Stop",

@@ -1,7 +1,7 @@
-"""Articles of a data set, one after the other: read and encoded in a thread of their own, from any place on.
+"""Articles of a streamed data set, read and encoded in a background thread, from any cursor.
 
-Articles come in the order of their files, and files in an order made of the seed, anew each pass. One in twenty, by a hash of
-where it stands, is for validation. What was read ahead is no state: whoever goes on names the place to go on from.
+Files are shuffled once per pass with the run's seed; rows within a file keep their order. A hash of file name and row holds out
+one article in twenty for validation. Articles read ahead are not part of the state: a resumed run names the cursor to start from.
 """
 
 from __future__ import annotations
@@ -21,37 +21,40 @@ import numpy.typing as npt
 from picogpt.config import TextConfig
 from picogpt.data.batches import Stop, WaitInterrupted
 from picogpt.data.hub import read_rows
-from picogpt.data.network import explain, is_network, remedy
-from picogpt.data.outage import Closed, Outage
+from picogpt.data.network import explain, hint, is_transient
+from picogpt.data.outage import Outage, ReaderClosed
 from picogpt.data.shards import Row, Shards
-from picogpt.encodings import unify_text
+from picogpt.encodings import normalize_newlines
 from picogpt.errors import DataError
 from picogpt.rng import Stream, stream_generator
 from picogpt.tokenizer import SPECIAL_IDS, TEXT_IDS, CharTokenizer, Tally, TextEncoder
 from picogpt.wording import Notify
 
-__all__ = ["SEPARATOR", "Article", "ArticleReader", "Ids", "PassLength", "Place", "draw_validation", "join_articles"]
+__all__ = ["SEPARATOR", "Article", "ArticleReader", "Cursor", "Ids", "PassLengthCheck", "draw_validation", "join_articles"]
 
 Ids = npt.NDArray[np.uint8]
 Read = Callable[[str, int], Iterator[Row]]
 
 VALIDATION_CHARS = 256_000
-"""Characters of validation text that are drawn once for a run."""
-ONE_IN = 20
-"""One article in so many is for validation."""
+"""Characters of validation text, drawn once per run."""
+VALIDATION_DIVISOR = 20
+"""One article in this many is held out for validation."""
 READ_AHEAD = 1 << 24
-"""Bytes, one a character, that wait between the reader and training: a network may be gone while they last."""
+"""Bytes of encoded text (one per character) buffered ahead of training; they bridge short network outages."""
 
 _QUESTION_TOKENS = ("<Q>", "</Q>", "<A>", "</A>")
-"""Special tokens around a question and its answer."""
-_ARTICLE_SIZE = 500
-"""Bytes that an article takes beside its characters: of articles of a few characters each, millions would be read ahead."""
-_LITTLE_AHEAD = 1 << 20
-"""Bytes read ahead where only the first articles are wanted."""
+"""Special tokens that wrap a question and its answer."""
+_ARTICLE_OVERHEAD = 500
+"""Bytes charged per article for its Python objects; without it, millions of tiny articles would fit into the buffer."""
+_SHORT_READ_AHEAD = 1 << 20
+"""Bytes read ahead where only the first articles are needed."""
 
 
-class Place(NamedTuple):
-    """Where an article stands: pass over the data set, file within the pass, row of the file."""
+class Cursor(NamedTuple):
+    """Position of an article in the stream: pass over the data set, file within the pass, row of the file.
+
+    A tuple, so that cursors compare in stream order.
+    """
 
     epoch: int
     file: int
@@ -60,28 +63,28 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Article:
-    """One article, encoded, with its place and the place after it."""
+    """One encoded article, with its cursor and the cursor to resume from after it."""
 
-    place: Place
-    after: Place
+    cursor: Cursor
+    next_cursor: Cursor
     for_validation: bool
     ids: Ids
     empty_before: int
-    """Articles without a character that were passed over since the one before."""
+    """Empty articles skipped since the previous article."""
 
 
 class ArticleReader:
-    """Reads articles in order, in a thread of its own, from any place on.
+    """Reads articles in stream order in a background thread, starting at any cursor.
 
-    A failure of the network is waited out (`picogpt.data.outage`) and reading goes on from the very row.
+    Network failures are retried (`picogpt.data.outage`), and reading resumes at the row that failed.
 
     Args:
         shards: the data set.
-        seed: of the order of its files.
-        notify: told in a line of every wait.
-        read: rows of a file from a row on.
-        fold: whether characters outside ASCII are folded (`picogpt.folding`).
-        patience: seconds of failures after which to give up; None for `picogpt.data.outage.PATIENCE`.
+        seed: seed of the file order.
+        notify: receives one line per wait.
+        read: iterates over the rows of a file from a given row.
+        fold: whether to fold characters outside ASCII (`picogpt.folding`).
+        patience: seconds of failures before giving up; None for `picogpt.data.outage.PATIENCE`.
     """
 
     def __init__(
@@ -95,128 +98,146 @@ class ArticleReader:
         patience: float | None = None,
     ) -> None:
         self._shards, self._seed, self._fold = shards, seed, fold
+        # Tests pass their own `read`, so that no file or network is needed.
         self._read: Read = read or (lambda file, row: read_rows(shards, file, row))
         self._encoder = TextEncoder(fold=fold)
         self._buffer = _Buffer()
         self._closed = threading.Event()
+        # Event.wait is the pause between retries: it returns early, with True, as soon as `close` sets the event.
         self._outage = Outage(notify, self._closed.wait, patience=patience)
         self._thread: threading.Thread | None = None
 
     @property
     def text(self) -> TextConfig:
-        """How the articles become ids, and which ones they can hold; an article of two columns holds special tokens too."""
+        """Encoding of the articles and the ids they can contain; two-column articles contain the question tokens too."""
+        # Known before any article is read, as generation must know which ids a model has seen.
         specials = [] if len(self._shards.columns) == 1 else [SPECIAL_IDS[token] for token in _QUESTION_TOKENS]
         return TextConfig(fold=self._fold, ids=(*TEXT_IDS, *specials))
 
     @property
     def tally(self) -> Tally:
-        """What encoding changed in the articles that were read so far."""
+        """Counts of the characters that encoding changed in the articles read so far."""
         return self._encoder.tally
 
     @property
     def name(self) -> str:
-        """The data set, by its files."""
+        """Name for messages: the first file and the number of other files."""
         first, *others = self._shards.files
         return f"{first} and {len(others)} more files" if others else first
 
-    def start(self, place: Place) -> None:
-        """Begin to read at `place`."""
-        self._thread = threading.Thread(target=self._run, args=(place,), name="articles", daemon=True)
+    def start(self, cursor: Cursor) -> None:
+        """Start the background thread at `cursor`."""
+        # A daemon: a read that hangs in a network library must not keep the process alive.
+        self._thread = threading.Thread(target=self._run, args=(cursor,), name="articles", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread; what it has read ahead is forgotten."""
+        """Stop the thread and drop the articles it has read ahead."""
         self._closed.set()
+        # Wakes the thread if it waits in `put` for a free place.
         self._buffer.close()
         if self._thread is not None:
-            # A read that hangs ends by itself later, or with the process.
+            # A short join only: a hanging read ends on its own later, or with the process.
             self._thread.join(timeout=0.3)
 
     def take(self, stop: Stop) -> Article:
-        """The next article.
+        """Wait for the next article and return it.
 
         Raises:
-            WaitInterrupted: `stop` said so.
-            DataError: there will be no more.
+            WaitInterrupted: `stop` returned True.
+            DataError: the reader has failed; no more articles will come.
         """
         item = None
         while item is None:
-            # Asked for every article, not only where there is none: a pool can take minutes to fill.
+            # Poll `stop` for every article, even if one is ready: filling the pool can take minutes.
             if stop():
                 raise WaitInterrupted
             item = self._buffer.get(timeout=0.2)
         if isinstance(item, Article):
             return item
+        # The thread put its exception into the queue; raise it in the consumer.
         raise item
 
-    def taken(self) -> Generator[Article, None, None]:
-        """All articles from the first one on, read in the thread, so that Ctrl-C is heard whatever a library waits for.
+    def from_start(self) -> Generator[Article, None, None]:
+        """Yield articles from the first one of the data set, and close the reader at the end.
+
+        Reading happens in the background thread, so that Ctrl-C works even while a library blocks on the network.
 
         Raises:
-            DataError: there will be no more.
+            DataError: the reader has failed; no more articles will come.
         """
-        self._buffer = _Buffer(_LITTLE_AHEAD)
-        self.start(Place(0, 0, 0))
+        # A validation text needs far less than READ_AHEAD, which would be downloaded in vain.
+        self._buffer = _Buffer(_SHORT_READ_AHEAD)
+        self.start(Cursor(0, 0, 0))
         try:
             while True:
                 yield self.take(lambda: False)
         finally:
             self.close()
 
-    def _run(self, place: Place) -> None:
+    def _run(self, cursor: Cursor) -> None:
         try:
-            for article in self.articles(place):
+            for article in self.articles(cursor):
                 self._buffer.put(article)
-        except Closed:
+        # `close` was called while `put` or a retry waited: end without a word.
+        except ReaderClosed:
             pass
+        # Anything else belongs to the consumer: `take` raises it.
         except Exception as error:
-            with contextlib.suppress(Closed):
+            with contextlib.suppress(ReaderClosed):
                 self._buffer.put(error)
 
-    def articles(self, place: Place) -> Iterator[Article]:
-        """All articles from `place` on, pass after pass, without end; waits out failures.
+    def articles(self, cursor: Cursor) -> Iterator[Article]:
+        """Yield all articles from `cursor`, pass after pass, without end; retries network failures.
 
         Raises:
-            DataError: the data set holds no text, a file is gone, or patience has run out.
+            DataError: the data set has no text, a file is gone, or retries have run out of time.
         """
         empty = 0
-        found = True
+        found = True  # the pass that `cursor` lies in may have had its text before the cursor
         while not self._closed.is_set():
-            if place.file == 0 and place.row == 0:
+            # A whole pass without one article would repeat forever, so the start of the next pass checks for it.
+            if cursor.file == 0 and cursor.row == 0:
                 if not found:
                     raise DataError(f"{self._shards.files[0]}: no text in the whole data set; check --text-column")
                 found = False
-            file = self._file(place)
-            for row, columns in self._rows(file, place.row):
+            file = self._file(cursor)
+            for row, columns in self._rows(file, cursor.row):
                 ids = self._encode(columns)
                 if not len(ids):
+                    # Empty articles are counted for the summary, and hidden from training.
                     empty += 1
                     continue
-                here = place._replace(row=row)
-                yield Article(here, place._replace(row=row + 1), _is_for_validation(file, row), ids, empty)
+                here = cursor._replace(row=row)
+                yield Article(here, cursor._replace(row=row + 1), _is_for_validation(file, row), ids, empty)
                 empty, found = 0, True
-            place = Place(place.epoch, place.file + 1, 0)
-            if place.file == len(self._shards.files):
-                place = Place(place.epoch + 1, 0, 0)
+            # Next file, or the first file of the next pass.
+            cursor = Cursor(cursor.epoch, cursor.file + 1, 0)
+            if cursor.file == len(self._shards.files):
+                cursor = Cursor(cursor.epoch + 1, 0, 0)
 
-    def _file(self, place: Place) -> str:
-        """The file that `place` is in."""
-        order = stream_generator(self._seed, Stream.SHARD_ORDER, place.epoch)
-        number = int(order.permutation(len(self._shards.files))[place.file])
+    def _file(self, cursor: Cursor) -> str:
+        """Return the address of the file that `cursor` points into."""
+        # The permutation is a pure function of (seed, epoch): a resumed run recomputes it.
+        order = stream_generator(self._seed, Stream.SHARD_ORDER, cursor.epoch)
+        number = int(order.permutation(len(self._shards.files))[cursor.file])
         return self._shards.files[number]
 
     def _rows(self, file: str, row: int) -> Iterator[tuple[int, Row]]:
-        """Number and columns of each row of `file` from `row` on."""
+        """Yield the number and the columns of each row of `file`, starting at `row`; retries network failures."""
         rows = self._read(file, row)
         while True:
             try:
+                # Any exception here is either fatal or worth another try; the loop decides which.
                 columns = next(rows, None)
             except DataError:
                 raise
             except Exception as error:  # the libraries below raise nearly anything when a connection breaks
-                if advice := remedy(error):
+                # A hint means that waiting cannot help: a missing file, no permission.
+                if advice := hint(error):
                     raise DataError(f"{file}: cannot be read ({explain(error)}); {advice}") from error
-                self._outage.wait(f"{file.rpartition('/')[2]}, row {row:,}", explain(error), damaged=not is_network(error))
+                self._outage.wait(f"{file.rpartition('/')[2]}, row {row:,}", explain(error), damaged=not is_transient(error))
+                # Reopen the file at the row that failed; earlier rows have been delivered.
                 rows = self._read(file, row)
                 continue
             self._outage.over()
@@ -226,17 +247,22 @@ class ArticleReader:
             row += 1
 
     def _encode(self, columns: Row) -> Ids:
-        """One column is a text; two are a question and its answer, wrapped in their tokens."""
-        texts = [self._encoder.encode(unify_text(column)) for column in columns]
+        """Encode a row: one column is a text; two are a question and its answer, wrapped in special tokens."""
+        texts = [self._encoder.encode(normalize_newlines(column)) for column in columns]
         if len(texts) == 1:
             return texts[0]
         question, answer = texts
+        # Special ids are inserted as arrays: a text cannot spell them, so a data set cannot fake a turn.
         mark = {token: np.array([SPECIAL_IDS[token]], np.uint8) for token in _QUESTION_TOKENS}
-        return np.concatenate((mark["<Q>"], question, mark["</Q>"], _NEWLINE, mark["<A>"], answer, mark["</A>"]))
+        # <Q>question</Q>\n<A>answer</A>
+        return np.concatenate((mark["<Q>"], question, mark["</Q>"], _NEWLINE_IDS, mark["<A>"], answer, mark["</A>"]))
 
 
 class _Buffer:
-    """Articles that were read and not yet taken: up to `READ_AHEAD` bytes, or `limit`, and whatever its length one article."""
+    """Bounded queue between the reader thread and training.
+
+    Holds up to `READ_AHEAD` bytes, or `limit` if that is smaller; one article always fits, however long.
+    """
 
     def __init__(self, limit: float = math.inf) -> None:
         self._limit = limit
@@ -246,21 +272,23 @@ class _Buffer:
         self._changed = threading.Condition()
 
     def put(self, item: Article | Exception) -> None:
-        """Add `item` once there is room.
+        """Append `item`, waiting while the queue is full.
 
         Raises:
-            Closed: nobody takes it any more.
+            ReaderClosed: the consumer has closed the queue.
         """
         with self._changed:
+            # The size is compared before the item is added, so an item larger than the limit cannot deadlock.
+            # READ_AHEAD is looked up on each call, so that tests can lower it.
             self._changed.wait_for(lambda: self._closed or self._size < min(READ_AHEAD, self._limit))
             if self._closed:
-                raise Closed
+                raise ReaderClosed
             self._items.append(item)
             self._size += _size(item)
             self._changed.notify()
 
     def get(self, timeout: float) -> Article | Exception | None:
-        """The oldest item, or None if none comes within `timeout` seconds."""
+        """Remove and return the oldest item, or None if none arrives within `timeout` seconds."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._items, timeout):
                 return None
@@ -270,29 +298,35 @@ class _Buffer:
             return item
 
     def close(self) -> None:
-        """Refuse what comes from now on."""
+        """Reject further items and wake a waiting `put`."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
 
 def _size(item: Article | Exception) -> int:
-    return _ARTICLE_SIZE + len(item.ids) if isinstance(item, Article) else 0
+    """Return the bytes that an item counts for in the buffer; an exception is free, so that it can always be delivered."""
+    return _ARTICLE_OVERHEAD + len(item.ids) if isinstance(item, Article) else 0
 
 
 def _is_for_validation(file: str, row: int) -> bool:
-    """By a hash of file and row, so that an article is always on the same side."""
+    """Decide by a hash of file and row, so that an article is on the same side of the split in every pass and every run."""
+    # Only the file's base name is hashed: moving a folder does not change the split.
     digest = hashlib.sha256(f"{file.rpartition('/')[2]}:{row}".encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "little") % ONE_IN == 0
+    return int.from_bytes(digest[:8], "little") % VALIDATION_DIVISOR == 0
 
 
 def join_articles(reader: ArticleReader, characters: int, *, for_validation: bool) -> Ids:
-    """The first articles of one side, joined, until they have so many characters or the data set is at its end; may be empty."""
+    """Join the first articles of one side of the split, up to `characters` characters or the end of the data set.
+
+    The result can be empty.
+    """
     parts: list[Ids] = []
     total = 0
-    with contextlib.closing(reader.taken()) as taken:
-        for article in taken:
-            if article.place.epoch > 0 or total >= characters:
+    with contextlib.closing(reader.from_start()) as articles:
+        for article in articles:
+            # Stop after one pass: the second would repeat the same articles.
+            if article.cursor.epoch > 0 or total >= characters:
                 break
             if article.for_validation is for_validation:
                 parts += [article.ids, SEPARATOR]
@@ -301,64 +335,70 @@ def join_articles(reader: ArticleReader, characters: int, *, for_validation: boo
 
 
 def draw_validation(reader: ArticleReader, characters: int | None = None, *, sequence_len: int = 0) -> Ids:
-    """The first articles for validation, joined.
+    """Join the first held-out articles into the validation text of a run.
 
     Args:
-        reader: where articles come from; not started, and closed afterwards.
-        characters: how many to draw; None for `VALIDATION_CHARS`.
-        sequence_len: characters in a sequence, of which the other articles must make one at least.
+        reader: source of the articles; not yet started, and closed afterwards.
+        characters: length of the validation text; None for `VALIDATION_CHARS`.
+        sequence_len: characters in a training sequence; the training articles must have more than that.
 
     Raises:
-        DataError: there is no article for validation, or the data set is too short to train on.
+        DataError: no article is held out for validation, or the data set is too short to train on.
     """
+    # Looked up on each call, so that tests can lower it.
     wanted = VALIDATION_CHARS if characters is None else characters
     parts: list[Ids] = []
-    drawn, left = 0, PassLength(reader.name, sequence_len, Place(0, 0, 0))
-    with contextlib.closing(reader.taken()) as taken:
-        for article in taken:
+    drawn, left = 0, PassLengthCheck(reader.name, sequence_len, Cursor(0, 0, 0))
+    with contextlib.closing(reader.from_start()) as articles:
+        for article in articles:
+            # Raises at the start of the second pass if the first had too little text to train on.
             left.count(article)
-            if article.place.epoch > 0 or drawn >= wanted:
+            if article.cursor.epoch > 0 or drawn >= wanted:
                 break
             if article.for_validation:
+                # Articles keep their stream order, so the same seed gives the same validation text.
                 parts += [article.ids, SEPARATOR]
                 drawn += len(article.ids) + len(SEPARATOR)
+    # A prediction needs an input and a target character.
     if drawn < 2:
-        raise DataError(f"{reader.name}: too small, not one article in it is for validation; use --text for small texts")
+        raise DataError(f"{reader.name}: too small, no article is held out for validation; use --text for small texts")
     return np.concatenate(parts)[:wanted]
 
 
-class PassLength:
-    """Checks that each pass over a data set has text for one sequence at least, so that nobody turns in it for ever.
+class PassLengthCheck:
+    """Rejects a data set whose pass has less training text than one sequence, which would be read in circles forever.
 
     Args:
-        name: of the data set.
+        name: name of the data set, for the message.
         sequence_len: characters in a sequence.
-        begun: the place of the first article that is counted.
+        begun: cursor of the first article that is counted.
     """
 
-    def __init__(self, name: str, sequence_len: int, begun: Place) -> None:
-        self._name, self._roll_len = name, sequence_len
+    def __init__(self, name: str, sequence_len: int, begun: Cursor) -> None:
+        self._name, self._sequence_len = name, sequence_len
+        # A pass that is joined in the middle (a resumed run) proves nothing; only whole passes are judged.
         self._epoch, self._from_start = begun.epoch, begun[1:] == (0, 0)
         self._chars = 0
 
     def count(self, article: Article) -> None:
-        """Add the next article.
+        """Count the next article.
 
         Raises:
-            DataError: it begins a pass, and all of the pass before had too little text to train on.
+            DataError: the article begins a new pass, and the whole pass before had too little text to train on.
         """
-        if article.place.epoch != self._epoch:
-            if self._from_start and self._chars <= self._roll_len:
+        # The first article of a new pass closes the account of the pass before.
+        if article.cursor.epoch != self._epoch:
+            if self._from_start and self._chars <= self._sequence_len:
                 raise DataError(
-                    f"{self._name}: too short, {self._chars:,} characters to train on where a sequence takes "
-                    f"{self._roll_len + 1:,} (one article in {ONE_IN} is for validation); give more text, smaller --windows or "
-                    "--context-len, or a small text with --text"
+                    f"{self._name}: too short, {self._chars:,} characters to train on where a sequence needs "
+                    f"{self._sequence_len + 1:,} (one article in {VALIDATION_DIVISOR} is held out for validation); "
+                    "give more text, smaller --windows or --context-len, or a small text with --text"
                 )
-            self._epoch, self._from_start, self._chars = article.place.epoch, True, 0
+            self._epoch, self._from_start, self._chars = article.cursor.epoch, True, 0
         if not article.for_validation:
             self._chars += len(article.ids) + len(SEPARATOR)
 
 
-_NEWLINE = CharTokenizer().encode("\n")
-SEPARATOR = np.concatenate((_NEWLINE, _NEWLINE))
-"""What stands between two articles."""
+_NEWLINE_IDS = CharTokenizer().encode("\n")
+SEPARATOR = np.concatenate((_NEWLINE_IDS, _NEWLINE_IDS))
+"""Ids between two articles: an empty line."""

@@ -1,4 +1,7 @@
-"""Batches of rolls cut from a text. Batch k is a pure function of (seed, split, k): there is no state to lose."""
+"""Batches of sequences cut from a text in memory. Batch k is a pure function of (seed, split, k), so there is no state to save.
+
+Dimension letters: B sequences in a batch, T characters in a sequence (`sequence_len` = windows x context_len).
+"""
 
 from __future__ import annotations
 
@@ -17,196 +20,212 @@ from picogpt.tokenizer import VOCAB_SIZE
 
 __all__ = [
     "Batch",
-    "RepeatedSource",
+    "RandomSource",
     "Source",
     "Stop",
     "TextSource",
     "ValidationStore",
     "WaitInterrupted",
-    "even_rolls",
+    "evenly_spaced_batches",
     "split_text",
 ]
 
 Stop = Callable[[], bool]
-"""Asked now and then whether to end."""
+"""Polled now and then; True asks to stop."""
 
-TRAIN_SHARE = 0.9
-"""Share of a text that is trained on; the rest, at its end, is for validation."""
+TRAIN_FRACTION = 0.9
+"""Fraction of a text for training; the last tenth is for validation."""
 
-_COUNTED = 1 << 22
-"""Characters that are counted at once."""
+_COUNT_BLOCK = 1 << 22
+"""Characters per step of counting, which bounds the memory that a mapped text takes."""
 
 
 class Batch(NamedTuple):
-    """Rolls and what follows each of their characters; both int64 of shape (rolls, characters of a roll)."""
+    """Input sequences and their targets, the next character of each input; both int64 (B, T)."""
 
     inputs: npt.NDArray[np.int64]
     targets: npt.NDArray[np.int64]
 
 
 class WaitInterrupted(Exception):
-    """A batch was waited for, and a stop came first."""
+    """Raised when `Stop` asks to stop while a batch is being waited for."""
 
 
 class ValidationStore(Protocol):
-    """Where a run's validation text is kept."""
+    """Storage for the validation text of a run."""
 
     def save_validation(self, ids: npt.NDArray[np.uint8]) -> None:
-        """Keep the ids (characters,)."""
+        """Save the ids (N,)."""
 
 
 class Source(Protocol):
-    """What training needs of its data."""
+    """Interface between training and its data."""
 
     val_ids: npt.NDArray[np.uint8]
     """The validation text (characters,)."""
 
     @property
     def text(self) -> TextConfig:
-        """How the text became ids, and which ones are in it."""
+        """Encoding of the text and the ids it contains."""
 
     @property
     def train_chars(self) -> int | None:
-        """Characters that are trained on in one pass over the text; None for a stream, which has no end."""
+        """Training characters in one pass over the text; None for a stream, which has no end."""
 
     def train_batch(self, k: int, stop: Stop = ...) -> Batch:
-        """Batch of step k; steps are asked for in order. May raise `WaitInterrupted` once `stop` says so."""
+        """Return the batch of step k; called with consecutive k. May raise `WaitInterrupted` once `stop` returns True."""
 
     def val_batches(self, most: int) -> Iterator[Batch]:
-        """The validation batches, at most so many; the same ones every time."""
+        """Yield at most `most` validation batches, the same ones every time."""
 
     def begin(self, run: ValidationStore) -> None:
-        """Begin with the first batch, and keep in `run` what later starts need; or else `restore`."""
+        """Start at the first batch and save in `run` the data that a resume needs; called instead of `restore`."""
 
     def close(self) -> None:
-        """No more batches are asked for."""
+        """Release the data; no batch is requested afterwards."""
 
     def summary(self) -> str:
-        """A line about what was read so far; empty if there is nothing to say."""
+        """Return a line about the text read so far; empty if there is nothing to report."""
 
     def snapshot(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-        """Arrays and plain values to go on from at the batch that comes next."""
+        """Return the arrays and plain values from which `restore` continues with the next batch."""
 
     def restore(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
-        """Go on from a snapshot."""
+        """Continue from a snapshot."""
 
 
 def split_text(ids: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """The part of a text (characters,) that is trained on, and the part for validation."""
-    n_train = int(TRAIN_SHARE * len(ids))
+    """Split a text (N,) into its training part and its validation part."""
+    # A contiguous tail, not random pieces: neighbouring text would leak into the validation.
+    n_train = int(TRAIN_FRACTION * len(ids))
     return ids[:n_train], ids[n_train:]
 
 
 class TextSource:
-    """Batches from a text in memory, its first 90 % for training and the rest for validation.
+    """Batches from a text in memory: the first 90 % for training, the last 10 % for validation.
 
-    Training passes over its part again and again. Each pass cuts it into rolls that touch but do not overlap, from a
-    starting point of its own and in an order of its own, so that every character is read about once a pass.
-    Validation reads rolls spread evenly over its part, always the same ones.
+    Each training pass cuts the training part into adjacent sequences without overlap and shuffles them. Offset and order are
+    redrawn for every pass, so that each character is read about once per pass, in changing contexts.
+    Validation reads fixed sequences, spread evenly over the validation part.
 
     Args:
         corpus: the text.
-        sequence_len: characters in a roll.
-        batch_size: rolls in a batch.
-        seed: of the starting points and the orders.
+        sequence_len: characters in a sequence.
+        batch_size: sequences in a batch.
+        seed: seed of the offsets and orders.
 
     Raises:
-        DataError: the text is too short to cut a roll from it.
+        DataError: the text is too short for one sequence.
     """
 
     def __init__(self, corpus: Corpus, *, sequence_len: int, batch_size: int, seed: int) -> None:
         self._corpus = corpus
         self.train_ids, self.val_ids = split_text(corpus.ids)
         n_train = len(self.train_ids)
-        self._roll_len, self._batch_size, self._seed = sequence_len, batch_size, seed
+        self._sequence_len, self._batch_size, self._seed = sequence_len, batch_size, seed
+        # A sequence needs T + 1 characters, as the last input has a target too.
         if len(self.train_ids) <= sequence_len or len(self.val_ids) < 2:
-            needed = max(int((sequence_len + 1) / TRAIN_SHARE) + 1, 20)
+            # Smallest text whose training part has T + 1 characters and whose validation part has 2.
+            needed = max(int((sequence_len + 1) / TRAIN_FRACTION) + 1, 20)
             raise DataError(
-                f"{corpus.name}: too short, {len(corpus.ids):,} characters where rolls of {sequence_len:,} need at least "
+                f"{corpus.name}: too short, {len(corpus.ids):,} characters where sequences of {sequence_len:,} need at least "
                 f"{needed:,}; give more text, or smaller --windows or --context-len"
             )
-        n_rolls = (n_train - 1) // sequence_len
-        # One roll less than would fit leaves room for the starting point to move.
-        self._rolls_per_pass = max(1, n_rolls - 1)
-        self._slack = n_train - 1 - self._rolls_per_pass * sequence_len
+        n_sequences = (n_train - 1) // sequence_len
+        # One sequence less than would fit leaves slack, in which the offset (phase) of each pass is drawn.
+        self._sequences_per_pass = max(1, n_sequences - 1)
+        # Last offset at which all sequences of a pass still fit.
+        self._max_phase = n_train - 1 - self._sequences_per_pass * sequence_len
+        # Two passes are cached, as a batch can span the end of one pass and the start of the next.
         self._starts_of_pass = functools.lru_cache(maxsize=2)(self._draw_starts)
 
     @functools.cached_property
     def text(self) -> TextConfig:
-        """How the text became ids, and which ones its training part holds."""
+        """Encoding of the text and the ids that occur in its training part."""
         counts = np.zeros(VOCAB_SIZE, np.int64)
-        for start in range(0, len(self.train_ids), _COUNTED):
-            counts += np.bincount(self.train_ids[start : start + _COUNTED], minlength=VOCAB_SIZE)
-            self._corpus.forget()
+        for start in range(0, len(self.train_ids), _COUNT_BLOCK):
+            # minlength gives every block the same length, so the counts add up.
+            counts += np.bincount(self.train_ids[start : start + _COUNT_BLOCK], minlength=VOCAB_SIZE)
+            # Keep a memory-mapped text from growing into memory while it is scanned.
+            self._corpus.release_pages()
         return TextConfig(fold=self._corpus.fold, ids=tuple(np.flatnonzero(counts).tolist()))
 
     @property
     def train_chars(self) -> int:
-        """Characters of the part that is trained on."""
+        """Characters of the training part."""
         return len(self.train_ids)
 
     def _draw_starts(self, number: int) -> npt.NDArray[np.int64]:
-        """Where each roll of pass `number` starts, in the order in which they are read."""
+        """Draw the start of each sequence of pass `number`, in reading order: phase + T * permutation."""
+        # Pure in (seed, pass), so the starts of any pass can be recomputed after a resume.
         generator = stream_generator(self._seed, Stream.TEXT_ORDER, number)
-        phase = generator.integers(self._slack + 1)
-        starts: npt.NDArray[np.int64] = phase + self._roll_len * generator.permutation(self._rolls_per_pass)
+        phase = generator.integers(self._max_phase + 1)
+        starts: npt.NDArray[np.int64] = phase + self._sequence_len * generator.permutation(self._sequences_per_pass)
         return starts
 
     def train_batch(self, k: int, stop: Stop = lambda: False) -> Batch:  # noqa: ARG002 (never waits)
-        """Batch of step k, (batch_size, sequence_len)."""
-        rolls = range(k * self._batch_size, (k + 1) * self._batch_size)
-        starts = [int(self._starts_of_pass(i // self._rolls_per_pass)[i % self._rolls_per_pass]) for i in rolls]
-        batch = _cut(self.train_ids, starts, self._roll_len)
-        self._corpus.forget()
+        """Return the batch of step k, (B, T)."""
+        # Number the sequences over all passes: sequence i is number i % n of pass i // n.
+        numbers = range(k * self._batch_size, (k + 1) * self._batch_size)
+        starts = [int(self._starts_of_pass(i // self._sequences_per_pass)[i % self._sequences_per_pass]) for i in numbers]
+        # The batch is a copy, so the pages it was read from can be released.
+        batch = _cut(self.train_ids, starts, self._sequence_len)
+        self._corpus.release_pages()
         return batch
 
     def val_batches(self, most: int) -> Iterator[Batch]:
-        """At most `most` batches of (batch_size, sequence_len); see `even_rolls`."""
-        for batch in even_rolls(self.val_ids, self._roll_len, self._batch_size, most):
-            self._corpus.forget()
+        """Yield at most `most` batches (B, T); see `evenly_spaced_batches`."""
+        # Each batch is a copy, so its pages can be released before it is used.
+        for batch in evenly_spaced_batches(self.val_ids, self._sequence_len, self._batch_size, most):
+            self._corpus.release_pages()
             yield batch
 
     def begin(self, run: ValidationStore) -> None:
-        """Nothing to do."""
+        """Do nothing: the validation part is cut from the text again."""
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Do nothing: there is no reader to stop."""
 
     def summary(self) -> str:
-        """Nothing: all of the text is used."""
+        """Return an empty line: all of the text is used."""
         return ""
 
     def snapshot(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-        """Nothing: batches depend on the step alone."""
+        """Return nothing: batches depend on the step alone."""
         return {}, {}
 
     def restore(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
-        """Nothing to do."""
+        """Do nothing: batches depend on the step alone."""
 
 
-class RepeatedSource(TextSource):
-    """Batches of random characters, to time steps with, whatever the data are."""
+class RandomSource(TextSource):
+    """Batches of random characters, for timing steps without data."""
 
     def __init__(self, *, sequence_len: int, batch_size: int) -> None:
-        # Long enough for a whole batch of validation rolls in its last tenth.
+        # Ten times a batch: the last tenth then holds a whole batch of validation sequences.
         size = 10 * (batch_size * sequence_len + 2)
+        # Fixed seed: timings of two runs see the same batches.
         ids = np.random.Generator(np.random.Philox(0)).integers(1, 75, size, dtype=np.uint8)
         super().__init__(Corpus(name="noise", ids=ids), sequence_len=sequence_len, batch_size=batch_size, seed=0)
 
 
-def even_rolls(ids: npt.NDArray[np.uint8], sequence_len: int, batch_size: int, most: int) -> Iterator[Batch]:
-    """At most `most` batches of rolls spread evenly over `ids`, fewer where that reads all of it; the last may be smaller.
+def evenly_spaced_batches(ids: npt.NDArray[np.uint8], sequence_len: int, batch_size: int, most: int) -> Iterator[Batch]:
+    """Yield at most `most` batches of sequences spread evenly over `ids` (N,).
 
-    A text shorter than a roll is one roll.
+    There are fewer batches if they cover all of `ids`; the last batch can be smaller. A text shorter than a sequence becomes one
+    sequence.
     """
     sequence_len = min(sequence_len, len(ids) - 1)
-    room = len(ids) - 1 - sequence_len
-    n_rolls = min(most * batch_size, room // sequence_len + 1)
-    starts = [i * room // max(1, n_rolls - 1) for i in range(n_rolls)]
-    for first in range(0, n_rolls, batch_size):
+    last_start = len(ids) - 1 - sequence_len
+    # As many as fit without overlap, but no more than asked for.
+    n_sequences = min(most * batch_size, last_start // sequence_len + 1)
+    # From 0 to last_start in equal strides; integer division keeps the first and the last exact.
+    starts = [i * last_start // max(1, n_sequences - 1) for i in range(n_sequences)]
+    for first in range(0, n_sequences, batch_size):
         yield _cut(ids, starts[first : first + batch_size], sequence_len)
 
 
 def _cut(ids: npt.NDArray[np.uint8], starts: list[int], sequence_len: int) -> Batch:
-    rows = np.stack([ids[start : start + sequence_len + 1] for start in starts]).astype(np.int64)
-    return Batch(rows[:, :-1], rows[:, 1:])
+    """Cut T + 1 characters at each start; the targets are the inputs shifted by one."""
+    rows = np.stack([ids[start : start + sequence_len + 1] for start in starts]).astype(np.int64)  # (B, T + 1)
+    return Batch(rows[:, :-1], rows[:, 1:])  # (B, T) each

@@ -1,7 +1,7 @@
-"""Data sets of the hub, and folders laid out like them (`picogpt.data.local`): the one place that touches `datasets`.
+"""Data sets of the Hugging Face hub, and local folders in the same layout (`picogpt.data.local`).
 
-Nothing is downloaded as a whole. The list of files is fixed by a commit, which belongs to the run; each file is then streamed
-on its own, so that the order of files and the place in them are ours to keep.
+This is the only module that imports `datasets`. Nothing is downloaded as a whole: a commit, stored in the run, pins the list of
+files, and each file is streamed on its own. So this package controls file order and resume position, not the library.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from picogpt.data.local import find_local, read_local
-from picogpt.data.network import check_environment, connect_once, explain, first_line, is_network, remedy
-from picogpt.data.outage import START_PATIENCE, Outage, in_background
+from picogpt.data.network import check_environment, disable_retries, explain, first_line, hint, is_transient
+from picogpt.data.outage import START_PATIENCE, Outage, run_in_thread
 from picogpt.data.shards import Row, Shards, as_row
 from picogpt.errors import ConfigError, DataError
 
@@ -27,30 +27,30 @@ _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSpec:
-    """Which data set is meant."""
+    """Data set requested by the user."""
 
     name: str
-    """What the user calls it."""
+    """Name as the user wrote it."""
     path: str
-    """The hub's ORG/NAME, or a folder."""
+    """ORG/NAME on the hub, or an absolute folder."""
     config: str | None = None
-    """The hub's name of one of its parts."""
+    """Configuration (subset) of the data set; None for the default."""
     columns: tuple[str, ...] = ("text",)
-    """The column that holds the text, or those of question and answer."""
+    """Text column, or the question and answer columns."""
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is a folder of this computer."""
+        """Whether the data set is a local folder."""
         return Path(self.path).is_absolute()
 
     @property
     def address(self) -> str:
-        """A name for it that means the same from any folder."""
+        """Name stored in the run: valid from any working directory."""
         return (self.path + (f":{self.config}" if self.config else "")) if self.is_folder else self.name
 
     @property
     def short_name(self) -> str:
-        """The last part of its name, as a run can be called."""
+        """Last part of the name, reduced to characters that a run name allows."""
         last = Path(self.path).name if self.is_folder else self.name.partition(":")[0].rpartition("/")[2]
         return re.sub(r"[^A-Za-z0-9._-]", "-", last).lstrip("._-")[:64] or "stream"
 
@@ -60,26 +60,28 @@ NAMED_STREAMS = {
     "tinytextbook": StreamSpec(name="tinytextbook", path="nampdn-ai/tiny-strange-textbooks"),
     "openorca": StreamSpec(name="openorca", path="Open-Orca/OpenOrca", columns=("question", "response")),
 }
-"""Data sets with a name of their own."""
+"""Short names for data sets of the hub."""
 
 
 def resolve_stream(name: str, text_column: str | None) -> StreamSpec:
-    """The data set that `name` means: a name of `NAMED_STREAMS`, a folder, FOLDER:CONFIG, or the hub's ORG/NAME[:CONFIG].
+    """Resolve `name`: one of `NAMED_STREAMS`, a folder, FOLDER:CONFIG, or ORG/NAME[:CONFIG] on the hub.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: `name` is none of these.
     """
     columns = (text_column or "text",)
     if name in NAMED_STREAMS:
+        # --text-column replaces the columns, so openorca can also be read as plain text.
         named = NAMED_STREAMS[name]
         return named if text_column is None else replace(named, columns=columns)
-    # A folder called `d:e` is itself, and not the part `e` of `d`.
+    # Existing folders come first, and literally: a folder called `d:e` wins over configuration `e` of `d`.
     folder, _, part = name.rpartition(":")
     for path, config in ((name, None), (folder, part)):
         if path and Path(path).is_dir():
             return StreamSpec(name=name, path=str(Path(path).absolute()), config=config, columns=columns)
+    # From here on only errors and hub names; catch likely mistakes before they become a failed request.
     if Path(name).exists():
-        raise ConfigError(f"dataset {name} is a file; name the folder that it is in, or give a plain text with --text", "dataset")
+        raise ConfigError(f"dataset {name} is a file; name its folder, or give a plain text with --text", "dataset")
     if Path(name).is_absolute() or name.startswith((".", "~")):
         raise ConfigError(f"dataset {name}: there is no such folder", "dataset")
     if _HUB_NAME.fullmatch(name):
@@ -92,60 +94,68 @@ def resolve_stream(name: str, text_column: str | None) -> StreamSpec:
 
 
 def find_shards(spec: StreamSpec, notify: Callable[[str], None] = lambda _: None) -> Shards:
-    """Ask the hub, or look into the folder, for the files of `spec`'s part `train` at the newest commit.
+    """List the files of the train split, on the hub at its newest commit or in a folder.
 
-    A hub that does not answer is asked again for `picogpt.data.outage.START_PATIENCE` seconds.
+    Requests to a hub that does not answer are retried for `picogpt.data.outage.START_PATIENCE` seconds.
 
     Args:
         spec: the data set.
-        notify: told in a line of every wait.
+        notify: receives one line per wait.
 
     Raises:
-        DataError: the data set, its part or its column is not there, a file of a folder cannot be read, a variable of the
-            environment is malformed, or the hub does not answer.
+        DataError: the data set, its train split or its column does not exist, a local file cannot be read, an environment
+            variable is malformed, or the hub does not answer.
     """
     if spec.is_folder:
         return find_local(Path(spec.path), spec.config, spec.columns)
-    return in_background(lambda pause: _find_on_hub(spec, Outage(notify, pause, patience=START_PATIENCE)))
+    # In a thread, so that Ctrl-C ends the wait at once.
+    return run_in_thread(lambda pause: _find_on_hub(spec, Outage(notify, pause, patience=START_PATIENCE)))
 
 
 def _find_on_hub(spec: StreamSpec, outage: Outage) -> Shards:
+    """Query the hub until it answers, an error turns out to be fatal, or `outage` gives up."""
     while True:
         try:
             return _ask_hub(spec)
         except DataError:  # noqa: PERF203 - a try that fails waits for a second at least
             raise
         except Exception as error:  # the libraries below raise nearly anything when a connection breaks
-            if advice := remedy(error):
+            # A fatal error comes with advice; everything else is worth a retry.
+            if advice := hint(error):
                 raise DataError(f"{spec.path}: the hub cannot be reached ({explain(error)}); {advice}") from error
-            outage.wait(spec.path, explain(error), damaged=not is_network(error))
+            outage.wait(spec.path, explain(error), damaged=not is_transient(error))
 
 
 def _ask_hub(spec: StreamSpec) -> Shards:
-    """The list of files and the names of the columns, as of now."""
+    """Query the hub once for the list of files, pinned to a commit, and check that the columns exist."""
     datasets = _library()
     try:
         builder = datasets.load_dataset_builder(spec.path, spec.config)
     except datasets.exceptions.DatasetNotFoundError as error:
-        if is_network(error):
+        # The library reports a broken connection as a missing data set, too; let the caller retry.
+        if is_transient(error):
             raise
         raise DataError(
-            f"{spec.path}: no such data set on the hub, or one that needs permission (set HF_TOKEN); {first_line(error)}"
+            f"{spec.path}: no such data set on the hub, or it needs permission (set HF_TOKEN); {first_line(error)}"
         ) from error
     except (datasets.data_files.EmptyDatasetError, datasets.exceptions.DataFilesNotFoundError) as error:
-        raise DataError(f"{spec.path}: there is no file of a data set in it ({first_line(error)})") from error
+        raise DataError(f"{spec.path}: it has no data files ({first_line(error)})") from error
     except ValueError as error:
+        # The library raises a bare ValueError for a missing or ambiguous configuration; only its text tells.
         if "onfig" not in first_line(error):
             raise
         raise DataError(f"{spec.path}: {first_line(error)}; name one of these as {spec.path}:CONFIG") from error
     found = dict(builder.config.data_files or {})
     files = tuple(str(file) for file in found.get("train", ()))
+    # Streaming always starts from the train split; validation is held out of it.
     if not files or builder.name is None:
-        raise DataError(f"{spec.path}: it has no files of a part named train; there are {', '.join(map(str, found)) or 'none'}")
+        raise DataError(f"{spec.path}: it has no train split; it has {', '.join(map(str, found)) or 'no splits'}")
+    # File addresses contain the resolved commit: hf://datasets/ORG/NAME@<40 hex digits>/path.
     commit = _COMMIT.search(files[0])
     assert commit is not None, files[0]
     shards = Shards(files=files, format=builder.name, columns=spec.columns, commit=commit[1])
     names = _column_names(shards)
+    # Report a missing column before training instead of reading empty texts.
     missing = [column for column in spec.columns if column not in names]
     if missing:
         raise DataError(f"{spec.path}: it has no column {missing[0]}; name one of {', '.join(names)} with --text-column")
@@ -153,7 +163,7 @@ def _ask_hub(spec: StreamSpec) -> Shards:
 
 
 def _column_names(shards: Shards) -> list[str]:
-    """The columns of the first file; those of a CSV or a text are known only once a row has been read."""
+    """Return the columns of the first file; for CSV and text they are known only after reading a row."""
     rows = _open(shards, shards.files[0])
     if rows.column_names is not None:
         return list(rows.column_names)
@@ -166,55 +176,63 @@ def _column_names(shards: Shards) -> list[str]:
 
 @functools.cache
 def _library() -> Any:
-    """`datasets`, told to leave waiting, and talking about it, to us: by itself it would be silent for minutes, then give up."""
+    """Import `datasets` without its own retries, progress bars and log lines.
+
+    By itself the library retries silently for minutes and then gives up. Here every failure is raised at once, and
+    `picogpt.data.outage` waits, tells the user and decides when to stop.
+    """
     check_environment()
     import datasets
     import huggingface_hub
 
     datasets.disable_progress_bars()
-    # What another service of the hub may know of the data set is of no use here, and could keep a start waiting.
+    # Skip the hub's parquet conversion service: it is not needed, and could delay the start.
     datasets.config.USE_PARQUET_EXPORT = False
+    # One attempt per request, without a pause after it.
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
     for name in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN"):
         setattr(datasets.config, f"STREAMING_{name}_RETRY_INTERVAL", 0)
     for logging in (datasets.logging, huggingface_hub.logging):
         logging.set_verbosity(logging.CRITICAL)
-    connect_once()
+    disable_retries()
     return datasets
 
 
 def _open(shards: Shards, file: str, **options: Any) -> Any:
-    """The rows of one file, whose name is taken as it is: `load_dataset` would take it for a pattern."""
+    """Open one file as a streaming data set; its name is literal, where `load_dataset` would expand patterns."""
     datasets = _library()
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     if shards.format == "csv":
-        # A text may be the word NA. Tables of tabs are read as csv too, which the list of files does not keep.
+        # Pandas would read the word NA as missing. The csv builder also reads .tsv files, but has to be told the separator.
         options |= {"keep_default_na": False, "sep": "\t" if ".tsv" in file else ","}
+    # Build the packaged reader of the format by hand, with an explicit list of one file.
     builder_class = datasets.load.import_main_class(_PACKAGED_DATASETS_MODULES[shards.format][0])
     files = datasets.data_files.DataFilesDict({"train": datasets.data_files.DataFilesList([file], [(file,)])})
     return builder_class(data_files=files, dataset_name=shards.format, **options).as_streaming_dataset(split="train")
 
 
 def read_rows(shards: Shards, file: str, start: int) -> Iterator[Row]:
-    """The columns of each row of one file, from row `start` on; null is an empty text.
+    """Yield the columns of each row of one file, from row `start`; null becomes an empty text.
 
     Raises:
-        DataError: a column holds something else than text, or a local file cannot be read.
-        Exception: whatever the libraries raise where a file of the hub cannot be read.
+        DataError: a column contains something other than text, or a local file cannot be read.
+        Exception: any error of the libraries while reading from the hub.
     """
+    # No commit: a local folder.
     if shards.commit is None:
         yield from read_local(shards, file, start)
         return
     columns = list(shards.columns)
-    # Of a parquet file no more than these columns is downloaded.
+    # Parquet is columnar: only the byte ranges of these columns are downloaded.
     rows = _open(shards, file, **({"columns": columns} if shards.format == "parquet" else {})).select_columns(columns)
     if start:
+        # Resume inside the file.
         rows = rows.skip(start)
     iterator = iter(rows)
     try:
         for row in iterator:
             yield as_row(columns, row, file)
     finally:
-        # A reader that is left open goes on reading.
+        # Close explicitly: an abandoned iterator keeps prefetching.
         iterator.close()

@@ -1,8 +1,7 @@
-"""Which files of a local folder are for training, by the rules that the hub has for a repository.
+"""Selection of the training files in a local folder, by the hub's rules for repositories.
 
-Names are literal: a folder called `notes?` or `d::e` is itself, never a pattern. Patterns are read only in a README.md that lists
-`configs`, as repositories of the hub have it. The rules are those of the library `datasets`, which takes the names of folders
-for patterns and so cannot be asked.
+Folder names are literal: `notes?` or `d::e` is never a pattern. Patterns occur only in the `configs` of a README.md, as in
+repositories of the hub. The rules are reimplemented from the library `datasets`, because it expands patterns in folder names.
 """
 
 from __future__ import annotations
@@ -29,26 +28,28 @@ FORMATS: Mapping[str, str] = {
     ".tsv": "csv",
     ".txt": "text",
 }
-"""Formats by a file's last suffix, the preferred ones first."""
+"""Format by file suffix, preferred formats first."""
 COMPRESSIONS = (".gz", ".bz2", ".xz")
-"""Suffixes that may follow those of a format but parquet and arrow."""
+"""Compression suffixes, which may follow any format's suffix except those of parquet and arrow."""
 
+# The hub's keywords per split, matched as whole words between separators or digits.
 _KEYWORDS = {"train": "train|training", "validation": "validation|valid|dev|val", "test": "test|testing|eval|evaluation"}
 _SPLITS = {split: re.compile(rf"(?:^|[-._ 0-9])(?:{words})(?:$|[-._ 0-9])") for split, words in _KEYWORDS.items()}
 _NUMBERED = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
+# Metadata files, which belong to no split.
 _NOT_DATA = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 _FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---", re.DOTALL)
 
 
 def training_files(folder: Path, config: str | None) -> tuple[str, list[Path]]:
-    """Format and files of the part `train` of the data set in `folder`, sorted by name.
+    """Return the format and the files of the train split of the data set in `folder`, sorted by name.
 
     Args:
-        folder: where it is.
-        config: one of the configurations that its README.md lists, or None.
+        folder: root of the data set.
+        config: one of the configurations listed in its README.md, or None.
 
     Raises:
-        DataError: there is nothing to train on; the message names what there is.
+        DataError: there is no train split; the message names the splits found.
     """
     try:
         splits = _find_splits(folder, config)
@@ -56,80 +57,92 @@ def training_files(folder: Path, config: str | None) -> tuple[str, list[Path]]:
         raise DataError(f"{error.filename or folder}: cannot be read ({error.strerror}); check its permissions") from error
     files = splits.get("train", [])
     if not files:
-        raise DataError(f"{folder}: it has no files of a part named train; there are {', '.join(splits)}")
-    # As on the hub, files of one format make a data set: the commonest one, and of two the one that is listed first.
+        raise DataError(f"{folder}: it has no train split; it has {', '.join(splits)}")
+    # As on the hub, one data set has one format: the most frequent one, ties broken by the order of FORMATS.
     count = Counter(format_of(file) for file in files)
     chosen = max(dict.fromkeys(FORMATS.values()), key=lambda name: count[name])
     return chosen, [file for file in files if format_of(file) == chosen]
 
 
 def format_of(file: Path) -> str | None:
-    """The format of a file by its name, or None."""
+    """Return the format of a file by its name, or None."""
+    # x.jsonl.gz is a compressed x.jsonl.
     name = file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
     return FORMATS.get(name.suffix.lower())
 
 
 def _find_splits(folder: Path, config: str | None) -> dict[str, list[Path]]:
+    """Return the files of each split: as README.md lists them, else by file names."""
     configs = _listed_configs(folder)
     if config is None and len(configs) == 1:
+        # A single configuration needs no name.
         chosen = next(iter(configs.values()))
     elif config in configs or "default" in configs:
         chosen = configs[config or "default"]
     elif configs or config is not None:
         raise DataError(
-            f"{folder}: its README.md lists {'no part ' + config if config else 'several parts'}; name one as {folder}:PART, "
-            f"of {', '.join(configs) or 'which it lists none'}"
+            f"{folder}: its README.md lists {'no configuration ' + config if config else 'several configurations'}; "
+            f"name one as {folder}:CONFIG, of {', '.join(configs) or 'which it lists none'}"
         )
     else:
         return _split_by_names(folder)
+    # data_dir moves the root; without data_files, splits below it are found by name.
     base = folder / str(chosen.get("data_dir") or "")
     if chosen.get("data_files") is None:
         return _split_by_names(base)
+    # Patterns are relative to data_dir.
     return {split: _matching(base, patterns) for split, patterns in _patterns(folder, chosen["data_files"]).items()}
 
 
 def _listed_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """The configurations that README.md lists in the YAML at its beginning, by name."""
+    """Read the configurations from the YAML front matter of README.md, by name."""
     import yaml
 
     readme = folder / "README.md"
     if not readme.is_file():
         return {}
+    # utf-8-sig drops a byte order mark; other bytes of the README do not matter here.
     front = _FRONT_MATTER.match(readme.read_text(encoding="utf-8-sig", errors="replace"))
     try:
         content = yaml.safe_load(front[1]) if front else None
     except yaml.YAMLError as error:
-        raise DataError(
-            f"{readme}: the YAML at its beginning is damaged ({_one_line(error)}); mend it, or move it away"
-        ) from error
+        raise DataError(f"{readme}: invalid YAML at its beginning ({_one_line(error)}); fix it, or move the file away") from error
     listed = content.get("configs") if isinstance(content, dict) else None
     if listed is None:
         return {}
     if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
-        raise DataError(f"{readme}: its configs are no list of parts; mend it, or move it away")
+        raise DataError(f"{readme}: its configs are not a list of configurations; fix it, or move the file away")
+    # An entry without a name is the default configuration.
     named = {str(entry.get("config_name", "default")): entry for entry in listed}
+    # An entry marked `default: true` is chosen when the user names none.
     marked = [entry for entry in listed if entry.get("default")]
     return {**named, "default": marked[0]} if marked else named
 
 
 def _patterns(folder: Path, data_files: Any) -> dict[str, list[str]]:
-    """Patterns of each split, from any of the forms that a README.md may list them in."""
+    """Return the patterns of each split.
+
+    `data_files` may be a pattern, a list of patterns, a mapping of splits, or a list of {split, path} entries.
+    """
     entries = data_files if isinstance(data_files, list) else [data_files]
     found: dict[str, list[str]] = {}
     for entry in entries:
+        # Normalize every form to {split: patterns}.
         pairs = entry if isinstance(entry, dict) else {"train": entry}
         if "path" in pairs:
             pairs = {str(pairs.get("split", "train")): pairs["path"]}
         for split, paths in pairs.items():
             found.setdefault(str(split), []).extend(map(str, paths if isinstance(paths, list) else [paths]))
     for pattern in (pattern for patterns in found.values() for pattern in patterns):
+        # A README must not make the reader open files elsewhere on the disk.
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-            raise DataError(f"{folder / 'README.md'}: {pattern} is outside of the folder; mend it, or move it away")
+            raise DataError(f"{folder / 'README.md'}: {pattern} is outside the folder; fix it, or move the file away")
     return found
 
 
 def _matching(base: Path, patterns: Sequence[str]) -> list[Path]:
-    """The files of `base` that a list of patterns means; the pattern alone is one, the folder's own name is not."""
+    """Return the files below `base` that match a pattern; `base` itself is taken literally."""
+    # A pattern that names an existing file is that file, even if it contains glob characters.
     names = {
         name
         for pattern in patterns
@@ -139,12 +152,17 @@ def _matching(base: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def _split_by_names(base: Path) -> dict[str, list[Path]]:
-    """The files of each split, by the first of the hub's four rules that finds one; the last one takes all files."""
+    """Assign files to splits by the first of the hub's four rules that matches any file.
+
+    In order: numbered shards (`data/train-00000-of-00003.parquet`), folder names, file names; else all files are train.
+    """
     names = [path for path in _walk(base) if _is_data(base, path)]
     if not names:
-        what = "no file of a data set in it" if any(base.iterdir()) else "the folder is empty"
-        raise DataError(f"{base}: {what}; a data set is files of {', '.join(FORMATS)} (for plain texts there is --text)")
+        what = "no data files in it" if any(base.iterdir()) else "the folder is empty"
+        raise DataError(f"{base}: {what}; a data set has files of {', '.join(FORMATS)} (for plain texts use --text)")
+    # As soon as a rule finds one file, the others do not apply.
     for rule in (_by_number, _by_folder, _by_name, lambda _: "train"):
+        # A file for which the rule returns None belongs to no split.
         splits: dict[str, list[Path]] = {}
         for path in names:
             if (split := rule(path)) is not None:
@@ -155,39 +173,43 @@ def _split_by_names(base: Path) -> dict[str, list[Path]]:
 
 
 def _by_number(path: Path) -> str | None:
-    """Of `data/train-00000-of-00003.parquet`, train."""
+    """Match numbered shards: `data/train-00000-of-00003.parquet` gives train."""
     match = _NUMBERED.fullmatch(path.as_posix())
     return match[1] if match else None
 
 
 def _by_folder(path: Path) -> str | None:
-    """Of `x/train/y.csv`, train."""
+    """Match folder names: `x/train/y.csv` gives train."""
     return next((split for split in _SPLITS if any(map(_SPLITS[split].search, path.parts[:-1]))), None)
 
 
 def _by_name(path: Path) -> str | None:
-    """Of `my-train-1.csv`, train."""
+    """Match file names: `my-train-1.csv` gives train."""
     return next((split for split in _SPLITS if _SPLITS[split].search(path.name)), None)
 
 
 def _walk(base: Path) -> Iterator[Path]:
-    """All files below `base`, relative to it, sorted; hidden folders and those of `__` are left out."""
+    """Return all files below `base`, as sorted relative paths, without hidden folders and `__pycache__` and the like."""
     found = []
     for folder, folders, files in os.walk(base, onerror=_fail):
+        # Assigning to the slice prunes os.walk.
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         found += [(Path(folder) / name).relative_to(base) for name in files]
     return iter(sorted(found, key=lambda path: path.as_posix()))
 
 
 def _fail(error: OSError) -> None:
+    """Raise errors of os.walk, which ignores them by default."""
     raise error
 
 
 def _is_data(base: Path, path: Path) -> bool:
-    """Whether the file at `path`, relative to `base`, can be part of a data set."""
+    """Whether the file at `path`, relative to `base`, can be a data file."""
+    # A leading dot hides files and folders; a leading __ hides only folders.
     hidden = any(part.startswith(".") for part in path.parts) or any(part.startswith("__") for part in path.parts[:-1])
     return not hidden and path.name not in _NOT_DATA and format_of(path) is not None and (base / path).is_file()
 
 
 def _one_line(error: BaseException) -> str:
+    """Return the message of an error on one line."""
     return " ".join(str(error).split())

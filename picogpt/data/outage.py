@@ -1,4 +1,7 @@
-"""Waiting until the network is back: how long between tries, what is said meanwhile, and when to give up."""
+"""Retries while the network is down: pauses between tries, notices to the user, and when to give up.
+
+The pause doubles from `FIRST_WAIT` to `LONGEST_WAIT` seconds. A run gives up after a day, a start after half a minute.
+"""
 
 from __future__ import annotations
 
@@ -11,38 +14,38 @@ from typing import TypeVar
 
 from picogpt.errors import DataError
 
-__all__ = ["START_PATIENCE", "Closed", "Outage", "in_background"]
+__all__ = ["START_PATIENCE", "Outage", "ReaderClosed", "run_in_thread"]
 
 T = TypeVar("T")
 Pause = Callable[[float], bool]
-"""Waits so many seconds, and says whether its owner was closed meanwhile."""
+"""Sleeps for the given seconds; returns True, early, once its owner has been closed."""
 
 PATIENCE = 86_400.0
-"""Seconds without an article after which a run gives up: a day."""
+"""Seconds without an article before a run gives up: a day."""
 START_PATIENCE = 30.0
-"""Seconds of failures after which a start gives up: somebody is watching, and nothing is lost."""
+"""Seconds of failures before a start gives up: the user is watching, and nothing is lost."""
 DAMAGE_PATIENCE = 30.0
-"""Seconds of answers with wrong content after which it is taken for damaged; what a router or a proxy mixes up is over sooner."""
+"""Seconds of invalid content before a file counts as damaged; interference of a router or proxy passes sooner."""
 FIRST_WAIT = 1.0
-"""Seconds before the first new try; each one after it waits twice as long."""
+"""Seconds before the first retry; each further pause is twice as long."""
 LONGEST_WAIT = 60.0
-"""Seconds between two tries at the most."""
+"""Longest pause between two tries, in seconds."""
 NOTICE_INTERVAL = 60.0
-"""Seconds between two lines about failures at the least."""
+"""Shortest time between two notices about failures, in seconds."""
 
 
-class Closed(Exception):
-    """The reader was closed while it waited."""
+class ReaderClosed(Exception):
+    """Raised when a reader is closed while it waits."""
 
 
 class Outage:
-    """The waits of one reader, from a failure to the next article.
+    """State of one reader's retries, from the first failure to the next article.
 
     Args:
-        notify: told of the first failure, then once a minute, and when it is over.
-        pause: waits so many seconds, and says whether the reader was closed meanwhile.
-        clock: seconds that never go back.
-        patience: seconds after which to give up; None for `PATIENCE`.
+        notify: receives a line at the first failure, then once a minute, and at recovery.
+        pause: sleeps for the given seconds; returns True once the reader has been closed.
+        clock: monotonic clock in seconds.
+        patience: seconds before giving up; None for `PATIENCE`.
     """
 
     def __init__(
@@ -54,71 +57,76 @@ class Outage:
     ) -> None:
         self._notify, self._pause, self._clock = notify, pause, clock
         self._patience = PATIENCE if patience is None else patience
-        self._since: float | None = None
-        self._damaged_since: float | None = None
-        self._announced = False
-        self._said_at = -math.inf
-        self._wait = 0.0
+        self._since: float | None = None  # first failure of this outage; None while all is well
+        self._damaged_since: float | None = None  # first invalid answer since the last failure of the network
+        self._announced = False  # whether the user has heard of this outage
+        self._notified_at = -math.inf
+        self._wait = 0.0  # next pause
 
     def wait(self, where: str, reason: str, *, damaged: bool = False) -> None:
         """Wait before the next try.
 
         Args:
-            where: what could not be read.
-            reason: why not.
-            damaged: whether an answer came, and its content was wrong.
+            where: file or data set that could not be read.
+            reason: cause of the failure.
+            damaged: whether an answer arrived, but with invalid content.
 
         Raises:
-            DataError: patience has run out.
-            Closed: the reader was closed meanwhile.
+            DataError: failures have lasted longer than the patience.
+            ReaderClosed: the reader was closed during the pause.
         """
         now = self._clock()
         if self._since is None:
+            # A new outage starts with the shortest pause.
             self._since, self._wait = now, min(FIRST_WAIT, LONGEST_WAIT)
         self._give_up_on_damage(where, reason, now, damaged=damaged)
         failing = now - self._since
+        # Give up only after a failed try, so that a short patience still allows the first one.
         if failing > self._patience:
             raise DataError(
                 f"{where}: no answer for {failing:,.0f} s ({reason}); check the network, then start the same command again"
             )
-        if now - self._said_at >= NOTICE_INTERVAL:
-            self._announced, self._said_at = True, now
+        # Also limits flapping connections, whose outages are short but many.
+        if now - self._notified_at >= NOTICE_INTERVAL:
+            self._announced, self._notified_at = True, now
             left = self._patience - failing
             self._notify(f"{where}: {reason}; no answer for {failing:,.0f} s, retrying for {left:,.0f} s more")
         if self._pause(self._wait):
-            raise Closed
+            raise ReaderClosed
+        # Exponential backoff.
         self._wait = min(2 * self._wait, LONGEST_WAIT)
 
     def _give_up_on_damage(self, where: str, reason: str, now: float, *, damaged: bool) -> None:
-        """Raise if every answer of `DAMAGE_PATIENCE` seconds was wrong; a network that is gone in between proves nothing."""
+        """Raise if all answers have been invalid for `DAMAGE_PATIENCE` seconds; a network failure restarts the count."""
         if not damaged:
             self._damaged_since = None
         elif self._damaged_since is None:
             self._damaged_since = now
         elif now - self._damaged_since > DAMAGE_PATIENCE:
             raise DataError(
-                f"{where}: cannot be read, tried for {now - self._damaged_since:,.0f} s ({reason}); the file is damaged or of "
-                "another kind; try again later, or use another data set"
+                f"{where}: cannot be read, tried for {now - self._damaged_since:,.0f} s ({reason}); the file is damaged or has "
+                "another format; try again later, or use another data set"
             )
 
     def over(self) -> None:
-        """Note that an article has come."""
+        """Record that an article has arrived: the outage, if any, has ended."""
         self._damaged_since = None
         if self._since is None:
             return
+        # Report recovery only if the outage was reported.
         if self._announced:
             self._notify(f"the stream is back after {self._clock() - self._since:,.0f} s")
         self._since, self._announced = None, False
 
 
-def in_background(work: Callable[[Pause], T]) -> T:
-    """Do `work` in a thread and wait for it, so that Ctrl-C ends the wait at once whatever a library waits for inside.
+def run_in_thread(work: Callable[[Pause], T]) -> T:
+    """Run `work` in a thread and wait for its result, so that Ctrl-C ends the wait even while a library blocks.
 
     Args:
-        work: is given a pause that ends early once nobody waits for it any more.
+        work: called with a pause function, which returns early once the caller has stopped waiting.
 
     Raises:
-        BaseException: whatever `work` raises.
+        BaseException: any exception of `work`.
     """
     answers: queue.SimpleQueue[tuple[T, None] | tuple[None, BaseException]] = queue.SimpleQueue()
     closed = threading.Event()
@@ -126,6 +134,7 @@ def in_background(work: Callable[[Pause], T]) -> T:
     def run() -> None:
         try:
             answers.put((work(closed.wait), None))
+        # Every exception is handed over and raised in the caller.
         except BaseException as error:
             answers.put((None, error))
 
@@ -133,6 +142,7 @@ def in_background(work: Callable[[Pause], T]) -> T:
     try:
         found, error = answers.get()
     finally:
+        # After Ctrl-C too: the thread must not go on retrying unseen.
         closed.set()
     if error is not None:
         raise error

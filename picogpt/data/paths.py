@@ -1,4 +1,4 @@
-"""The files that paths stand for: folders searched for texts, hidden files passed over, each file once."""
+"""Expansion of paths into text files: folders are searched, hidden files skipped, and duplicates dropped."""
 
 from __future__ import annotations
 
@@ -16,86 +16,93 @@ __all__ = ["STDIN", "SUFFIXES", "find_files"]
 STDIN = "-"
 """The path that means standard input."""
 SUFFIXES = (".txt", ".md")
-"""Endings of the files that are read in a folder, in capitals or small letters."""
+"""Suffixes of the files read in a folder, case-insensitive."""
 
 _BLOCK_BYTES = 1 << 20
-_MOST_LISTED = 3
+_MAX_LISTED = 3
 
 
 def find_files(paths: Sequence[str], notify: Callable[[str], None]) -> list[str]:
-    """The files of `paths` in order: those in folders, to the bottom, in the order of their names; each file once.
+    """List the files of `paths` in order, folders expanded recursively and sorted by name, each content once.
 
-    In a folder, hidden files and folders (whose name begins with a dot), links to folders and files with another ending
-    than `SUFFIXES` are passed over. A file with the same content as an earlier one would put text for validation into
-    training, so it is read once, under whatever names it comes.
+    Inside a folder, hidden files and folders (name starts with a dot), links to folders and files with other suffixes than
+    `SUFFIXES` are skipped. Files with equal content are read once: a duplicate would leak validation text into training.
 
     Args:
-        paths: files, folders and `-` for standard input. A path that does not exist is left for its reader to report.
-        notify: told in a line how many files there are, if that is not plain, what was passed over and what came twice.
+        paths: files, folders and `-` for standard input. A missing path is reported later, by its reader.
+        notify: receives lines about the number of files, skipped files and duplicates.
 
     Raises:
-        DataError: a folder cannot be read, or holds no text.
+        DataError: a folder cannot be read, or contains no text.
     """
-    passed_over: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     found: list[str] = []
     for path in paths:
         if path == STDIN or not Path(path).is_dir():
             found.append(path)
             continue
-        before = passed_over.copy()
-        texts = sorted(_walk(path, passed_over))
+        # Remember the counts, so that an error lists only the files skipped in this folder.
+        before = skipped.copy()
+        # Sorted, as the order in which os.walk lists files depends on the file system.
+        texts = sorted(_walk(path, skipped))
         if not texts:
             kinds = " or ".join(SUFFIXES)
-            ignored = _list_counts(passed_over - before)
-            raise DataError(f"{path}: the folder holds no {kinds} file{ignored}; give one that does, or the files themselves")
+            ignored = _list_counts(skipped - before)
+            raise DataError(f"{path}: the folder has no {kinds} file{ignored}; name another folder, or the files themselves")
         found += texts
-    files, repeated = _without_repeats(found)
-    if passed_over or len(files) > 1:
-        notify(f"files to read: {len(files):,}{_list_counts(passed_over)}")
+    # Across all paths, as a file can be named twice or lie in two folders.
+    files, repeated = _drop_duplicates(found)
+    # A single file needs no announcement.
+    if skipped or len(files) > 1:
+        notify(f"files to read: {len(files):,}{_list_counts(skipped)}")
     if repeated:
-        listed = ", ".join(f"{again} (as {first})" for again, first in repeated[:_MOST_LISTED])
-        more = f" and {len(repeated) - _MOST_LISTED:,} more" if len(repeated) > _MOST_LISTED else ""
-        notify(f"read once, as the content is the same: {listed}{more}")
+        listed = ", ".join(f"{again} (same as {first})" for again, first in repeated[:_MAX_LISTED])
+        more = f" and {len(repeated) - _MAX_LISTED:,} more" if len(repeated) > _MAX_LISTED else ""
+        notify(f"duplicates, read once: {listed}{more}")
     return files
 
 
-def _walk(folder: str, passed_over: Counter[str]) -> Iterator[str]:
-    """The texts in `folder` and below it; counts what else there is by its kind."""
-    # Links to folders are not followed, so that no loop of them is without end.
-    for where, folders, files in os.walk(folder, onerror=_refuse):
-        passed_over["hidden"] += sum(name.startswith(".") for name in folders)
+def _walk(folder: str, skipped: Counter[str]) -> Iterator[str]:
+    """Yield the text files in `folder` and below, and count everything else in `skipped` by kind."""
+    # os.walk does not follow links to folders by default, which could form endless loops.
+    for where, folders, files in os.walk(folder, onerror=_raise_unreadable):
+        skipped["hidden"] += sum(name.startswith(".") for name in folders)
+        # Assigning to the slice keeps os.walk out of hidden folders.
         folders[:] = [name for name in folders if not name.startswith(".")]
-        passed_over["linked"] += sum((Path(where) / name).is_symlink() for name in folders)
+        skipped["linked"] += sum((Path(where) / name).is_symlink() for name in folders)
         for name in files:
             path = Path(where) / name
             if name.startswith("."):
-                passed_over["hidden"] += 1
+                skipped["hidden"] += 1
             elif path.suffix.lower() not in SUFFIXES:
-                passed_over[path.suffix.lower() or "without an ending"] += 1
+                skipped[path.suffix.lower() or "without a suffix"] += 1
             elif not path.is_file():
-                passed_over["no plain file"] += 1
+                skipped["not a regular file"] += 1  # a broken link, a socket, a pipe
             else:
                 yield str(path)
 
 
-def _refuse(error: OSError) -> None:
+def _raise_unreadable(error: OSError) -> None:
+    """Raise errors of os.walk, which ignores them by default."""
     raise DataError(f"{error.filename}: cannot be read ({error.strerror or error}); check the path of --text") from error
 
 
 def _list_counts(counts: Counter[str]) -> str:
+    """Format counts as ` (skipped: 2 .pdf, 1 hidden)`, or as nothing if all are zero."""
+    # Unary plus drops the kinds whose count is zero.
     kinds = [f"{count:,} {kind}" for kind, count in (+counts).most_common()]
-    return f" (passed over: {', '.join(kinds)})" if kinds else ""
+    return f" (skipped: {', '.join(kinds)})" if kinds else ""
 
 
-def _without_repeats(paths: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """`paths` without those that have the content of an earlier one; and each of these with that earlier one."""
+def _drop_duplicates(paths: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Drop files whose content equals that of an earlier one; also return each dropped file with that earlier one."""
     sizes = [_size(path) for path in paths]
     often = Counter(sizes)
     kept: list[str] = []
     repeated: list[tuple[str, str]] = []
     first_with: dict[str, str] = {}
     for path, size in zip(paths, sizes, strict=True):
-        # Only files of one size can be the same. What is no plain file, a pipe, can be read once only, and is known by its name.
+        # Hash only files that share their size with another one. Pipes can be read only once, so they are compared by name.
         key = path if size is None or often[size] == 1 else _digest(path)
         if key in first_with:
             repeated.append((path, first_with[key]))
@@ -106,23 +113,23 @@ def _without_repeats(paths: Sequence[str]) -> tuple[list[str], list[tuple[str, s
 
 
 def _size(path: str) -> int | None:
-    """Bytes of a plain file that has some; None for anything else."""
+    """Return the size of a regular, non-empty file; None for anything else."""
     if path == STDIN:
         return None
     try:
         status = Path(path).stat()
     except OSError:
-        return None  # its reader says what is wrong
+        return None  # reported by its reader
     return status.st_size if stat.S_ISREG(status.st_mode) and status.st_size else None
 
 
 def _digest(path: str) -> str:
-    """SHA-256 of a file's content, or its path where it cannot be read."""
+    """Return the SHA-256 of a file's content, or its path if it cannot be read."""
     digest = hashlib.sha256()
     try:
         with Path(path).open("rb") as stream:
             while block := stream.read(_BLOCK_BYTES):
                 digest.update(block)
     except OSError:
-        return path  # its reader says what is wrong
+        return path  # reported by its reader
     return digest.hexdigest()

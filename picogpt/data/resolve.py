@@ -1,4 +1,7 @@
-"""From names and paths to a text: files or a corpus in memory, or a stream; for a new run or as a stored run has it."""
+"""Resolution of names and paths to a text: files or a named corpus in memory, or a stream.
+
+A new run takes the text from the command line; a resumed run takes the text stored in its config, unless another one is named.
+"""
 
 from __future__ import annotations
 
@@ -27,38 +30,38 @@ from picogpt.wording import Notify, plural
 __all__ = ["Console", "FoundText", "find_text", "stored_shards", "text_name"]
 
 FEW_CHARS = 100_000
-"""Characters to train on below which a text is said to be short."""
+"""Training characters below which a text is reported as short."""
 
 
 class Console(NamedTuple):
-    """How the search for a text is shown."""
+    """Output of the search for a text."""
 
     notify: Notify
     download: Callable[[str], AbstractContextManager[Progress]]
-    """Makes a progress display for a download, given the name of what is downloaded."""
+    """Makes a progress display for a download, given the name of the download."""
 
 
 class FoundText(Protocol):
-    """What a run learns from, found but not yet cut into batches."""
+    """Text of a run, found but not yet cut into batches."""
 
     name: str
 
     def describe(self) -> DataConfig:
-        """What goes into the run's config."""
+        """Return the entry for the run's config."""
 
     def source(self, model: GPTConfig, config: TrainConfig, val_ids: Ids | None) -> Source:
-        """Its batches; `val_ids` is the validation text of a resumed run on a stream."""
+        """Make the batches; `val_ids` is the stored validation text of a resumed run on a stream, else None."""
 
 
 class _LocalText:
     """A text in memory.
 
     Args:
-        name: its short name.
-        read: reads it, when it is first needed.
-        paths: the paths that it is read from, if it is the user's own.
-        stored: the text of the run that is resumed.
-        notify: given a line about the text.
+        name: short name of the text.
+        read: reads the text; called at the first use.
+        paths: paths of the user's own files; empty for a named corpus.
+        stored: config entry of the run that is resumed; None for a new run.
+        notify: receives lines about the text.
     """
 
     def __init__(
@@ -69,12 +72,14 @@ class _LocalText:
 
     @functools.cached_property
     def _corpus(self) -> Corpus:
+        """The text, read on first use."""
         return self._read()
 
     def describe(self) -> DataConfig:
-        """Its length and fingerprint."""
+        """Return name, length and fingerprint, by which a resumed run recognizes the text."""
         corpus = self._corpus
         return DataConfig(
+            # Either paths or a corpus name is stored; a resume reads the same again.
             dataset=None if self._paths else corpus.name,
             text=self._paths,
             name=corpus.name,
@@ -84,7 +89,7 @@ class _LocalText:
         )
 
     def source(self, model: GPTConfig, config: TrainConfig, val_ids: Ids | None) -> Source:  # noqa: ARG002 (cut from the text)
-        """Batches of passes over it."""
+        """Make batches from shuffled passes over the text."""
         corpus = self._corpus
         sequence_len = config.windows * model.context_len
         source = TextSource(corpus, sequence_len=sequence_len, batch_size=config.batch_size, seed=config.seed)
@@ -92,25 +97,25 @@ class _LocalText:
             f"{corpus.name}: {len(corpus.ids):,} characters, {len(source.train_ids):,} to train on and {len(source.val_ids):,} "
             f"to validate; {corpus.tally}{self._advice(len(source.train_ids))}"
         )
-        # A run of an earlier version may have begun on a text that is rejected now.
+        # Earlier versions accepted texts that are rejected now; their runs can still be resumed.
         check_unknown(corpus.name, corpus.tally, self._notify, reject=self._stored is None)
         return source
 
     @staticmethod
     def _advice(characters: int) -> str:
-        """A warning of a text with few characters to train on."""
-        return "" if characters >= FEW_CHARS else f"; short, so soon learned by heart: better {FEW_CHARS:,} characters or more"
+        """Return a warning about a text with few training characters, or nothing."""
+        return "" if characters >= FEW_CHARS else f"; short, so soon memorized: better {FEW_CHARS:,} characters or more"
 
 
 class _HubStream:
-    """A data set of the hub, or a folder like one.
+    """A streamed data set, on the hub or in a folder.
 
     Args:
         spec: the data set.
-        text_column: the column that was asked for.
-        stored: the text of the run that is resumed.
-        fold: whether characters outside ASCII are folded.
-        notify: given a line about the stream, and about every wait for the network.
+        text_column: the column named by the user, or None.
+        stored: config entry of the run that is resumed; None for a new run.
+        fold: whether to fold characters outside ASCII.
+        notify: receives lines about the stream, and about every wait for the network.
     """
 
     def __init__(
@@ -121,15 +126,17 @@ class _HubStream:
 
     @functools.cached_property
     def _shards(self) -> Shards:
-        """The files: those of the run's commit, or the newest ones."""
+        """Files at the commit of the resumed run, or at the newest commit."""
+        # A stored list of files needs no request, so a resume can start while the hub is down.
         return stored_shards(self._spec, self._stored) or find_shards(self._spec, self._notify)
 
     def describe(self) -> DataConfig:
-        """Its commit, its files and their fingerprint."""
+        """Return commit, files and fingerprint; the commit pins the content, so a resume is bit-identical."""
         shards = self._shards
         return DataConfig(
             dataset=self._spec.address,
             name=self.name,
+            # The length of a stream is unknown.
             characters=None,
             sha256=shards.fingerprint,
             commit=shards.commit,
@@ -140,13 +147,15 @@ class _HubStream:
         )
 
     def source(self, model: GPTConfig, config: TrainConfig, val_ids: Ids | None) -> Source:
-        """Batches drawn from a pool; the validation text is drawn here, or is the run's own."""
+        """Make batches drawn from a pool; the validation text is drawn here, or comes from the resumed run."""
         where = f"at commit {self._shards.commit[:12]}" if self._shards.commit else "in this folder"
         files = plural(len(self._shards.files), "file")
-        self._notify(f"{self._spec.path}: {files} {where}, streamed; one article in twenty is for validation")
+        self._notify(f"{self._spec.path}: {files} {where}, streamed; one article in twenty is held out for validation")
         sequence_len = config.windows * model.context_len
         if val_ids is None:
+            # A new run reads the start of the stream once for validation, and again for training.
             val_ids = self._draw_validation(config.seed, sequence_len)
+        # Later starts load the stored validation text, so the validation losses of a run stay comparable.
         self._notify(f"validation text: {len(val_ids):,} characters, the same for the whole run")
         return StreamSource(
             ArticleReader(self._shards, config.seed, self._notify, fold=self._fold),
@@ -157,11 +166,12 @@ class _HubStream:
         )
 
     def _draw_validation(self, seed: int, sequence_len: int) -> Ids:
-        """The validation text; the articles that are read for it show what the stream's characters are.
+        """Draw the validation text, and check the characters of the articles read for it.
 
         Raises:
-            DataError: there is none, the stream is too short, or most of these articles' characters are unknown.
+            DataError: no article is held out, the stream is too short, or most characters of these articles are unknown.
         """
+        # A reader of its own: the training reader starts at the first article again. The user is watching, so it gives up soon.
         reader = ArticleReader(self._shards, seed, self._notify, fold=self._fold, patience=START_PATIENCE)
         ids = draw_validation(reader, sequence_len=sequence_len)
         self._notify(f"{self._spec.path}: of its first {reader.tally.characters:,} characters: {reader.tally}")
@@ -170,11 +180,12 @@ class _HubStream:
 
 
 def stored_shards(spec: StreamSpec, stored: DataConfig | None) -> Shards | None:
-    """The files that a run on `spec` has stored, at its commit of the hub, which need no network to be listed; else None.
+    """Return the list of files that a run on `spec` has stored, so that none has to be requested; None if there is none.
 
     Raises:
-        DataError: the environment's settings for the hub are not valid.
+        DataError: the environment variables for the hub are malformed.
     """
+    # A folder has no commit: its files are listed again, and its fingerprint compared.
     if stored is None or stored.commit is None or stored.format is None or stored.dataset != spec.name:
         return None
     check_environment()
@@ -182,38 +193,44 @@ def stored_shards(spec: StreamSpec, stored: DataConfig | None) -> Shards | None:
 
 
 def text_name(paths: Sequence[str]) -> str:
-    """The name of a text from the user's own files: that of the first one, as far as it can be a run's name."""
+    """Name a text after its first file, reduced to characters that a run name allows."""
+    # Only the first: a list of files would make a long name.
     first = paths[0]
     letters = "stdin" if first == "-" else re.sub(r"[^A-Za-z0-9._-]", "-", Path(first).stem)
     return letters.lstrip("._-")[:64] or "text"
 
 
 def find_text(asked: TextRequest, stored: DataConfig | None, *, scratch: Path, console: Console) -> FoundText:
-    """Find the text that is asked for, or the one that a stored run learns from.
+    """Find the requested text, or the text of a stored run.
 
     Args:
-        asked: names or paths.
-        stored: the text of the run that is resumed; None for a new run.
-        scratch: folder whose disk holds a text that is too long for memory.
-        console: given lines about the text, and the progress of a download.
+        asked: names or paths from the command line.
+        stored: config entry of the run that is resumed; None for a new run.
+        scratch: folder whose disk takes a text that is too long for memory.
+        console: receives lines about the text, and the progress of a download.
 
     Raises:
-        ConfigError: there is no such data set, or a column is named without one.
-        DataError: the text cannot be had.
+        ConfigError: unknown data set, or a column is named without a streamed data set.
+        DataError: the text is not available.
     """
     paths, dataset, column, notify = asked.paths, asked.dataset, asked.column, console.notify
+    # Nothing named: use the text of the run.
     if not asked.is_named and stored is not None:
         paths, dataset = stored.text, stored.dataset
     check_text_column(column, streamed=not paths and dataset is not None and dataset not in DATASETS)
+    # A run keeps its folding for life, as another one would change the ids of its text.
     fold = stored.fold if stored else asked.fold is not False
     if paths:
+        # The logs folder may not exist yet; its nearest existing parent is on the same disk.
         name, scratch = text_name(paths), existing_folder(scratch)
         read = functools.partial(read_texts, paths, name=name, scratch=scratch, fold=fold, notify=notify)
         return _LocalText(name, read, paths, stored, notify)
     if dataset is None or dataset in DATASETS:
         # These texts are ASCII, so folding makes no difference to them.
+        # The display appears only if a download happens.
         with console.download("Tiny Shakespeare") as progress:
             corpus = replace(load_dataset(dataset or "auto", notify=notify, progress=progress), fold=fold)
         return _LocalText(corpus.name, lambda: corpus, (), stored, notify)
+    # Neither paths nor a named corpus: a stream.
     column = column or (stored.text_column if stored else None)
     return _HubStream(resolve_stream(dataset, column), column, stored, fold=fold, notify=notify)

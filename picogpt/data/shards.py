@@ -1,4 +1,4 @@
-"""The files of a streamed data set, on the hub or in a folder: what is known of them before a row is read."""
+"""Metadata of a streamed data set, on the hub or in a folder: its files, format, columns and commit."""
 
 from __future__ import annotations
 
@@ -13,41 +13,47 @@ from picogpt.errors import DataError
 __all__ = ["Row", "Shards", "as_row"]
 
 Row = tuple[str, ...]
-"""The text of each column that is read."""
+"""Text of each selected column of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """The files of a data set at one commit."""
+    """Files of a data set at one commit."""
 
+    # Stored in the run's config, so that a resume needs no listing.
     files: tuple[str, ...]
-    """Their addresses, in the data set's own order."""
+    """Addresses of the files, in the order of the data set."""
     format: str
     """Name of the reader: parquet, json, text, ..."""
     columns: tuple[str, ...]
     """Columns to read."""
     commit: str | None
-    """The hub's commit; None for a folder."""
+    """Commit on the hub; None for a local folder."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the columns and of the files' names and, in a folder, of their lengths."""
+        """SHA-256 of the columns and file names; for a folder also of the file sizes."""
+        # A commit pins the content on the hub. Local files can change; hashing them whole would read the whole data set.
         sizes = [Path(file).stat().st_size if self.commit is None else 0 for file in self.files]
         return hashlib.sha256(repr((self.columns, list(zip(self.files, sizes, strict=True)))).encode()).hexdigest()
 
 
 def as_row(columns: Sequence[str], values: Mapping[str, Any], file: str) -> Row:
-    """The texts of `columns`; null is an empty text.
+    """Select the texts of `columns` from a row; null becomes an empty text.
 
     Raises:
-        DataError: a column holds something else than text.
+        DataError: a column contains something other than text.
     """
+    # A missing key counts as null: JSON objects need not have every key.
     return tuple(_text(values.get(column), column, file) for column in columns)
 
 
 def _text(value: Any, column: str, file: str) -> str:
+    """Return `value` if it is text, or an empty text for null."""
+    # Null is common in optional columns and counts as an empty article; a number or list means the wrong column.
     if value is None:
         return ""
     if isinstance(value, str):
         return value
+    # The first bad row ends the read: guessing a text from other types would hide a wrong --text-column.
     raise DataError(f"{file}: column {column} holds {type(value).__name__}, not text; name another one with --text-column")

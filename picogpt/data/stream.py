@@ -1,11 +1,12 @@
-"""Batches from a stream of articles that is too long to hold: mixed in a pool, resumed exactly.
+"""Batches from a stream of articles that does not fit into memory: shuffled in a pool, resumed exactly.
 
-Each article is added to those before it, an empty line between them, and cut into sequences of one roll and one character, so
-that all text is used, short articles joined to their neighbours. A pool holds a thousand sequences; a batch draws sequences of
-different articles from it and the next ones of the stream take their places.
+Articles are concatenated, separated by empty lines, and cut into sequences of T + 1 characters, so all text is used and short
+articles share a sequence. A pool holds about a thousand sequences. Each batch draws sequences of different articles from the
+pool, and the next sequences of the stream take their places.
 
-What the reader has read ahead is not part of the state: the state is what has been taken from it, so that a run that goes on
-reads on at the very article.
+The state covers the articles taken from the reader, not those it has read ahead: a resumed run continues at the exact article.
+
+Dimension letters: B sequences in a batch, T characters in a sequence, P sequences in the pool.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.config import TextConfig
-from picogpt.data.articles import ONE_IN, READ_AHEAD, SEPARATOR, Article, ArticleReader, Ids, PassLength, Place
-from picogpt.data.batches import Batch, Stop, ValidationStore, even_rolls
+from picogpt.data.articles import READ_AHEAD, SEPARATOR, VALIDATION_DIVISOR, Article, ArticleReader, Cursor, Ids, PassLengthCheck
+from picogpt.data.batches import Batch, Stop, ValidationStore, evenly_spaced_batches
 from picogpt.rng import Stream, stream_generator
 from picogpt.wording import plural
 
 __all__ = ["StreamSource", "Usage", "download_bytes"]
 
 POOL = 1024
-"""Sequences that batches are drawn from."""
+"""Sequences in the pool, unless a batch needs more."""
 
 
 @dataclass
 class Usage:
-    """What became of the articles that were read, over all starts of a run."""
+    """Counts of the articles read, over all starts of a run."""
 
     train_articles: int = 0
     train_chars: int = 0
@@ -40,7 +41,7 @@ class Usage:
     empty_articles: int = 0
 
     def count(self, article: Article) -> None:
-        """Add one article, and the empty ones before it."""
+        """Count one article, and the empty articles before it."""
         self.empty_articles += article.empty_before
         if article.for_validation:
             self.val_articles += 1
@@ -59,39 +60,39 @@ class Usage:
 
 
 def download_bytes(characters: int) -> int:
-    """About how many bytes of a data set's files training on so many characters fetches, at a byte a character.
+    """Estimate the bytes downloaded to train on `characters` characters, at one byte per character.
 
-    What is for validation is fetched too, and what is read ahead. Compressed files take fewer, by what they are compressed.
+    Includes validation articles and read-ahead: characters / (1 - 1/20) + READ_AHEAD. Compressed files need fewer.
     """
-    return round(characters / (1 - 1 / ONE_IN)) + READ_AHEAD
+    return round(characters / (1 - 1 / VALIDATION_DIVISOR)) + READ_AHEAD
 
 
 class StreamSource:
     """Batches from a stream of articles (`picogpt.data.Source`).
 
     Args:
-        reader: where articles come from; started by `begin` or `restore`.
+        reader: source of the articles; started by `begin` or `restore`.
         val_ids: the validation text.
-        sequence_len: characters in a roll.
-        batch_size: rolls in a batch.
-        seed: of the draws from the pool.
+        sequence_len: T, characters in a sequence.
+        batch_size: B, sequences in a batch.
+        seed: seed of the draws from the pool.
     """
 
     def __init__(self, reader: ArticleReader, val_ids: Ids, *, sequence_len: int, batch_size: int, seed: int) -> None:
         self.val_ids = val_ids
-        self._reader, self._roll_len, self._batch_size, self._seed = reader, sequence_len, batch_size, seed
-        size = max(POOL, 2 * batch_size)
-        self._pool = np.zeros((size, sequence_len + 1), np.uint8)
-        self._article_of = np.zeros(size, np.int64)  # number of the article that each sequence of the pool begins in
-        self._filled = 0
-        self._fresh: list[tuple[Ids, int]] = []  # sequences that are cut and not yet in the pool
-        self._carry = np.zeros(0, np.uint8)  # text that is not yet a sequence
-        self._place = Place(0, 0, 0)
+        self._reader, self._sequence_len, self._batch_size, self._seed = reader, sequence_len, batch_size, seed
+        size = max(POOL, 2 * batch_size)  # of at least two batches, or there would be little to shuffle
+        self._pool = np.zeros((size, sequence_len + 1), np.uint8)  # (P, T + 1)
+        self._article_of = np.zeros(size, np.int64)  # (P,) number of the article in which each sequence starts
+        self._filled = 0  # rows of the pool in use; less than P only before the first batch
+        self._fresh: list[tuple[Ids, int]] = []  # sequences cut, but not yet in the pool
+        self._carry = np.zeros(0, np.uint8)  # rest of the text, too short for a sequence
+        self._cursor = Cursor(0, 0, 0)  # where a resumed run starts to read
         self._usage = Usage()
 
     @property
     def text(self) -> TextConfig:
-        """How the articles become ids, and which ones they can hold."""
+        """Encoding of the articles and the ids they can contain."""
         return self._reader.text
 
     @property
@@ -100,25 +101,28 @@ class StreamSource:
         return None
 
     def begin(self, run: ValidationStore) -> None:
-        """Begin with the data set's first article; `run` keeps the validation text."""
+        """Start at the first article of the data set, and save the validation text in `run`."""
         run.save_validation(self.val_ids)
         self._start_reading()
 
     def _start_reading(self) -> None:
-        self._pass = PassLength(self._reader.name, self._roll_len, self._place)
-        self._reader.start(self._place)
+        """Start the reader at the cursor, with a new check of the passes' length."""
+        self._pass = PassLengthCheck(self._reader.name, self._sequence_len, self._cursor)
+        self._reader.start(self._cursor)
 
     def close(self) -> None:
-        """End the reader."""
+        """Stop the reader."""
         self._reader.close()
 
     def train_batch(self, k: int, stop: Stop = lambda: False) -> Batch:
-        """The batch of step k; steps are asked for in order.
+        """Return the batch of step k, (B, T); called with consecutive k.
 
         Raises:
-            WaitInterrupted: `stop` said so before the batch was whole; nothing is lost.
-            DataError: the stream has ended for good, or is too short to train on.
+            WaitInterrupted: `stop` returned True before the batch was complete; no text is lost.
+            DataError: the stream has failed for good, or is too short to train on.
         """
+        # The first call fills the pool; each batch then needs B new sequences to replace those it draws.
+        # The pool changes only once all are there, so an interruption leaves a state that can be saved.
         missing = len(self._pool) - self._filled if self._filled < len(self._pool) else self._batch_size
         while len(self._fresh) < missing:
             self._cut_next(stop)
@@ -126,74 +130,83 @@ class StreamSource:
             self._fill()
             return self.train_batch(k, stop)
         rows = self._draw(k)
-        batch = self._pool[rows].astype(np.int64)
+        batch = self._pool[rows].astype(np.int64)  # (B, T + 1), a copy
+        # The new sequences take the places of those drawn.
         for row, (sequence, article) in zip(rows, self._fresh, strict=True):
             self._pool[row], self._article_of[row] = sequence, article
         self._fresh.clear()
-        return Batch(batch[:, :-1], batch[:, 1:])
+        return Batch(batch[:, :-1], batch[:, 1:])  # (B, T) each
 
     def _fill(self) -> None:
+        """Move the sequences that were cut into the free rows of the pool."""
         for sequence, article in self._fresh:
             self._pool[self._filled], self._article_of[self._filled] = sequence, article
             self._filled += 1
         self._fresh.clear()
 
     def _draw(self, k: int) -> list[int]:
-        """Rows of the pool whose sequences begin in different articles, as far as there are so many."""
+        """Draw B rows of the pool whose sequences start in different articles, if there are enough of them."""
+        # A pure function of (seed, k) and the pool, so that a resumed run draws the same rows.
         generator = stream_generator(self._seed, Stream.POOL_DRAW, k)
         order = generator.permutation(len(self._pool)).tolist()
+        # Walk through the pool in random order; keep the first row of each article until B are found.
         chosen: dict[int, int] = {}
         for row in order:
             chosen.setdefault(int(self._article_of[row]), row)
             if len(chosen) == self._batch_size:
                 break
+        # With fewer than B articles in the pool, fill up with further rows in the same order.
         rows = list(chosen.values())
         taken = set(rows)
         return rows + [row for row in order if row not in taken][: self._batch_size - len(rows)]
 
     def _cut_next(self, stop: Stop) -> None:
-        """Take articles until one more sequence can be cut, and cut it."""
-        while len(self._carry) <= self._roll_len:
+        """Take articles from the reader until one more sequence can be cut, and cut it."""
+        while len(self._carry) <= self._sequence_len:
             article = self._reader.take(stop)
             self._pass.count(article)
-            self._place = article.after
+            # From here on the article counts as taken: a resumed run starts after it.
+            self._cursor = article.next_cursor
             self._usage.count(article)
+            # Validation articles are counted above, and skipped.
             if not article.for_validation:
                 self._carry = np.concatenate((self._carry, article.ids, SEPARATOR))
-        # The last character of one sequence is the first of the next, so that each is predicted once.
-        self._fresh.append((self._carry[: self._roll_len + 1].copy(), self._usage.train_articles))
-        self._carry = self._carry[self._roll_len :]
+        # Sequences overlap by one character: the last target of one is the first input of the next, so each is predicted once.
+        self._fresh.append((self._carry[: self._sequence_len + 1].copy(), self._usage.train_articles))
+        self._carry = self._carry[self._sequence_len :]
 
     def val_batches(self, most: int) -> Iterator[Batch]:
-        """At most `most` batches of validation rolls, always the same ones."""
-        return even_rolls(self.val_ids, self._roll_len, self._batch_size, most)
+        """Yield at most `most` batches of validation sequences, the same ones every time."""
+        return evenly_spaced_batches(self.val_ids, self._sequence_len, self._batch_size, most)
 
     def summary(self) -> str:
-        """How much text was read, and what for."""
+        """Return a line about how much text was read, for training and for validation."""
         return str(self._usage)
 
     def snapshot(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-        """Arrays and plain values to go on from."""
+        """Return the pool, the text not yet in it, the cursor and the counts."""
+        # Copies: the caller may write them while training changes the pool.
         rows = [sequence for sequence, _ in self._fresh]
         arrays = {
             "pool": self._pool[: self._filled].copy(),
             "article_of": self._article_of[: self._filled].copy(),
             "carry": self._carry.copy(),
-            "fresh": np.stack(rows) if rows else np.zeros((0, self._roll_len + 1), np.uint8),
+            "fresh": np.stack(rows) if rows else np.zeros((0, self._sequence_len + 1), np.uint8),
         }
+        # The keys are a file format: "place" is the cursor.
         plain = {
-            "place": list(self._place),
+            "place": list(self._cursor),
             "usage": asdict(self._usage),
             "fresh": [article for _, article in self._fresh],
         }
         return arrays, plain
 
     def restore(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
-        """Go on from a snapshot: the reader begins at the article after the last one taken."""
+        """Continue from a snapshot; the reader starts at the article after the last one taken."""
         self._filled = len(arrays["pool"])
         self._pool[: self._filled] = arrays["pool"]
         self._article_of[: self._filled] = arrays["article_of"]
         self._carry = arrays["carry"].copy()
         self._fresh = list(zip(arrays["fresh"].copy(), plain["fresh"], strict=True))
-        self._place, self._usage = Place(*plain["place"]), Usage(**plain["usage"])
+        self._cursor, self._usage = Cursor(*plain["place"]), Usage(**plain["usage"])
         self._start_reading()

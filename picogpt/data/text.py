@@ -1,4 +1,7 @@
-"""Texts into one array of ids, a block at a time: files, folders of texts, or stdin."""
+"""Reading of texts (files, folders, stdin) into one array of token ids, block by block.
+
+One character is one id is one byte. A text that is too long for memory is written to an unnamed file and memory-mapped.
+"""
 
 from __future__ import annotations
 
@@ -26,70 +29,74 @@ __all__ = ["Corpus", "check_unknown", "read_texts"]
 
 Ids = npt.NDArray[np.uint8]
 
-IN_MEMORY = 1 << 26
-"""Characters of the longest text that is held in memory; a longer one lies in a file beside the runs, as ids."""
+MAX_CHARS_IN_MEMORY = 1 << 26
+"""Longest text held in memory; the ids of a longer one are mapped from a file in the logs folder."""
 
-_BLOCK = 1 << 22
-"""Bytes that are read, and ids that are hashed, at once."""
+_BLOCK_BYTES = 1 << 22
+"""Bytes read, or ids hashed, at a time."""
 
-MOST_UNKNOWN = 0.5
+MAX_UNKNOWN_SHARE = 0.5
 """Share of unknown characters above which a text is rejected."""
-WORTH_WARNING = 0.01
-"""Share of unknown characters above which a text is warned of."""
+WARN_UNKNOWN_SHARE = 0.01
+"""Share of unknown characters above which the user is warned."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A text, encoded, and what is worth saying of it."""
+    """An encoded text with its statistics."""
 
     name: str
     """Short name; the default name of a run on it."""
     ids: npt.NDArray[np.uint8]
     """Token ids of the whole text, shape (characters,)."""
     tally: Tally = field(default_factory=Tally)
-    """What encoding changed in the text."""
+    """Counts of the characters that encoding changed."""
     fold: bool = True
-    """Whether it was folded."""
+    """Whether characters outside ASCII were folded (`picogpt.folding`)."""
     mapped: mmap.mmap | None = None
-    """The file that `ids` lie in, of a text too long for the memory."""
+    """Mapping that `ids` points into, for a text that is too long for memory; else None."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the ids, in hexadecimal: equal for the same text, so that a resumed run notices another one."""
+        """SHA-256 of the ids in hexadecimal; a resumed run compares it to notice a changed text."""
         digest = hashlib.sha256()
-        for start in range(0, len(self.ids), _BLOCK):
-            digest.update(self.ids[start : start + _BLOCK].data)
-            self.forget()
+        for start in range(0, len(self.ids), _BLOCK_BYTES):
+            digest.update(self.ids[start : start + _BLOCK_BYTES].data)
+            # Keep the memory of a mapped text at one block.
+            self.release_pages()
         return digest.hexdigest()
 
-    def forget(self) -> None:
-        """Give back the memory of what was read from a file, which would grow to the size of the file."""
+    def release_pages(self) -> None:
+        """Release the memory of a mapped text's pages, which would otherwise grow to the size of the file."""
+        # The pages are clean, so the kernel just drops them and reads them again from the file when needed.
+        # Platforms without MADV_DONTNEED leave this to the kernel.
         if self.mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def check_unknown(name: str, tally: Tally, notify: Notify, *, reject: bool = True) -> None:
-    """Reject a text that is mostly unknown characters, and warn of one with many of them.
+    """Reject a text of mostly unknown characters, and warn about one with many of them.
 
     Args:
-        name: what the text is called.
-        tally: the counts of the text, or of its beginning.
-        notify: told the warning.
-        reject: whether to reject; where not, there is a warning only.
+        name: name of the text, for messages.
+        tally: counts of the text, or of its beginning.
+        notify: receives the warning.
+        reject: whether to reject; False only warns.
 
     Raises:
-        DataError: more than half of the text is unknown.
+        DataError: more than half of the characters are unknown.
     """
+    # Two thresholds: above the higher one training is pointless, above the lower one the loss misleads.
     share = tally.unknown_share
-    if reject and share > MOST_UNKNOWN:
+    if reject and share > MAX_UNKNOWN_SHARE:
         raise DataError(
             f"{name}: {share:.0%} of its characters are unknown ({list_commonest(tally.unknown)}), so there is hardly anything "
-            "to learn; the model knows ASCII, and folds to it what is near (docs/texts.md)"
+            "to learn; the model knows ASCII and the characters that fold to it (docs/texts.md)"
         )
-    if share > WORTH_WARNING:
+    if share > WARN_UNKNOWN_SHARE:
         notify(
-            f"warning: {name}: {share:.1%} of its characters are unknown and read as <?>, which is easy to predict, so that the "
-            "loss comes out too low, and never drawn, so that generated texts go astray where it would stand"
+            f"warning: {name}: {share:.1%} of its characters are unknown and read as <?>; the loss comes out too low, as <?> is "
+            "easy to predict, and generated text goes astray where <?> would come next, as it is never sampled"
         )
 
 
@@ -98,74 +105,85 @@ def read_texts(
 ) -> Corpus:
     """Read text files, folders of texts (`picogpt.data.paths`) and stdin (`-`), in whatever encoding (`picogpt.encodings`).
 
-    A byte order mark is dropped and line ends become newlines. Texts are joined by a newline.
+    Byte order marks are dropped, line ends become newlines, and texts are joined by a newline.
 
     Args:
-        paths: what to read.
-        name: the corpus's name.
-        scratch: folder for the ids of a text longer than `IN_MEMORY`.
-        fold: whether characters outside ASCII are folded (`picogpt.folding`).
-        notify: told in a line what was found, passed over, or read in another encoding than UTF-8.
+        paths: files, folders, or `-` for stdin.
+        name: name of the corpus.
+        scratch: folder for the ids of a text longer than `MAX_CHARS_IN_MEMORY`.
+        fold: whether to fold characters outside ASCII (`picogpt.folding`).
+        notify: receives lines about the files found or skipped, and about encodings other than UTF-8.
 
     Raises:
-        DataError: a path is missing or unreadable, a folder holds no text, a file is not text, all of it is empty, or
-            there is no room for the ids of a long text.
+        DataError: a path is missing or unreadable, a folder contains no text, a file is not text, all text is empty, or the
+            disk has no space for the ids of a long text.
     """
+    # Encoding is lazy: a block is read, decoded and encoded when the loop below asks for it.
     encoder = TextEncoder(fold=fold)
     blocks = _encoded(find_files(paths, notify), encoder, notify)
     parts: list[Ids] = []
-    while sum(map(len, parts)) <= IN_MEMORY:
+    # Collect blocks in memory; a text that outgrows the limit continues in a file (the else branch).
+    while sum(map(len, parts)) <= MAX_CHARS_IN_MEMORY:
         ids = next(blocks, None)
         if ids is None:
             break
         parts.append(ids)
     else:
-        mapped = _map(itertools.chain(parts, blocks), scratch)
+        # The blocks so far go first, then the rest of the stream.
+        mapped = _memory_map(itertools.chain(parts, blocks), scratch)
         return Corpus(name=name, ids=np.frombuffer(mapped, np.uint8), tally=encoder.tally, fold=fold, mapped=mapped)
+    # Empty files produce no blocks at all.
     if not parts:
         raise DataError(f"{' '.join(paths)}: no text in it; give a file with at least a few thousand characters")
     return Corpus(name=name, ids=np.concatenate(parts), tally=encoder.tally, fold=fold)
 
 
 def _encoded(files: Sequence[str], encoder: TextEncoder, notify: Notify) -> Iterator[Ids]:
-    """The ids of all texts, a block at a time."""
+    """Yield the ids of all texts, block by block."""
     for i, path in enumerate(files):
+        # Every file but the first starts with a newline, so that words do not run together.
         blocks = _blocks(path, notify)
         yield from map(encoder.encode, blocks if i == 0 else _after_newline(blocks))
 
 
-def _map(blocks: Iterable[Ids], scratch: Path) -> mmap.mmap:
-    """Ids in a file of `scratch` that has no name, mapped into memory."""
+def _memory_map(blocks: Iterable[Ids], scratch: Path) -> mmap.mmap:
+    """Write ids to an unnamed file in `scratch`, and map it into memory."""
     try:
+        # The file has no name, so it vanishes with the process, even after a kill; the mapping outlives `stream`.
         with unnamed_file(scratch, (ids.tobytes() for ids in blocks)) as stream:
             return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise DataError(
-            f"{scratch.absolute()}: no room for the ids of a long text, a byte a character ({error.strerror or error}); free "
+            f"{scratch.absolute()}: no space for the ids of a long text, 1 byte each ({error.strerror or error}); free "
             "some, or choose another --logs-dir"
         ) from error
 
 
 def _after_newline(blocks: Iterator[str]) -> Iterator[str]:
+    """Prefix a newline to a text that is not empty."""
     for i, block in enumerate(blocks):
         yield "\n" + block if i == 0 else block
 
 
 def _blocks(path: str, notify: Notify) -> Iterator[str]:
-    """The text of one file, in blocks of a few million bytes."""
+    """Yield the text of one file in blocks."""
     try:
         with _open(path) as stream:
-            yield from decode_stream(stream, name=path, notify=notify, block_bytes=_BLOCK)
+            # The encoding is detected per file.
+            yield from decode_stream(stream, name=path, notify=notify, block_bytes=_BLOCK_BYTES)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path of --text") from error
 
 
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[BinaryIO]:
+    """Open a file or stdin as bytes; stdin stays open afterwards."""
     if path != STDIN:
         with Path(path).open("rb") as stream:
             yield stream
         return
+    # Python sets sys.stdin to None if the descriptor was closed at the start.
     if sys.stdin is None:
         raise DataError("--text -: standard input is closed; pipe a text in, or name a file")
+    # The bytes below the text layer, so that stdin is decoded like any file.
     yield sys.stdin.buffer

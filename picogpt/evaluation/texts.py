@@ -259,9 +259,9 @@ def validation_articles(reader: ArticleReader, sequence_len: int, chars: int) ->
     After `MAX_CHARS_READ` characters it ends with what there is.
     """
     total = count = read = 0
-    with contextlib.closing(reader.taken()) as taken:
+    with contextlib.closing(reader.from_start()) as taken:
         for article in taken:
-            if article.place.epoch > 0 or (total >= chars and count >= 2) or read >= MAX_CHARS_READ:
+            if article.cursor.epoch > 0 or (total >= chars and count >= 2) or read >= MAX_CHARS_READ:
                 return
             read += len(article.ids)
             rolls = (len(article.ids) - 1) // sequence_len

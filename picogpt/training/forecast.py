@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from picogpt.config import GPTConfig, TrainConfig
-from picogpt.data import RepeatedSource
+from picogpt.data import RandomSource
 from picogpt.files import TEMPORARY_SUFFIX
 from picogpt.plot import draw_losses
 from picogpt.runs.folder import LossLog, RunFolder
@@ -107,7 +107,7 @@ def time_epoch_end(trainer: Trainer, parent: Path, *, warm_up: bool = True) -> E
 def benchmark_steps(
     model: GPTConfig,
     config: TrainConfig,
-    make: Callable[[RepeatedSource], Trainer],
+    make: Callable[[RandomSource], Trainer],
     parent: Path,
     *,
     limit: float | None = None,
@@ -125,7 +125,7 @@ def benchmark_steps(
     """
     began = time.perf_counter()
     seconds: list[float] = []
-    trainer = make(RepeatedSource(sequence_len=config.windows * model.context_len, batch_size=config.batch_size))
+    trainer = make(RandomSource(sequence_len=config.windows * model.context_len, batch_size=config.batch_size))
     for _ in range(1 + TIMED_STEPS):
         seconds.append(time_call(lambda: trainer.train_step(config.lr)))
         advance()

@@ -60,7 +60,7 @@ class TestText:
 
     def test_blocks_join(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A text longer than a block comes out the same, letters of several bytes at the seam included."""
-        monkeypatch.setattr("picogpt.data.text._BLOCK", 4)
+        monkeypatch.setattr("picogpt.data.text._BLOCK_BYTES", 4)
         (tmp_path / "a").write_text("abéc日éfé", encoding="utf-8")
         corpus = read_texts([str(tmp_path / "a")], name="x")
 
@@ -94,10 +94,10 @@ class TestText:
         ("name", "content", "message"),
         [
             ("none", None, "none: cannot be read .No such file or directory.; check the path"),
-            ("zero", b"ab\0c", "zero: no text .it has zero bytes"),
+            ("zero", b"ab\0c", "zero: not text .zero bytes"),
             ("empty", b"", "empty: no text in it"),
             ("mark", b"\xef\xbb\xbf", "mark: no text in it"),
-            ("utf16le", "text".encode("utf-16-le"), "utf16le: no text .it has zero bytes, and no byte order mark.; convert it"),
+            ("utf16le", "text".encode("utf-16-le"), "utf16le: not text .zero bytes, but no byte order mark.; convert it"),
         ],
     )
     def test_refused(self, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
@@ -110,7 +110,7 @@ class TestText:
 
     def test_empty_folder(self, tmp_path: Path) -> None:
         """A folder without texts is said."""
-        with pytest.raises(DataError, match=r"the folder holds no \.txt or \.md file; give one that does"):
+        with pytest.raises(DataError, match=r"the folder has no \.txt or \.md file; name another folder"):
             read(tmp_path)
 
     @pytest.mark.parametrize(
@@ -144,15 +144,15 @@ class TestText:
         check_unknown("begun", tallies["most"], notices.append, reject=False)
         assert [notice[:34] for notice in notices] == ["warning: some: 1.0% of its charact", "warning: begun: 75.0% of its chara"]
         assert "loss comes out too low" in notices[0]
-        assert "never drawn" in notices[0]
+        assert "never sampled" in notices[0]
 
     def test_long_text_lies_in_a_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A text too long for the memory is the same one, mapped from a file that has no name, and gives the same batches."""
         path = tmp_path / "a"
         path.write_text("".join(f"line {i} é\n" for i in range(2000)), encoding="utf-8")
         whole = read_texts([str(path)], name="x")
-        monkeypatch.setattr("picogpt.data.text.IN_MEMORY", 1000)
-        monkeypatch.setattr("picogpt.data.text._BLOCK", 300)
+        monkeypatch.setattr("picogpt.data.text.MAX_CHARS_IN_MEMORY", 1000)
+        monkeypatch.setattr("picogpt.data.text._BLOCK_BYTES", 300)
         mapped = read_texts([str(path)], name="x", scratch=tmp_path)
         sources = [TextSource(corpus, sequence_len=50, batch_size=3, seed=0) for corpus in (whole, mapped)]
 
@@ -173,8 +173,8 @@ class TestText:
         """However much of it is read, by the fingerprint or in batches, the pages are given back."""
         path = tmp_path / "a"
         path.write_text("some more text\n" * 400_000)
-        monkeypatch.setattr("picogpt.data.text.IN_MEMORY", 1000)
-        monkeypatch.setattr("picogpt.data.text._BLOCK", 1 << 18)
+        monkeypatch.setattr("picogpt.data.text.MAX_CHARS_IN_MEMORY", 1000)
+        monkeypatch.setattr("picogpt.data.text._BLOCK_BYTES", 1 << 18)
         corpus = read_texts([str(path)], name="x", scratch=tmp_path)
         source = TextSource(corpus, sequence_len=1000, batch_size=8, seed=0)
         assert corpus.fingerprint
@@ -189,10 +189,10 @@ class TestText:
         """A disk that fills on the way is one line, and nothing stays on it."""
         path = tmp_path / "a"
         path.write_text("text\n" * 1000)
-        monkeypatch.setattr("picogpt.data.text.IN_MEMORY", 100)
+        monkeypatch.setattr("picogpt.data.text.MAX_CHARS_IN_MEMORY", 100)
         monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Path("/dev/full").open("wb"))  # noqa: SIM115
 
-        with pytest.raises(DataError, match=r"no room for the ids of a long text.*No space left on device.*another --logs-dir"):
+        with pytest.raises(DataError, match=r"no space for the ids of a long text.*No space left on device.*another --logs-dir"):
             read_texts([str(path)], name="x", scratch=tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -256,7 +256,7 @@ class TestCorpora:
 
         assert path.read_bytes() == server.content
         assert corpus.name == "tinyshakespeare"
-        assert notices == ["fetched Tiny Shakespeare to dataset/tinyshakespeare.txt"]
+        assert notices == ["downloaded Tiny Shakespeare to dataset/tinyshakespeare.txt"]
         assert bool(progress) == (name == "tinyshakespeare")
         server.content = b"gone"
         assert self.load(name)[1] == []
@@ -265,7 +265,7 @@ class TestCorpora:
         """A page that is not the text is not kept."""
         server.content = b"<html>please log in</html>"
 
-        with pytest.raises(DataError, match="what came is another file"):
+        with pytest.raises(DataError, match="the download has a wrong SHA-256"):
             self.load("tinyshakespeare")
         assert not Path("dataset").exists()
 
@@ -295,17 +295,19 @@ class TestCorpora:
         """Without a network the named text is one clear line, and auto is the sample, saying why."""
         monkeypatch.setattr(corpora, "TINY_SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
 
-        with pytest.raises(DataError, match="Tiny Shakespeare cannot be fetched .*put the file at dataset/tinyshakespeare.txt"):
+        with pytest.raises(
+            DataError, match="Tiny Shakespeare cannot be downloaded .*put the file at dataset/tinyshakespeare.txt"
+        ):
             self.load("tinyshakespeare")
         corpus, notices, _ = self.load("auto")
         assert corpus.name == "sample"
-        assert re.search("cannot be fetched .*; using the sample play instead", notices[0])
+        assert re.search("cannot be downloaded .*; using the sample play instead", notices[0])
 
     def test_no_hypertext(self, server: type[_Handler], monkeypatch: pytest.MonkeyPatch) -> None:
         """An answer that is no HTTP is one clear line too."""
         monkeypatch.setattr(_Handler, "send_response", lambda self, _: self.wfile.write(b"junk\r\n\r\n"))
 
-        with pytest.raises(DataError, match="Tiny Shakespeare cannot be fetched"):
+        with pytest.raises(DataError, match="Tiny Shakespeare cannot be downloaded"):
             self.load("tinyshakespeare")
 
     def test_slow_network(self, server: type[_Handler], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +319,7 @@ class TestCorpora:
             answered.wait(10)
             return b""
 
-        monkeypatch.setattr(corpora, "SHORT_PATIENCE", 0.05)
+        monkeypatch.setattr(corpora, "AUTO_TIMEOUT", 0.05)
         monkeypatch.setattr(corpora, "_download", hang)
         corpus, notices, _ = self.load("auto")
 
@@ -401,9 +403,9 @@ class TestBatches:
     def test_short_text(self) -> None:
         """A text without room for a roll says how much is needed, and that much is enough."""
         config = TrainConfig(batch_size=2, windows=10)
-        with pytest.raises(DataError, match="tiny: too short, 30 characters where rolls of 80 need at least 91"):
+        with pytest.raises(DataError, match="tiny: too short, 30 characters where sequences of 80 need at least 91"):
             tiny_source(config, n_chars=30)
-        with pytest.raises(DataError, match="too short, 1 characters where rolls of 80 need at least 91"):
+        with pytest.raises(DataError, match="too short, 1 characters where sequences of 80 need at least 91"):
             TextSource(Corpus(name="x", ids=np.ones(1, np.uint8)), sequence_len=80, batch_size=1, seed=0)
         ids = np.ones(91, dtype=np.uint8)
 
@@ -414,4 +416,4 @@ def corpora_share() -> float:
     """The share of a text that is trained on."""
     from picogpt.data import batches
 
-    return batches.TRAIN_SHARE
+    return batches.TRAIN_FRACTION

@@ -14,7 +14,7 @@ import pytest
 
 from picogpt.cli import train
 from picogpt.data import ArticleReader, StreamSpec, articles, find_shards, local, resolve_stream
-from picogpt.data.articles import Place
+from picogpt.data.articles import Cursor
 from picogpt.data.hub import read_rows
 from picogpt.errors import ConfigError, DataError
 from picogpt.runs.folder import RunFolder
@@ -88,7 +88,7 @@ def test_names_are_literal(here: Path, name: str) -> None:
     assert spec.is_folder
     assert shards.files == (f"{here.resolve().as_posix()}/{name}/train-{name}.jsonl",)
     assert [row for file in shards.files for row in read_rows(shards, file, 0)] == [("mine",), ("mine too",)]
-    assert next(ArticleReader(shards, 0, print).articles(Place(0, 0, 0))).empty_before == 0
+    assert next(ArticleReader(shards, 0, print).articles(Cursor(0, 0, 0))).empty_before == 0
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_a_folder_before_a_part(here: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("file.jsonl", "dataset file.jsonl is a file; name the folder that it is in"),
+        ("file.jsonl", "dataset file.jsonl is a file; name its folder"),
         ("./gone", r"dataset ./gone: there is no such folder"),
         ("/nowhere/gone", "dataset /nowhere/gone: there is no such folder"),
     ],
@@ -195,9 +195,9 @@ def test_parts_listed_in_the_readme(here: Path) -> None:
     assert names_of(here, "one") == ["one/a.jsonl"]
     assert names_of(here, "two") == ["two/train.jsonl"]
     assert names_of(here, "three") == ["deep/er/a.jsonl", "three [x].jsonl"]
-    with pytest.raises(DataError, match=r"lists several parts; name one as .*:PART, of one, two, three"):
+    with pytest.raises(DataError, match=r"lists several configurations; name one as .*:CONFIG, of one, two, three"):
         names_of(here)
-    with pytest.raises(DataError, match=r"lists no part four; name one as .*:PART, of one, two, three"):
+    with pytest.raises(DataError, match=r"lists no configuration four; name one as .*:CONFIG, of one, two, three"):
         names_of(here, "four")
     (here / "README.md").write_text(README.replace("data_dir: two", "data_dir: two\n  default: true"))
     assert names_of(here) == ["two/train.jsonl"]
@@ -206,10 +206,10 @@ def test_parts_listed_in_the_readme(here: Path) -> None:
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
-        ("configs: [", "README.md: the YAML at its beginning is damaged"),
-        ("configs: 3", "README.md: its configs are no list of parts"),
-        ("configs:\n- data_files: ../*", r"README.md: \.\./\* is outside of the folder"),
-        ("configs:\n- data_files: none/*", "it has no files of a part named train; there are train"),
+        ("configs: [", "README.md: invalid YAML at its beginning"),
+        ("configs: 3", "README.md: its configs are not a list of configurations"),
+        ("configs:\n- data_files: ../*", r"README.md: \.\./\* is outside the folder"),
+        ("configs:\n- data_files: none/*", "it has no train split; it has train"),
     ],
 )
 def test_damaged_readme(here: Path, yaml: str, message: str) -> None:
@@ -224,9 +224,9 @@ def test_damaged_readme(here: Path, yaml: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "the folder is empty; a data set is files of .parquet, .arrow, .jsonl"),
-        (["a.pdf", ".hidden.jsonl"], "no file of a data set in it; a data set is files of .parquet"),
-        (["test.jsonl", "dev.jsonl"], "it has no files of a part named train; there are validation, test"),
+        ([], "the folder is empty; a data set has files of .parquet, .arrow, .jsonl"),
+        (["a.pdf", ".hidden.jsonl"], "no data files in it; a data set has files of .parquet"),
+        (["test.jsonl", "dev.jsonl"], "it has no train split; it has validation, test"),
     ],
 )
 def test_nothing_to_train_on(here: Path, names: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -332,20 +332,20 @@ DAMAGED = [
     (".parquet", parquet_of("body"), "it has no column text; name one of body with --text-column"),
     (".parquet", b"<html>", "cannot be read"),
     (".jsonl", b"", "it is empty, 0 bytes"),
-    (".jsonl", GOOD[".jsonl"][:-5], "its last line is no whole JSON object"),
+    (".jsonl", GOOD[".jsonl"][:-5], "its last line is not a complete JSON object"),
     (".jsonl", b'{"body": "x"}\n', "it has no column text; name one of body with --text-column"),
-    (".jsonl", '{"text": "é"}\n'.encode("latin-1"), "not a text in UTF-8"),
-    (".jsonl", b'{"text": "x"}\n'.decode().encode("utf-16"), "not a text in UTF-8"),
-    (".jsonl", b"[1]\n", "a list that does not hold objects alone"),
-    (".jsonl", b"3\n", "line 1 is no JSON object"),
+    (".jsonl", '{"text": "é"}\n'.encode("latin-1"), "not UTF-8 text"),
+    (".jsonl", b'{"text": "x"}\n'.decode().encode("utf-16"), "not UTF-8 text"),
+    (".jsonl", b"[1]\n", "the list contains something other than objects"),
+    (".jsonl", b"3\n", "line 1 is not a JSON object"),
     (".jsonl", b"[" * 100_000 + b"\n", "cannot be read"),
-    (".jsonl", bytes(4096), "line 1 is no whole JSON object"),
+    (".jsonl", bytes(4096), "line 1 is not a complete JSON object"),
     (".csv", b"", "it is empty, 0 bytes"),
     (".csv", b"body,n\nx,1\n", "it has no column text; name one of body, n with --text-column"),
     (".csv", b"text,n\nx\n", "line 2 has 1 fields where the first line has 2"),
     (".csv", b'text,n\n"x\n', "cannot be read"),
     (".txt", b"", "it is empty, 0 bytes"),
-    (".txt", b"caf\xe9\n", "not a text in UTF-8"),
+    (".txt", b"caf\xe9\n", "not UTF-8 text"),
     (".jsonl.gz", GOOD[".jsonl.gz"][:-20], "cannot be read"),
     (".jsonl.gz", b"no gzip", "cannot be read"),
 ]
@@ -373,9 +373,13 @@ def test_damage_is_one_line(
 @pytest.mark.parametrize(
     ("suffix", "content", "message"),
     [
-        (".jsonl", b'{"text": "an article"}\n' * 99 + b"{half\n" + b'{"text": "an article"}\n' * 9, "line 100 is no whole JSON"),
+        (
+            ".jsonl",
+            b'{"text": "an article"}\n' * 99 + b"{half\n" + b'{"text": "an article"}\n' * 9,
+            "line 100 is not a complete JSON",
+        ),
         (".jsonl", b'{"text": "an article"}\n' * 99 + b'{"text": 3}\n{"text": "x"}\n', "column text holds int, not text"),
-        pytest.param(".txt", b"an article\n" * 9999 + b"caf\xe9\n", "not a text in UTF-8", marks=pytest.mark.slow),
+        pytest.param(".txt", b"an article\n" * 9999 + b"caf\xe9\n", "not UTF-8 text", marks=pytest.mark.slow),
         (".csv", b"text\n" + b"an article\n" * 99 + b'"a"b\n', "cannot be read"),
     ],
 )

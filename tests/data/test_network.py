@@ -29,9 +29,9 @@ from picogpt.data import (
     outage,
     stream,
 )
-from picogpt.data.articles import Place
+from picogpt.data.articles import Cursor
 from picogpt.data.network import check_environment
-from picogpt.data.outage import Outage, in_background
+from picogpt.data.outage import Outage, run_in_thread
 from picogpt.errors import DataError
 from tests.conftest import HUB_PORT
 from tests.data.test_stream import FLAGS, NOWHERE, README, SHARDS, article, decode, parquet
@@ -46,7 +46,7 @@ WIKIPEDIA = NAMED_STREAMS["wikipedia"]
 def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short waits, a small pool, and a folder to run in."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(network, "SILENCE", 0.3)
+    monkeypatch.setattr(network, "REQUEST_TIMEOUT", 0.3)
     monkeypatch.setattr(outage, "LONGEST_WAIT", 0.01)
     monkeypatch.setattr(stream, "POOL", 8)
     monkeypatch.setattr(articles, "VALIDATION_CHARS", 500)
@@ -85,8 +85,8 @@ def resume(shards: Shards) -> list[str]:
     """Ask for all that the rest of a pass asks for."""
     forget()
     found = []
-    for item in ArticleReader(shards, 7, lambda _: None).articles(Place(0, 0, 5)):
-        if item.place.epoch:
+    for item in ArticleReader(shards, 7, lambda _: None).articles(Cursor(0, 0, 5)):
+        if item.cursor.epoch:
             break
         found.append(decode(item.ids))
     return found
@@ -138,7 +138,7 @@ def test_a_start_gives_up_after_a_stated_time(
     monkeypatch.setattr(hub, "START_PATIENCE", 0.2)
     monkeypatch.setattr("picogpt.data.START_PATIENCE", 0.2)
     monkeypatch.setattr(outage, "DAMAGE_PATIENCE", 0.2)
-    monkeypatch.setattr(network, "SILENCE", 0.05)
+    monkeypatch.setattr(network, "REQUEST_TIMEOUT", 0.05)
     forget()
     find_shards(WIKIPEDIA)
     # The one after those for the list of files and the columns is for the validation text.
@@ -194,7 +194,9 @@ def test_damage_on_the_hub_is_not_waited_for_a_day(monkeypatch: pytest.MonkeyPat
             waiting.wait("x", "reset")
         waiting.wait("x", "wrong bytes", damaged=True)
     waiting.over()
-    with pytest.raises(DataError, match=r"x: cannot be read, tried for 31 s \(reset\); the file is damaged or of another kind"):
+    with pytest.raises(
+        DataError, match=r"x: cannot be read, tried for 31 s \(reset\); the file is damaged or has another format"
+    ):
         fail_for_ever(waiting, damaged=True)
 
 
@@ -218,8 +220,8 @@ def test_formats_of_the_hub(name: str) -> None:
         shards = find_shards(StreamSpec(name="some/thing", path="some/thing"))
         served.faults += ["short", "cut", "reset"]
         found = []
-        for item in ArticleReader(shards, 7, lambda _: None).articles(Place(0, 0, 0)):
-            if item.place.epoch:
+        for item in ArticleReader(shards, 7, lambda _: None).articles(Cursor(0, 0, 0)):
+            if item.cursor.epoch:
                 break
             found.append(decode(item.ids))
 
@@ -231,9 +233,9 @@ def test_formats_of_the_hub(name: str) -> None:
     ("files", "message"),
     [
         ({"train.csv": b"body,n\nx,1\n"}, "some/thing: it has no column text; name one of body, n with --text-column"),
-        ({"train.jsonl": b""}, "some/thing: cannot be read, tried for .* s .it holds no row.; the file is damaged"),
-        ({"a.xyz": b"x"}, "some/thing: there is no file of a data set in it"),
-        ({}, "some/thing: there is no file of a data set in it"),
+        ({"train.jsonl": b""}, "some/thing: cannot be read, tried for .* s .it has no rows.; the file is damaged"),
+        ({"a.xyz": b"x"}, "some/thing: it has no data files"),
+        ({}, "some/thing: it has no data files"),
         ({"train.parquet": b"no parquet"}, "some/thing: cannot be read, tried for .* s .*; the file is damaged"),
         ({"train.txt": b"caf\xe9"}, "some/thing: cannot be read, tried for .* s .*; the file is damaged"),
     ],
@@ -251,20 +253,20 @@ def test_what_is_wrong_on_the_hub(files: dict[str, bytes], message: str, monkeyp
     ("variable", "value", "message"),
     [
         ("ALL_PROXY", "socks5://127.0.0.1:1080", r"socks5://127.0.0.1:1080: SOCKS proxies need one more package; pip install"),
-        ("all_proxy", "http://[::1", "no address; set it to http://HOST:PORT"),
-        ("HTTPS_PROXY", "ftp://proxy", "no address"),
-        ("HTTPS_PROXY", "http://joe:secret@proxy:0", r"'http://\*\*\*@proxy:0' is no address"),
-        ("HTTP_PROXY", "joe:sec/r@t@proxy:0", r"'http://\*\*\*@proxy:0' is no address"),
+        ("all_proxy", "http://[::1", "not a valid address; set it to http://HOST:PORT"),
+        ("HTTPS_PROXY", "ftp://proxy", "not a valid address"),
+        ("HTTPS_PROXY", "http://joe:secret@proxy:0", r"'http://\*\*\*@proxy:0' is not a valid address"),
+        ("HTTP_PROXY", "joe:sec/r@t@proxy:0", r"'http://\*\*\*@proxy:0' is not a valid address"),
         ("ALL_PROXY", "socks5://joe:secret@127.0.0.1:1080", r"ALL_PROXY: socks5://\*\*\*@127.0.0.1:1080: SOCKS proxies need"),
-        ("https_proxy", "http://host:port", "no address"),
-        ("HTTP_PROXY", "://", "no address"),
-        ("HTTP_PROXY", "http://a b:3", "no address"),
-        ("HF_ENDPOINT", "notaurl", "'notaurl' is no address; set it to https://huggingface.co"),
-        ("HF_ENDPOINT", "https://", "no address"),
-        ("HF_TOKEN", "\u201chf_abc\u201d", "'\u201c' cannot be part of a token; copy it anew"),
+        ("https_proxy", "http://host:port", "not a valid address"),
+        ("HTTP_PROXY", "://", "not a valid address"),
+        ("HTTP_PROXY", "http://a b:3", "not a valid address"),
+        ("HF_ENDPOINT", "notaurl", "'notaurl' is not a valid address; set it to https://huggingface.co"),
+        ("HF_ENDPOINT", "https://", "not a valid address"),
+        ("HF_TOKEN", "\u201chf_abc\u201d", "'\u201c' cannot be part of a token; copy it again"),
         ("HF_TOKEN", "hf_a bc", "' ' cannot be part of a token"),
         ("HUGGING_FACE_HUB_TOKEN", "hf_\u00e9", "'\u00e9' cannot be part of a token"),
-        ("HF_HUB_OFFLINE", "1", "HF_HUB_OFFLINE is set, and a stream needs the hub; unset HF_HUB_OFFLINE to go on"),
+        ("HF_HUB_OFFLINE", "1", "HF_HUB_OFFLINE is set, and a stream needs the hub; unset HF_HUB_OFFLINE, or use --text"),
     ],
 )
 def test_malformed_variables(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str) -> None:
@@ -304,7 +306,9 @@ def test_malformed_variables_at_a_start_and_a_resume(
     hub._library.cache_clear()
     for flags in (["--run", "wikipedia", "--epochs", "2"], ["--dataset", "wikipedia", "--run", "new", *FLAGS]):
         assert train.main(flags) == 1
-        assert capsys.readouterr().err.startswith("picogpt-train: ALL_PROXY: 'nonsense://' is no address; set it to http://HOST")
+        assert capsys.readouterr().err.startswith(
+            "picogpt-train: ALL_PROXY: 'nonsense://' is not a valid address; set it to http://HOST"
+        )
     assert served.requests == []
     monkeypatch.delenv("ALL_PROXY")
 
@@ -313,8 +317,8 @@ def test_a_stored_token_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """The file that a login has left is named."""
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "\u201chf_abc\u201d")
 
-    with pytest.raises(DataError, match="token: it holds no token; log in anew, or delete the file"):
-        network.connect_once()
+    with pytest.raises(DataError, match="token: it has no valid token; log in again, or delete the file"):
+        network.disable_retries()
 
 
 def test_certificates_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +331,7 @@ def test_certificates_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(
         DataError, match=r"no connection can be made \(/gone.pem: No such file or directory\); check NO_PROXY, SSL_CERT"
     ):
-        network.connect_once()
+        network.disable_retries()
 
 
 def test_a_cache_that_cannot_be_written(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,18 +341,16 @@ def test_a_cache_that_cannot_be_written(served: Hub, monkeypatch: pytest.MonkeyP
         raise OSError(30, "Read-only file system", "/home/me/.cache")
 
     monkeypatch.setattr(hub, "_ask_hub", refused)
-    with pytest.raises(
-        DataError, match=r"\(/home/me/.cache: Read-only file system\); set HF_HOME to a folder that can be written"
-    ):
+    with pytest.raises(DataError, match=r"\(/home/me/.cache: Read-only file system\); set HF_HOME to a writable folder"):
         find_shards(WIKIPEDIA)
 
 
 def test_work_in_the_background() -> None:
     """Its answer and its error come back, and its pause ends once nobody waits."""
-    assert in_background(lambda pause: pause(0)) is False
+    assert run_in_thread(lambda pause: pause(0)) is False
 
     with pytest.raises(ZeroDivisionError):
-        in_background(lambda _: 1 // 0)
+        run_in_thread(lambda _: 1 // 0)
 
 
 def texts(rows: list[str]) -> Any:
@@ -360,7 +362,7 @@ def test_a_stream_too_short_for_a_sequence() -> None:
     """A whole pass without text for one sequence is one line, at a first start and while batches are drawn."""
     reader = ArticleReader(SHARDS, 7, lambda _: None, texts(["short"] * 9))
     message = (
-        r"file-0 and 2 more files: too short, \d+ characters to train on where a sequence takes 1,001 \(one article in 20 is"
+        r"file-0 and 2 more files: too short, \d+ characters to train on where a sequence needs 1,001 \(one article in 20 is"
     )
     with pytest.raises(DataError, match=message):
         draw_validation(reader, sequence_len=1000)
@@ -381,7 +383,7 @@ def test_nothing_but_validation() -> None:
     """A data set whose every article is for validation has nothing to train on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(articles, "_is_for_validation", lambda *_: True)
-        with pytest.raises(DataError, match="too short, 0 characters to train on where a sequence takes 11 "):
+        with pytest.raises(DataError, match="too short, 0 characters to train on where a sequence needs 11 "):
             draw_validation(ArticleReader(SHARDS, 7, lambda _: None, texts(["an article"])), sequence_len=10)
 
 
@@ -394,7 +396,7 @@ def test_a_sequence_over_two_passes_is_enough_where_a_pass_has_one() -> None:
         batch_size=2,
         seed=0,
     )
-    source._place = Place(3, 2, 8)
+    source._cursor = Cursor(3, 2, 8)
     source.begin(NOWHERE)
 
     assert source.train_batch(0).inputs.shape == (2, 40)
@@ -405,7 +407,7 @@ def test_a_bug_in_the_reader_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever ends the reader's thread reaches whoever takes articles; nobody waits for ever."""
     reader = ArticleReader(SHARDS, 7, lambda _: None, texts(["x"]))
     monkeypatch.setattr(reader, "_encode", lambda _: 1 // 0)
-    reader.start(Place(0, 0, 0))
+    reader.start(Cursor(0, 0, 0))
 
     with pytest.raises(ZeroDivisionError):
         reader.take(lambda: False)

@@ -33,7 +33,7 @@ def test_endings_and_hidden_files(tmp_path: Path) -> None:
 
     assert find(tmp_path) == (
         ["A.TXT", "b.txt", "notes.Md", "sub/c.txt"],
-        ["files to read: 4 (passed over: 4 hidden, 2 .pdf, 1 without an ending)"],
+        ["files to read: 4 (skipped: 4 hidden, 2 .pdf, 1 without a suffix)"],
     )
 
 
@@ -55,8 +55,8 @@ def test_links(tmp_path: Path) -> None:
     files, notices = find(tmp_path)
 
     assert files == ["again.txt"]
-    assert notices[0] == "files to read: 1 (passed over: 1 linked, 1 no plain file)"
-    assert notices[1] == f"read once, as the content is the same: {tmp_path}/sub/a.txt (as {tmp_path}/again.txt)"
+    assert notices[0] == "files to read: 1 (skipped: 1 linked, 1 not a regular file)"
+    assert notices[1] == f"duplicates, read once: {tmp_path}/sub/a.txt (same as {tmp_path}/again.txt)"
 
 
 def test_the_same_content_is_read_once(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_many_copies_are_counted(tmp_path: Path) -> None:
     for i in range(6):
         (tmp_path / f"{i}.txt").write_text("the same")
 
-    assert find(tmp_path)[1][-1].endswith("3.txt (as " + str(tmp_path / "0.txt") + ") and 2 more")
+    assert find(tmp_path)[1][-1].endswith("3.txt (same as " + str(tmp_path / "0.txt") + ") and 2 more")
 
 
 def test_missing_files_are_left_to_their_reader(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_folder_without_texts(tmp_path: Path) -> None:
     """What was passed over is said."""
     make(tmp_path, "x.pdf", ".a.txt")
 
-    with pytest.raises(DataError, match=r"the folder holds no \.txt or \.md file \(passed over: 1 hidden, 1 \.pdf\); give one"):
+    with pytest.raises(DataError, match=r"the folder has no \.txt or \.md file \(skipped: 1 hidden, 1 \.pdf\); name another"):
         find(tmp_path)
 
 

@@ -41,7 +41,7 @@ from picogpt.data import (
     resolve_stream,
     stream,
 )
-from picogpt.data.articles import Article, Place
+from picogpt.data.articles import Article, Cursor
 from picogpt.data.outage import Outage
 from picogpt.data.shards import Row
 from picogpt.errors import ConfigError, DataError
@@ -126,10 +126,10 @@ def test_every_article_is_read_once_a_pass() -> None:
     """In a pass each article that is not empty comes once, in the order of its file, files in another order each pass."""
     reader = ArticleReader(SHARDS, 7, lambda _: None, rows_of)
     read = []
-    for item in reader.articles(Place(0, 0, 0)):
-        if item.place.epoch == 2:
+    for item in reader.articles(Cursor(0, 0, 0)):
+        if item.cursor.epoch == 2:
             break
-        read.append((item.place.epoch, decode(item.ids).partition(" ")[0]))
+        read.append((item.cursor.epoch, decode(item.ids).partition(" ")[0]))
     expected = {f"({n})" for n in range(600) if n % 11}
 
     for epoch in (0, 1):
@@ -150,7 +150,7 @@ def test_text_is_cut_without_loss() -> None:
     text = decode(np.concatenate([sequences[0], *(sequence[1:] for sequence in sequences[1:])]))
     reader = ArticleReader(SHARDS, 7, lambda _: None, rows_of)
     joined = ""
-    for item in reader.articles(Place(0, 0, 0)):
+    for item in reader.articles(Cursor(0, 0, 0)):
         if not item.for_validation:
             joined += decode(item.ids) + "\n\n"
         if len(joined) > len(text):
@@ -172,9 +172,9 @@ def test_share_of_text() -> None:
             source = make_source()
             source.restore(arrays, plain)
     source.close()
-    place, found = source._place, dict.fromkeys(("train", "val", "train chars", "val chars", "empty"), 0)
-    for item in ArticleReader(SHARDS, 7, lambda _: None, rows_of).articles(Place(0, 0, 0)):
-        if item.place >= place:
+    cursor, found = source._cursor, dict.fromkeys(("train", "val", "train chars", "val chars", "empty"), 0)
+    for item in ArticleReader(SHARDS, 7, lambda _: None, rows_of).articles(Cursor(0, 0, 0)):
+        if item.cursor >= cursor:
             break
         side = "val" if item.for_validation else "train"
         found[side] += 1
@@ -203,8 +203,8 @@ def test_batches_mix_articles() -> None:
 def sides(seed: int) -> dict[str, bool]:
     """Of each article of the first pass, whether it is for validation."""
     found: dict[str, bool] = {}
-    for item in ArticleReader(SHARDS, seed, lambda _: None, rows_of).articles(Place(0, 0, 0)):
-        if item.place.epoch:
+    for item in ArticleReader(SHARDS, seed, lambda _: None, rows_of).articles(Cursor(0, 0, 0)):
+        if item.cursor.epoch:
             return found
         found[decode(item.ids).partition(" ")[0]] = item.for_validation
     return found
@@ -230,7 +230,7 @@ def test_question_and_answer() -> None:
     shards = Shards(files=("f",), format="parquet", columns=("question", "response"), commit=COMMIT)
     reader = ArticleReader(shards, 0, lambda _: None, lambda *_: iter([("Why?", "Because.")]))
 
-    assert decode(next(reader.articles(Place(0, 0, 0))).ids) == "<Q>why?</Q>\n<A>because.</A>"
+    assert decode(next(reader.articles(Cursor(0, 0, 0))).ids) == "<Q>why?</Q>\n<A>because.</A>"
 
 
 class Broken:
@@ -378,7 +378,7 @@ def test_folder_without_a_part_for_training(here: Path) -> None:
     """The parts that there are, are named."""
     (here / "test.jsonl").write_text('{"text": "one"}\n')
 
-    with pytest.raises(DataError, match="it has no files of a part named train; there are test"):
+    with pytest.raises(DataError, match="it has no train split; it has test"):
         find_shards(StreamSpec(name="x", path=str(here)))
 
 
@@ -397,7 +397,7 @@ def test_nothing_but_empty_articles() -> None:
     reader = ArticleReader(SHARDS, 7, lambda _: None, lambda *_: iter([("",)] * 5))
 
     with pytest.raises(DataError, match="no text in the whole data set"):
-        next(reader.articles(Place(0, 0, 0)))
+        next(reader.articles(Cursor(0, 0, 0)))
 
 
 def test_too_small_for_validation() -> None:
@@ -405,7 +405,7 @@ def test_too_small_for_validation() -> None:
     only = next(file for file in FILES if not articles._is_for_validation(file, 0))
     reader = ArticleReader(SHARDS, 7, lambda _: None, lambda file, row: iter([("one",)] if file == only else []))
 
-    with pytest.raises(DataError, match="file-0 and 2 more files: too small, not one article in it is for validation"):
+    with pytest.raises(DataError, match="file-0 and 2 more files: too small, no article is held out for validation"):
         draw_validation(reader)
 
 
@@ -506,11 +506,11 @@ EXPECTED = [article(i) for i in range(750) if i % 7 and i % 11]
 def first_pass(shards: Shards, notices: list[str]) -> list[str]:
     """All texts of the first pass, in the data set's own order."""
     found: dict[str, list[str]] = {}
-    for item in ArticleReader(shards, 7, notices.append).articles(Place(0, 0, 0)):
-        if item.place.epoch:
+    for item in ArticleReader(shards, 7, notices.append).articles(Cursor(0, 0, 0)):
+        if item.cursor.epoch:
             break
         text = decode(item.ids)
-        found.setdefault(str(item.place.file), []).append(text)
+        found.setdefault(str(item.cursor.file), []).append(text)
     return sorted(itertools.chain(*found.values()), key=EXPECTED.index)
 
 
@@ -557,13 +557,13 @@ def test_what_the_hub_refuses_is_final(hub: Hub, library: Shards, at_once: None,
 class Logged(ArticleReader):
     """Notes the place of every article that is taken."""
 
-    def __init__(self, shards: Shards, log: list[Place]) -> None:
+    def __init__(self, shards: Shards, log: list[Cursor]) -> None:
         super().__init__(shards, 7, lambda _: None)
         self.log = log
 
     def take(self, stop: Any) -> Article:
         item = super().take(stop)
-        self.log.append(item.place)
+        self.log.append(item.cursor)
         return item
 
 
@@ -574,7 +574,7 @@ def test_random_resumes_lose_and_repeat_nothing(library: Shards) -> None:
         return StreamSource(Logged(library, log), np.zeros(100, np.uint8), sequence_len=40, batch_size=2, seed=7)
 
     generator = random.Random(0)
-    log: list[Place] = []
+    log: list[Cursor] = []
     found: list[bytes] = []
     running = source()
     running.begin(NOWHERE)
@@ -589,7 +589,7 @@ def test_random_resumes_lose_and_repeat_nothing(library: Shards) -> None:
     found += batches(running, range(len(found), len(found) + 20))
     running.close()
     undisturbed = ArticleReader(library, 7, lambda _: None)
-    expected = [item.place for item in itertools.islice(undisturbed.articles(Place(0, 0, 0)), len(log))]
+    expected = [item.cursor for item in itertools.islice(undisturbed.articles(Cursor(0, 0, 0)), len(log))]
     lost, repeated = len(set(expected) - set(log)), len(log) - len(set(log))
 
     assert (lost, repeated) == (0, 0), f"{10 * TIMES} resumes, {len(log):,} articles"
@@ -604,12 +604,12 @@ def test_random_resumes_lose_and_repeat_nothing(library: Shards) -> None:
 def test_going_on_downloads_no_more_than_the_current_file(hub: Hub, library: Shards) -> None:
     """From a place in the last file on, no other file is asked for."""
     reader = ArticleReader(library, 7, lambda _: None)
-    place = Place(0, 2, 5)
+    cursor = Cursor(0, 2, 5)
     hub.requests.clear()
-    next(reader.articles(place))
+    next(reader.articles(cursor))
 
     asked = {request.rpartition("/")[2] for request in hub.requests if ".parquet" in request}
-    assert asked == {reader._file(place).rpartition("/")[2]}
+    assert asked == {reader._file(cursor).rpartition("/")[2]}
 
 
 @pytest.fixture
@@ -715,7 +715,7 @@ def test_going_on_without_the_hub(hub: Hub, here: Path) -> None:
         code, out, err = finish(process)
 
     assert offline[0] == changed[0] == 1
-    assert "unset HF_HUB_OFFLINE to go on" in offline[2]
+    assert "unset HF_HUB_OFFLINE, or use --text" in offline[2]
     assert re.search(rf"wikipedia@{COMMIT}/.*parquet: cannot be read \(.*\); .*--fresh starts over", changed[2])
     assert re.search(r"train-0000\d-of-00003.parquet, row \d+: ConnectError: .*refused; no answer for 0 s, retrying for", failed)
     assert (code, out.count("epoch 3 of 3")) == (0, 1), err
@@ -726,10 +726,10 @@ def test_going_on_without_the_hub(hub: Hub, here: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "changes", "message"),
     [
-        (["--dataset", "nobody/nothing"], {}, "nobody/nothing: no such data set on the hub, or one that needs permission"),
+        (["--dataset", "nobody/nothing"], {}, "nobody/nothing: no such data set on the hub, or it needs permission"),
         (["--dataset", "wikimedia/wikipedia:20231101.xx"], {}, "BuilderConfig '20231101.xx' not found"),
         (["--text-column", "body"], {}, "wikimedia/wikipedia: it has no column body; name one of id, text with --text-column"),
-        ([], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, and a stream needs the hub; unset HF_HUB_OFFLINE to go on"),
+        ([], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, and a stream needs the hub; unset HF_HUB_OFFLINE, or use --text"),
     ],
     ids=["wrong name", "wrong part", "missing column", "offline"],
 )

@@ -15,7 +15,7 @@ from picogpt.cli import eval as evaluation
 from picogpt.cli import generate, train
 from picogpt.config import GPTConfig, TextConfig
 from picogpt.data import ArticleReader, Shards
-from picogpt.data.articles import Place
+from picogpt.data.articles import Cursor
 from picogpt.errors import RunError
 from picogpt.evaluation.texts import TrainedRun
 from picogpt.model.gpt import GPT
@@ -71,7 +71,7 @@ class TestTraining:
 
         assert "capitals become small letters; folded to ASCII: 420 (" in said
         assert "; no character unknown" in said
-        assert "; short, so soon learned by heart: better 100,000 characters or more" in said
+        assert "; short, so soon memorized: better 100,000 characters or more" in said
         assert data_of("novel")["fold"] is True
         assert text_of("novel") == TextConfig(fold=True, ids=tuple(sorted(set(CharTokenizer().encode(FOLDED).tolist()))))
 
@@ -120,9 +120,9 @@ class TestTraining:
         assert begin("--text", "notes", *TINY_FLAGS) == 0
         said = capsys.readouterr().err
 
-        assert "files to read: 2 (passed over: 1 hidden)" in said
+        assert "files to read: 2 (skipped: 1 hidden)" in said
         assert "notes/a.txt: not UTF-8; read as CP1252 (Western European)" in said
-        assert "notes/b.md: read as UTF-16-LE, which its byte order mark names" in said
+        assert "notes/b.md: read as UTF-16-LE, according to its byte order mark" in said
         assert "no character unknown" in said
 
     def test_sample_of_an_epoch_draws_what_the_text_holds(
@@ -150,10 +150,10 @@ class TestStreams:
         plain = ArticleReader(shards, 0, lambda _: None, rows((article,)), fold=False)
         decode = CharTokenizer().decode
 
-        assert decode(next(reader.articles(Place(0, 0, 0))).ids) == "one's cafe\n<?>"
+        assert decode(next(reader.articles(Cursor(0, 0, 0))).ids) == "one's cafe\n<?>"
         assert reader.tally.folded == {"’": 1, "é": 1}
         assert reader.tally.unknown == {"日": 1}
-        assert decode(next(plain.articles(Place(0, 0, 0))).ids) == "one<?>s caf<?>\n<?>"
+        assert decode(next(plain.articles(Cursor(0, 0, 0))).ids) == "one<?>s caf<?>\n<?>"
 
     def test_ids_of_a_stream(self) -> None:
         """All characters count as held; of questions and answers the tokens around them too."""

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from picogpt.cli.common import end_process
 from picogpt.data import ArticleReader, StreamSpec, find_shards
-from picogpt.data.articles import Place
+from picogpt.data.articles import Cursor
 
 reader = ArticleReader(find_shards(StreamSpec(name="x", path=str(Path.cwd()))), 0, print)
-reader.start(Place(0, 0, 0))
+reader.start(Cursor(0, 0, 0))
 reader.take(lambda: False)
 reader.close()
 print("read", end="")
