@@ -123,7 +123,7 @@ def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig) -> Rep
     from picogpt.data.resolve import Console
     from picogpt.evaluation.baselines import compressed_bits
     from picogpt.evaluation.report import Report
-    from picogpt.evaluation.scores import Scores
+    from picogpt.evaluation.scores import Scores, cut_sequences
     from picogpt.evaluation.texts import TrainedRun, find_eval_text, find_ngram_text
 
     engine = _load_engine(path, arguments.threads, arguments.dtype)
