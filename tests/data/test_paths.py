@@ -74,8 +74,8 @@ def test_the_same_content_is_read_once(tmp_path: Path) -> None:
         "none.txt",
     ]
     assert len(files) == 5
-    assert "copy.txt (as" in notices[1]
-    assert notices[1].count("(as") == 3
+    assert "copy.txt (same as" in notices[1]
+    assert notices[1].count("(same as") == 3
 
 
 def test_many_copies_are_counted(tmp_path: Path) -> None:
