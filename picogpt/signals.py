@@ -28,7 +28,7 @@ class StopRequest:
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
         """Take note of the signals instead of dying of them; the second one ends the process at once."""
-        # What the process was started to ignore, by nohup for instance, it goes on ignoring.
+        # A signal that the process was started to ignore, by nohup for instance, stays ignored.
         self._signals = [number for number in self._signals if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self._take_note) for number in self._signals}
         try:

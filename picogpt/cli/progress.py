@@ -83,7 +83,7 @@ class TrainingDisplay:
         self._say("\n".join(f"    {line}" for line in trainer.history.epochs[-1].sample.splitlines()))
 
     def _say(self, text: str) -> None:
-        """Print a result; once stdout is gone, no more, and training goes on."""
+        """Print a result; once stdout is closed, print no more and keep training."""
         if not self._stdout_alive:
             return
         try:

@@ -28,10 +28,10 @@ __all__ = ["build_parser", "command", "main"]
 
 
 def build_parser() -> Parser:
-    """The parser. Flags that were not given are None, so that a run that goes on keeps its own settings."""
+    """The parser. Flags that were not given are None, so that a resumed run keeps its own settings."""
     parser = Parser(
         "picogpt-train",
-        "Train a character GPT. A run that exists goes on where it stopped; Ctrl-C saves and ends it.",
+        "Train a character GPT. An existing run is resumed where it stopped; Ctrl-C saves and ends it.",
         "Results go to stdout, progress to stderr; the run is kept in LOGS_DIR/RUN.\n"
         "Several processes or machines: torchrun --nproc-per-node N -m -- picogpt.cli.train ... (docs/distributed.md)",
     )

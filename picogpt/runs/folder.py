@@ -9,6 +9,8 @@
 | `validation.safetensors`          | of a run on a stream: its validation text, drawn once                     |
 | `log.pkl`                         | the loss log, plain values only                                          |
 | `log.jpg`                         | its picture                                                              |
+| `log.html`                        | the page to watch: curve, samples, an excerpt shaded by probability      |
+| `epochs.json`                     | the page's samples and probabilities, an entry an epoch                  |
 | `eval.jpg`                        | the picture of an evaluation, where there was one                        |
 
 Every file is written whole or not at all. Nothing that is read can run code. Tensors are numpy arrays here, so that
@@ -233,6 +235,7 @@ class RunFolder:
             stream.truncate(0)
             stream.write(str(os.getpid()).encode())
             stream.flush()
+            # Safe under the lock: no other trainer is writing here.
             remove_leftovers(self.path)
             yield list(self._weaknesses(locked))
 
@@ -310,7 +313,7 @@ class RunFolder:
                 return checkpoint, None
             if rename:
                 replace(self.path / _CHECKPOINT, self.path / _DAMAGED)
-            return checkpoint, f"{faults[0]}; it is kept as {_DAMAGED}, and the run goes on from the checkpoint before it"
+            return checkpoint, f"{faults[0]}; it is kept as {_DAMAGED}, and the run resumes from the checkpoint before it"
         if faults:
             raise RunError(f"{'; '.join(faults)}; nothing to go on from: start over with --fresh, the folder is kept")
         raise RunError(f"{self.path}: no checkpoint to go on from; start over with --fresh, the folder is kept")

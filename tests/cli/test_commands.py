@@ -238,7 +238,7 @@ class TestTrain:
         for path in Path("logs/numbers").glob("checkpoint*"):
             path.write_bytes(b"")
         assert train.main(["--run", "numbers", "--epochs", "4"]) == 1
-        assert "nothing to go on from" in capsys.readouterr().err
+        assert "nothing to resume" in capsys.readouterr().err
 
     def test_minutes(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """A budget in minutes becomes a fixed number of steps, which a second start with the same budget keeps."""

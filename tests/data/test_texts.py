@@ -304,5 +304,5 @@ class TestModelFile:
         path = model.path / "model.safetensors"
         save_file({"w": np.zeros(1, np.float32)}, path, {"format": "1", "config": "{}", "text": '{"fold": 1}'})
 
-        with pytest.raises(RunError, match="damaged .what its metadata says of the text is not valid"):
+        with pytest.raises(RunError, match="damaged .the text in its metadata is not valid"):
             load_text_config(path)

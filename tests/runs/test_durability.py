@@ -267,7 +267,7 @@ def test_truncations_and_bit_flips(run: RunFolder) -> None:
         flipped[generator.randrange(len(good))] ^= 1 << generator.randrange(8)
         for bad in (good[: generator.randrange(len(good))], bytes(flipped)):
             path.write_bytes(bad)
-            with pytest.raises(RunError, match="nothing to go on from"):
+            with pytest.raises(RunError, match="nothing to resume"):
                 run.load_checkpoint()
 
 

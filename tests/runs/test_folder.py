@@ -76,7 +76,7 @@ class Attack:
         (b"not a pickle", "no loss log"),
         (pickle.dumps([1]), "no loss log"),
         (pickle.dumps({"losses": {}}), "KeyError"),
-        (pickle.dumps({**LOG.to_dict(), "chars": []}), "its lists are not of one length"),
+        (pickle.dumps({**LOG.to_dict(), "chars": []}), "its lists have different lengths"),
         (pickle.dumps(LOG.to_dict())[:-9], "no loss log"),
     ],
     ids=["empty", "text", "list", "keys missing", "lengths differ", "truncated"],
@@ -94,7 +94,7 @@ def test_hostile_log(run: RunFolder, tmp_path: Path) -> None:
     """A log that would run something is refused by the name of it, and runs nothing."""
     (run.path / "log.pkl").write_bytes(pickle.dumps(Attack(tmp_path / "marker")))
 
-    with pytest.raises(RunError, match=r"it names (posix|nt)\.system, and nothing is imported"):
+    with pytest.raises(RunError, match=r"it imports (posix|nt)\.system, which a log may not do"):
         run.read_log()
     assert not (tmp_path / "marker").exists()
 
@@ -146,20 +146,20 @@ def test_damaged_checkpoint(run: RunFolder, damage: Any) -> None:
     assert loaded.state == {"value": 1.0}
     assert fault is not None
     assert "checkpoint.safetensors" in fault
-    assert "the run goes on from the checkpoint before it" in fault
+    assert "resuming from the previous checkpoint" in fault
     assert (run.path / "checkpoint.damaged.safetensors").exists()
     run.save_checkpoint(checkpoint(3.0))
     assert run.load_checkpoint()[0].state == {"value": 3.0}
     for path in run.path.glob("checkpoint*"):
         damage(path)
-    with pytest.raises(RunError, match="nothing to go on from"):
+    with pytest.raises(RunError, match="nothing to resume"):
         run.load_checkpoint()
 
 
 def test_no_checkpoint(run: RunFolder) -> None:
     """A folder without one says so."""
     assert not run.has_checkpoint()
-    with pytest.raises(RunError, match="no checkpoint to go on from"):
+    with pytest.raises(RunError, match="no checkpoint to resume"):
         run.load_checkpoint()
 
 
@@ -189,7 +189,7 @@ def test_model_round_trip(run: RunFolder) -> None:
         ({"format": "1"}, "no picogpt model"),
         ({"format": "1", "config": "{"}, "no picogpt model"),
         ({"format": "1", "config": json.dumps({"n_layer": -1})}, "no picogpt model"),
-        ({"format": "2", "config": "{}"}, "format 2, where this version of picogpt reads up to 1"),
+        ({"format": "2", "config": "{}"}, "format 2 is not supported .at most 1."),
         ({}, "format 0, where"),
         ({"format": "x"}, "format None, where"),
     ],
@@ -205,7 +205,7 @@ def test_foreign_model(tmp_path: Path, metadata: dict[str, str], message: str) -
 
 def test_missing_model(tmp_path: Path) -> None:
     """A model that is not there says how to get one."""
-    with pytest.raises(RunError, match="there is no such file; train a model with picogpt-train"):
+    with pytest.raises(RunError, match="no such file; train a model with picogpt-train"):
         load_model(tmp_path / "model.safetensors")
 
 
@@ -277,7 +277,7 @@ def test_file_systems_without_locks(run: RunFolder, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("picogpt.runs.folder.fcntl.flock", flock)
     with run.lock() as weaknesses:
         assert weaknesses == [
-            f"{run.path}: this file system has no locks, so a second picogpt-train in this run would not be noticed; "
+            f"{run.path}: this file system has no locks, so a second picogpt-train in this run cannot be detected; "
             "start only one at a time"
         ]
 

@@ -27,7 +27,7 @@ def test_which_there_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_a_model(run: RunFolder) -> None:
-    """It knows English, has nothing to go on from, and its card has the loss of its log."""
+    """It knows English, has nothing to resume, and its card has the loss of its log."""
     engine = Engine.load(run.path / "model.safetensors")
     ids = CharTokenizer().encode("the king and his brother went down to the sea, and there they found that the ship was gone.")
     logits = RollingDecoder(engine, engine.config.context_len).prefill_all_logits(ids[None, :-1])[0].astype(np.float64)
