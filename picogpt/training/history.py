@@ -138,9 +138,7 @@ def describe_settings(state: TrainState, log: LossLog) -> dict[str, str]:
     model, train = state.model.config, state.config
     seconds, chars = [0.0, *log.seconds][-2:], [0, *log.chars][-2:]
     speed = (chars[-1] - chars[0]) / max(seconds[-1] - seconds[0], 1e-9)
-    shape = (
-        f"{plural(model.n_layer, 'layer')}, {plural(model.n_head, 'head')}, width {model.n_embd}, windows of {model.context_len}"
-    )
+    shape = f"{plural(model.n_layer, 'layer')}, {plural(model.n_head, 'head')}, width {model.n_embd}"
     kernels = kernels_name(state.model.transformer.kernels)
     threads = plural(torch.get_num_threads(), "thread")
     return {

@@ -100,6 +100,7 @@ def test_page() -> None:
     assert "<title>a run</title>" in page
     assert "20 characters/s in the last epoch" in page
     assert "2 sequences of 3 windows" in page
+    assert describe_settings(trainer, log)["model"].endswith("parameters: 2 layers, 2 heads, width 16, windows of 8")
     assert describe_settings(trainer, LossLog())["speed"] == "0 characters/s in the last epoch"
 
 
