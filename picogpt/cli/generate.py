@@ -42,11 +42,11 @@ def build_parser() -> Parser:
     )
     prompt = parser.add_argument_group("prompt")
     source = prompt.add_mutually_exclusive_group()
-    source.add_argument("text", metavar="TEXT", nargs="?", help="text to go on from (default: a pipe, else a loop)")
+    source.add_argument("text", metavar="TEXT", nargs="?", help="text to continue (default: a pipe, else a loop)")
     source.add_argument(
         "-p", "--prompt", metavar="TEXT", help="the same, also where it begins with a dash: --prompt=-TEXT (default: none)"
     )
-    source.add_argument("-f", "--prompt-file", metavar="FILE", help="file to go on from, - for stdin (default: none)")
+    source.add_argument("-f", "--prompt-file", metavar="FILE", help="file to continue, - for stdin (default: none)")
     prompt.add_argument("--chat", action="store_true", help="prompts are questions, <Q>...</Q>, and texts answers, <A>...</A>")
     model = parser.add_argument_group("model")
     add_model(model)

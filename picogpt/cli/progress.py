@@ -92,7 +92,7 @@ class TrainingDisplay:
                 sys.stdout.flush()
         except (OSError, ValueError, AttributeError):
             self._stdout_alive = False
-            notice("standard output is closed; training goes on without it")
+            notice("standard output is closed; training continues without it")
 
 
 class TimingDisplay:

@@ -121,7 +121,7 @@ class LossLog:
             iter_num=int(content["iter_num"]),
         )
         if len({len(log.train), len(log.val), len(log.chars), len(log.seconds)}) != 1:
-            raise ValueError("its lists are not of one length")
+            raise ValueError("its lists have different lengths")
         return log
 
 
@@ -181,11 +181,11 @@ class RunFolder:
         return (self.path / MODEL_FILE).exists()
 
     def is_weights_only(self) -> bool:
-        """Whether there is a trained model and nothing to go on from, as in the runs that come with picogpt."""
+        """Whether there is a trained model without a checkpoint, as in the bundled runs."""
         return self.has_model() and not self.has_checkpoint()
 
     def has_checkpoint(self) -> bool:
-        """Whether something was saved to go on from, good or damaged."""
+        """Whether there is a checkpoint, intact or damaged."""
         return any((self.path / name).exists() for name in (_CHECKPOINT, _PREVIOUS))
 
     def create(self) -> None:
@@ -242,7 +242,7 @@ class RunFolder:
     def _weaknesses(self, locked: Lock) -> Iterator[str]:
         if locked is Lock.UNSUPPORTED:
             yield (
-                f"{self.path}: this file system has no locks, so a second picogpt-train in this run would not be noticed; "
+                f"{self.path}: this file system has no locks, so a second picogpt-train in this run cannot be detected; "
                 "start only one at a time"
             )
         if not can_flush(self.path):
@@ -313,10 +313,10 @@ class RunFolder:
                 return checkpoint, None
             if rename:
                 replace(self.path / _CHECKPOINT, self.path / _DAMAGED)
-            return checkpoint, f"{faults[0]}; it is kept as {_DAMAGED}, and the run resumes from the checkpoint before it"
+            return checkpoint, f"{faults[0]}; it is kept as {_DAMAGED}, resuming from the previous checkpoint"
         if faults:
-            raise RunError(f"{'; '.join(faults)}; nothing to go on from: start over with --fresh, the folder is kept")
-        raise RunError(f"{self.path}: no checkpoint to go on from; start over with --fresh, the folder is kept")
+            raise RunError(f"{'; '.join(faults)}; nothing to resume: start over with --fresh, the folder is kept")
+        raise RunError(f"{self.path}: no checkpoint to resume; start over with --fresh, the folder is kept")
 
     def save_validation(self, ids: npt.NDArray[np.uint8]) -> None:
         """Write `validation.safetensors`: the validation text (characters,) of a run on a stream, drawn once."""
@@ -415,7 +415,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Reads numbers, strings, lists and dicts; imports nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}, and nothing is imported from a log")
+        raise pickle.UnpicklingError(f"it imports {module}.{name}, which a log may not do")
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:
@@ -516,7 +516,7 @@ def serialize_tensors(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
 def _check_version(path: Path, found: object) -> None:
     if not isinstance(found, int) or not 0 < found <= FORMAT_VERSION:
         raise RunError(
-            f"{path}: format {found}, where this version of picogpt reads up to {FORMAT_VERSION}; use the one that wrote it"
+            f"{path}: format {found} is not supported (at most {FORMAT_VERSION}); use the version of picogpt that wrote it"
         )
 
 

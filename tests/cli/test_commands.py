@@ -474,7 +474,7 @@ class TestTrain:
         assert train.main(training(text_file)) == 0
         monkeypatch.undo()
 
-        assert capsys.readouterr().err.count("standard output is closed; training goes on without it") == 1
+        assert capsys.readouterr().err.count("standard output is closed; training continues without it") == 1
 
     def test_lines_where_there_is_no_terminal(
         self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
