@@ -1,6 +1,6 @@
-"""Where and how training computes: device, threads, number type and kernels, chosen in one place.
+"""The backend of training: device, threads, dtype and kernels, selected in one place.
 
-The command, the workers of a distributed run and the benchmarks all choose here. Generation has no part in it: it runs without
+The command, the workers of a distributed run and the benchmarks all select their backend here. Generation does not: it runs without
 torch (`picogpt.inference`).
 """
 
@@ -22,7 +22,7 @@ __all__ = ["Backend", "BackendChoice"]
 
 
 class BackendChoice(NamedTuple):
-    """A backend by the names of its parts; the defaults leave all of them to the machine."""
+    """A requested backend, by the names of its parts; by default all parts are selected automatically."""
 
     device: str = "auto"
     """One of `picogpt.checks.DEVICES`."""
@@ -31,20 +31,20 @@ class BackendChoice(NamedTuple):
     kernels: str = "auto"
     """One of `picogpt.checks.KERNELS`."""
     kernels_required: bool = True
-    """Whether the kernels were asked for by name: otherwise torch takes the place of native ones that do not fit the rest."""
+    """Whether `kernels` must be used: otherwise torch replaces native kernels that do not fit the other parts."""
     attention: str | None = None
-    """One of `picogpt.checks.ATTENTIONS`, where torch computes the blocks; None takes the faster one."""
+    """One of `picogpt.checks.ATTENTIONS`, used when torch computes the blocks; None takes the faster one."""
     threads: int | None = None
-    """None: one a core, as far as the environment allows."""
+    """Number of threads; None takes one per core, as far as the environment allows."""
     compile: bool = False
-    """Whether torch.compile translates the blocks."""
+    """Whether the blocks are compiled by torch.compile."""
     gradient_checkpointing: bool = False
     """Whether activations are recomputed in the backward pass instead of kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """Device, threads, number type and kernels, and why each was chosen."""
+    """Device, threads, dtype and kernels, and the reason for each."""
 
     device: torch.device
     device_reason: str
@@ -54,7 +54,7 @@ class Backend:
     """Type of the matrix products: float32 or bfloat16. Weights and sums are float32."""
     dtype_reason: str
     kernels: Kernels | None
-    """The native kernels; None where torch computes the blocks."""
+    """Native kernels; None when torch computes the blocks."""
     kernels_reason: str
     attention: str | None
     """Form of torch's attention, one of `picogpt.checks.ATTENTIONS`; None with native kernels."""
@@ -66,19 +66,20 @@ class Backend:
     def select(
         cls, model: GPTConfig, choice: BackendChoice, *, sequences: int, local_rank: int = 0, notify: Notify = say_nothing
     ) -> Backend:
-        """Choose by name, and where a name is `auto` what is fastest here. Sets torch's threads for this process.
+        """Select each part by name, or for `auto` the fastest one here. Sets torch's threads for this process.
 
         Args:
             model: shape of the model.
-            choice: what is asked for.
-            sequences: sequences of a step that this process computes; the forms of attention are timed with as many.
-            local_rank: number of this process on its machine; each has a GPU of its own.
-            notify: given a line before kernels are compiled.
+            choice: the requested parts.
+            sequences: sequences of a step that this process computes, with which the forms of attention are timed.
+            local_rank: rank of this process on its machine; each rank has a GPU of its own.
+            notify: receives a line before kernels are compiled.
 
         Raises:
             ConfigError: parts exclude each other.
-            TrainingError: there is no such device, or no compiler.
+            TrainingError: the device or a compiler is missing.
         """
+        # In this order: dtype depends on the device and is timed with the final threads, kernels are compiled for the dtype.
         device, device_reason = choose_device(choice.device, local_rank)
         flush_denormals()
         disable_malloc_trim()
@@ -87,6 +88,7 @@ class Backend:
         kernels, kernels_reason = _select_kernels(model, choice, dtype, device, notify)
         attention, attention_reason = None, ""
         if kernels is None and choice.attention is not None:
+            # A resumed run keeps its form of attention, as the two round differently.
             attention, attention_reason = choice.attention, "as the run started"
         elif kernels is None:
             attention, attention_reason = choose_attention(model, sequences, dtype, device)
@@ -107,7 +109,7 @@ class Backend:
 
     @property
     def names(self) -> BackendChoice:
-        """The choice that selects the same backend on a machine like this one."""
+        """Return the choice that selects the same backend on a machine like this one."""
         return BackendChoice(
             device=self.device.type,
             dtype=str(self.dtype).removeprefix("torch."),
@@ -119,7 +121,7 @@ class Backend:
         )
 
     def describe(self) -> str:
-        """A line that says what computes, and why."""
+        """Describe the backend and its reasons in one line."""
         said = (
             f"computing in {self.names.dtype} ({self.dtype_reason}) with {plural(self.threads, 'thread')} ({self.threads_reason})"
         )
@@ -133,9 +135,10 @@ class Backend:
 def _select_kernels(
     model: GPTConfig, choice: BackendChoice, dtype: torch.dtype, device: torch.device, notify: Notify
 ) -> tuple[Kernels | None, str]:
-    """The native kernels, or None for torch, and why."""
+    """Return the native kernels, or None for torch, and the reason."""
     if not choice.kernels_required and (choice.compile or device.type != "cpu"):
-        choice = choice._replace(kernels="torch")  # a run with native kernels is resumed elsewhere, which is printed
+        # A run with native kernels is resumed with torch.compile or on a GPU; the change is printed (`Plan.backend_changes`).
+        choice = choice._replace(kernels="torch")
     if not choice.compile:
         return select_kernels(choice.kernels, model, dtype, device, notify)
     if choice.kernels == "c":

@@ -1,4 +1,4 @@
-"""A training run: a plan and its folder, from the first step or the last checkpoint to the end."""
+"""A training run: execute a plan in its folder, from the first step or the last checkpoint to the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from picogpt.wording import Notify, format_passes, plural
 __all__ = ["Display", "TrainingRun"]
 
 TIMING_SHARE = 0.05
-"""Share of a budget of minutes in which steps are timed, but for one and an end of an epoch."""
+"""Fraction of a budget of minutes for benchmark steps; one step and one end of an epoch are always timed."""
 
 
 class Display(Observer, Protocol):
@@ -41,17 +41,17 @@ class Display(Observer, Protocol):
 
 
 class TrainingRun:
-    """One start of a run.
+    """One start of a training run.
 
     Args:
-        plan: what is settled.
-        began: when the command was started, on the clock of `time.perf_counter`.
-        notify: given a line about each step of the way.
-        timing: makes a display of the timed steps, which it counts by calls.
+        plan: the resolved settings.
+        began: start of the command, on the clock of `time.perf_counter`.
+        notify: receives a line about each stage.
+        timing: opens a progress display of the benchmark steps; its function is called after each step.
     """
 
     schedule: Schedule
-    """The run's length; known once the trainer is where the run stood."""
+    """The run's length; known once the trainer is restored."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class TrainingRun:
         self._began, self._notify, self._timing = began, notify, timing
         self.trainer = self._build(plan.source)
         self._benchmarked: tuple[float, EpochEnd] | None = None
-        self._seconds: float | None = None  # of this start, where the run ends by the clock
+        self._seconds: float | None = None  # remaining budget at this start, where minutes are given
 
     @classmethod
     @contextlib.contextmanager
@@ -77,37 +77,41 @@ class TrainingRun:
         notify: Notify,
         timing: Callable[[], contextlib.AbstractContextManager[Callable[[], None]]],
     ) -> Iterator[TrainingRun]:
-        """Build the plan's trainer, and close its source at the end; nothing is written."""
+        """Build the plan's trainer, and close its source at exit; nothing is written."""
         try:
             yield cls(plan, began=began, notify=notify, timing=timing)
         finally:
             plan.source.close()
 
     def train(self, show: Callable[[Trainer, Schedule], Display]) -> None:
-        """Train to the end of the run, or until a signal; everything is saved either way.
+        """Train to the end of the run, or until a signal; both save everything.
 
         Args:
             show: makes the display, from the trainer and the run's length.
 
         Raises:
-            Interrupted: a signal ended it.
-            PicoGPTError, OSError: something else did.
+            Interrupted: a signal ended the run.
+            PicoGPTError, OSError: an error ended the run.
         """
         plan, folder, ranks = self.plan, self.folder, self.plan.ranks
         if plan.request.fresh:
             self._archive()
         folder.create()
+        # Recorded before anything can fail, so that a restart by torchrun resumes the run instead of archiving it.
         ranks.mark_launched()
         ranks.connect()
         stop = StopRequest()
         ranks.attach_signals(stop)
+        # The lock keeps a second process out of the folder; signals are caught from here on, so that they save first.
         with stop.listen(), folder.lock() as weaknesses:
             for weakness in weaknesses:
                 self._notify(weakness)
+            # Between reading the settings and taking the lock another process may have started the same run.
             if plan.stored is None and folder.has_checkpoint():
                 raise RunError(f"{folder.path}: another process has begun this run meanwhile; start again to resume it")
             self._prepare()
             finished = self._fit(stop, show)
+            # The pacer has changed the plan: config.json gets the final one.
             if self.trainer.schedule not in {None, self.schedule}:
                 self.schedule = self.trainer.schedule
                 self._write_config()
@@ -117,10 +121,10 @@ class TrainingRun:
             raise Interrupted(f"stopped and saved at step {step}; {self._command()} resumes from there", stop.signal_number)
 
     def dry_run(self) -> None:
-        """Print what `train` would do and what it would take; train nothing and leave nothing behind.
+        """Print what `train` would do and what it would cost; train nothing and keep nothing.
 
         Raises:
-            PicoGPTError, OSError: it could not.
+            PicoGPTError, OSError: `train` would fail.
         """
         plan, folder = self.plan, self.folder
         plan.ranks.connect()
@@ -128,6 +132,7 @@ class TrainingRun:
         if plan.request.fresh and folder.path.exists():
             self._notify(f"the existing run would be kept as {folder.next_backup_name()}")
         if plan.stored is not None and folder.has_checkpoint():
+            # Only the counters are needed; a damaged checkpoint is not renamed, as a dry run changes nothing.
             state = folder.load_checkpoint(rename=False)[0].state
             self.trainer.step, self.trainer.seconds = int(state["step"]), float(state["seconds"])
             self.trainer.stored_plan = state.get("plan")
@@ -145,7 +150,7 @@ class TrainingRun:
         return build_trainer(plan.model, plan.train, source, plan.backend, plan.ranks)
 
     def _command(self) -> str:
-        """The command that resumes the run."""
+        """Return the command that resumes the run."""
         logs_dir = self.plan.request.logs_dir
         logs = "" if logs_dir == Path("logs") else f" --logs-dir {shlex.quote(str(logs_dir))}"
         text = " --text -, with the same text," if "-" in self.plan.data.text else ""
@@ -158,7 +163,7 @@ class TrainingRun:
                 self._notify(f"the existing run is kept as {self.folder.archive()}")
 
     def _prepare(self) -> None:
-        """Bring the trainer to where the run stands, and fix the number of steps."""
+        """Restore or initialize the trainer, and determine the number of steps."""
         self._check_disk()
         if self.folder.has_checkpoint():
             self._restore()
@@ -177,6 +182,7 @@ class TrainingRun:
             self._notify(warning)
 
     def _disk_need(self) -> DiskNeed:
+        # float32 on disk, whatever the products' type.
         weights = sum(4 * parameter.numel() for parameter in self.trainer.model.parameters())
         return DiskNeed(model=weights, checkpoint=self.trainer.checkpoint_bytes())
 
@@ -191,7 +197,7 @@ class TrainingRun:
             self._notify(f"{name} is {now} and was {before}: resuming, but no longer bit-identical")
 
     def _begin(self) -> None:
-        """Start with the first batch, and with the weights that the plan starts from."""
+        """Start at the first batch, with the initial weights of the plan if it has any."""
         self._source.begin(self.folder)
         origin = self.plan.origin
         if origin is not None:
@@ -199,8 +205,9 @@ class TrainingRun:
             self._notify(f"starting from the weights of {origin.path}")
 
     def _keep_imported(self, log: LossLog) -> None:
-        """Save an imported run as it came, with its loss on this text as the best one so far."""
+        """Save an imported run before it is trained, with its loss on this text as the best loss."""
         found = describe_losses(log)
+        # The original's best loss is on another text, and would keep later models from being saved.
         log.best_loss = self.trainer.validate(self.schedule.val_steps)
         self.folder.save_model(self.trainer.model.arrays(), self.trainer.model.config, self._source.text)
         self.trainer.save(self.folder)
@@ -228,20 +235,23 @@ class TrainingRun:
             attention=names.attention,
             origin=plan.origin_path,
         )
+        # For reading only: results can differ between versions, which helps to explain a difference.
         versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "safetensors")}}
         self.folder.write_config({**asdict(settings), "versions": versions})
 
     def _fix_schedule(self) -> Schedule:
-        """The run's length: as it is stored, or what the budget comes to; with minutes the trainer gets a pacer."""
+        """Return the run's length: as stored, or computed from the budget. With minutes the trainer gets a pacer."""
         trainer, budget, stored = self.trainer, self.plan.budget, self.plan.stored
+        # The stored schedule holds unless another length was requested.
         kept = stored.schedule if stored is not None and budget == stored.budget else None
         if budget.minutes is None:
             return kept or self._new_schedule(None)
         saved = trainer.stored_plan
         if kept is not None and saved is None and self.folder.has_checkpoint():
-            return kept  # a run of before there were pacers keeps its steps
+            return kept  # a run from before there were pacers keeps its steps
         seconds, before = budget.minutes * 60, float(saved["pacer"]["seconds_spent"]) if saved else trainer.seconds
         if kept is not None and saved is not None:
+            # Resumed with the same minutes: continue from the saved plan and measurements, without benchmark steps.
             schedule, measured = Schedule(**saved["schedule"]), saved["pacer"]
             pace = Pace(
                 seconds_per_step=measured["seconds_per_step"],
@@ -251,6 +261,7 @@ class TrainingRun:
             )
             validation = float(measured["seconds_of_validation"])
         else:
+            # A new run, or a new number of minutes: measure first, then plan.
             pace = self._measure_pace(seconds, before)
             schedule = self._new_schedule(pace)
             validation = pace.seconds_per_val_batch * self._val_batches(schedule)
@@ -266,15 +277,15 @@ class TrainingRun:
         )
 
     def _val_batches(self, schedule: Schedule) -> int:
-        """Validation batches an epoch: fewer than planned where the validation text is shorter."""
+        """Return the validation batches per epoch: fewer than planned if the validation text is short."""
         return sum(1 for _ in self._source.val_batches(schedule.val_steps))
 
     def _elapsed(self) -> float:
-        """Seconds since the command was started."""
+        """Return the seconds since the start of the command."""
         return time.perf_counter() - self._began
 
     def _measure_pace(self, seconds: float, before: float) -> Pace:
-        """Time a few steps and an end of an epoch, for a length of so many seconds of which `before` have passed."""
+        """Measure the pace for a budget of `seconds`, of which `before` have passed."""
         step, end = self._benchmark_steps(limit=TIMING_SHARE * (seconds - before))
         return Pace(
             seconds_per_step=step,
@@ -284,9 +295,9 @@ class TrainingRun:
         )
 
     def _benchmark_steps(self, limit: float | None = None) -> tuple[float, EpochEnd]:
-        """Time a few steps and an end of an epoch with a model that is thrown away, within about `limit` seconds."""
+        """Time a few steps and an end of an epoch with a throwaway model, within about `limit` seconds."""
         plan = self.plan
-        # The folder of a dry run does not exist; its disk is that of the folder it would be in.
+        # In a dry run the folder does not exist: take the nearest parent that does, which is on the same disk.
         parent = existing_folder(self.folder.path)
         with self._timing() as advance:
             self._benchmarked = benchmark_steps(plan.model, plan.train, self._build, parent, limit=limit, advance=advance)
@@ -296,6 +307,7 @@ class TrainingRun:
         trainer, schedule = self.trainer, self.schedule
         chars_left = (schedule.total_steps - trainer.step) * trainer.chars_per_step
         return Forecaster(
+            # A function, because the pacer changes the plan while the run is on.
             schedule=lambda: trainer.schedule or schedule,
             chars_per_step=trainer.chars_per_step,
             train_chars=self._source.train_chars,
@@ -307,7 +319,7 @@ class TrainingRun:
         )
 
     def _announce(self) -> None:
-        """Print model, backend and length."""
+        """Print the model, the backend and the length of the run."""
         plan, model, train, backend = self.plan, self.plan.model, self.plan.train, self.plan.backend
         self._notify(
             f"model: {self.trainer.model.num_params():,} parameters; {plural(model.n_layer, 'layer')}, "
@@ -318,13 +330,13 @@ class TrainingRun:
         if backend.gradient_checkpointing:
             self._notify("activations are recomputed in the backward pass, to save memory")
         if plan.ranks.count > 1:
-            rolls = train.batch_size // plan.ranks.count
+            sequences = train.batch_size // plan.ranks.count
             how = (
                 f", with an outer step every {train.sync_every} steps"
                 if train.sync_every
                 else "; gradients are averaged every step"
             )
-            self._notify(f"{plan.ranks.count} ranks, each with {rolls} of a step's sequences{how}")
+            self._notify(f"{plan.ranks.count} ranks, each with {sequences} of a step's sequences{how}")
         self._announce_length()
 
     def _announce_length(self) -> None:
@@ -332,7 +344,7 @@ class TrainingRun:
         sequence_len = train.windows * self.plan.model.context_len
         n_epochs = len(self.trainer.log.val) + schedule.epochs_left(self.trainer.step)
         read = ""
-        if train_chars is not None:  # how often the text is passed over, which an epoch is not
+        if train_chars is not None:  # an epoch is a number of steps, not a pass over the text
             passes = schedule.total_steps * self.trainer.chars_per_step / train_chars
             read = f", {format_passes(passes)}" + (", enough to learn it by heart" if passes > 2 * MAX_SUITABLE_PASSES else "")
         self._notify(
@@ -346,7 +358,7 @@ class TrainingRun:
             )
 
     def _fit(self, stop: StopRequest, show: Callable[[Trainer, Schedule], Display]) -> bool:
-        """Train; False if a signal ended it."""
+        """Train; return False if a signal ended the run."""
         trainer, schedule = self.trainer, self.schedule
         if trainer.step >= schedule.total_steps and not trainer.epoch_is_open:
             self._notify(
@@ -367,6 +379,7 @@ class TrainingRun:
 
     def _time_epoch_end(self) -> EpochEnd:
         if self.trainer.pacer is not None:
+            # The pacer measures each end of an epoch, validation included.
             return EpochEnd(0.0, self.trainer.pacer.seconds_per_epoch_end)
         return time_epoch_end(self.trainer, self.folder.path)
 

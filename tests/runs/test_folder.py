@@ -190,8 +190,8 @@ def test_model_round_trip(run: RunFolder) -> None:
         ({"format": "1", "config": "{"}, "no picogpt model"),
         ({"format": "1", "config": json.dumps({"n_layer": -1})}, "no picogpt model"),
         ({"format": "2", "config": "{}"}, "format 2 is not supported .at most 1."),
-        ({}, "format 0, where"),
-        ({"format": "x"}, "format None, where"),
+        ({}, "format 0 is not supported"),
+        ({"format": "x"}, "format None is not supported"),
     ],
 )
 def test_foreign_model(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
