@@ -1,7 +1,7 @@
 """The backend of training: device, threads, dtype and kernels, selected in one place.
 
-The command, the workers of a distributed run and the benchmarks all select their backend here. Generation does not: it runs without
-torch (`picogpt.inference`).
+The command, the workers of a distributed run and the benchmarks all select their backend here. Generation does not: it runs
+without torch (`picogpt.inference`).
 """
 
 from __future__ import annotations

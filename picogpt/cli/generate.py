@@ -35,8 +35,8 @@ def build_parser() -> Parser:
     draw, make = SampleConfig(), GenerateConfig()
     parser = Parser(
         "picogpt-generate",
-        "Write on from a prompt with a trained model; characters appear as they are made. Without a prompt, what comes\n"
-        "through a pipe is taken for it; on a terminal each line you type is one (Ctrl-C stops the text, Ctrl-D leaves).",
+        "Generate text from a prompt with a trained model, character by character. Without a prompt a pipe is read;\n"
+        "on a terminal each line you type is a prompt (Ctrl-C stops the text, Ctrl-D leaves).",
         'Example: picogpt-generate "the lamp was out, and"',
         stray="put a prompt of several words in quotes",
     )
@@ -54,7 +54,7 @@ def build_parser() -> Parser:
         "--hop",
         metavar="N",
         type=count,
-        help="characters from window to window; fewer is slower (default: 15/16 of one)",
+        help="stride between windows in characters; a smaller one is slower (default: 15/16 of a window)",
     )
     model.add_argument(
         "--threads", metavar="N", type=count, help="threads, which change the speed and not the text (default: one a core)"
@@ -68,16 +68,24 @@ def build_parser() -> Parser:
     )
     sampling = parser.add_argument_group("sampling")
     number = _number_flags(sampling)
-    number("-t", "--temperature", float, draw.temperature, "below 1 surer, above 1 wilder, 0 always the likeliest character")
-    number("-k", "--top-k", int, draw.top_k, "draw from the N likeliest, 0 from all")
-    number("", "--top-p", float, draw.top_p, "draw from the likeliest that together reach this probability")
-    number("", "--min-p", float, draw.min_p, "draw from those at least so many times as likely as the likeliest")
-    sampling.add_argument("-s", "--seed", metavar="N", type=count, help="the same one gives the same text (default: a new one)")
+    number(
+        "-t",
+        "--temperature",
+        float,
+        draw.temperature,
+        "divides the logits: lower is more predictable, 0 always takes the likeliest character",
+    )
+    number("-k", "--top-k", int, draw.top_k, "sample from the N likeliest characters, 0 from all")
+    number("", "--top-p", float, draw.top_p, "sample from the likeliest characters that together reach this probability")
+    number("", "--min-p", float, draw.min_p, "sample from characters with at least X times the top probability")
+    sampling.add_argument(
+        "-s", "--seed", metavar="N", type=count, help="random seed; the same seed gives the same text (default: a new one)"
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "-n", "--max-new-tokens", metavar="N", default=str(make.max_new_tokens), help="characters, or inf (default: %(default)s)"
     )
-    _number_flags(output)("", "--num-samples", int, make.num_samples, "texts made side by side, shown one after the other")
+    _number_flags(output)("", "--num-samples", int, make.num_samples, "texts generated in parallel, printed one after the other")
     output.add_argument("--stop", metavar="TEXT", nargs="+", default=[], help="end before any of these (default: none)")
     output.add_argument("--no-echo", action="store_true", help="show the new text only, without the prompt")
     output.add_argument("--json", action="store_true", help="one JSON object a sample, on a line")

@@ -22,16 +22,19 @@ MODEL_FLAGS: Mapping[str, tuple[type, str]] = {
 }
 """Fields of `GPTConfig` that are flags: type and meaning."""
 TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {
-    "batch_size": (int, "rolls in a step"),
-    "windows": (int, "windows in a roll"),
-    "optimizer": (str, "muon, with AdamW for all but the blocks' matrices, or adamw"),
-    "lr": (float, "highest learning rate of AdamW"),
-    "muon_lr": (float, "highest learning rate of Muon"),
-    "muon_interval": (int, "steps from one of Muon's updates of a block to the next, each going as many times as far"),
+    "batch_size": (int, "sequences in a step"),
+    "windows": (int, "windows in a sequence"),
+    "optimizer": (str, "muon for the matrices of the blocks with AdamW for the rest, or adamw"),
+    "lr": (float, "peak learning rate of AdamW"),
+    "muon_lr": (float, "peak learning rate of Muon"),
+    "muon_interval": (int, "update each block with Muon every N steps, with an N times larger step"),
     "weight_decay": (float, "weight decay of matrices"),
-    "grad_clip": (float, "largest norm of the gradient, 0 for no limit"),
-    "warmup_steps": (int, "steps until the highest learning rate; at most a tenth of a run of recipe fast"),
-    "sync_every": (int, "steps that each rank takes by itself before an outer step (DiLoCo), for slow networks; 0 for none"),
+    "grad_clip": (float, "clip the gradient to this norm, 0 for no clipping"),
+    "warmup_steps": (int, "steps to the peak learning rate; at most a tenth of a run of recipe fast"),
+    "sync_every": (
+        int,
+        "local steps of each rank between outer steps (DiLoCo), for slow networks; 0 averages gradients every step",
+    ),
     "seed": (int, "seed of weights, order of the text and dropout"),
 }
 """Fields of `TrainConfig` that are flags: type and meaning."""

@@ -59,16 +59,14 @@ def build_parser() -> Parser:
     run.add_argument("--run", metavar="NAME", help="folder under the logs folder (default: the text's name)")
     run.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
     run.add_argument("--fresh", action="store_true", help="start over; the old folder is kept under a new name")
-    run.add_argument(
-        "--dry-run", action="store_true", help="say how long it would take, how much memory, disk and network; train nothing"
-    )
+    run.add_argument("--dry-run", action="store_true", help="forecast time, memory, disk and network; train nothing")
     begin = run.add_mutually_exclusive_group()
-    begin.add_argument("--init-from", metavar="RUN", help="begin with another run's best weights (default: none)")
+    begin.add_argument("--init-from", metavar="RUN", help="start from another run's best weights (default: none)")
     begin.add_argument(
         "--import-original",
         metavar="FILE",
         type=Path,
-        help="begin with a log.pkl of the original project; with --epochs 0 only bring it over (default: none)",
+        help="start from a log.pkl of the original project; with --epochs 0 only import it (default: none)",
     )
     _add_budget(parser)
     recipe = parser.add_argument_group("recipe")
@@ -98,18 +96,17 @@ def build_parser() -> Parser:
     machine.add_argument(
         "--kernels",
         metavar="NAME",
-        help="what computes the blocks on a CPU: c, compiled for the model when training starts, torch, or auto: c where there "
-        "is a C compiler (default: auto)",
+        help="kernels on a CPU: c (native, compiled here), torch, or auto: c where there is a C compiler (default: auto)",
     )
     machine.add_argument(
         "--gradient-checkpointing",
         action="store_true",
-        help="compute the blocks again in the backward pass instead of keeping them: less memory, slower, the same numbers",
+        help="recompute activations in the backward pass: less memory, slower, bit-identical",
     )
     machine.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="translate the blocks with torch.compile instead, which needs a C++ compiler (default: --no-compile)",
+        help="compile the blocks with torch.compile instead, which needs a C++ compiler (default: --no-compile)",
     )
     return parser
 
