@@ -91,8 +91,10 @@ def test_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) -> Non
     assert "epoch 1 of 1" in call("train", "--dataset", "sample", "--threads", "1", *tiny)
     assert call("generate", "-p", "Margery:", "-n", "5").startswith("margery:")
     assert (site / "picogpt" / "py.typed").exists()
-    sources = [{path.name for path in (place / "picogpt" / "kernels").glob("*.[ch]")} for place in (site, ROOT)]
+    sources = [{path.name for path in (place / "picogpt" / "kernels" / "csrc").glob("*.[ch]")} for place in (site, ROOT)]
+    pages = [{path.name for path in (place / "picogpt" / "export").glob("log_page.*")} for place in (site, ROOT)]
     assert sources[0] == sources[1] > {"block.c", "simd.h"}
+    assert pages[0] == pages[1] > {"log_page.html", "log_page.css", "log_page.js"}
 
 
 @pytest.mark.parametrize("script", ["train.py", "infer.py", "eval.py"])

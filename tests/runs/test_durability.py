@@ -540,7 +540,7 @@ def test_killed_before_the_first_checkpoint(
     """A run that has nothing but its config begins with that; what it was to begin from has to be named again."""
     train.main([*here, "--run", "first"])
     with monkeypatch.context() as context:
-        context.setattr("picogpt.training.trainer.Trainer.fit", lambda *_: True)
+        context.setattr("picogpt.training.trainer.Trainer.fit", lambda *_, **__: True)
         assert train.main([*here, "--run", "early", "--seed", "5"]) == 0
         assert train.main([*here, "--run", "heir", "--init-from", "first"]) == 0
     assert not RunFolder(Path("logs/early")).has_checkpoint()
@@ -549,7 +549,7 @@ def test_killed_before_the_first_checkpoint(
     assert RunFolder(Path("logs/early")).read_log().iter_num == 120
     capsys.readouterr()
     assert train.main(["--run", "heir"]) == 1
-    assert "has not begun; name that again" in capsys.readouterr().err
+    assert "has not begun; give that flag again" in capsys.readouterr().err
     assert train.main(["--run", "heir", "--init-from", "logs/first"]) == 0
 
 

@@ -68,7 +68,7 @@ def test_import_and_go_on(
     flags = ["--import-original", str(SEED_LOG), "--n-head", "4", "--text", str(text_file), "--run", "old", "--threads", "1"]
     flags += ["--steps-per-epoch", "750", "--val-steps", "1", "--windows", "2", "--batch-size", "1", "--dtype", "float32"]
     with monkeypatch.context() as context:
-        context.setattr("picogpt.training.trainer.Trainer.fit", lambda *_: True)
+        context.setattr("picogpt.training.trainer.Trainer.fit", lambda *_, **__: True)
         assert train.main([*flags, "--epochs", "2"]) == 0
     assert "imported 1,500 steps, best loss 2.5000 there; its loss on this text is " in capsys.readouterr().err
     engine = Engine.load(Path("logs/old/model.safetensors"), dtype="float32")
