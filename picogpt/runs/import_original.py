@@ -161,7 +161,7 @@ class _InertUnpickler(pickle.Unpickler):
             return _Dict
         if full_name in _FUNCTIONS:
             return _Function(full_name)
-        raise _Rejected(f"it names {full_name[:80]!a}")
+        raise _Rejected(f"it imports {full_name[:80]!a}")
 
     def persistent_load(self, pid: Any) -> _Dict:  # noqa: ARG002 - the only id stands for EMPTY_DICT
         return _Dict()
