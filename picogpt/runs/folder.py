@@ -365,7 +365,7 @@ def load_text_config(path: Path) -> TextConfig | None:
         content = json.loads(stored)
         return TextConfig(fold=bool(content["fold"]), ids=tuple(int(i) for i in content["ids"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise RunError(f"{path}: damaged (what its metadata says of the text is not valid)") from error
+        raise RunError(f"{path}: damaged (the text in its metadata is not valid)") from error
 
 
 @contextlib.contextmanager
