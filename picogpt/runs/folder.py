@@ -493,7 +493,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise RunError(f"{path}: there is no such file; train a model with picogpt-train, or name one with --model") from error
+        raise RunError(f"{path}: no such file; train a model with picogpt-train, or name one with --model") from error
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise RunError(f"{path}: cannot be read as safetensors ({error})") from error
 

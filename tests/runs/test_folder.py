@@ -205,7 +205,7 @@ def test_foreign_model(tmp_path: Path, metadata: dict[str, str], message: str) -
 
 def test_missing_model(tmp_path: Path) -> None:
     """A model that is not there says how to get one."""
-    with pytest.raises(RunError, match="no such file; train a model with picogpt-train"):
+    with pytest.raises(RunError, match="safetensors: no such file; train a model with picogpt-train"):
         load_model(tmp_path / "model.safetensors")
 
 

@@ -36,6 +36,6 @@ def test_pack(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(FileExistsError):
         pack(source, target)
     (source.path / MODEL_FILE).unlink()
-    with pytest.raises(RunError, match="no such file"):
+    with pytest.raises(RunError, match="safetensors: no such file"):
         pack(source, RunFolder(Path("c")))
     assert not Path("c").exists()
