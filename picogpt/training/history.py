@@ -35,6 +35,8 @@ EXCERPT_CHARS = 400
 """Characters of the validation text that the page shades."""
 COUNTED_CHARS = 2_000_000
 """Characters of the training text that the n-gram is counted on at most: a second's work."""
+PREDICTED_CHARS = 256_000
+"""Characters of the validation text that lzma and the n-gram predict at most: that of a long text would take minutes."""
 
 _FILE = "epochs.json"
 
@@ -47,8 +49,10 @@ class History:
     """The start of the validation text."""
     marks: dict[str, float] = field(default_factory=dict)
     """Other predictors of the validation text, in nats per character."""
+    first: int = 1
+    """Number of the first of `epochs`, from 1 on: a run of an earlier version has recorded none before."""
     epochs: list[EpochView] = field(default_factory=list)
-    """The last epochs of the loss log."""
+    """Epochs in order, without a gap."""
 
     @classmethod
     def read(cls, folder: Path) -> History:
@@ -57,7 +61,7 @@ class History:
             content = json.loads((folder / _FILE).read_bytes())
             epochs = [EpochView(str(entry["sample"]), _unpack(entry["probabilities"])) for entry in content["epochs"]]
             marks = {str(name): float(value) for name, value in content["marks"].items()}
-            return cls(str(content["excerpt"]), marks, epochs)
+            return cls(str(content["excerpt"]), marks, int(content["first"]), epochs)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls()  # it is for looking at only, and the next epoch writes it anew
 
@@ -74,12 +78,23 @@ class History:
             self._begin(source)
         ids = source.val_ids[: EXCERPT_CHARS + 1]
         view = EpochView(sample_text(state.model, source.text, notify), excerpt_probabilities(state, ids))
-        # After a crash the run may stand before epochs that are here already: they are trained anew.
-        self.epochs = [*self.epochs[: len(log.val) - 1], view]
+        before = self._epochs_until(len(log.val) - 1)
+        if not before:
+            self.first = len(log.val)
+        self.epochs = [*before, view]
+
+    def _epochs_until(self, last: int) -> list[EpochView]:
+        """The epochs up to number `last`; none if they do not reach it.
+
+        After a crash a run can resume before epochs that are here already, and trains them again. Epochs that could not be
+        written are missing at the end.
+        """
+        count = last - self.first + 1
+        return self.epochs[:count] if 0 < count <= len(self.epochs) else []
 
     def _begin(self, source: Source) -> None:
         """Take the excerpt, and measure the other predictors once."""
-        val_ids = source.val_ids
+        val_ids = source.val_ids[:PREDICTED_CHARS]
         self.excerpt = CharTokenizer().decode(val_ids[: EXCERPT_CHARS + 1].tolist())
         self.marks = {"lzma": compressed_bits(val_ids)["lzma"] * math.log(2)}
         if isinstance(source, TextSource):
@@ -95,6 +110,7 @@ class History:
         content: dict[str, Any] = {
             "excerpt": self.excerpt,
             "marks": self.marks,
+            "first": self.first,
             "epochs": [{"sample": view.sample, "probabilities": _pack(view.probabilities)} for view in self.epochs],
         }
         atomic_write(folder / _FILE, json.dumps(content).encode())
@@ -104,7 +120,7 @@ class History:
         view = RunView(
             name=name,
             log=log,
-            epochs=self.epochs,
+            epochs=self._epochs_until(len(log.val)),
             excerpt=self.excerpt,
             marks=self.marks,
             settings=describe_settings(state, log),

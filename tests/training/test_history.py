@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -67,6 +68,53 @@ def test_epochs_that_are_trained_anew() -> None:
         history.record(trainer, trainer.source, log_of(n_epochs), say_nothing)
 
     assert len(history.epochs) == 2
+
+
+def test_epochs_before_the_history() -> None:
+    """A run whose first epochs were not recorded keeps the others in their places, also when one is trained again."""
+    trainer, history = make_trainer(), History()
+    for n_epochs in (6, 7, 7, 8):
+        history.record(trainer, trainer.source, log_of(n_epochs), say_nothing)
+
+    assert (history.first, len(history.epochs)) == (6, 3)
+    assert "epoch 8, 800 characters" in history.page("a", trainer, log_of(8), in_training=False)
+
+
+def test_page_of_a_run_that_was_set_back() -> None:
+    """A checkpoint of an earlier epoch is resumed: the page shows that epoch, and not those after it."""
+    trainer, history = make_trainer(), History()
+    for n_epochs in (1, 2, 3):
+        history.record(trainer, trainer.source, log_of(n_epochs), say_nothing)
+    page = history.page("a", trainer, log_of(2), in_training=False)
+
+    assert "epoch 2, 200 characters" in page
+    assert "epoch 3" not in page
+    assert "epoch 0" not in page
+
+
+def test_epochs_that_could_not_be_written() -> None:
+    """Where the history ends before the log, it begins anew, so that no sample stands beside another epoch's loss."""
+    trainer, history = make_trainer(), History()
+    for n_epochs in (1, 4):
+        history.record(trainer, trainer.source, log_of(n_epochs), say_nothing)
+
+    assert (history.first, len(history.epochs)) == (4, 1)
+
+
+def test_long_validation_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other predictors read the beginning of a long validation text alone."""
+    read: list[int] = []
+
+    def compress(ids: npt.NDArray[np.uint8]) -> dict[str, float]:
+        read.append(len(ids))
+        return {"lzma": 1.0}
+
+    monkeypatch.setattr("picogpt.training.history.PREDICTED_CHARS", 50)
+    monkeypatch.setattr("picogpt.training.history.compressed_bits", compress)
+    trainer, history = make_trainer(), History()
+    history.record(trainer, trainer.source, log_of(1), say_nothing)
+
+    assert read == [50]
 
 
 def test_other_predictors() -> None:
