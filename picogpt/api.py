@@ -17,15 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.config import EngineDType, GenerateConfig, GPTConfig, SampleConfig, TextConfig
-from picogpt.errors import ConfigError, DataError
+from picogpt.errors import DataError
 from picogpt.inference import Engine
-from picogpt.inference.generate import MAX_PROMPT_WINDOWS, RollingDecoder, Sampler, StopSequenceFilter, generate, suppressed_ids
+from picogpt.inference.generate import MAX_PROMPT_WINDOWS, Sampler, continue_prompt, suppressed_ids
 from picogpt.model.roll import window_spans
 from picogpt.rng import sample_generator
 from picogpt.runs.find import find_log, find_model
 from picogpt.runs.folder import LossLog, load_text_config
 from picogpt.runs.folder import read_log as read_log_file
-from picogpt.tokenizer import UNKNOWN_ID, CharTokenizer, TextEncoder
+from picogpt.tokenizer import CharTokenizer, TextEncoder, encode_stop
 from picogpt.wording import Notify, say_nothing
 
 __all__ = ["Model", "Score", "load", "read_log"]
@@ -129,23 +129,16 @@ class Model:
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=secrets.randbits(32) if seed is None else seed
         )
         assert draw.seed is not None
-        ids = self._prompt_ids(prompt)
-        decoder = RollingDecoder(self._engine, make.hop_for(self.config.context_len))
-        watcher = StopSequenceFilter([self._stop_ids(text) for text in make.stop])
+        hop = make.hop_for(self.config.context_len)
+        stops = [encode_stop(self._encoder, text) for text in make.stop]
         sampler = Sampler(draw, [sample_generator(draw.seed)], suppressed_ids(self._text))
-        parts = generate(decoder, decoder.prefill(ids[None]), max_new_tokens, sampler=sampler, stop_filters=[watcher])
-        return (self.decode(part) for (part,) in parts if part)
+        parts = continue_prompt(self._engine, self._prompt_ids(prompt), max_new_tokens, hop=hop, sampler=sampler, stops=stops)
+        return (self.decode(part) for (part,), _ in parts if part)
 
     def _prompt_ids(self, prompt: str) -> npt.NDArray[np.uint8]:
         """The ids to read before the first new character: those of the prompt's end, or a newline, where a text starts."""
         ids = self.encode(prompt)[-MAX_PROMPT_WINDOWS * self.config.context_len :]
         return ids if len(ids) else self._tokenizer.encode("\n")
-
-    def _stop_ids(self, text: str) -> list[int]:
-        ids: list[int] = self.encode(text).tolist()
-        if UNKNOWN_ID in ids or not ids:
-            raise ConfigError(f"stop must be made of characters that the model knows, got {text!r}", "stop")
-        return ids
 
     def logits(self, text: str) -> npt.NDArray[np.float32]:
         """Predict the character after each one of `text`, as the torch model does.

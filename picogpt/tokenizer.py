@@ -23,9 +23,20 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from picogpt.errors import ConfigError
 from picogpt.folding import N_CODE_POINTS, Folding, fold_character, to_code_points
 
-__all__ = ["SPECIAL_IDS", "TEXT_IDS", "UNKNOWN_ID", "VOCAB_SIZE", "CharTokenizer", "Tally", "TextEncoder", "list_commonest"]
+__all__ = [
+    "SPECIAL_IDS",
+    "TEXT_IDS",
+    "UNKNOWN_ID",
+    "VOCAB_SIZE",
+    "CharTokenizer",
+    "Tally",
+    "TextEncoder",
+    "encode_stop",
+    "list_commonest",
+]
 
 VOCAB_SIZE: Final = 88
 UNKNOWN_ID: Final = 0
@@ -153,3 +164,15 @@ class TextEncoder:
         tally.characters += len(ids)
         tally.capitals = tally.capitals or _CAPITAL.search(text) is not None
         return ids
+
+
+def encode_stop(encoder: TextEncoder, text: str) -> list[int]:
+    """Return the ids of a stop sequence.
+
+    Raises:
+        ConfigError: the model could never generate it.
+    """
+    ids: list[int] = encoder.encode(text).tolist()
+    if UNKNOWN_ID in ids or not ids:
+        raise ConfigError(f"stop must be made of characters that the model knows, got {text!r}", "stop")
+    return ids

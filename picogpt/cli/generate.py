@@ -237,7 +237,7 @@ class _Writer:
 
     def __post_init__(self) -> None:
         from picogpt.inference.generate import suppressed_ids
-        from picogpt.tokenizer import SPECIAL_IDS, UNKNOWN_ID, CharTokenizer, TextEncoder
+        from picogpt.tokenizer import SPECIAL_IDS, CharTokenizer, TextEncoder, encode_stop
 
         self.tokenizer = CharTokenizer()
         # A model of an earlier version has read as <?> what is folded now. It knows the letters all the same.
@@ -247,10 +247,7 @@ class _Writer:
             notice("warning: --chat: this model is not known to be trained on questions and answers, so expect no answers of it")
         self._conversation: list[int] = []
         self._turns = 0
-        self._stops = [self._encoder.encode(_decode_argument(stop)).tolist() for stop in self.make.stop]
-        for stop, ids in zip(self.make.stop, self._stops, strict=True):
-            if UNKNOWN_ID in ids or not ids:
-                raise ConfigError(f"stop must be made of characters that the model knows, got {stop!r}", "stop")
+        self._stops = [encode_stop(self._encoder, _decode_argument(stop)) for stop in self.make.stop]
         if self.chat:
             self._stops.append([SPECIAL_IDS["</A>"]])
 
@@ -289,21 +286,16 @@ class _Writer:
         """New ids of `count` texts after `ids` as they become certain, and which texts have come to a stop."""
         import numpy as np
 
-        from picogpt.inference.generate import RollingDecoder, Sampler, StopSequenceFilter, generate
+        from picogpt.inference.generate import Sampler, continue_prompt
         from picogpt.rng import sample_generator
 
-        decoder = RollingDecoder(self.engine, self.hop)
-        logits = decoder.prefill(np.array([ids], dtype=np.uint8))
-        if count > 1:
-            decoder, logits = decoder.fork(count), np.repeat(logits, count, axis=0)
         assert self.draw.seed is not None
         # Each turn of a loop has draws of its own.
         generators = [sample_generator(self.draw.seed, self._turns * self.make.num_samples + i) for i in range(count)]
-        watchers = [StopSequenceFilter(self._stops) for _ in range(count)]
         self._turns += 1
         sampler = Sampler(self.draw, generators, self._never)
-        for parts in generate(decoder, logits, self.make.max_new_tokens, sampler=sampler, stop_filters=watchers):
-            yield parts, [watcher.stopped for watcher in watchers]
+        prompt, n_new = np.array(ids, np.uint8), self.make.max_new_tokens
+        return continue_prompt(self.engine, prompt, n_new, hop=self.hop, sampler=sampler, stops=self._stops)
 
     def _prompt_ids(self, prompt: str) -> Sequence[int]:
         """The ids to read before the first new one: the end of the prompt, or of the conversation with a new question."""

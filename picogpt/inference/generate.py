@@ -27,6 +27,7 @@ __all__ = [
     "StepwiseDecoder",
     "StopSequenceFilter",
     "build_filters",
+    "continue_prompt",
     "generate",
     "min_p_filter",
     "suppressed_ids",
@@ -278,6 +279,8 @@ class Sampler:
         suppressed: npt.NDArray[np.intp] | None = None,
     ) -> None:
         self._filters, self._generators = build_filters(config, suppressed), generators
+        self.batch = len(generators)
+        """B, texts that are drawn side by side."""
         allowed = np.zeros(VOCAB_SIZE)
         allowed[[] if suppressed is None else suppressed] = -np.inf
         self.native = Sampling(config.temperature, config.top_k, config.top_p, config.min_p, allowed)
@@ -336,6 +339,31 @@ class StopSequenceFilter:
     def flush(self) -> list[int]:
         """Return the ids still held back at the end of the text; none if a stop sequence was found."""
         return [] if self.stopped else self._release(len(self._held))
+
+
+def continue_prompt(
+    engine: Engine, ids: Ids, n_new: int | None, *, hop: int, sampler: Sampler, stops: Sequence[Sequence[int]] = ()
+) -> Iterator[tuple[list[list[int]], list[bool]]]:
+    """Continue one prompt with as many texts as the sampler draws.
+
+    Args:
+        engine: the model.
+        ids: the prompt's ids (k,), k >= 1.
+        n_new: characters to generate for each text; None means no limit.
+        hop: stride of the windows; see `RollingDecoder`.
+        sampler: draws the ids.
+        stops: the ids of each stop sequence.
+
+    Yields:
+        Several times a second: for each text its new ids, and whether a stop sequence has ended it.
+    """
+    decoder = RollingDecoder(engine, hop)
+    logits = decoder.prefill(np.asarray(ids, np.uint8)[None])  # (1, V)
+    if sampler.batch > 1:  # the prompt is read once for all texts
+        decoder, logits = decoder.fork(sampler.batch), np.repeat(logits, sampler.batch, axis=0)
+    stop_filters = [StopSequenceFilter(stops) for _ in range(sampler.batch)]
+    for new_ids in generate(decoder, logits, n_new, sampler=sampler, stop_filters=stop_filters):
+        yield new_ids, [stop_filter.stopped for stop_filter in stop_filters]
 
 
 def generate(

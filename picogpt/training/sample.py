@@ -5,7 +5,7 @@ from __future__ import annotations
 from picogpt.config import GenerateConfig, SampleConfig, TextConfig
 from picogpt.errors import PicoGPTError
 from picogpt.inference import Engine, load_engine_backend
-from picogpt.inference.generate import RollingDecoder, Sampler, StopSequenceFilter, generate, suppressed_ids
+from picogpt.inference.generate import Sampler, continue_prompt, suppressed_ids
 from picogpt.model.gpt import GPT
 from picogpt.rng import sample_generator
 from picogpt.tokenizer import CharTokenizer
@@ -30,8 +30,7 @@ def sample_text(model: GPT, text: TextConfig, notify: Notify) -> str:
         engine = Engine(model.config, model.arrays(), backend=load_engine_backend(notify))
     except PicoGPTError as error:
         return f"(no sample: {error})"
-    decoder = RollingDecoder(engine, GenerateConfig().hop_for(engine.config.context_len))
-    logits = decoder.prefill(tokenizer.encode("\n")[None])
+    hop = GenerateConfig().hop_for(engine.config.context_len)
     sampler = Sampler(SampleConfig(), [sample_generator(0)], suppressed_ids(text))
-    made = generate(decoder, logits, SAMPLE_CHARS, sampler=sampler, stop_filters=[StopSequenceFilter([])])
-    return "".join(tokenizer.decode(ids) for (ids,) in made)
+    made = continue_prompt(engine, tokenizer.encode("\n"), SAMPLE_CHARS, hop=hop, sampler=sampler)
+    return "".join(tokenizer.decode(ids) for (ids,), _ in made)
