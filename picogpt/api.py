@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from picogpt.config import EngineDType, GenerateConfig, GPTConfig, SampleConfig, TextConfig
+from picogpt.config import LOGS_DIR, EngineDType, GenerateConfig, GPTConfig, SampleConfig, TextConfig
 from picogpt.errors import DataError
 from picogpt.inference import Engine
 from picogpt.inference.generate import MAX_PROMPT_WINDOWS, Sampler, continue_prompt, suppressed_ids
@@ -29,8 +29,6 @@ from picogpt.tokenizer import CharTokenizer, TextEncoder, encode_stop
 from picogpt.wording import Notify, say_nothing
 
 __all__ = ["Model", "Score", "load", "read_log"]
-
-_LOGS_DIR = Path("logs")
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ class Model:
 def load(
     name: str | Path | None = None,
     *,
-    logs_dir: str | Path = _LOGS_DIR,
+    logs_dir: str | Path = LOGS_DIR,
     dtype: EngineDType = "auto",
     threads: int | None = None,
     notify: Notify = say_nothing,
@@ -207,7 +205,7 @@ def load(
     return Model(Engine.load(path, threads=threads, dtype=dtype, notify=notify), load_text_config(path), path)
 
 
-def read_log(name: str | Path, *, logs_dir: str | Path = _LOGS_DIR) -> LossLog:
+def read_log(name: str | Path, *, logs_dir: str | Path = LOGS_DIR) -> LossLog:
     """Read the loss log of a run, by its name, its folder or the path of its `log.pkl`.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from picogpt.errors import ConfigError
@@ -17,14 +17,10 @@ __all__ = [
     "KERNELS",
     "MAX_THREADS",
     "X_AXES",
-    "check_attention",
-    "check_device",
-    "check_dtype",
-    "check_kernels",
+    "check_choice",
     "check_run_name",
     "check_text_column",
     "check_threads",
-    "check_x_axis",
     "parse_count",
     "parse_new_tokens",
     "require",
@@ -96,53 +92,13 @@ def check_run_name(name: str) -> str:
     return name
 
 
-def check_dtype(name: str | None) -> str | None:
-    """Return `name` if it is one of `DTYPES` or None.
+def check_choice(field: str, name: str | None, choices: Collection[str]) -> str | None:
+    """Return `name` if it is one of `choices` or None.
 
     Raises:
-        ConfigError: there is no such type.
+        ConfigError: it is none of them; the message names `field`.
     """
-    require(name is None or name in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", name)
-    return name
-
-
-def check_device(name: str | None) -> str | None:
-    """Return `name` if it is one of `DEVICES` or None.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    require(name is None or name in DEVICES, "device", f"one of {', '.join(DEVICES)}", name)
-    return name
-
-
-def check_x_axis(name: str | None) -> str | None:
-    """Return `name` if it is one of `X_AXES` or None.
-
-    Raises:
-        ConfigError: the x axis cannot count that.
-    """
-    require(name is None or name in X_AXES, "x", f"one of {', '.join(X_AXES)}", name)
-    return name
-
-
-def check_kernels(name: str | None) -> str | None:
-    """Return `name` if it is one of `KERNELS` or None.
-
-    Raises:
-        ConfigError: there are no such functions.
-    """
-    require(name is None or name in KERNELS, "kernels", f"one of {', '.join(KERNELS)}", name)
-    return name
-
-
-def check_attention(name: str | None) -> str | None:
-    """Return `name` if it is one of `ATTENTIONS` or None.
-
-    Raises:
-        ConfigError: there is no such form.
-    """
-    require(name is None or name in ATTENTIONS, "attention", f"one of {', '.join(ATTENTIONS)}", name)
+    require(name is None or name in choices, field, f"one of {', '.join(choices)}", name)
     return name
 
 

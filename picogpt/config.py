@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from picogpt.checks import require, require_between, require_whole
 
 __all__ = [
+    "LOGS_DIR",
     "RECIPES",
     "DataConfig",
     "Decay",
@@ -25,6 +27,9 @@ __all__ = [
     "TextRequest",
     "TrainConfig",
 ]
+
+LOGS_DIR = Path("logs")
+"""Where runs are kept, below the folder that a command is started in."""
 
 Decay = Literal["linear", "cosine"]
 OptimizerName = Literal["muon", "adamw"]

@@ -4,6 +4,10 @@ Every error of this package is a `PicoGPTError`. The command line turns it into 
 anything else is a bug of ours and keeps its traceback.
 """
 
+from __future__ import annotations
+
+import os
+
 
 class PicoGPTError(Exception):
     """The work failed: a file, a text, the network or the machine. The message says what, where and what to do."""
@@ -48,3 +52,9 @@ class Interrupted(PicoGPTError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def file_of_error(error: OSError) -> str | None:
+    """The file that an error of the system is about, if it names one: of a rename the target, not the temporary file."""
+    name = error.filename2 or error.filename
+    return os.fsdecode(name) if name else None

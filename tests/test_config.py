@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from picogpt.checks import check_dtype, check_run_name, check_threads, parse_count, parse_new_tokens
+from picogpt.checks import DTYPES, check_choice, check_run_name, check_threads, parse_count, parse_new_tokens
 from picogpt.config import DataConfig, GPTConfig, SampleConfig, TrainConfig
 from picogpt.errors import ConfigError
 from picogpt.runs.settings import RunSettings
@@ -73,12 +73,12 @@ def test_run_names_refused(name: str) -> None:
 def test_small_checks() -> None:
     """Names and numbers that the command line checks early."""
     assert check_run_name("wikipedia-2.b_1") == "wikipedia-2.b_1"
-    assert check_dtype(None) is None
+    assert check_choice("dtype", None, DTYPES) is None
     assert check_threads(2) == 2
     assert parse_new_tokens("inf") is None
     assert parse_new_tokens("0") == 0
     with pytest.raises(ConfigError, match="dtype must be one of auto, float32, bfloat16, got 'int8'"):
-        check_dtype("int8")
+        check_choice("dtype", "int8", DTYPES)
     with pytest.raises(ConfigError, match="threads must be from 1 to 1024, got 0"):
         check_threads(0)
 

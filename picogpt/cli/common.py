@@ -14,7 +14,7 @@ from typing import NoReturn
 from picogpt.cli.parser import Parser
 from picogpt.cli.screen import above_bar
 from picogpt.cli.streams import install_blocking_streams, reader_is_gone, stdout_is_mid_line
-from picogpt.errors import ConfigError, PicoGPTError
+from picogpt.errors import ConfigError, PicoGPTError, file_of_error
 
 __all__ = ["check_picture", "end_process", "notice", "run_command"]
 
@@ -113,8 +113,8 @@ def _explain(error: BaseException, parser: Parser) -> tuple[str, int]:
         case KeyboardInterrupt():
             return "interrupted", _INTERRUPTED
         case OSError():
-            name = error.filename2 or error.filename  # of a rename the target, not the temporary file
-            where = f"{os.fsdecode(name)}: " if name else ""
+            file = file_of_error(error)
+            where = f"{file}: " if file else ""
             hint = _HINTS.get(error.errno or 0)
             return f"{where}{error.strerror or error}" + (f"; {hint}" if hint else ""), 1
     # torch has no exception of its own for an allocation that was refused.

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from picogpt import __version__
 from picogpt.checks import parse_count
+from picogpt.config import LOGS_DIR
 from picogpt.errors import ConfigError
 
 __all__ = ["Parser", "add_model", "count"]
@@ -132,4 +133,4 @@ def add_model(flags: argparse._ActionsContainer) -> None:
         help="a run's name, its folder, or a .safetensors file (default: the run under the logs folder that was saved last, "
         "else a model that comes with picogpt)",
     )
-    flags.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
+    flags.add_argument("--logs-dir", metavar="DIR", type=Path, default=LOGS_DIR, help="where runs are kept (default: logs)")

@@ -6,9 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from picogpt.checks import check_x_axis
+from picogpt.checks import X_AXES, check_choice
 from picogpt.cli.common import check_picture, run_command
 from picogpt.cli.parser import Parser
+from picogpt.config import LOGS_DIR
 
 __all__ = ["build_parser", "main"]
 
@@ -20,7 +21,7 @@ def build_parser() -> Parser:
         "Draw the loss curve of a run, or of several on one picture, as a JPG or PNG. Prints the picture's path.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's name, its folder, or a log.pkl")
-    parser.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
+    parser.add_argument("--logs-dir", metavar="DIR", type=Path, default=LOGS_DIR, help="where runs are kept (default: logs)")
     parser.add_argument(
         "-o",
         "--output",
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _plot(arguments: argparse.Namespace) -> int:
     check_picture(arguments.output)
-    x = check_x_axis(arguments.x)
+    x = check_choice("x", arguments.x, X_AXES)
     from picogpt.files import atomic_write
     from picogpt.runs.find import find_log
     from picogpt.runs.folder import read_log

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from picogpt.checks import check_device, check_dtype, check_kernels, check_run_name, check_threads
+from picogpt.checks import DEVICES, DTYPES, KERNELS, check_choice, check_run_name, check_threads
 from picogpt.config import TextRequest
 from picogpt.training.request import LENGTHS, TrainRequest
 
@@ -63,9 +63,9 @@ def request_of(arguments: argparse.Namespace) -> TrainRequest:
             fold=arguments.fold,
         ),
         threads=check_threads(arguments.threads),
-        device=check_device(arguments.device),
-        dtype=check_dtype(arguments.dtype),
-        kernels=check_kernels(arguments.kernels),
+        device=check_choice("device", arguments.device, DEVICES),
+        dtype=check_choice("dtype", arguments.dtype, DTYPES),
+        kernels=check_choice("kernels", arguments.kernels, KERNELS),
         compile=arguments.compile,
         gradient_checkpointing=arguments.gradient_checkpointing,
         init_from=arguments.init_from,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from picogpt.cli.common import end_process, notice, run_command
 from picogpt.cli.parser import Parser, count
 from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, request_of
-from picogpt.config import RECIPES, GPTConfig, TrainConfig
+from picogpt.config import LOGS_DIR, RECIPES, GPTConfig, TrainConfig
 from picogpt.errors import RanksError
 from picogpt.schedule import RECIPE_BUDGETS, SUITABLE_RULE
 from picogpt.signals import StopRequest
@@ -57,7 +58,7 @@ def build_parser() -> Parser:
     )
     run = parser.add_argument_group("run")
     run.add_argument("--run", metavar="NAME", help="folder under the logs folder (default: the text's name)")
-    run.add_argument("--logs-dir", metavar="DIR", type=Path, default=Path("logs"), help="where runs are kept (default: logs)")
+    run.add_argument("--logs-dir", metavar="DIR", type=Path, default=LOGS_DIR, help="where runs are kept (default: logs)")
     run.add_argument("--fresh", action="store_true", help="start over; the old folder is kept under a new name")
     run.add_argument("--dry-run", action="store_true", help="forecast time, memory, disk and network; train nothing")
     begin = run.add_mutually_exclusive_group()
@@ -184,7 +185,8 @@ def _run_rank_0(request: TrainRequest, ranks: Ranks, began: float, *, dry_run: b
     from picogpt.training.run import TrainingRun
 
     plan = Plan.of(request, ranks, Console(notice, DownloadBar))
-    with TrainingRun.open(plan, began=began, notify=notice, timing=TimingDisplay) as run:
+    with contextlib.closing(plan.source):
+        run = TrainingRun(plan, began=began, notify=notice, timing=TimingDisplay)
         if dry_run:
             run.dry_run()
         else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from picogpt.checks import check_attention, check_kernels
+from picogpt.checks import ATTENTIONS, KERNELS, check_choice
 from picogpt.config import DataConfig, GPTConfig, TrainConfig
 from picogpt.errors import ConfigError
 from picogpt.schedule import Budget, Schedule
@@ -64,8 +64,8 @@ class RunSettings:
                 ranks=int(content.get("ranks", 1)),
                 device=str(content.get("device", "cpu")),
                 compile=bool(content.get("compile", False)),
-                kernels=str(check_kernels(content.get("kernels", "torch"))),
-                attention=check_attention(content.get("attention")),
+                kernels=str(check_choice("kernels", content.get("kernels", "torch"), KERNELS)),
+                attention=check_choice("attention", content.get("attention"), ATTENTIONS),
                 origin=content.get("origin"),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:

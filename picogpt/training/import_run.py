@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
-from picogpt.config import GPTConfig
 from picogpt.errors import ConfigError, RunError
 from picogpt.files import atomic_write
 from picogpt.model.gpt import GPT
 from picogpt.plot import draw_losses
 from picogpt.runs.folder import LossLog, RunFolder
-from picogpt.runs.import_original import read_original
+from picogpt.training.plan import InitFrom
 from picogpt.training.request import TrainRequest
 from picogpt.wording import Notify, plural
 
@@ -30,8 +29,9 @@ def import_run(request: TrainRequest, *, dry_run: bool, notify: Notify) -> None:
         raise ConfigError("run must be given with --import-original and --epochs 0: the name of the new run", "run")
     if request.text.is_named:
         raise ConfigError("epochs 0 trains on no text; leave --text and --dataset out, or give more epochs", "epochs")
-    assert request.import_original is not None
-    original = read_original(request.import_original, request.model.get("n_head", GPTConfig().n_head))
+    original = InitFrom.find(request)
+    assert original is not None
+    assert original.log is not None
     model = GPT(request.model_config(None, original.config))
     model.load_arrays(original.weights)
     run = RunFolder(request.logs_dir / request.run)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from picogpt.config import DataConfig, GPTConfig, TextRequest, TrainConfig
+from picogpt.config import LOGS_DIR, DataConfig, GPTConfig, TextRequest, TrainConfig
 from picogpt.errors import RunError
 from picogpt.runs.settings import RunSettings
 from picogpt.schedule import Budget
@@ -31,7 +31,7 @@ class TrainRequest:
 
     run: str | None = None
     """Name of the run."""
-    logs_dir: Path = Path("logs")
+    logs_dir: Path = LOGS_DIR
     """Folder of all runs."""
     fresh: bool = False
     """Whether to start over; the old folder is kept under a new name."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Protocol
 
+from picogpt.config import LOGS_DIR
 from picogpt.data import Source, download_bytes
 from picogpt.errors import Interrupted, RunError
 from picogpt.files import existing_folder
@@ -59,29 +59,13 @@ class TrainingRun:
         *,
         began: float,
         notify: Notify,
-        timing: Callable[[], contextlib.AbstractContextManager[Callable[[], None]]],
+        timing: Callable[[], AbstractContextManager[Callable[[], None]]],
     ) -> None:
         self.plan, self.folder, self._source = plan, plan.folder, plan.source
         self._began, self._notify, self._timing = began, notify, timing
         self.trainer = self._build(plan.source)
         self._benchmarked: tuple[float, EpochEnd] | None = None
         self._seconds: float | None = None  # remaining budget at this start, where minutes are given
-
-    @classmethod
-    @contextlib.contextmanager
-    def open(
-        cls,
-        plan: Plan,
-        *,
-        began: float,
-        notify: Notify,
-        timing: Callable[[], contextlib.AbstractContextManager[Callable[[], None]]],
-    ) -> Iterator[TrainingRun]:
-        """Build the plan's trainer, and close its source at exit; nothing is written."""
-        try:
-            yield cls(plan, began=began, notify=notify, timing=timing)
-        finally:
-            plan.source.close()
 
     def train(self, show: Callable[[Trainer, Schedule], Display]) -> None:
         """Train to the end of the run, or until a signal; both save everything.
@@ -152,7 +136,7 @@ class TrainingRun:
     def _command(self) -> str:
         """Return the command that resumes the run."""
         logs_dir = self.plan.request.logs_dir
-        logs = "" if logs_dir == Path("logs") else f" --logs-dir {shlex.quote(str(logs_dir))}"
+        logs = "" if logs_dir == LOGS_DIR else f" --logs-dir {shlex.quote(str(logs_dir))}"
         text = " --text -, with the same text," if "-" in self.plan.data.text else ""
         command = "picogpt-train" if self.plan.ranks.count == 1 else "torchrun ... -m -- picogpt.cli.train"
         return f"{command} --run {self.folder.name}{logs}{text}"

@@ -18,7 +18,7 @@ from picogpt.backend import Backend, BackendChoice
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Source, Stop, WaitInterrupted
 from picogpt.device import CPU
-from picogpt.errors import DataError, TrainingError
+from picogpt.errors import DataError, TrainingError, file_of_error
 from picogpt.files import atomic_write
 from picogpt.kernels.compiled import Kernels
 from picogpt.runs.folder import Checkpoint, LossLog, RunFolder, Tensors, pack, unpack
@@ -274,7 +274,7 @@ class Trainer(TrainState):
             run.write_log(self.log)
             atomic_write(run.plot_path, draw_losses({run.name: self.log}))
         except OSError as error:
-            notify(f"warning: {_where(error, run)}: log or picture not written ({error.strerror or error}); training continues")
+            notify(_not_written("log or picture", error, run))
 
     def _write_history(self, run: RunFolder, notify: Notify, *, in_training: bool) -> None:
         """Write `epochs.json` and `log.html`. A failure costs no training."""
@@ -283,7 +283,7 @@ class Trainer(TrainState):
             page = self.history.page(run.name, self, self.log, in_training=in_training)
             atomic_write(run.page_path, page.encode())
         except OSError as error:
-            notify(f"warning: {_where(error, run)}: page not written ({error.strerror or error}); training continues")
+            notify(_not_written("page", error, run))
 
     def _show_epoch(self, run: RunFolder, schedule: Schedule, observer: Observer) -> None:
         """Call the observer, and re-plan with the time that the epoch's end has taken."""
@@ -384,9 +384,9 @@ class Trainer(TrainState):
         return [{**saved[rank % len(saved)], **weights} for rank in range(1, self.ranks.count)]
 
 
-def _where(error: OSError, run: RunFolder) -> Any:
-    """The file that an error is about: of a rename the target, not the temporary file."""
-    return error.filename2 or error.filename or run.path
+def _not_written(what: str, error: OSError, run: RunFolder) -> str:
+    """Warn that `what` could not be written, which ends no run."""
+    return f"warning: {file_of_error(error) or run.path}: {what} not written ({error.strerror or error}); training continues"
 
 
 def _split_by_rank(tensors: Tensors, count: int) -> list[Tensors]:
