@@ -1,7 +1,6 @@
 """The Python interface of a trained model: generate, logits and scores. No torch.
 
-model = picogpt.load("wikipedia")
-print(model.generate("the history of", seed=1))
+`picogpt.load("wikipedia").generate("the history of")` is the shortest use; docs/python.md has more.
 """
 
 from __future__ import annotations

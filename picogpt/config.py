@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from picogpt.checks import require, require_between, require_whole
+from picogpt.wording import plural
 
 __all__ = [
     "LOGS_DIR",
@@ -68,6 +69,11 @@ class GPTConfig:
             require_whole(name, getattr(self, name), 1)
         require(self.n_embd % self.n_head == 0, "n_embd", f"a multiple of n_head ({self.n_head})", self.n_embd)
         require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+
+    def describe(self) -> str:
+        """Describe the shape in a few words."""
+        sizes = f"{plural(self.n_layer, 'layer')}, {plural(self.n_head, 'head')}, width {self.n_embd}"
+        return f"{sizes}, windows of {self.context_len}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,11 +154,10 @@ def describe_settings(state: TrainState, log: LossLog) -> dict[str, str]:
     model, train = state.model.config, state.config
     seconds, chars = [0.0, *log.seconds][-2:], [0, *log.chars][-2:]
     speed = (chars[-1] - chars[0]) / max(seconds[-1] - seconds[0], 1e-9)
-    shape = f"{plural(model.n_layer, 'layer')}, {plural(model.n_head, 'head')}, width {model.n_embd}"
     kernels = kernels_name(state.model.transformer.kernels)
     threads = plural(torch.get_num_threads(), "thread")
     return {
-        "model": f"{state.model.num_params():,} parameters: {shape}, windows of {model.context_len}",
+        "model": f"{state.model.num_params():,} parameters: {model.describe()}",
         "step": f"{plural(train.batch_size, 'sequence')} of {train.windows} windows",
         "recipe": f"{train.recipe}: {train.optimizer}, learning rate {train.lr:g}, seed {train.seed}",
         "computed with": f"{str(state.dtype).removeprefix('torch.')}, {threads}, kernels {kernels}, {instruction_set()}",

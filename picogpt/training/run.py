@@ -304,11 +304,8 @@ class TrainingRun:
 
     def _announce(self) -> None:
         """Print the model, the backend and the length of the run."""
-        plan, model, train, backend = self.plan, self.plan.model, self.plan.train, self.plan.backend
-        self._notify(
-            f"model: {self.trainer.model.num_params():,} parameters; {plural(model.n_layer, 'layer')}, "
-            f"{plural(model.n_head, 'head')}, width {model.n_embd}, windows of {model.context_len}"
-        )
+        plan, train, backend = self.plan, self.plan.train, self.plan.backend
+        self._notify(f"model: {self.trainer.model.num_params():,} parameters; {plan.model.describe()}")
         self._notify(f"device {backend.device.type} ({backend.device_reason})")
         self._notify(backend.describe())
         if backend.gradient_checkpointing:
