@@ -60,24 +60,25 @@ class RunView:
 
 def render_page(runs: Sequence[RunView]) -> str:
     """A page of one run, or of several to compare: one file of HTML that needs no network."""
-    first = runs[0]
+    # Only the page of one run can be read epoch by epoch.
+    single = runs[0] if len(runs) == 1 else None
     title = " and ".join(run.name for run in runs)
     in_training = any(run.in_training for run in runs)
     chart = _Chart(runs)
     data = {
-        "points": chart.points(first) if len(runs) == 1 else [],
-        "epochs": _epoch_data(first) if len(runs) == 1 else [],
-        "excerpt": first.excerpt if len(runs) == 1 else "",
+        "points": chart.points(single) if single else [],
+        "epochs": _epoch_data(single) if single else [],
+        "excerpt": single.excerpt if single else "",
     }
     parts = {
         "refresh": f'<meta http-equiv="refresh" content="{RELOAD_SECONDS}">' if in_training else "",
         "title": html.escape(title),
         "status": html.escape(_status(runs)),
         "chart": chart.svg(),
-        "hint": " Move over the curve, or use the arrow keys on it, to read an epoch." if len(runs) == 1 else "",
+        "hint": " Move over the curve, or use the arrow keys on it, to read an epoch." if single else "",
         "table": _table(runs),
-        "watch": _watch(first) if len(runs) == 1 and first.epochs else "",
-        "settings": "".join(_settings(run, named=len(runs) > 1) for run in runs),
+        "watch": _watch(single) if single and single.epochs else "",
+        "settings": "".join(_settings(run, named=not single) for run in runs),
         # No "<" can end the element early, whatever the text holds.
         "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
         "style": _resource("css"),
@@ -105,15 +106,19 @@ def _status(runs: Sequence[RunView]) -> str:
 
 def _epoch_data(run: RunView) -> list[dict[str, str]]:
     """What the slider shows, an entry an epoch."""
-    first = len(run.log.val) - len(run.epochs)
     return [
         {
-            "label": f"epoch {first + i + 1}, {run.log.chars[first + i]:,} characters, val {run.log.val[first + i]:.4f}",
+            "label": _epoch_label(run.log, number),
             "sample": view.sample,
             "probabilities": base64.b64encode(bytes(round(255 * p) for p in view.probabilities)).decode(),
         }
-        for i, view in enumerate(run.epochs)
+        for number, view in enumerate(run.epochs, start=len(run.log.val) - len(run.epochs) + 1)
     ]
+
+
+def _epoch_label(log: LossLog, number: int) -> str:
+    """Name an epoch of the log, counted from 1."""
+    return f"epoch {number}, {log.chars[number - 1]:,} characters, val {log.val[number - 1]:.4f}"
 
 
 def _rows(log: LossLog) -> Iterator[tuple[int, int, float, float, float]]:
@@ -124,7 +129,7 @@ def _rows(log: LossLog) -> Iterator[tuple[int, int, float, float, float]]:
 def _watch(run: RunView) -> str:
     """The section with the slider; without a script it shows the last epoch."""
     last = len(run.epochs) - 1
-    label = html.escape(_epoch_data(run)[-1]["label"])
+    label = html.escape(_epoch_label(run.log, len(run.log.val)))
     excerpt = (
         '<h2 id="expects">What it expects</h2>\n<p class="legend">Text it has not trained on. The darker a character, '
         "the more probable the model found it; dotted lines mark those below 5 %.</p>\n"
