@@ -35,6 +35,7 @@ from picogpt.inference.generate import (
 )
 from picogpt.inference.reference import ReferenceModel
 from picogpt.kernels.processor import vector_instructions
+from picogpt.model.accelerate import accelerate
 from picogpt.rng import sample_generator
 from picogpt.runs.find import find_model
 from picogpt.runs.folder import load_model
@@ -165,6 +166,7 @@ def one_text(path: Path, settings: Settings) -> None:
     """
     plain = PlainCLoop(*load_model(path))
     reference = ReferenceModel.load(path).model
+    accelerate(reference).attention = "fused"  # as any PyTorch engineer would compute it
     calls: dict[str, Callable[[], float]] = {
         "plain C loop, float32, 1 thread": partial(plain.speed, SLICE),
         "plain torch, whole text anew": lambda: speed(StepwiseDecoder(ReferenceModel(reference).prefill), random_ids(PROMPT), 1),

@@ -13,6 +13,7 @@ from benchmarks.common import ROUNDS, backend
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.device import set_threads
 from picogpt.kernels.compiled import Kernels
+from picogpt.model.accelerate import accelerate
 from picogpt.model.gpt import GPT
 from picogpt.training.trainer import time_call
 
@@ -46,15 +47,16 @@ def passes(kernels: Kernels | None, rolls: int, dtype: torch.dtype) -> tuple[Cal
     """Ten windows through all blocks of a model: forward, and there and back; gradients of the weights are among what is made."""
     torch.manual_seed(0)
     config = GPTConfig()
-    transformer = GPT(config).transformer
-    transformer.kernels = kernels
+    model = GPT(config)
+    accelerate(model, kernels)
+    transformer = model.transformer
     slots, windows = config.context_len + 1, TrainConfig().windows
     x = torch.randn(rolls, slots, config.n_embd, requires_grad=True)
     inputs = [x, *transformer.h.parameters()]
 
     def forward() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-            blocks = transformer.blocks(rolls, [slots] * windows)
+            blocks = transformer.begin_sequence(rolls, [slots] * windows)
             return torch.stack([blocks(x) for _ in range(windows)])
 
     return forward, lambda: torch.autograd.grad(forward().sum(), inputs)

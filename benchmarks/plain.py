@@ -11,6 +11,7 @@ from torch import Tensor
 
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Batch, Source
+from picogpt.model.accelerate import accelerate
 from picogpt.model.gpt import GPT
 
 __all__ = ["NANOGPT", "NanoGPTLoop", "PlainLoop"]
@@ -34,7 +35,7 @@ class _Loop(ABC):
         self.dtype = dtype
         torch.manual_seed(config.seed)
         self.model = GPT(model_config)
-        self.model.transformer.attention = "fused"
+        accelerate(self.model).attention = "fused"
         parameters = list(self.model.parameters())
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -102,5 +103,5 @@ class NanoGPTLoop(_Loop):
         body = self.model.transformer
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             x = body.wte(inputs) + body.wpe.weight[:n_chars]  # (B, n, C)
-            logits = self.model.lm_head(body.ln_f(body.blocks(windows, [n_chars])(x)))  # (B, n, V)
+            logits = self.model.lm_head(body.ln_f(body.begin_sequence(windows, [n_chars])(x)))  # (B, n, V)
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -90,6 +90,7 @@ def test_no_cycles() -> None:
                 "kernels.autograd",
                 "kernels.compiled",
                 "kernels.workspace",
+                "model.accelerate",
                 "model.attention",
                 "model.dropout",
                 "model.gpt",

@@ -1,9 +1,9 @@
-"""Causal attention in torch, in two forms, and the choice between them.
+"""Fast forms of causal attention in torch, and the choice between them. The definition is in `picogpt.model.gpt`.
 
-`fused` is torch's `scaled_dot_product_attention`. `products` are two batched products of matrices with a softmax between them:
+`fused` is torch's `scaled_dot_product_attention`. `products` are two batched matrix products with a softmax between them:
 on a CPU that computes in bfloat16 the fused form's backward pass can take several times as long. In float32 the two are close.
 
-Dimensions: B sequences in a batch, S slots of a window, C = n_embd, H = n_head, D = C / H.
+Dimensions: B sequences in a batch, S slots of a window, H heads, D entries of a head.
 """
 
 from __future__ import annotations
@@ -18,50 +18,36 @@ from torch import Tensor
 from picogpt.config import GPTConfig
 from picogpt.device import speedup
 from picogpt.model.dropout import keep_mask
+from picogpt.model.gpt import Attend
 
-__all__ = ["causal_attention", "causal_mask", "choose_attention"]
+__all__ = ["FORMS", "choose_attention", "fused_attention", "products_attention"]
 
 _MIN_SPEEDUP = 1.3
 """Speedup from which `products` is chosen: with a margin, so that two starts on one machine choose alike."""
 
 
-def causal_attention(qkv: Tensor, mask: Tensor | None, n_head: int, dropout: float = 0.0) -> Tensor:
-    """Attend from every slot to itself and the slots before it: y = softmax(q k^T / sqrt(D) + mask) v.
-
-    Args:
-        qkv: queries, keys and values of all heads, concatenated (B, S, 3 * C).
-        mask: None for the fused form; `causal_mask` (S, S) for the products.
-        n_head: H.
-        dropout: probability that an attention weight is dropped, in [0, 1).
-
-    Returns:
-        Outputs of all heads, concatenated (B, S, C), in the dtype of `qkv`.
-    """
-    B, S, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-    # Split qkv into q, k and v, and each of them into heads.
-    q, k, v = (part.view(B, S, n_head, C // n_head).transpose(1, 2) for part in qkv.chunk(3, dim=2))  # (B, H, S, D)
-    if mask is None:
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, S, D)
-    else:
-        # baddbmm and bmm take one batch dimension, so batch and heads become one.
-        q, k, v = (part.reshape(B * n_head, S, C // n_head) for part in (q, k, v))  # (B * H, S, D)
-        y = _by_products(q, k, v, mask, dropout).view(B, n_head, S, C // n_head)  # (B, H, S, D)
-    return y.transpose(1, 2).reshape(B, S, C)  # heads side by side again
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Compute attention by torch's fused function: q, k, v (B, H, S, D) -> (B, H, S, D)."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
-def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
-    """Compute attention for q, k and v (B * H, S, D) by batched matrix products; return (B * H, S, D)."""
-    # The mask is added by the GEMM itself; scaling q (S x D) is cheaper than scaling the scores (S x S).
-    scores = torch.baddbmm(mask.to(q.dtype), q * (1 / math.sqrt(q.size(-1))), k.mT)  # (B * H, S, S)
-    weights = scores.softmax(dim=-1)  # (B * H, S, S), each row sums to 1
+def products_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Compute attention by batched matrix products: q, k, v (B, H, S, D) -> (B, H, S, D)."""
+    shape, n_slots = q.shape, q.size(2)
+    # baddbmm and bmm take one batch dimension, so batch and heads become one.
+    q, k, v = (part.reshape(-1, n_slots, part.size(3)) for part in (q, k, v))  # (B * H, S, D)
+    # The GEMM itself adds the mask: 0 on and below the diagonal, -inf above it.
+    mask = torch.full((n_slots, n_slots), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    # Scaling q (S x D) is cheaper than scaling the scores (S x S).
+    scores = torch.baddbmm(mask, q * (1 / math.sqrt(q.size(-1))), k.mT)  # (B * H, S, S)
+    weights = scores.softmax(dim=-1)  # (B * H, S, S): each row sums to 1
     if dropout:
         weights = weights * keep_mask(weights, dropout)
-    return torch.bmm(weights, v)  # (B * H, S, D)
+    return torch.bmm(weights, v).view(shape)  # (B * H, S, D) -> (B, H, S, D)
 
 
-def causal_mask(n_slots: int) -> Tensor:
-    """Return the additive mask (S, S): 0 where the row's slot attends to the column's slot, -inf above the diagonal."""
-    return torch.full((n_slots, n_slots), -torch.inf).triu(1)
+FORMS: dict[str, Attend] = {"fused": fused_attention, "products": products_attention}
+"""Each form by its name in `picogpt.checks.ATTENTIONS`."""
 
 
 def choose_attention(config: GPTConfig, sequences: int, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
@@ -83,11 +69,11 @@ def choose_attention(config: GPTConfig, sequences: int, dtype: torch.dtype, devi
 
 def _products_speedup(config: GPTConfig, sequences: int, dtype: torch.dtype) -> float:
     """Return the speedup of the products over the fused form, forward and backward."""
-    n_slots = config.context_len + 1
-    qkv = torch.ones(sequences, n_slots, 3 * config.n_embd, dtype=dtype, requires_grad=True)
+    shape = (sequences, config.n_head, config.context_len + 1, config.n_embd // config.n_head)  # (B, H, S, D)
+    q, k, v = (torch.ones(shape, dtype=dtype, requires_grad=True) for _ in range(3))
 
-    def run(mask: Tensor | None) -> None:
-        y = causal_attention(qkv, mask, config.n_head)
-        torch.autograd.grad(y, qkv, torch.ones_like(y))
+    def run(form: str) -> None:
+        y = FORMS[form](q, k, v, dropout=0.0)
+        torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
 
-    return speedup(functools.partial(run, causal_mask(n_slots)), functools.partial(run, None))
+    return speedup(functools.partial(run, "products"), functools.partial(run, "fused"))

@@ -2,7 +2,8 @@
 
 The blocks are those of GPT-2 in the form of nanoGPT (github.com/karpathy/nanoGPT), whose state-dict names are kept.
 New is the slot in front of each window: it carries the mean output of the window before it, the idea of the PicoGPT
-project. This module knows tensors only; text, files and devices belong to other modules.
+project. Everything here is plain torch, to be read; training attaches faster ways to compute the same blocks
+(`picogpt.model.accelerate`). Text, files and devices belong to other modules.
 
 Dimensions: B sequences in a batch, T characters of a sequence, n characters of one window, S = n + 1 slots of a window (the
 context slot and its characters), C = n_embd, H = n_head, D = C / H, V = vocab_size.
@@ -12,24 +13,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from picogpt.config import GPTConfig
 from picogpt.errors import RunError
-from picogpt.kernels.autograd import FusedBlocks
-from picogpt.kernels.compiled import Kernels, WorkspaceSpec
-from picogpt.model.attention import causal_attention, causal_mask
 from picogpt.model.dropout import Dropout
 from picogpt.model.roll import window_spans
 
-__all__ = ["GPT", "MLP", "Block", "CausalSelfAttention"]
+__all__ = ["GPT", "MLP", "Attend", "Block", "BlockRunner", "CausalSelfAttention"]
+
+
+class Attend(Protocol):
+    """Another way to compute causal attention."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        """Attend with q, k and v (B, H, S, D), dropping weights with probability `dropout`; return (B, H, S, D)."""
+
+
+class BlockRunner(Protocol):
+    """Another way to compute all blocks."""
+
+    def begin_sequence(self, blocks: nn.ModuleList, batch_size: int, slots: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        """Return a function that takes one window x (B, S, C) through all blocks.
+
+        The function is called once for each window of a text, in order; `slots` lists S of each window.
+        """
 
 
 class CausalSelfAttention(nn.Module):
@@ -40,18 +54,23 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v of all heads in one GEMM
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)  # output projection
-        self.dropout = config.dropout
+        self.attn_dropout = Dropout(config.dropout)
         self.resid_dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend within one window: x (B, S, C) -> (B, S, C); `mask` is (S, S), or None for torch's fused kernel."""
-        qkv = self.c_attn(x)  # (B, S, C) -> (B, S, 3C)
-        # For each head, with q, k, v (S, D) cut out of qkv and mask 0 on and below the diagonal, -inf above it:
-        #     scores = q @ k.T / sqrt(D) + mask     (S, S): row i has a score for each slot up to i
-        #     weights = softmax(scores, dim=-1)     (S, S): each row sums to 1
-        #     y = dropout(weights) @ v              (S, D)
-        # `causal_attention` computes just that for all heads at once, by torch's fused kernel or by two batched products.
-        y = causal_attention(qkv, mask, self.n_head, self.dropout if self.training else 0.0)  # (B, S, 3C) -> (B, S, C)
+    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        """Attend within one window: x (B, S, C) -> (B, S, C); `attend` replaces the formula below."""
+        B, S, C = x.shape
+        # Split q, k and v into heads, and move the heads forward so that each is a matrix of its own.
+        q, k, v = (part.view(B, S, self.n_head, C // self.n_head).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        if attend is not None:
+            y = attend(q, k, v, self.attn_dropout.p if self.training else 0.0)  # (B, H, S, D)
+        else:
+            scores = q @ k.mT / math.sqrt(k.size(-1))  # (B, H, S, D) @ (B, H, D, S) -> (B, H, S, S)
+            # Causal: a slot does not see the slots after it. exp(-inf) is 0, so these get no weight.
+            later = torch.ones(S, S, dtype=torch.bool, device=x.device).triu(1)
+            weights = F.softmax(scores.masked_fill(later, -math.inf), dim=-1)  # (B, H, S, S): each row sums to 1
+            y = self.attn_dropout(weights) @ v  # (B, H, S, S) @ (B, H, S, D) -> (B, H, S, D)
+        y = y.transpose(1, 2).reshape(B, S, C)  # heads side by side again
         out: Tensor = self.resid_dropout(self.c_proj(y))  # (B, S, C)
         return out
 
@@ -82,9 +101,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Apply the block to one window: x (B, S, C) -> (B, S, C); `mask` as in `CausalSelfAttention.forward`."""
-        x = x + self.attn(self.ln_1(x), mask)  # (B, S, C)
+    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        """Apply the block to one window: x (B, S, C) -> (B, S, C); `attend` as in `CausalSelfAttention.forward`."""
+        x = x + self.attn(self.ln_1(x), attend)  # (B, S, C)
         out: Tensor = x + self.mlp(self.ln_2(x))  # (B, S, C)
         return out
 
@@ -99,55 +118,28 @@ class _Transformer(nn.Module):
         self.drop = Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        # Whether activations are recomputed in the backward pass: bit-identical, less memory (checkpointing, Chen et al., 2016).
-        self.gradient_checkpointing = False
-        # Form of attention when torch computes the blocks, one of `picogpt.checks.ATTENTIONS`.
-        self.attention = "products" if config.dropout else "fused"
-        # Native kernels compiled for this shape; None computes the blocks with torch.
-        self.kernels: Kernels | None = None
-        # Blocks whose workspace training steps reuse; a validation in between does not replace it.
-        self._fused: FusedBlocks | None = None
-        # Only dropout draws random numbers, so only then recomputation has to restore the generator.
-        self._draws = config.dropout > 0
-        # Not part of the state dict: the mask follows from the shape.
-        self.mask: Tensor
-        self.register_buffer("mask", causal_mask(config.context_len + 1), persistent=False)
+        # A faster way through the blocks, attached from outside; None computes them by the loop in `begin_sequence`.
+        self.runner: BlockRunner | None = None
 
-    def blocks(self, sequences: int, slots: Sequence[int]) -> Callable[[Tensor], Tensor]:
-        """Return a function that takes one window x (B, S, C) through all blocks.
+    def begin_sequence(self, batch_size: int, slots: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        """Return a function that takes one window through all blocks: see `BlockRunner.begin_sequence`."""
+        if self.runner is not None:
+            return self.runner.begin_sequence(self.h, batch_size, slots)
 
-        The function is called once for each window of a text, in order; `slots` lists S of each window.
-        """
-        if self.kernels is None:
-            return self._through_modules
-        spec = WorkspaceSpec(len(self.h), sequences, tuple(slots), torch.is_grad_enabled(), self.gradient_checkpointing)
-        # Allocating activation buffers takes longer than filling them, so a step reuses those of the step before. New ones
-        # are needed while a text's backward pass is still due, and after a change of shape, kernels or mode.
-        fused = self._fused
-        if fused is None or not fused.is_free or (fused.kernels, fused.spec) != (self.kernels, spec):
-            fused = FusedBlocks(self.kernels, spec)
-        if spec.trained:
-            self._fused = fused
-        return fused.begin_sequence([list(block.parameters()) for block in self.h])
+        def run_blocks(x: Tensor) -> Tensor:
+            for block in self.h:
+                x = block(x)
+            return x
 
-    def _through_modules(self, x: Tensor) -> Tensor:
-        # The first window of a sequence can be shorter than the others.
-        mask = self.mask[: x.size(1), : x.size(1)] if self.attention == "products" else None
-        for block in self.h:
-            if self.gradient_checkpointing and self.training:
-                # Keep only x; the backward pass runs the block again.
-                x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=self._draws)
-            else:
-                x = block(x, mask)
-        return x
+        return run_blocks
 
-    def forward(self, idx: Tensor, context: Tensor, blocks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def forward(self, idx: Tensor, context: Tensor, run_blocks: Callable[[Tensor], Tensor]) -> Tensor:
         """Compute the outputs of one window.
 
         Args:
             idx: ids (B, n).
             context: context vector of the window before (B, C).
-            blocks: the function that `blocks` returned for the whole text; None for a single window.
+            run_blocks: the function that `begin_sequence` returned for the whole text.
 
         Returns:
             Outputs after the final LayerNorm (B, S, C).
@@ -155,8 +147,7 @@ class _Transformer(nn.Module):
         # The context vector takes slot 0, where other models have a start token.
         x = torch.cat((context.unsqueeze(1), self.wte(idx)), dim=1)  # (B, S, C)
         x = self.drop(x + self.wpe.weight[: x.size(1)])  # (B, S, C) + (S, C)
-        x = (blocks or self.blocks(x.size(0), [x.size(1)]))(x)  # (B, S, C)
-        out: Tensor = self.ln_f(x)  # (B, S, C)
+        out: Tensor = self.ln_f(run_blocks(x))  # (B, S, C)
         return out
 
 
@@ -220,11 +211,11 @@ class GPT(nn.Module):
         """
         # The first window has no window before it: its context vector is zero.
         context = self.transformer.wte.weight.new_zeros(idx.size(0), self.config.n_embd)  # (B, C)
-        # Where T is no multiple of the window, the first window is the short one.
+        # Where T is no multiple of the window, the first window is the short one: 300 characters are cut at 0, 44, 172 and 300.
         spans = window_spans(idx.size(1), self.config.context_len)
-        blocks = self.transformer.blocks(idx.size(0), [end - start + 1 for start, end in spans])
+        run_blocks = self.transformer.begin_sequence(idx.size(0), [end - start + 1 for start, end in spans])
         for start, end in spans:
-            h = self.transformer(idx[:, start:end], context, blocks)  # (B, S, C)
+            h = self.transformer(idx[:, start:end], context, run_blocks)  # (B, S, C)
             # The context roll: context_{i+1} = mean over S of h_i. Gradients flow back through it into all windows before.
             context = h.mean(dim=1)  # (B, C)
             yield h, context

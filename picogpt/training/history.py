@@ -154,7 +154,7 @@ def describe_settings(state: TrainState, log: LossLog) -> dict[str, str]:
     model, train = state.model.config, state.config
     seconds, chars = [0.0, *log.seconds][-2:], [0, *log.chars][-2:]
     speed = (chars[-1] - chars[0]) / max(seconds[-1] - seconds[0], 1e-9)
-    kernels = kernels_name(state.model.transformer.kernels)
+    kernels = kernels_name(state.fast_blocks.kernels)
     threads = plural(torch.get_num_threads(), "thread")
     return {
         "model": f"{state.model.num_params():,} parameters: {model.describe()}",

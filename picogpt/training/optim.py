@@ -279,10 +279,13 @@ def _short_dim(matrix: Tensor) -> int:
     return 1 if matrix.size(0) >= matrix.size(1) else 0
 
 
-def build_optimizers(model: GPT, config: TrainConfig, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: GPT, config: TrainConfig, dtype: torch.dtype, kernels: Kernels | None = None
+) -> list[torch.optim.Optimizer]:
     """Return the optimizers that together hold all parameters of `model`, with the settings of `config`.
 
-    Weight decay applies to matrices and embeddings, not to biases and norms. `dtype` is the type of Muon's own products.
+    Weight decay applies to matrices and embeddings, not to biases and norms. `dtype` is the type of Muon's own products,
+    and `kernels` compute its update; None computes it with torch.
     """
     # Muon is made for matrices between activations; embeddings and vectors stay with AdamW.
     blocks = [[p for p in block.parameters() if p.dim() == 2] for block in model.transformer.h]
@@ -299,7 +302,7 @@ def build_optimizers(model: GPT, config: TrainConfig, dtype: torch.dtype) -> lis
         # Group i holds every interval-th block from block i on, and its phase makes it due in every interval-th step.
         turns = [{"params": list(itertools.chain(*blocks[i::interval])), "phase": i} for i in range(interval)]
         settings = {"lr": config.muon_lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-        optimizers.append(Muon(turns, **settings, interval=interval, dtype=dtype, kernels=model.transformer.kernels))
+        optimizers.append(Muon(turns, **settings, interval=interval, dtype=dtype, kernels=kernels))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             # "lr" changes each step; "peak" keeps the highest rate that the schedule's fraction is taken of.

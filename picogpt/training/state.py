@@ -19,6 +19,7 @@ from picogpt.data import Batch
 from picogpt.device import CPU
 from picogpt.errors import RanksError, TrainingError
 from picogpt.kernels.compiled import Kernels, kernels_name
+from picogpt.model.accelerate import accelerate
 from picogpt.model.gpt import GPT
 from picogpt.rng import Stream, philox
 from picogpt.runs.folder import Checkpoint, Tensors
@@ -72,8 +73,9 @@ class TrainState:
         # The initial weights depend on the seed alone, so all ranks start from the same ones.
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(device)
-        self.model.transformer.kernels = kernels
-        self.optimizers = build_optimizers(self.model, config, dtype)
+        self.fast_blocks = accelerate(self.model, kernels)
+        """How the blocks are computed."""
+        self.optimizers = build_optimizers(self.model, config, dtype, kernels)
         self.outer = OuterOptimizer(self.model.parameters()) if config.sync_every else None
         self.step = 0
         """Optimizer steps taken so far, without the steps of an imported run."""
@@ -92,12 +94,11 @@ class TrainState:
 
     def apply(self, backend: Backend) -> None:
         """Apply the parts of `backend` that are not arguments of the constructor."""
-        transformer = self.model.transformer
         if backend.compile:
             self.compile_blocks()
         if backend.attention is not None:
-            transformer.attention = backend.attention
-        transformer.gradient_checkpointing = backend.gradient_checkpointing
+            self.fast_blocks.attention = backend.attention
+        self.fast_blocks.gradient_checkpointing = backend.gradient_checkpointing
 
     def to_spec(self, tensors: Tensors) -> Checkpoint:
         """Return everything a worker needs to build this training state, with `tensors` as its weights and optimizer state."""
@@ -113,15 +114,14 @@ class TrainState:
 
     def _backend_names(self) -> BackendChoice:
         """Return the choice that selects the same backend on another rank."""
-        transformer = self.model.transformer
         return BackendChoice(
             device=self.device.type,
             dtype=str(self.dtype).removeprefix("torch."),
-            kernels=kernels_name(transformer.kernels),
-            attention=transformer.attention,
+            kernels=kernels_name(self.fast_blocks.kernels),
+            attention=self.fast_blocks.attention,
             threads=torch.get_num_threads(),
             compile=self._compiled,
-            gradient_checkpointing=transformer.gradient_checkpointing,
+            gradient_checkpointing=self.fast_blocks.gradient_checkpointing,
         )
 
     @classmethod
@@ -203,7 +203,7 @@ class TrainState:
         It is 1 with native kernels, which divide a step's work better, and with dropout and DDP, as random draws and
         gradient buckets have an order to keep.
         """
-        by_torch = self.model.transformer.kernels is None and self.device.type == "cpu" and not self._compiled
+        by_torch = self.fast_blocks.kernels is None and self.device.type == "cpu" and not self._compiled
         if not by_torch or self.model.config.dropout or self._trained is not self.model:
             return 1
         shape = self.model.config

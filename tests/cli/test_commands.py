@@ -402,7 +402,7 @@ class TestTrain:
         local_step = Trainer.local_step
 
         def watched(self: Trainer, *given: Any) -> float:
-            used.append(self.model.transformer.attention)
+            used.append(self.fast_blocks.attention)
             return local_step(self, *given)
 
         monkeypatch.setattr(Trainer, "local_step", watched)

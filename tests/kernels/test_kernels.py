@@ -24,6 +24,7 @@ from picogpt.errors import TrainingError
 from picogpt.kernels import bindings, build, compiled
 from picogpt.kernels.autograd import FusedBlocks
 from picogpt.kernels.compiled import Kernels, compile_kernels, data_ptrs, select_kernels
+from picogpt.model.accelerate import accelerate
 from picogpt.model.gpt import GPT, Block
 from picogpt.runs.folder import RunFolder
 from picogpt.schedule import Schedule
@@ -74,12 +75,12 @@ def model_of(shape: str, *, spread: float = 0.3, seed: int = 1) -> GPT:
 
 
 def loss_and_gradients(
-    model: GPT, kernels: Kernels | None, length: int, dtype: torch.dtype = torch.float32
+    model: GPT, kernels: Kernels | None, length: int, dtype: torch.dtype = torch.float32, *, recompute: bool = False
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """On some text of two rolls."""
     torch.manual_seed(2)
     ids = torch.randint(0, model.config.vocab_size, (2, length + 1))
-    model.transformer.kernels = kernels
+    accelerate(model, kernels).gradient_checkpointing = recompute
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         _, loss = model(ids[:, :-1], ids[:, 1:])
@@ -168,7 +169,6 @@ def test_scores_of_any_size(shape: str, instructions: str | None) -> None:
     ratios: list[float] = []
     for seed in range(6):
         model = model_of(shape, seed=seed)
-        model.transformer.attention = "products"
         with torch.no_grad():
             for block in model.transformer.h:
                 assert isinstance(block, Block)
@@ -190,8 +190,7 @@ def test_the_same_again() -> None:
     model, length = model_of("heads of 16"), 51
     _, first = loss_and_gradients(model, kernels_for("heads of 16"), length)
     _, second = loss_and_gradients(model, kernels_for("heads of 16"), length)
-    model.transformer.gradient_checkpointing = True
-    _, recomputed = loss_and_gradients(model, kernels_for("heads of 16"), length)
+    _, recomputed = loss_and_gradients(model, kernels_for("heads of 16"), length, recompute=True)
 
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(first[name], recomputed[name]) for name in first)
@@ -201,13 +200,12 @@ def test_the_same_again() -> None:
 def test_recomputing_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """With gradient checkpointing each block's input stays, and nothing else of it; without gradients only the first one's."""
     made: list[FusedBlocks] = []
-    monkeypatch.setattr("picogpt.model.gpt.FusedBlocks", lambda *given: made.append(FusedBlocks(*given)) or made[-1])  # type: ignore[func-returns-value]
+    monkeypatch.setattr("picogpt.model.accelerate.FusedBlocks", lambda *given: made.append(FusedBlocks(*given)) or made[-1])  # type: ignore[func-returns-value]
     for dtype in (torch.float32, torch.bfloat16):
         held = []
         for recompute, trained in ((False, True), (True, True), (False, False)):
             model, ids = model_of("heads of 16"), torch.zeros(2, 17 * 16, dtype=torch.long)
-            model.transformer.kernels = kernels_for("heads of 16", dtype)
-            model.transformer.gradient_checkpointing = recompute
+            accelerate(model, kernels_for("heads of 16", dtype)).gradient_checkpointing = recompute
             with torch.set_grad_enabled(trained), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 model(ids, ids)
             held.append(bytes_of_room(made[-1]))
@@ -236,7 +234,7 @@ def test_scores_beyond_all_numbers(shape: str, dtype: torch.dtype) -> None:
         q, k, _ = block.attn.c_attn.bias.chunk(3)
         q.fill_(1e30)
         k.fill_(-1e30)
-    model.transformer.kernels = kernels_for(shape, dtype)
+    accelerate(model, kernels_for(shape, dtype))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         _, loss = model(ids, ids)
 
@@ -297,7 +295,7 @@ def test_fields_by_name() -> None:
 def test_one_backward_pass() -> None:
     """A graph that is kept for a second one refuses it, as the first one has written over what it was made of."""
     model = model_of("heads of 8")
-    model.transformer.kernels = kernels_for("heads of 8")
+    accelerate(model, kernels_for("heads of 8"))
     _, loss = model(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long))
     assert loss is not None
     loss.backward(retain_graph=True)
@@ -310,7 +308,7 @@ def test_one_backward_pass() -> None:
 def test_weights_that_change_in_between() -> None:
     """Weights written to after the forward pass are noticed in the backward pass, which would mix old and new ones."""
     model = model_of("heads of 8")
-    model.transformer.kernels = kernels_for("heads of 8")
+    accelerate(model, kernels_for("heads of 8"))
     _, loss = model(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long))
     assert loss is not None
     with torch.no_grad():
@@ -324,7 +322,7 @@ def test_weights_that_change_in_between() -> None:
 def test_weights_that_muon_changes_in_between() -> None:
     """So are those that the functions themselves have updated."""
     model, kernels = model_of("heads of 8"), kernels_for("heads of 8")
-    model.transformer.kernels = kernels
+    accelerate(model, kernels)
     _, loss = model(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long))
     assert loss is not None
     matrix = next(p for p in model.transformer.h.parameters() if p.dim() == 2)
@@ -340,7 +338,7 @@ def test_weights_that_muon_changes_in_between() -> None:
 def test_texts_side_by_side(dtype: torch.dtype) -> None:
     """A text that begins before another one is through has memory of its own."""
     model, ids = model_of("heads of 8"), torch.randint(88, (2, 2, 21))
-    model.transformer.kernels = kernels_for("heads of 8", dtype)
+    accelerate(model, kernels_for("heads of 8", dtype))
     losses = [model(x, x)[1] for x in ids]
     together = torch.autograd.grad(losses[0] + losses[1], list(model.parameters()))
     apart = [torch.autograd.grad(model(x, x)[1], list(model.parameters())) for x in ids]
@@ -353,11 +351,11 @@ def test_texts_side_by_side(dtype: torch.dtype) -> None:
 def test_memory_is_used_again() -> None:
     """The next text of the same shape has the memory of the one before, whatever comes in between; another shape has its own."""
     model, ids = model_of("heads of 8"), torch.zeros(2, 21, dtype=torch.long)
-    model.transformer.kernels = kernels_for("heads of 8")
+    fast = accelerate(model, kernels_for("heads of 8"))
     rooms = []
     for n in (21, 21, 13):
         torch.autograd.grad(model(ids[:, :n], ids[:, :n])[1], list(model.parameters()))
-        rooms.append(model.transformer._fused)
+        rooms.append(fast._fused)
         with torch.no_grad():
             model(ids, ids)
 
@@ -370,12 +368,12 @@ def test_memory_is_used_again() -> None:
 def test_memory_goes_with_the_model(backward: bool) -> None:
     """Nothing that is kept holds on to the graph of a text, which would hold on to it for ever."""
     model, ids = model_of("heads of 8"), torch.zeros(2, 21, dtype=torch.long)
-    model.transformer.kernels = kernels_for("heads of 8")
+    fast = accelerate(model, kernels_for("heads of 8"))
     _, loss = model(ids, ids)
     if backward:
         torch.autograd.grad(loss, list(model.parameters()))
-    fused = weakref.ref(model.transformer._fused)
-    del model, loss, _
+    fused = weakref.ref(fast._fused)
+    del model, fast, loss, _
 
     assert fused() is None
 
@@ -384,7 +382,7 @@ def test_memory_goes_with_the_model(backward: bool) -> None:
 def test_windows_left_out() -> None:
     """A loss of some windows only is refused: the others' part of the gradient would be what the text before has left there."""
     model = model_of("heads of 8")
-    model.transformer.kernels = kernels_for("heads of 8")
+    accelerate(model, kernels_for("heads of 8"))
     first, *_ = model.roll(torch.zeros(1, 24, dtype=torch.long))
 
     with pytest.raises(AssertionError, match=r"windows \[1, 2\] have not gone backward"):
@@ -437,7 +435,7 @@ def test_rows_that_no_tile_divides(rolls: int, dtype: torch.dtype) -> None:
         ids = torch.randint(0, 88, (rolls, length))
         gradients = []
         for kernels in (None, kernels_for("heads of 32", dtype)):
-            model.transformer.kernels = kernels
+            accelerate(model, kernels)
             with torch.autocast("cpu", torch.bfloat16, enabled=kernels is not None and dtype == torch.bfloat16):
                 _, loss = model(ids, ids)
             gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
@@ -533,8 +531,7 @@ def test_more_threads(threads: int, dtype: torch.dtype) -> None:
     shared.__dict__.pop("workspace", None)  # is as large as its threads need
     _, one = loss_and_gradients(model, kernels, 300, dtype)
     for again in (False, True):
-        model.transformer.gradient_checkpointing = again
-        _, several = loss_and_gradients(model, shared, 300, dtype)
+        _, several = loss_and_gradients(model, shared, 300, dtype, recompute=again)
         assert max(distance(several[name], one[name]) for name in one) < tolerance
 
     updates = (after_steps(shape, dtype, each)[0] for each in (kernels, shared))
@@ -548,7 +545,7 @@ def test_without_gradients() -> None:
     ids = torch.arange(21).view(1, -1)
     losses = []
     for kernels in (None, kernels_for("heads of 8")):
-        model.transformer.kernels = kernels
+        accelerate(model, kernels)
         with torch.no_grad():
             _, loss = model(ids[:, :-1], ids[:, 1:])
         assert not loss.requires_grad
@@ -636,7 +633,7 @@ def test_other_ranks_have_them_too() -> None:
         leader = make_trainer(kernels)
         follower = TrainState.from_spec(leader.to_spec({**leader.state_tensors(), **leader.outer_tensors()}), SINGLE_PROCESS, 1)
 
-        assert (follower.model.transformer.kernels is None) == (kernels is None)
+        assert (follower.fast_blocks.kernels is None) == (kernels is None)
 
 
 class TestChoice:

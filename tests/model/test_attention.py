@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -10,36 +11,53 @@ from torch import Tensor
 
 from picogpt.config import GPTConfig
 from picogpt.device import CPU
-from picogpt.model.attention import causal_attention, causal_mask, choose_attention
+from picogpt.model.attention import FORMS, choose_attention
+from picogpt.model.gpt import Attend, CausalSelfAttention
 
-BOTH = pytest.mark.parametrize("form", ["fused", "products"])
+Triple = tuple[Tensor, Tensor, Tensor]
 
-
-def mask_of(form: str, n_slots: int) -> Tensor | None:
-    """How `causal_attention` is told the form."""
-    return causal_mask(n_slots) if form == "products" else None
+BOTH = pytest.mark.parametrize("form", FORMS)
 
 
-def by_definition(qkv: Tensor, n_head: int, keep: Tensor | float = 1.0) -> Tensor:
+def by_definition(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | float = 1.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over what came before, head by head; with dropout `keep` has the factors of the weights."""
-    batch, n_slots, width = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-    q, k, v = (part.reshape(batch, n_slots, n_head, -1).transpose(1, 2) for part in qkv.chunk(3, dim=2))
-    weights = (q @ k.mT / math.sqrt(q.size(-1)) + causal_mask(n_slots).to(qkv.dtype)).softmax(-1)
-    read: Tensor = ((weights * keep) @ v).transpose(1, 2).reshape(batch, n_slots, width)
-    return read
+    mask = torch.full((q.size(2), q.size(2)), -torch.inf, dtype=q.dtype).triu(1)
+    weights = (q @ k.mT / math.sqrt(q.size(-1)) + mask).softmax(-1)
+    return (weights * keep) @ v
+
+
+def heads(n_slots: int, n_head: int, head_size: int) -> tuple[Triple, Tensor]:
+    """Random q, k and v of two sequences in double precision, and a gradient of what attention makes of them."""
+    torch.manual_seed(n_slots)
+    q, k, v, upstream = torch.randn(4, 2, n_head, n_slots, head_size, dtype=torch.float64).unbind()
+    qkv = (q.clone().requires_grad_(), k.clone().requires_grad_(), v.clone().requires_grad_())
+    return qkv, upstream
+
+
+def assert_same(found: Tensor, expected: Tensor, inputs: Sequence[Tensor], upstream: Tensor) -> None:
+    """Outputs and the gradients of q, k and v are close."""
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y, inputs, upstream) for y in (found, expected)))
 
 
 @BOTH
 @pytest.mark.parametrize("n_slots", [1, 2, 17, 129])
 def test_equals_its_definition(form: str, n_slots: int) -> None:
     """Outputs and gradients, in double precision."""
-    torch.manual_seed(n_slots)
-    qkv = torch.randn(2, n_slots, 3 * 12, dtype=torch.float64, requires_grad=True)
-    upstream = torch.randn(2, n_slots, 12, dtype=torch.float64)
-    found, expected = causal_attention(qkv, mask_of(form, n_slots), 3), by_definition(qkv, 3)
+    qkv, upstream = heads(n_slots, 3, 4)
 
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(y, qkv, upstream)[0] for y in (found, expected)))
+    assert_same(FORMS[form](*qkv, 0.0), by_definition(*qkv), qkv, upstream)
+
+
+@BOTH
+@pytest.mark.parametrize("n_slots", [1, 2, 17, 129])
+def test_module_with_and_without(form: str, n_slots: int) -> None:
+    """The module's own formula gives what each fast form gives in its place."""
+    torch.manual_seed(n_slots)
+    module = CausalSelfAttention(GPTConfig(n_layer=1, n_head=3, n_embd=12, context_len=128)).double()
+    x = torch.randn(2, n_slots, 12, dtype=torch.float64, requires_grad=True)
+
+    assert_same(module(x, FORMS[form]), module(x), [x, *module.parameters()], torch.randn_like(x))
 
 
 @BOTH
@@ -47,20 +65,19 @@ def test_equals_its_definition(form: str, n_slots: int) -> None:
 def test_bfloat16(form: str, n_slots: int) -> None:
     """Outputs and gradients are close to float32's, in the type that came in, under autocast too."""
     torch.manual_seed(0)
-    qkv, upstream = torch.randn(2, n_slots, 24).bfloat16(), torch.randn(2, n_slots, 8).bfloat16()
-    precise, rough = qkv.float().requires_grad_(), qkv.clone().requires_grad_()
+    q, k, v, upstream = torch.randn(4, 2, 2, n_slots, 4).bfloat16()
+    rough, precise = [[x.detach().to(dtype).requires_grad_() for x in (q, k, v)] for dtype in (torch.bfloat16, torch.float32)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = causal_attention(rough, mask_of(form, n_slots), 2)
-    expected = by_definition(precise, 2)
+        found = FORMS[form](rough[0], rough[1], rough[2], 0.0)
+    expected = by_definition(precise[0], precise[1], precise[2])
 
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
-    of_found, of_expected = (
-        torch.autograd.grad(found, rough, upstream)[0],
-        torch.autograd.grad(expected, precise, upstream.float())[0],
-    )
-    assert of_found.dtype == torch.bfloat16
-    torch.testing.assert_close(of_found.float(), of_expected, atol=0.1, rtol=0.05)
+    of_found = torch.autograd.grad(found, rough, upstream)
+    of_expected = torch.autograd.grad(expected, precise, upstream.float())
+    for mine, theirs in zip(of_found, of_expected, strict=True):
+        assert mine.dtype == torch.bfloat16
+        torch.testing.assert_close(mine.float(), theirs, atol=0.1, rtol=0.05)
 
 
 def test_dropout_by_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,13 +85,25 @@ def test_dropout_by_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     keep = torch.rand(6, 9, 9, dtype=torch.float64).gt(0.4) / 0.6
     monkeypatch.setattr("picogpt.model.attention.keep_mask", lambda _like, _p: keep)
-    qkv = torch.randn(2, 9, 3 * 12, dtype=torch.float64, requires_grad=True)
-    upstream = torch.randn(2, 9, 12, dtype=torch.float64)
-    found = causal_attention(qkv, causal_mask(9), 3, dropout=0.4)
-    expected = by_definition(qkv, 3, keep=keep.view(2, 3, 9, 9))
+    qkv, upstream = heads(9, 3, 4)
 
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(y, qkv, upstream)[0] for y in (found, expected)))
+    assert_same(FORMS["products"](*qkv, 0.4), by_definition(*qkv, keep.view(2, 3, 9, 9)), qkv, upstream)
+
+
+def test_dropout_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training the module's own formula draws what the products draw; in evaluation neither draws anything."""
+    module = CausalSelfAttention(GPTConfig(n_layer=1, n_head=2, n_embd=8, context_len=8, dropout=0.5))
+    x = torch.randn(2, 9, 8)
+    outputs = []
+    for attend in (None, FORMS["products"]):
+        torch.manual_seed(1)
+        outputs.append(module(x, attend))
+    torch.testing.assert_close(*outputs)
+    monkeypatch.setattr("picogpt.model.attention.keep_mask", None)
+    monkeypatch.setattr("picogpt.model.dropout.keep_mask", None)
+    module.eval()
+
+    torch.testing.assert_close(module(x), module(x, FORMS["products"]))
 
 
 @pytest.mark.parametrize(
@@ -101,11 +130,15 @@ def test_choice_is_timed(monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
     """The form that takes less time, forward and backward, is the one that is chosen."""
     clock = [0.0]
 
-    def attention(qkv: Tensor, mask: Tensor | None, n_head: int) -> Tensor:
-        clock[0] += 2.0 if (mask is None) == (slow == "fused") else 1.0
-        return qkv * 2
+    def attention(form: str) -> Attend:
+        def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+            clock[0] += 2.0 if form == slow else 1.0
+            return q + k + v
 
-    monkeypatch.setattr("picogpt.model.attention.causal_attention", attention)
+        return attend
+
+    for form in ("fused", "products"):
+        monkeypatch.setitem(FORMS, form, attention(form))
     monkeypatch.setattr("picogpt.device.time.perf_counter", lambda: clock[0])
 
     form, _ = choose_attention(GPTConfig(), 2, torch.float32, CPU)

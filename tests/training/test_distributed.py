@@ -378,10 +378,10 @@ def test_other_version() -> None:
 def test_attention_of_rank_0(form: str) -> None:
     """The other ranks compute attention as rank 0 does, whatever is fast on their machines."""
     leader = TrainState(TINY, TrainConfig(), torch.float32)
-    leader.model.transformer.attention = form
+    leader.fast_blocks.attention = form
     follower = TrainState.from_spec(leader.to_spec(leader.state_tensors()), SINGLE_PROCESS, 1)
 
-    assert follower.model.transformer.attention == form
+    assert follower.fast_blocks.attention == form
 
 
 def test_messages() -> None:
