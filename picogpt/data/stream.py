@@ -1,17 +1,18 @@
 """Batches from a stream of articles that does not fit into memory: shuffled in a pool, resumed exactly.
 
 Articles are concatenated, separated by empty lines, and cut into sequences of T + 1 characters, so all text is used and short
-articles share a sequence. A pool holds about a thousand sequences. Each batch draws sequences of different articles from the
-pool, and the next sequences of the stream take their places.
+articles share a sequence. Each batch draws sequences of different articles from a pool, and the next sequences of the stream take
+their places. The pool starts with about a thousand sequences, so that the first step comes soon, and grows to eight times as
+many: ten million characters, in another order in every pass.
 
 The state covers the articles taken from the reader, not those it has read ahead: a resumed run continues at the exact article.
 
-Dimension letters: B sequences in a batch, T characters in a sequence, P sequences in the pool.
+Dimension letters: B sequences in a batch, T characters in a sequence, P sequences the pool has room for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +28,9 @@ from picogpt.wording import plural
 __all__ = ["StreamSource", "Usage", "download_bytes"]
 
 POOL = 1024
-"""Sequences in the pool, unless a batch needs more."""
+"""Sequences in the pool at the first batch, unless a batch needs more."""
+POOL_GROWTH = 8
+"""Factor by which the pool grows: while it does, each batch is replaced by twice as many sequences."""
 
 
 @dataclass
@@ -59,12 +62,15 @@ class Usage:
         )
 
 
-def download_bytes(characters: int) -> int:
-    """Estimate the bytes downloaded to train on `characters` characters, at one byte per character.
+def download_bytes(characters: int, sequence_len: int) -> int:
+    """Estimate the bytes downloaded to train on `characters` characters in sequences of `sequence_len`, one byte per character.
 
-    Includes validation articles and read-ahead: characters / (1 - 1/20) + READ_AHEAD. Compressed files need fewer.
+    Includes the pool, validation articles and read-ahead. Compressed files need fewer.
     """
-    return round(characters / (1 - 1 / VALIDATION_DIVISOR)) + READ_AHEAD
+    first_fill = POOL * sequence_len
+    # The pool grows by a character for each one trained on.
+    read = characters + first_fill + min(characters, (POOL_GROWTH - 1) * first_fill)
+    return round(read / (1 - 1 / VALIDATION_DIVISOR)) + READ_AHEAD
 
 
 class StreamSource:
@@ -81,10 +87,11 @@ class StreamSource:
     def __init__(self, reader: ArticleReader, val_ids: Ids, *, sequence_len: int, batch_size: int, seed: int) -> None:
         self.val_ids = val_ids
         self._reader, self._sequence_len, self._batch_size, self._seed = reader, sequence_len, batch_size, seed
-        size = max(POOL, 2 * batch_size)  # of at least two batches, or there would be little to shuffle
+        self._first_fill = max(POOL, 2 * batch_size)  # at least two batches, or there would be little to shuffle
+        size = POOL_GROWTH * self._first_fill
         self._pool = np.zeros((size, sequence_len + 1), np.uint8)  # (P, T + 1)
         self._article_of = np.zeros(size, np.int64)  # (P,) number of the article in which each sequence starts
-        self._filled = 0  # rows of the pool in use; less than P only before the first batch
+        self._filled = 0  # rows of the pool in use, from its start
         self._fresh: list[tuple[Ids, int]] = []  # sequences cut, but not yet in the pool
         self._carry = np.zeros(0, np.uint8)  # rest of the text, too short for a sequence
         self._cursor = Cursor(0, 0, 0)  # where a resumed run starts to read
@@ -121,34 +128,35 @@ class StreamSource:
             WaitInterrupted: `stop` returned True before the batch was complete; no text is lost.
             DataError: the stream has failed for good, or is too short to train on.
         """
-        # The first call fills the pool; each batch then needs B new sequences to replace those it draws.
+        if self._filled < self._first_fill:
+            self._cut(self._first_fill - self._filled, stop)
+            self._put(range(self._filled, self._first_fill))
+        # B new sequences take the places of those drawn, and up to B more the free rows behind them.
+        free = range(self._filled, min(self._filled + self._batch_size, len(self._pool)))
         # The pool changes only once all are there, so an interruption leaves a state that can be saved.
-        missing = len(self._pool) - self._filled if self._filled < len(self._pool) else self._batch_size
-        while len(self._fresh) < missing:
-            self._cut_next(stop)
-        if self._filled < len(self._pool):
-            self._fill()
-            return self.train_batch(k, stop)
+        self._cut(self._batch_size + len(free), stop)
         rows = self._draw(k)
         batch = self._pool[rows].astype(np.int64)  # (B, T + 1), a copy
-        # The new sequences take the places of those drawn.
-        for row, (sequence, article) in zip(rows, self._fresh, strict=True):
-            self._pool[row], self._article_of[row] = sequence, article
-        self._fresh.clear()
+        self._put([*rows, *free])
         return Batch(batch[:, :-1], batch[:, 1:])  # (B, T) each
 
-    def _fill(self) -> None:
-        """Move the sequences that were cut into the free rows of the pool."""
-        for sequence, article in self._fresh:
-            self._pool[self._filled], self._article_of[self._filled] = sequence, article
-            self._filled += 1
+    def _cut(self, count: int, stop: Stop) -> None:
+        """Cut sequences from the stream until there are `count` that are not in the pool yet."""
+        while len(self._fresh) < count:
+            self._cut_next(stop)
+
+    def _put(self, rows: Sequence[int]) -> None:
+        """Move the sequences that were cut into `rows` of the pool."""
+        for row, (sequence, article) in zip(rows, self._fresh, strict=True):
+            self._pool[row], self._article_of[row] = sequence, article
+        self._filled = max(self._filled, *(row + 1 for row in rows))
         self._fresh.clear()
 
     def _draw(self, k: int) -> list[int]:
         """Draw B rows of the pool whose sequences start in different articles, if there are enough of them."""
         # A pure function of (seed, k) and the pool, so that a resumed run draws the same rows.
         generator = stream_generator(self._seed, Stream.POOL_DRAW, k)
-        order = generator.permutation(len(self._pool)).tolist()
+        order = generator.permutation(self._filled).tolist()
         # Walk through the pool in random order; keep the first row of each article until B are found.
         chosen: dict[int, int] = {}
         for row in order:

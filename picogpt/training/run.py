@@ -290,6 +290,7 @@ class TrainingRun:
     def _forecaster(self) -> Forecaster:
         trainer, schedule = self.trainer, self.schedule
         chars_left = (schedule.total_steps - trainer.step) * trainer.chars_per_step
+        sequence_len = self.plan.train.windows * self.plan.model.context_len
         return Forecaster(
             # A function, because the pacer changes the plan while the run is on.
             schedule=lambda: trainer.schedule or schedule,
@@ -297,7 +298,7 @@ class TrainingRun:
             train_chars=self._source.train_chars,
             val_batches=self._val_batches(schedule),
             disk=self._disk_need().kept,
-            network=download_bytes(chars_left) if self.plan.data.commit is not None else 0,
+            network=download_bytes(chars_left, sequence_len) if self.plan.data.commit is not None else 0,
             began=self._began,
             seconds=self._seconds,
         )

@@ -814,7 +814,8 @@ def test_a_signal_ends_generation(trained: Path, samples: int, number: signal.Si
     for delay in (0.0, 0.2, 0.31):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr is not None
-            process.stderr.readline()  # the model is loaded
+            # The line about the model; before it may be one about kernels that are compiled.
+            next(line for line in process.stderr if line.startswith("model "))
             time.sleep(delay)
             process.send_signal(number)
             try:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import itertools
 import os
@@ -120,6 +121,38 @@ def test_goes_on_at_the_very_article() -> None:
     source.close()
 
     assert found == expected
+
+
+def test_the_pool_grows() -> None:
+    """It has 64 sequences for the first batch, grows by a batch's two at each, and ends at eight times as many."""
+    source = make_source()
+    source.begin(NOWHERE)
+    sizes = []
+    for k in range(300):
+        source.train_batch(k)
+        sizes.append(len(source.snapshot()[0]["pool"]))
+    source.close()
+
+    assert sizes == [min(64 + 2 * (k + 1), 512) for k in range(300)]
+
+
+def digests(file: str, row: int) -> Iterator[Row]:
+    """Rows of a data set of three files of 200 articles without a word in common."""
+    for i in range(row, 200):
+        yield (hashlib.sha256(f"{file} {i}".encode()).hexdigest(),)
+
+
+def test_passes_are_cut_and_ordered_anew() -> None:
+    """Later passes over the same articles bring hardly a sequence that an earlier one brought."""
+    source = make_source(read=digests)
+    source.begin(NOWHERE)
+    inputs = [sequence.tobytes() for k in range(2000) for sequence in source.train_batch(k).inputs]
+    passes = source._usage.train_chars / (600 * 66)
+    source.close()
+
+    assert passes > 4
+    # Sequences of 40 characters are cut at the same place as in an earlier pass one time in 40.
+    assert len(set(inputs)) > 0.9 * len(inputs)
 
 
 def test_every_article_is_read_once_a_pass() -> None:
