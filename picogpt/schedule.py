@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +26,8 @@ __all__ = [
     "Budget",
     "Pace",
     "Schedule",
+    "cool_down",
+    "epochs_since_best",
     "fraction_of_peak",
     "learning_rate",
     "lr_at_step",
@@ -43,6 +45,9 @@ EPOCHS_OF_A_BUDGET = 20
 """A run on a budget is cut into about as many, so that a curve, a sample and a checkpoint come early."""
 SHARE_OF_EPOCH_ENDS = 0.25
 """Most of a run on a budget of minutes that the ends of its epochs take; a short run has fewer of them for that."""
+
+COOL_DOWN_SHARE = 0.2
+"""Steps of a cool-down, as a share of the steps to the weights that it starts from."""
 
 SUITABLE_PASSES = 4
 MIN_SUITABLE_CHARS = 1_000_000
@@ -147,14 +152,18 @@ class Budget:
     """Minutes on the clock from the start of the command to its end, over all starts of the run."""
     chars: int | None = None
     """Characters to train on, rounded up to whole steps."""
+    patience: int | None = None
+    """Epochs without a better validation loss after which the run cools down and ends; None trains to the end."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps_per_epoch", "val_steps", "chars"):
+        for name in ("epochs", "steps_per_epoch", "val_steps", "chars", "patience"):
             if getattr(self, name) is not None:
                 require_whole(name, getattr(self, name), 1)
         if self.minutes is not None:
             require(math.isfinite(self.minutes) and self.minutes > 0, "minutes", "a number above 0", self.minutes)
         require(self.minutes is None or self.chars is None, "minutes", "given without chars", self.minutes)
+        # A budget of minutes is re-planned all the time, and its plan always ends with the clock.
+        require(self.minutes is None or self.patience is None, "patience", "given without minutes", self.patience)
 
     @classmethod
     def from_recipe(cls, recipe: str, given: Mapping[str, Any]) -> Budget:
@@ -243,6 +252,33 @@ def learning_rate(
 def lr_at_step(step: int, schedule: Schedule, config: TrainConfig) -> float:
     """Learning rate of step 0, 1, ... of `schedule` (`learning_rate`)."""
     return learning_rate(step, schedule.total_steps, config, decay_start=schedule.decay_start, decay_done=schedule.decay_done)
+
+
+def epochs_since_best(val_losses: Sequence[float]) -> int:
+    """Count the epochs after the one with the lowest validation loss; `val_losses` has at least one."""
+    return len(val_losses) - 1 - min(range(len(val_losses)), key=val_losses.__getitem__)
+
+
+def cool_down(schedule: Schedule, step: int, best_step: int, config: TrainConfig) -> Schedule:
+    """Plan a cool-down at `step` with the weights of `best_step`: the learning rate of that step comes down to its floor.
+
+    A run that was planned to end there would have had a lower rate by then, and a lower loss for that. The cool-down makes up
+    for it in a fifth of the steps that led to the weights (compare Hägele et al., arXiv 2405.18392).
+
+    Args:
+        schedule: the plan until now; its decay must end with the run.
+        step: steps taken.
+        best_step: steps taken when the weights were the best.
+        config: peak, floor and shape of the learning rate.
+    """
+    rate = lr_at_step(max(best_step - 1, 0), schedule, config)
+    # A rate of the warm-up can be below the floor, and the floor can be the peak.
+    span = config.lr - config.min_lr
+    share = max(0.0, rate - config.min_lr) / span if span else 0.0
+    # The inverse of the decay: how much of it is done where the rate has come down to this share.
+    done = 1 - share if config.decay == "linear" else math.acos(2 * share - 1) / math.pi
+    total = step + math.ceil(COOL_DOWN_SHARE * best_step)
+    return replace(schedule, total_steps=total, decay_start=step, decay_done=done)
 
 
 def warmup_steps_of(total_steps: int, config: TrainConfig) -> int:

@@ -38,7 +38,7 @@ TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {
     "seed": (int, "seed of weights, order of the text and dropout"),
 }
 """Fields of `TrainConfig` that are flags: type and meaning."""
-LENGTH_FLAGS = (*LENGTHS, "steps_per_epoch", "val_steps")
+LENGTH_FLAGS = (*LENGTHS, "patience", "steps_per_epoch", "val_steps")
 """Fields of `Budget` that are flags."""
 
 

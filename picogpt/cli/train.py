@@ -128,6 +128,12 @@ def _add_budget(parser: Parser) -> None:
         type=count,
         help=f"epochs (default: none; {SUITABLE_RULE}; recipe seed: {RECIPE_BUDGETS['seed']['epochs']} epochs)",
     )
+    _add(
+        group,
+        "patience",
+        int,
+        "end early: after N epochs without a better validation loss, cool down from the best weights (default: none)",
+    )
     _add(group, "steps_per_epoch", int, "steps an epoch (default: a twentieth of the run; with --epochs 500)")
     _add(
         group, "val_steps", int, "validation batches an epoch, at most all of the validation text (default: a fifth of the steps)"

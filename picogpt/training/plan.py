@@ -93,6 +93,8 @@ class Plan:
         origin = _find_origin(request, folder, stored)
         model = request.model_config(stored, origin.config if origin else None)
         train = request.train_config(stored)
+        budget = request.budget(stored)
+        _check_patience(budget, train, ranks)
         # First, as a text that is too short for the model's shape is found here, and not by timing attention over that shape.
         source = text.source(model, train, folder.load_validation() if stored and folder.has_validation() else None)
         return cls(
@@ -103,7 +105,7 @@ class Plan:
             source=source,
             model=model,
             train=train,
-            budget=request.budget(stored),
+            budget=budget,
             backend=_select_backend(_choose_backend(request, stored), model, train.batch_size, ranks, console.notify),
             origin=origin,
             ranks=ranks,
@@ -215,6 +217,24 @@ def _find_origin(request: TrainRequest, folder: RunFolder, stored: RunSettings |
     if stored.origin is not None and asked is None:
         raise RunError(f"{folder.path}: the run is to start from {stored.origin} and has not begun; give that flag again")
     return asked
+
+
+def _check_patience(budget: Budget, train: TrainConfig, ranks: Ranks) -> None:
+    """Check that a run with patience can cool down.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if budget.patience is None:
+        return
+    if train.decay_steps is not None:
+        raise ConfigError(
+            f"patience needs a learning rate that comes down with the end of the run, and that of recipe {train.recipe} comes "
+            f"down within {train.decay_steps:,} steps; leave --patience out, or use recipe fast",
+            "patience",
+        )
+    if ranks.count > 1:
+        raise ConfigError(f"patience needs a single process, and here are {ranks.count} ranks; leave --patience out", "patience")
 
 
 def _choose_backend(request: TrainRequest, stored: RunSettings | None) -> BackendChoice:

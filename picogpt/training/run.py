@@ -228,9 +228,11 @@ class TrainingRun:
         trainer, budget, stored = self.trainer, self.plan.budget, self.plan.stored
         # The stored schedule holds unless another length was requested.
         kept = stored.schedule if stored is not None and budget == stored.budget else None
+        saved, trainer.patience = trainer.stored_plan, budget.patience
         if budget.minutes is None:
-            return kept or self._new_schedule(None)
-        saved = trainer.stored_plan
+            # A cool-down that has begun is finished, unless another length or patience is asked for.
+            trainer.cooling_down = kept is not None and saved is not None
+            return Schedule(**saved["schedule"]) if kept and saved else kept or self._new_schedule(None)
         if kept is not None and saved is None and self.folder.has_checkpoint():
             return kept  # a run from before there were pacers keeps its steps
         seconds, before = budget.minutes * 60, float(saved["pacer"]["seconds_spent"]) if saved else trainer.seconds

@@ -21,18 +21,20 @@ from picogpt.device import CPU
 from picogpt.errors import DataError, TrainingError, file_of_error
 from picogpt.files import atomic_write
 from picogpt.kernels.compiled import Kernels
-from picogpt.runs.folder import Checkpoint, LossLog, RunFolder, Tensors, pack, unpack
-from picogpt.schedule import Schedule, fraction_of_peak, lr_at_step
+from picogpt.runs.folder import MODEL_FILE, Checkpoint, LossLog, RunFolder, Tensors, load_model, pack, unpack
+from picogpt.schedule import Schedule, cool_down, epochs_since_best, fraction_of_peak, lr_at_step
 from picogpt.training.distributed import SINGLE_PROCESS, Command, Ranks
 from picogpt.training.history import History
 from picogpt.training.pacing import Pacer
 from picogpt.training.state import TrainState, pack_step, strip_prefix
-from picogpt.wording import Notify, say_nothing
+from picogpt.wording import Notify, plural, say_nothing
 
 __all__ = ["Observer", "StepReport", "Trainer", "build_trainer", "make_trainer", "time_call"]
 
 SAVE_INTERVAL = 300.0
 """Seconds of training after which a checkpoint is written in the middle of an epoch."""
+RISE_EPOCHS = 3
+"""Epochs without a better validation loss after which a run without patience says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +94,12 @@ class Trainer(TrainState):
         """The current plan of the run's length."""
         self.pacer: Pacer | None = None
         """Re-plans a run with a budget of minutes; None for other runs."""
+        self.patience: int | None = None
+        """Epochs without a better validation loss after which the run cools down and ends; None trains to the end."""
+        self.cooling_down = False
+        """Whether the run has lost its patience: it ends soon, with the learning rate at its floor."""
         self.stored_plan: dict[str, Any] | None = None
-        """Plan and measurements of the pacer in the loaded checkpoint."""
+        """Plan in the loaded checkpoint, where it is not that of config.json: a pacer's, or a cool-down's."""
         # Steps and characters of an imported run, which the log counts but the schedule does not.
         self._steps_before, self._chars_before = 0, 0
         self._epoch_loss, self._epoch_steps = 0.0, 0
@@ -146,7 +152,7 @@ class Trainer(TrainState):
         # validated resumes with the validation.
         while self.step < self.schedule.total_steps or self.epoch_is_open:
             if self.epoch_is_open and self.schedule.ends_epoch(self.step):
-                finished = self._finish_epoch(run, self.schedule.val_steps, stop)
+                finished = self._finish_epoch(run, self.schedule.val_steps, stop, notify)
                 saved_at = time.perf_counter()
                 if finished:
                     self.history.record(self, self.source, self.log, notify)
@@ -239,7 +245,7 @@ class Trainer(TrainState):
             count += batch.targets.size
         return total / count
 
-    def _finish_epoch(self, run: RunFolder, val_steps: int, stop: Stop) -> bool:
+    def _finish_epoch(self, run: RunFolder, val_steps: int, stop: Stop, notify: Notify) -> bool:
         """Validate, append the epoch to the log and save; return False if stopped before that."""
         if self.local_steps:
             # Validate the weights that all ranks agree on, not rank 0's local ones.
@@ -263,8 +269,33 @@ class Trainer(TrainState):
                 run.save_model(self.model.arrays(), self.model.config, self.source.text)
         if self.pacer is not None and self.schedule is not None:
             self.schedule = self.pacer.after_validation(self.schedule, self.step)
+        self._watch_validation(run, notify)
         self.save(run)
         return True
+
+    def _watch_validation(self, run: RunFolder, notify: Notify) -> None:
+        """Begin the cool-down if patience is at an end; without patience, say once that validation no longer improves."""
+        val, schedule = self.log.val, self.schedule
+        waited = epochs_since_best(val)
+        found = (
+            f"validation loss has not improved for {plural(waited, 'epoch')} (best {min(val):.4f}, in epoch {len(val) - waited})"
+        )
+        if self.patience is None:
+            # Only at the first such streak of the run, also over several starts.
+            if waited == RISE_EPOCHS and all(epochs_since_best(val[:n]) < RISE_EPOCHS for n in range(1, len(val))):
+                notify(
+                    f"{found}: the model learns its text by heart; the best weights are kept, so the run can end now (Ctrl-C); "
+                    "more text, --dropout 0.1, a shorter run or --patience helps the next one"
+                )
+        elif waited >= self.patience and not self.cooling_down and schedule is not None and self.step < schedule.total_steps:
+            # Steps of an imported run come before this run's first step.
+            best_step = max(0, (self.log.chars[-1 - waited] - self._chars_before) // self.chars_per_step)
+            self.schedule = cool_down(schedule, self.step, best_step, self.config)
+            self.cooling_down = True
+            _, weights = load_model(run.path / MODEL_FILE)
+            self.load_weights(weights)
+            steps = plural(self.schedule.total_steps - self.step, "step")
+            notify(f"{found}: back to its weights, and {steps} to cool down from them")
 
     def _write_log(self, run: RunFolder, notify: Notify) -> None:
         """Write `log.pkl` and `log.jpg`. A failure is only a warning: the checkpoint contains the log too."""
@@ -326,9 +357,9 @@ class Trainer(TrainState):
             "seconds": self.seconds,
             "log": self.log.to_dict(),
         }
-        if self.pacer is not None and self.schedule is not None:
-            # With a budget of minutes the plan depends on measured times, so it is part of the state.
-            state["plan"] = {"schedule": asdict(self.schedule), "pacer": self.pacer.state()}
+        if self.schedule is not None and (self.pacer is not None or self.cooling_down):
+            # A plan that depends on measured times or losses is part of the state.
+            state["plan"] = {"schedule": asdict(self.schedule), "pacer": self.pacer.state() if self.pacer else None}
         run.save_checkpoint(Checkpoint(tensors=tensors, state=state))
 
     def _collect_worker_states(self) -> list[Tensors]:
