@@ -815,7 +815,7 @@ def test_a_signal_ends_generation(trained: Path, samples: int, number: signal.Si
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr is not None
             # The line about the model; before it may be one about kernels that are compiled.
-            next(line for line in process.stderr if line.startswith("model "))
+            loaded = next(line for line in process.stderr if line.startswith("model "))
             time.sleep(delay)
             process.send_signal(number)
             try:
@@ -825,7 +825,8 @@ def test_a_signal_ends_generation(trained: Path, samples: int, number: signal.Si
                 process.kill()
 
         assert process.returncode == code
-        assert err == ("picogpt-generate: interrupted\n" if number == signal.SIGINT else "")
+        # A signal that meets the write of that line leaves it in Python's buffer, which then is written again.
+        assert err.removeprefix(loaded) == ("picogpt-generate: interrupted\n" if number == signal.SIGINT else "")
 
 
 def test_loop_on_a_terminal(trained: Path) -> None:
