@@ -6,7 +6,7 @@
 // V ids. Weights are int8 rows with one float32 scale each; activations are float64, and the KV cache is float32.
 const PicoEngine = (() => {
   const EPSILON = 1e-5; // of LayerNorm, as in training
-  const ROWS = 4; // slots that share each pass over a matrix: a weight is converted once for all four
+  const ROWS = 4; // slots that go through a layer together
 
   // ---- Weights ----
 
@@ -59,7 +59,7 @@ const PicoEngine = (() => {
   // ---- Products ----
 
   /** out = W x + bias. Four sums, as one would wait for each addition before the next. */
-  function multiplyOne({ values, scales, bias, rows, columns }, x, out) {
+  function multiplyRow({ values, scales, bias, rows, columns }, x, out) {
     const whole = columns & ~3;
     for (let row = 0, at = 0; row < rows; row++) {
       let a = 0, b = 0, c = 0, d = 0, k = 0;
@@ -74,29 +74,9 @@ const PicoEngine = (() => {
     }
   }
 
-  /** The same for four vectors at once. */
-  function multiplyFour({ values, scales, bias, rows, columns }, [x0, x1, x2, x3], [out0, out1, out2, out3]) {
-    for (let row = 0, at = 0; row < rows; row++) {
-      let a = 0, b = 0, c = 0, d = 0;
-      for (let k = 0; k < columns; k++, at++) {
-        const value = values[at];
-        a += value * x0[k];
-        b += value * x1[k];
-        c += value * x2[k];
-        d += value * x3[k];
-      }
-      const scale = scales[row], shift = bias[row];
-      out0[row] = a * scale + shift;
-      out1[row] = b * scale + shift;
-      out2[row] = c * scale + shift;
-      out3[row] = d * scale + shift;
-    }
-  }
-
-  /** out[r] = W x[r] + bias for the first `count` rows; two or three cost as much as four. */
+  /** out[r] = W x[r] + bias for the first `count` rows: the matrix stays in the processor's cache from one to the next. */
   function multiply(matrix, x, out, count) {
-    if (count === 1) multiplyOne(matrix, x[0], out[0]);
-    else multiplyFour(matrix, x, out);
+    for (let r = 0; r < count; r++) multiplyRow(matrix, x[r], out[r]);
   }
 
   // ---- What stands between them ----
