@@ -219,7 +219,6 @@ def test_draw_in_node() -> None:
 @pytest.mark.slow
 def test_greedy_text_in_a_browser(wikipedia: str, tmp_path: Path) -> None:
     """500 characters from three prompts are those of the numpy engine with the same int8 weights."""
-    header, _ = content_of(wikipedia)
     first = f"{WRITE_GREEDILY}\nconst kept = document.getElementById('weights').textContent;"
     last = (
         "const buffer = Uint8Array.from(atob(kept), c => c.charCodeAt(0)).buffer;\n"
