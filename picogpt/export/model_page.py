@@ -1,8 +1,8 @@
 """One HTML file with a model in it, which runs it in a browser: no network, no server, no installation.
 
 Weights are int8 rows with one float32 scale each, by the rule of `picogpt-generate --dtype int8`. Embeddings are bfloat16;
-norms and biases are float32. All of them stand in the page as base64. `engine.js` computes, `model_service.js` shares its time out,
-`model_page.js` is what a reader sees.
+norms and biases are float32. All of them stand in the page as base64. `engine.js` computes, `model_service.js` shares
+its time out, `model_page.js` is what a reader sees.
 """
 
 from __future__ import annotations
