@@ -23,7 +23,7 @@ import numpy.typing as npt
 from picogpt.config import GenerateConfig, GPTConfig, TextConfig
 from picogpt.export.log_page import RunView, render_curve
 from picogpt.folding import fold_character
-from picogpt.inference.generate import ROLL_WINDOWS, never_drawn
+from picogpt.inference.generate import MAX_PROMPT_WINDOWS, suppressed_ids
 from picogpt.inference.tensors import Floats, Tensors
 from picogpt.runs.folder import LossLog
 from picogpt.tokenizer import VOCAB_SIZE, CharTokenizer
@@ -140,8 +140,8 @@ def _header(view: ModelView) -> dict[str, Any]:
         "context_len": config.context_len,
         "vocab_size": config.vocab_size,
         "hop": GenerateConfig().hop_for(config.context_len),
-        "roll_windows": ROLL_WINDOWS,
-        "never": never_drawn(view.text).tolist(),
+        "roll_windows": MAX_PROMPT_WINDOWS,
+        "never": suppressed_ids(view.text).tolist(),
         "characters": [tokenizer.decode([i]) for i in range(VOCAB_SIZE)],
         "folding": _folding() if view.text is None or view.text.fold else {},
     }
