@@ -70,8 +70,8 @@ class Browser:
         read_end, self._write = os.pipe()
         self._read, write_end = os.pipe()
         # Chromium reads its commands from file 3 and writes its answers to file 4.
-        command = ["sh", "-c", f'exec "$@" 3<&{read_end} 4>&{write_end}', "sh", *_command(folder), "--remote-debugging-pipe"]
-        self._process = subprocess.Popen(command, pass_fds=(read_end, write_end), stderr=subprocess.DEVNULL)
+        command = ["sh", "-c", 'exec "$@" 3<&0 4>&1 0</dev/null 1>&2', "sh", *_command(folder), "--remote-debugging-pipe"]
+        self._process = subprocess.Popen(command, stdin=read_end, stdout=write_end, stderr=subprocess.DEVNULL)
         os.close(read_end)
         os.close(write_end)
         self._pending = b""

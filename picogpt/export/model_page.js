@@ -82,7 +82,8 @@ const receivers = {
   text: ({ at, ids, next }) => addText(at, ids, next),
   done({ written, seconds }) {
     setBusy(false);
-    if (written) say(`Wrote ${written} characters in ${seconds.toFixed(1)} seconds, ${Math.round(written / seconds)} a second.`);
+    if (written === 1) say(`Wrote ${nameOf(model.text.at(-1))}.`);
+    else if (written) say(`Wrote ${written} characters in ${seconds.toFixed(1)} seconds, ${Math.round(written / seconds)} a second.`);
     else say(`Read ${model.text.length} characters.`);
     select(pendingAt ?? (written > 1 ? model.at : model.text.length));
     pendingAt = null;
@@ -90,6 +91,7 @@ const receivers = {
   paused() {
     setBusy(false);
     say(`Paused after ${model.text.length} characters.`);
+    pendingAt = null;
     select(model.text.length);
   },
   inspected: showInside,
@@ -102,10 +104,19 @@ const receive = message => receivers[message.kind](message);
 
 let pendingAt = null; // the place that a link names, chosen once the text is there
 
+let cameFrom = null; // what had the focus when writing began
+
+/** Buttons that make no sense now are off; the focus goes to the pause and then back, as it would be lost on one of them. */
 function setBusy(busy) {
+  const focused = document.activeElement;
+  if (busy) cameFrom = focused;
   model.busy = busy;
+  if (busy) $("pause").disabled = false;
+  if (busy && focused.matches("#go, #step, #expected button")) $("pause").focus();
   for (const id of ["go", "step", "clear"]) $(id).disabled = busy;
-  $("pause").disabled = !busy;
+  // The table of expected characters is made anew, with its buttons.
+  if (!busy && focused === $("pause")) (cameFrom.matches("#go, #step") ? cameFrom : $("text")).focus();
+  if (!busy) $("pause").disabled = true;
   $("text").setAttribute("aria-busy", busy);
 }
 
@@ -124,7 +135,8 @@ function write(count) {
   const prompt = promptIds();
   const same = prompt.length === model.prompt && prompt.every((id, i) => model.text[i] === id);
   if (!same) clearText();
-  ask(model.text.length, same ? [] : prompt, count && settings(count));
+  if (!same && count > 1) pendingAt = prompt.length; // the first character that it writes
+  ask(model.text.length, same ? [] : prompt, settings(count));
   if (!same) model.prompt = prompt.length;
 }
 
@@ -356,14 +368,25 @@ function sumUpRoll({ mode }) {
 
 // ---- The tour ----
 
+/** Write something, unless there is a text already, and then move the focus. */
+function withText(id) {
+  if (!model.text.length) write(number("count"));
+  $(id).focus();
+}
+
+function rollWithOther() {
+  document.querySelector("[name=mode][value=other]").checked = true;
+  startRoll();
+}
+
 const STOPS = [
   ["Characters", `The model reads and writes single characters: small letters, digits and punctuation, ${header.characters.length} ids in all. It knows no words. Whatever it knows of spelling, names or grammar, it has found in sequences of characters.`, "write", () => $("prompt").focus()],
-  ["What it expects", "After every character the model gives each possible next one a probability. Choose a character of the text to see the ten that were most probable there. One bit of surprise is a coin's toss: 50 % is 1 bit, 25 % is 2 bits.", "expected-label", () => write(number("count"))],
+  ["What it expects", "After every character the model gives each possible next one a probability. Choose a character of the text to see the ten that were most probable there. One bit of surprise is a coin's toss: 50 % is 1 bit, 25 % is 2 bits.", "text-label", () => withText("text")],
   ["Sampling", "The next character is drawn by chance, by these probabilities. A temperature below 1 favours the probable ones, and 0 always takes the first. Top-k leaves only the k most probable. The same seed draws the same text again.", "write", () => $("temperature").focus()],
-  ["Another choice", "Each draw decides all that follows. Choose a character of the text, press \u201cgo on\u201d beside another one, and the model writes on from there.", "expected-label", () => $("text").focus()],
-  ["Attention", `To predict, each of the ${header.n_layer} layers looks back with ${header.n_head} heads. Each head spreads its attention over what stands before. Some look at the character just read, others at the beginning of the word or at the context slot.`, "attention-label", () => $("layer").focus()],
-  ["Windows and the roll", `The model sees ${header.context_len} characters at once, a window. What lies further back reaches it through a single vector: the mean of the window before. Zero it, or swap it for another text's, and the losses show what it was worth.`, "roll-label", startRoll],
-  ["Layer by layer", "The prediction is built up in steps. The first layers know little more than which characters are common. Read the table downwards to see where the choice is made.", "lens-label", () => $("lens-label").scrollIntoView()],
+  ["Another choice", "Each draw decides all that follows. Choose a character of the text, press \u201cgo on\u201d beside another one, and the model writes on from there.", "text-label", () => withText("text")],
+  ["Attention", `To predict, each of the ${header.n_layer} layers looks back with ${header.n_head} heads. Each head spreads its attention over what stands before. Some look at the character just read, others at the beginning of the word or at the context slot.`, "attention-label", () => withText("layer")],
+  ["Windows and the roll", `The model sees ${header.context_len} characters at once, a window. What lies further back reaches it through a single vector: the mean of the window before. Zero it, or swap it for another text's, and the losses show what it was worth.`, "roll-label", rollWithOther],
+  ["Layer by layer", "The prediction is built up in steps. The first layers know little more than which characters are common. Read the table downwards to see where the choice is made.", "lens-label", () => withText("lens-label")],
 ];
 let stop = 0;
 
@@ -383,21 +406,25 @@ function moveStop(by) {
 
 function showMe() {
   const [, , place, act] = STOPS[stop];
-  $(place).scrollIntoView();
   if (!$("go").disabled) act();
+  $(place).scrollIntoView();
 }
 
 // ---- The address keeps the moment ----
 
 const KEPT = { n: "count", t: "temperature", k: "top-k", seed: "seed", speed: "speed", layer: "layer", head: "head" };
 
+/** A text that `encode` gives the same ids: what was unknown is so again. */
+const keep = ids => ids.map(id => id === 0 ? "\ufffd" : header.characters[id]).join("");
+
 function remember() {
   const kept = new URLSearchParams(Object.entries(KEPT).map(([key, id]) => [key, $(id).value]));
   kept.set("prompt", $("prompt").value);
-  if (model.text.length) kept.set("read", decode(model.text.slice(0, model.prompt)));
-  if (model.text.length > model.prompt) kept.set("text", decode(model.text.slice(model.prompt)));
+  if (model.text.length) kept.set("read", keep(model.text.slice(0, model.prompt)));
+  if (model.text.length > model.prompt) kept.set("text", keep(model.text.slice(model.prompt)));
   if (model.text.length) kept.set("at", model.at);
   kept.set("roll", rollMode());
+  for (const id of ["roll-text", "roll-other"]) if ($(id).value !== $(id).defaultValue) kept.set(id, $(id).value);
   kept.set("stop", stop + 1);
   history.replaceState(null, "", `#${kept}`);
 }
@@ -407,7 +434,9 @@ function restore() {
   const kept = new URLSearchParams(location.hash.slice(1));
   for (const [key, id] of Object.entries(KEPT)) if (kept.has(key)) setValue($(id), kept.get(key));
   $("prompt").value = kept.get("prompt") ?? "the history of ";
-  for (const radio of document.querySelectorAll("[name=mode]")) radio.checked = radio.value === (kept.get("roll") ?? "as is");
+  for (const id of ["roll-text", "roll-other"]) $(id).value = kept.get(id) ?? $(id).defaultValue;
+  const radios = [...document.querySelectorAll("[name=mode]")];
+  (radios.find(radio => radio.value === kept.get("roll")) ?? radios[0]).checked = true;
   showStop(Number(kept.get("stop") ?? 1) - 1 || 0);
   const prompt = encode(kept.get("read") ?? ""), written = encode(kept.get("text") ?? "");
   if (!prompt.length) return;
@@ -434,14 +463,15 @@ function listen() {
   $("step").onclick = () => write(1);
   $("pause").onclick = () => send({ kind: "pause" });
   $("clear").onclick = () => { clearText(); $("expected").hidden = true; say("The text is empty."); remember(); };
-  $("layer").onchange = $("head").onchange = () => { showAttention(); remember(); };
+  $("layer").onchange = $("head").onchange = showAttention;
   $("roll-go").onclick = startRoll;
   $("roll-mode").onchange = () => { remember(); if (windows["as is"]) startRoll(); };
-  $("roll-mine").onclick = () => { $("roll-text").value = decode(model.text); };
+  $("roll-mine").onclick = () => { $("roll-text").value = decode(model.text); remember(); };
+  for (const id of ["prompt", "roll-text", "roll-other", ...Object.values(KEPT)]) $(id).addEventListener("change", remember);
   $("stop-back").onclick = () => moveStop(-1);
   $("stop-next").onclick = () => moveStop(1);
   $("stop-show").onclick = showMe;
-  addEventListener("hashchange", () => !model.busy && restore());
+  addEventListener("hashchange", () => location.hash.includes("prompt=") && !model.busy && restore());
 }
 
 fill($("layer"), header.n_layer);
