@@ -3,7 +3,7 @@
 // worker, the page itself and node can all run it.
 //
 // Dimensions: L layers, H heads of D = C / H, C the width, S slots of a window (the context slot and its characters),
-// V ids. Weights are int8 rows with one float32 scale each; activations are float64, and the KV cache is float32.
+// V ids. Weights are int8 rows with one float32 scale each; activations and the KV cache are float32.
 const PicoEngine = (() => {
   const EPSILON = 1e-5; // of LayerNorm, as in training
   const ROWS = 4; // slots that go through a layer together
@@ -12,15 +12,46 @@ const PicoEngine = (() => {
 
   /** Tensors of the page's weights: `header.tensors` says where each one stands in `buffer`, in little-endian bytes. */
   function readModel(header, buffer) {
-    const get = name => readTensor(header.tensors[name], buffer);
-    const layers = Array.from({ length: header.n_layer }, (_, i) => readLayer(name => get(`h.${i}.${name}`)));
+    const { n_layer, n_embd: C, context_len } = header;
+    const memory = reserve(header, buffer, ROWS * 12 * C);
+    const get = name => readTensor(header.tensors[name], memory.buffer);
+    const layers = Array.from({ length: n_layer }, (_, i) => readLayer(name => get(`h.${i}.${name}`)));
+    const rows = size => Array.from({ length: ROWS }, () => memory.floats(size));
     return {
       ...header,
       layers,
       tokens: get("wte.weight"), // (V, C), which is the head too
       positions: get("wpe.weight"), // (S, C)
       finalNorm: { gain: get("ln_f.weight"), bias: get("ln_f.bias") },
+      multiplyRow: memory.multiplyRow,
+      // Of up to four slots: the residual stream, its norm, what the heads read, and what stands between.
+      scratch: { stream: rows(C), normal: rows(C), mixed: rows(C), qkv: rows(3 * C), inner: rows(4 * C) },
+      scores: new Float64Array(context_len + 1),
     };
+  }
+
+  /** The weights, with room for `count` floats behind them, where WebAssembly can reach both; and the product for it. */
+  function reserve(header, buffer, count) {
+    let end = Math.ceil(buffer.byteLength / 16) * 16;
+    const { buffer: all, multiplyRow } = loadProducts(header, end + 4 * count);
+    new Uint8Array(all).set(new Uint8Array(buffer));
+    const floats = size => new Float32Array(all, (end += 4 * size) - 4 * size, size);
+    return { buffer: all, floats, multiplyRow };
+  }
+
+  /** WebAssembly's product, or the plain one where a browser has no such vectors or does not allow it. */
+  function loadProducts(header, size) {
+    try {
+      if (header.n_embd % 8) throw new Error("the product takes eight columns at a time");
+      const memory = new WebAssembly.Memory({ initial: Math.ceil(size / 65536) });
+      const code = Uint8Array.from(atob(header.products), character => character.charCodeAt(0));
+      const { multiply } = new WebAssembly.Instance(new WebAssembly.Module(code), { page: { memory } }).exports;
+      const multiplyRow = ({ values, scales, bias, rows, columns }, x, out) =>
+        multiply(values.byteOffset, scales.byteOffset, bias.byteOffset, x.byteOffset, out.byteOffset, rows, columns);
+      return { buffer: memory.buffer, multiplyRow };
+    } catch {
+      return { buffer: new ArrayBuffer(size), multiplyRow: multiplyRowPlainly };
+    }
   }
 
   function readLayer(get) {
@@ -59,7 +90,7 @@ const PicoEngine = (() => {
   // ---- Products ----
 
   /** out = W x + bias. Four sums, as one would wait for each addition before the next. */
-  function multiplyRow({ values, scales, bias, rows, columns }, x, out) {
+  function multiplyRowPlainly({ values, scales, bias, rows, columns }, x, out) {
     const whole = columns & ~3;
     for (let row = 0, at = 0; row < rows; row++) {
       let a = 0, b = 0, c = 0, d = 0, k = 0;
@@ -72,11 +103,6 @@ const PicoEngine = (() => {
       for (; k < columns; k++, at++) a += values[at] * x[k];
       out[row] = (a + b + c + d) * scales[row] + bias[row];
     }
-  }
-
-  /** out[r] = W x[r] + bias for the first `count` rows: the matrix stays in the processor's cache from one to the next. */
-  function multiply(matrix, x, out, count) {
-    for (let r = 0; r < count; r++) multiplyRow(matrix, x[r], out[r]);
   }
 
   // ---- What stands between them ----
@@ -126,8 +152,6 @@ const PicoEngine = (() => {
 
   // ---- A window ----
 
-  const vectors = size => Array.from({ length: ROWS }, () => new Float64Array(size));
-
   /** A window that fills character by character, with its KV cache. */
   class Window {
     constructor(model) {
@@ -136,12 +160,7 @@ const PicoEngine = (() => {
       const cache = () => Array.from({ length: n_layer }, () => new Float32Array((context_len + 1) * n_embd));
       this.keys = cache(); // of each layer (S, C)
       this.values = cache();
-      this.stream = vectors(n_embd); // the residual stream of up to four slots
-      this.normal = vectors(n_embd);
-      this.qkv = vectors(3 * n_embd);
-      this.mixed = vectors(n_embd); // what the heads read, and then what a block adds
-      this.inner = vectors(4 * n_embd);
-      this.scores = new Float64Array(context_len + 1);
+      Object.assign(this, model.scratch); // shared, as nothing in it outlives a call
       this.reset(new Float32Array(n_embd));
     }
 
@@ -222,16 +241,21 @@ const PicoEngine = (() => {
       trace.lens.push(this.predict(this.normal[count - 1]));
     }
 
+    /** out[r] = W x[r] + bias for the first `count` rows: the matrix stays in the processor's cache from one to the next. */
+    multiply(matrix, x, out, count) {
+      for (let r = 0; r < count; r++) this.model.multiplyRow(matrix, x[r], out[r]);
+    }
+
     attend(layer, index, count, trace) {
       const { stream, normal, qkv, mixed, model: { n_embd: C } } = this;
       for (let r = 0; r < count; r++) layerNorm(stream[r], layer.norm1, normal[r]);
-      multiply(layer.qkv, normal, qkv, count);
+      this.multiply(layer.qkv, normal, qkv, count);
       for (let r = 0; r < count; r++) {
         this.keys[index].set(qkv[r].subarray(C, 2 * C), (this.slots + r) * C);
         this.values[index].set(qkv[r].subarray(2 * C), (this.slots + r) * C);
       }
       for (let r = 0; r < count; r++) this.attendRow(index, r, r === count - 1 ? trace : undefined);
-      multiply(layer.project, mixed, normal, count);
+      this.multiply(layer.project, mixed, normal, count);
       for (let r = 0; r < count; r++) add(stream[r], normal[r]);
     }
 
@@ -246,7 +270,7 @@ const PicoEngine = (() => {
 
     /** Attention weights of one head, whose entries begin at `from`, over the first `slots` slots. */
     weigh(keys, query, from, D, slots) {
-      const { scores, model: { n_embd: C } } = this, scale = 1 / Math.sqrt(D);
+      const { scores, n_embd: C } = this.model, scale = 1 / Math.sqrt(D);
       let largest = -Infinity, sum = 0;
       for (let s = 0; s < slots; s++) {
         let score = 0;
@@ -262,9 +286,9 @@ const PicoEngine = (() => {
     feed(layer, count) {
       const { stream, normal, inner, mixed } = this;
       for (let r = 0; r < count; r++) layerNorm(stream[r], layer.norm2, normal[r]);
-      multiply(layer.expand, normal, inner, count);
+      this.multiply(layer.expand, normal, inner, count);
       for (let r = 0; r < count; r++) for (let i = 0; i < inner[r].length; i++) inner[r][i] = gelu(inner[r][i]);
-      multiply(layer.contract, inner, mixed, count);
+      this.multiply(layer.contract, inner, mixed, count);
       for (let r = 0; r < count; r++) add(stream[r], mixed[r]);
     }
   }

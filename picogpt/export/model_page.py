@@ -1,8 +1,8 @@
 """One HTML file with a model in it, which runs it in a browser: no network, no server, no installation.
 
 Weights are int8 rows with one float32 scale each, by the rule of `picogpt-generate --dtype int8`. Embeddings are bfloat16;
-norms and biases are float32. All of them stand in the page as base64. `engine.js` computes, `model_service.js` shares
-its time out, `model_page.js` is what a reader sees.
+norms and biases are float32. All of them stand in the page as base64. `engine.js` computes, its matrix products in
+WebAssembly (`products.wat`) where a browser can; `model_service.js` shares its time out, `model_page.js` is what a reader sees.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from picogpt.config import GenerateConfig, GPTConfig, TextConfig
 from picogpt.export.log_page import RunView, render_curve
+from picogpt.export.wasm import assemble
 from picogpt.folding import fold_character
 from picogpt.inference.generate import MAX_PROMPT_WINDOWS, suppressed_ids
 from picogpt.inference.tensors import Floats, Tensors
@@ -143,6 +144,7 @@ def _header(view: ModelView) -> dict[str, Any]:
         "roll_windows": MAX_PROMPT_WINDOWS,
         "never": suppressed_ids(view.text).tolist(),
         "characters": [tokenizer.decode([i]) for i in range(VOCAB_SIZE)],
+        "products": base64.b64encode(assemble(_resource("products.wat"))).decode(),
         "folding": _folding() if view.text is None or view.text.fold else {},
     }
 

@@ -368,7 +368,7 @@ def test_hostile_links(fragment: str, browser: Browser, page: Path) -> None:
 @pytest.mark.parametrize(
     "script",
     [
-        "delete window.Worker;",
+        "delete window.Worker; delete window.WebAssembly;",
         "window.Worker = class { constructor() { throw new DOMException('no', 'SecurityError'); } };",
         "window.Worker = class { postMessage() { setTimeout(() => this.onerror({ preventDefault() {} }), 0); } };",
     ],
