@@ -90,7 +90,7 @@ def render_page(runs: Sequence[RunView]) -> str:
 def render_curve(run: RunView) -> str:
     """The loss curve of one run with its figures, for a page of another kind."""
     hint = "<figcaption>Validation solid, training dashed.</figcaption>"
-    return f"<figure>{_Chart([run]).svg()}{hint}</figure>{_table([run])}"
+    return f'<figure class="scroll">{_Chart([run]).svg()}{hint}</figure>{_table([run])}'
 
 
 def _resource(kind: str) -> str:

@@ -290,7 +290,7 @@ function showLens() {
   $("lens").hidden = false;
   const rows = inside.lens.map((dist, layer) => {
     const top = ranked(dist).slice(0, 3).map(best => element("td", `${nameOf(best)} ${percent(dist[best])}`));
-    const name = element("th", layer ? `layer ${layer}` : "nothing yet", { scope: "row" });
+    const name = element("th", layer ? `layer ${layer}` : "the input", { scope: "row" });
     return element("tr", [name, ...top, element("td", id === undefined ? "-" : percent(dist[id]))]);
   });
   $("lens").tBodies[0].replaceChildren(...rows);
@@ -302,6 +302,8 @@ let windows = {}; // of each mode, what its windows came to
 
 const rollMode = () => document.querySelector("[name=mode]:checked").value;
 const sum = values => values.reduce((total, value) => total + value, 0);
+const mean = list => sum(list.flatMap(window => window.losses)) / sum(list.map(window => window.losses.length));
+const signed = change => `${change >= 0 ? "+" : "\u2212"}${Math.abs(change).toFixed(3)}`;
 const rollIds = id => encode($(id).value).slice(0, header.roll_windows * header.context_len);
 
 function startRoll() {
@@ -320,23 +322,35 @@ function showWindow(message) {
   (windows[message.mode] ??= [])[message.index] = message;
   $("roll-table").hidden = false;
   if (message.mode === rollMode() || message.mode === "as is") showRollRows();
-  // The strip shows what the next window is given, so zeros are shown as such.
-  if (message.mode === (rollMode() === "other" ? "other's own" : "as is")) $("strip").append(picture(message));
+  if (message.mode === rollMode()) $("strip").append(stripCell(message));
 }
 
-/** A context vector as a square of coloured cells. */
-function picture({ index, context }) {
-  const side = Math.ceil(Math.sqrt(context.length)), zeroed = rollMode() === "zeroed";
+/** The vector that a window starts from, as training and `rollAs` in the service have it. */
+function startOf(index) {
+  const mode = rollMode(), given = windows[mode === "other" ? "other's own" : "as is"];
+  if (index === 0 || mode === "zeroed") return given[0].context.map(() => 0);
+  return given[(index - 1) % given.length].context;
+}
+
+/** A window of the strip: its vector, its loss, and what the change of its vector did to it. */
+function stripCell({ index, losses }) {
+  const loss = mean([{ losses }]), plain = mean([windows["as is"][index]]);
+  const change = rollMode() === "as is" ? [] : [element("b", signed(loss - plain))];
+  const label = element("figcaption", [`window ${index + 1}`, element("br"), `${loss.toFixed(3)} nats`, ...change]);
+  return element("figure", [picture(startOf(index), `Window ${index + 1} starts from a vector`), label]);
+}
+
+/** A vector as a square of coloured cells. */
+function picture(vector, name) {
+  const side = Math.ceil(Math.sqrt(vector.length)), largest = Math.max(...vector.map(Math.abs)) || 1;
   const canvas = element("canvas", "", { width: side, height: side, role: "img" });
-  const shown = zeroed ? context.map(() => 0) : context, largest = Math.max(...context.map(Math.abs)) || 1;
-  const size = Math.sqrt(sum([...shown].map(value => value * value))).toFixed(1);
-  canvas.setAttribute("aria-label", `Context vector after window ${index + 1}, of length ${size}.`);
+  canvas.setAttribute("aria-label", `${name} of length ${Math.hypot(...vector).toFixed(1)}.`);
   const pen = canvas.getContext("2d");
-  shown.forEach((value, i) => {
+  vector.forEach((value, i) => {
     pen.fillStyle = value < 0 ? `rgba(179, 84, 30, ${-value / largest})` : `rgba(31, 95, 168, ${value / largest})`;
     pen.fillRect(i % side, Math.floor(i / side), 1, 1);
   });
-  return element("figure", [canvas, element("figcaption", [`after ${index + 1}`, element("br"), `length ${size}`])]);
+  return canvas;
 }
 
 function showRollRows() {
@@ -350,15 +364,13 @@ function showRollRows() {
 }
 
 function rollRow(name, count, plain, changed) {
-  const mean = list => sum(list.flatMap(window => window.losses)) / sum(list.map(window => window.losses.length));
   const [before, after] = [mean(plain), changed.length ? mean(changed) : NaN];
   const shown = value => Number.isFinite(value) ? value.toFixed(3) : "-";
-  const difference = Number.isFinite(after) ? `${after >= before ? "+" : "\u2212"}${Math.abs(after - before).toFixed(3)}` : "-";
+  const difference = Number.isFinite(after) ? signed(after - before) : "-";
   return element("tr", [element("th", name, { scope: "row" }), ...[count, shown(before), shown(after), difference].map(text => element("td", text))]);
 }
 
 function sumUpRoll({ mode }) {
-  const mean = list => sum(list.flatMap(window => window.losses)) / sum(list.map(window => window.losses.length));
   const plain = mean(windows["as is"]);
   if (mode === "as is") return say(`With its own context vectors the text costs ${plain.toFixed(3)} nats per character.`, "roll-live");
   const change = mean(windows[mode]) - plain;

@@ -13,6 +13,7 @@ import pytest
 from picogpt.export.model_page import render_model_page
 from picogpt.inference import Engine
 from picogpt.inference.generate import RollingDecoder
+from picogpt.inference.tensors import Floats
 from picogpt.runs.folder import LossLog
 from tests.browser import Browser, Tab, needs_chromium
 from tests.conftest import TINY
@@ -86,18 +87,18 @@ def rows(tab: Tab, table: str) -> list[list[str]]:
     return found
 
 
-def engine_logits(content: str, ids: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+def engine_logits(content: str, ids: list[int]) -> Floats:
     """Return the numpy engine's logits (k, V) after each of `ids`, with the page's own weights."""
     header, _ = content_of(content)
     decoder = RollingDecoder(Engine(TINY, dequantized(content)), header["hop"])
-    logits: np.ndarray[Any, np.dtype[np.float32]] = decoder.prefill_all_logits(np.array([ids], np.uint8))[0]
+    logits: Floats = decoder.prefill_all_logits(np.array([ids], np.uint8))[0]
     return logits
 
 
-def softmax(logits: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+def softmax(logits: Floats) -> Floats:
     """Return probabilities over the last axis."""
     shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probabilities: np.ndarray[Any, np.dtype[np.float32]] = shares / shares.sum(axis=-1, keepdims=True)
+    probabilities: Floats = shares / shares.sum(axis=-1, keepdims=True)
     return probabilities
 
 
@@ -221,7 +222,7 @@ def test_logit_lens(tab: Tab) -> None:
     lens = rows(tab, "#lens")
     expected = [f"{row[0].removesuffix(' (chosen)')} {row[1]}" for row in rows(tab, "#expected")]
 
-    assert [row[0] for row in lens] == ["nothing yet", "layer 1", "layer 2"]
+    assert [row[0] for row in lens] == ["the input", "layer 1", "layer 2"]
     assert lens[-1][1:4] == expected[:3]
 
 
@@ -250,7 +251,9 @@ def test_roll(tab: Tab, content: str) -> None:
         assert re.search(
             r"each character costs \d\.\d{3} nats (more|less): \d\.\d{3} instead of \d\.\d{3}\.", tab.text("#roll-live")
         )
-    assert tab.evaluate("document.querySelectorAll('#strip canvas').length") == len(others)
+    assert tab.evaluate("[...document.querySelectorAll('#strip canvas')].map(canvas => canvas.ariaLabel)")[1:] == [
+        f"Window {i + 2} starts from a vector of length {np.linalg.norm(others[i]):.1f}." for i in range(len(contexts) - 1)
+    ]
 
 
 def roll(engine: Engine, ids: list[int], given: list[Any] | None) -> tuple[list[float], list[Any], list[Any]]:
@@ -471,6 +474,33 @@ def test_reduced_motion(browser: Browser, page: Path) -> None:
 
         assert tab.evaluate("document.getAnimations().length") == 0
         assert tab.evaluate(moving) == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(scheme: str, tab: Tab) -> None:
+    """All text stands out by at least 4.5 to 1 (WCAG 2.2, 1.4.3), also on the darkest shade and on the blue button."""
+    tab.call("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    names = ("ink", "soft", "page", "card", "blue", "red", "on-blue")
+    colours = {name: tab.evaluate(f"getComputedStyle(document.documentElement).getPropertyValue('--{name}')") for name in names}
+    shade = 0.45 * channels(colours["blue"]) + 0.55 * channels(colours["card"])
+
+    for front in ("ink", "soft", "blue", "red"):
+        for back in ("page", "card"):
+            assert contrast(channels(colours[front]), channels(colours[back])) >= 4.5, (front, back)
+    assert contrast(channels(colours["ink"]), shade) >= 4.5
+    assert contrast(channels(colours["on-blue"]), channels(colours["blue"])) >= 4.5
+
+
+def channels(colour: str) -> Floats:
+    """Return red, green and blue from 0 to 1."""
+    digits = colour.strip().removeprefix("#")
+    return np.array([int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)], np.float32)
+
+
+def contrast(one: Floats, other: Floats) -> float:
+    """Return the ratio of two colours' luminances, as WCAG defines it."""
+    linear = [np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722] for c in (one, other)]
+    return float((max(linear) + 0.05) / (min(linear) + 0.05))
 
 
 @pytest.mark.parametrize("width", [360, 1280])
