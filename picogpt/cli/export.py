@@ -18,7 +18,8 @@ def build_parser() -> Parser:
     """The parser."""
     parser = Parser(
         "picogpt-export",
-        "Write a trained model into one HTML file that runs it in a browser, offline. Prints the file's path.",
+        "Write a trained model into one HTML file that runs it in a browser, offline. Prints the file's path.\n"
+        "The page writes on from a prompt and shows probabilities, attention and the context roll.",
         "Example: picogpt-export -m wikipedia wikipedia.html",
     )
     parser.add_argument("page", metavar="PAGE", type=Path, help="the file to write; its name ends in .html")

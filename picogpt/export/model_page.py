@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +29,6 @@ from picogpt.inference.generate import MAX_PROMPT_WINDOWS, suppressed_ids
 from picogpt.inference.tensors import Floats, Tensors
 from picogpt.runs.folder import LossLog
 from picogpt.tokenizer import VOCAB_SIZE, CharTokenizer
-from picogpt.wording import plural
 
 __all__ = ["ModelView", "quantize_rows", "render_model_page"]
 
@@ -61,7 +61,8 @@ def render_model_page(view: ModelView) -> str:
     tensors, weights = _pack(Tensors(view.config, view.arrays))
     parts = {
         "title": html.escape(view.name),
-        "shape": html.escape(_describe(view.config)),
+        "parameters": f"{_parameters(view.config, tensors):,}",
+        "shape": html.escape(view.config.describe()),
         "training": _training(view),
         "header": _json({**_header(view), "tensors": tensors}),
         "weights": base64.b64encode(weights).decode(),
@@ -156,11 +157,9 @@ def _folding() -> dict[str, str]:
     return {character: fold_character(character) for character in characters if fold_character(character) != character}
 
 
-def _describe(config: GPTConfig) -> str:
-    return (
-        f"{plural(config.n_layer, 'layer')}, {plural(config.n_head, 'head')}, width {config.n_embd}, "
-        f"windows of {plural(config.context_len, 'character')}"
-    )
+def _parameters(config: GPTConfig, tensors: Mapping[str, Mapping[str, Any]]) -> int:
+    """Number of the model's parameters; biases that it does not have are zeros in the page."""
+    return sum(math.prod(tensor["shape"]) for name, tensor in tensors.items() if config.bias or not name.endswith("bias"))
 
 
 def _training(view: ModelView) -> str:

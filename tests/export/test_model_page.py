@@ -79,6 +79,17 @@ def test_safety() -> None:
     assert not re.search(r"https?://|\bsrc=|@import|url\(|fetch\(|localStorage|sessionStorage|indexedDB", page)
 
 
+def test_introduction() -> None:
+    """The page says how large the model is; a model without biases has fewer parameters."""
+    arrays = arrays_of()
+    without = {name: array for name, array in arrays.items() if not name.endswith("bias")}
+    for kept, bias in ((arrays, True), (without, False)):
+        page = render_model_page(view(arrays=kept, config=dataclasses.replace(TINY, bias=bias)))
+        count = sum(array.size for array in kept.values())
+
+        assert f"{count:,} parameters, 2 layers, 2 heads, width 16, windows of 8 characters" in page
+
+
 def test_curve() -> None:
     """The loss curve is there where the run has a log."""
     log = LossLog(train=[3.0, 2.0], val=[2.9, 2.1], chars=[10, 20], seconds=[1.0, 2.0])
