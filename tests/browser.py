@@ -36,7 +36,6 @@ _KEY_CODES = {
     "ArrowDown": 40,
 }
 _KEY_TEXTS = {"Enter": "\r", " ": " "}
-_SHIFT = 8
 
 
 def _command(profile: Path) -> list[str]:
@@ -186,11 +185,11 @@ class Tab:
         content: str = self.evaluate(f"document.querySelector({json.dumps(selector)}).textContent")
         return content
 
-    def press(self, *keys: str, shift: bool = False) -> None:
+    def press(self, *keys: str) -> None:
         """Press keys one after the other: letters, and names such as ArrowLeft."""
         for key in keys:
             text = _KEY_TEXTS.get(key, key if len(key) == 1 else "")
-            event = {"key": key, "code": key, "windowsVirtualKeyCode": _KEY_CODES.get(key, 0), "modifiers": _SHIFT * shift}
+            event = {"key": key, "code": key, "windowsVirtualKeyCode": _KEY_CODES.get(key, 0)}
             self.call("Input.dispatchKeyEvent", {"type": "keyDown", "text": text, **event})
             self.call("Input.dispatchKeyEvent", {"type": "keyUp", **event})
 
@@ -210,9 +209,9 @@ class Tab:
             f"field.dispatchEvent(new Event(kind, {{ bubbles: true }})); }})(document.querySelector({json.dumps(selector)}))"
         )
 
-    def screenshot(self, *, whole: bool = False) -> bytes:
-        """Return a PNG of what can be seen, or of the whole page."""
-        return base64.b64decode(self.call("Page.captureScreenshot", {"captureBeyondViewport": whole})["data"])
+    def screenshot(self) -> bytes:
+        """Return a PNG of the whole page."""
+        return base64.b64decode(self.call("Page.captureScreenshot", {"captureBeyondViewport": True})["data"])
 
     def complaints(self) -> list[str]:
         """Return what came to the console, exceptions, and addresses asked for beside the page's own."""

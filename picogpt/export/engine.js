@@ -42,16 +42,20 @@ const PicoEngine = (() => {
   /** WebAssembly's product, or the plain one where a browser has no such vectors or does not allow it. */
   function loadProducts(header, size) {
     try {
-      if (header.n_embd % 8) throw new Error("the product takes eight columns at a time");
-      const memory = new WebAssembly.Memory({ initial: Math.ceil(size / 65536) });
-      const code = Uint8Array.from(atob(header.products), character => character.charCodeAt(0));
-      const { multiply } = new WebAssembly.Instance(new WebAssembly.Module(code), { page: { memory } }).exports;
-      const multiplyRow = ({ values, scales, bias, rows, columns }, x, out) =>
-        multiply(values.byteOffset, scales.byteOffset, bias.byteOffset, x.byteOffset, out.byteOffset, rows, columns);
-      return { buffer: memory.buffer, multiplyRow };
+      if (header.n_embd % 8 === 0) return loadWebAssembly(header.products, size);
     } catch {
-      return { buffer: new ArrayBuffer(size), multiplyRow: multiplyRowPlainly };
+      // The plain product needs nothing.
     }
+    return { buffer: new ArrayBuffer(size), multiplyRow: multiplyRowPlainly };
+  }
+
+  function loadWebAssembly(products, size) {
+    const memory = new WebAssembly.Memory({ initial: Math.ceil(size / 65536) });
+    const code = Uint8Array.from(atob(products), character => character.charCodeAt(0));
+    const { multiply } = new WebAssembly.Instance(new WebAssembly.Module(code), { page: { memory } }).exports;
+    const multiplyRow = ({ values, scales, bias, rows, columns }, x, out) =>
+      multiply(values.byteOffset, scales.byteOffset, bias.byteOffset, x.byteOffset, out.byteOffset, rows, columns);
+    return { buffer: memory.buffer, multiplyRow };
   }
 
   function readLayer(get) {

@@ -504,8 +504,8 @@ def contrast(one: Floats, other: Floats) -> float:
 
 
 @pytest.mark.parametrize("width", [360, 1280])
-def test_width(width: int, browser: Browser, page: Path) -> None:
-    """With all its tables filled the page is no wider than the window, and no text is cut off."""
+def test_width(width: int, browser: Browser, page: Path, tmp_path: Path) -> None:
+    """With all its tables filled the page is no wider than the window, and no text is cut off. A picture of it is kept."""
     with browser.tab(width=width, height=740) as tab:
         tab.open(page)
         tab.wait_for(IDLE)
@@ -518,6 +518,9 @@ def test_width(width: int, browser: Browser, page: Path) -> None:
         tab.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
         wide = "[...document.querySelectorAll('body *')].filter(element => element.getBoundingClientRect().right > innerWidth + 0.5 && !element.closest('.scroll, .skip')).map(element => element.outerHTML.slice(0, 80))"
 
+        (tmp_path / "page.png").write_bytes(tab.screenshot())
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert tab.evaluate(wide) == []
+        for table in ("expected", "lens", "roll-table"):
+            assert tab.evaluate(f"$('{table}').scrollWidth <= $('{table}').closest('.scroll').clientWidth"), table
         assert tab.complaints() == []
