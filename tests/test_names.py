@@ -66,3 +66,12 @@ def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.endswith("cafe\n")
     assert generate.main(["-m", RUN, "-f", "no\udce9"]) == 1
     assert generate.main(["-m", "no\udce9"]) == 1
+
+
+def test_export() -> None:
+    """Run and page may have such names; the page shows the run's name without the bytes that are no text."""
+    command = [sys.executable, "-m", "picogpt.cli.export", "-m", RUN, "caf\udce9.html"]
+    done = subprocess.run(command, capture_output=True, check=False)
+
+    assert (done.returncode, done.stdout) == (0, b"caf\xe9.html\n"), done.stderr
+    assert "<h1>caf?-run</h1>" in Path("caf\udce9.html").read_text("utf-8")

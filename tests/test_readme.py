@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from picogpt.cli import eval as evaluation
-from picogpt.cli import generate, plot, train
+from picogpt.cli import export, generate, plot, train
 from picogpt.cli.parser import Parser
 from tests.programs import program
 
@@ -22,6 +22,7 @@ PARSERS = {
     "picogpt-generate": generate.build_parser(),
     "picogpt-eval": evaluation.build_parser(),
     "picogpt-plot": plot.build_parser(),
+    "picogpt-export": export.build_parser(),
 }
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MEASUREMENTS = sorted((ROOT / "docs" / "measurements").glob("*.md"))

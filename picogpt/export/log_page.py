@@ -17,7 +17,7 @@ from string import Template
 from picogpt.runs.folder import LossLog
 from picogpt.wording import format_seconds
 
-__all__ = ["EpochView", "RunView", "render_page"]
+__all__ = ["EpochView", "RunView", "render_curve", "render_page"]
 
 RELOAD_SECONDS = 15
 """Seconds after which the page of a run in training loads itself again."""
@@ -85,6 +85,12 @@ def render_page(runs: Sequence[RunView]) -> str:
         "script": _resource("js"),
     }
     return Template(_resource("html")).substitute(parts)
+
+
+def render_curve(run: RunView) -> str:
+    """The loss curve of one run with its figures, for a page of another kind."""
+    hint = "<figcaption>Validation solid, training dashed.</figcaption>"
+    return f'<figure class="scroll">{_Chart([run]).svg()}{hint}</figure>{_table([run])}'
 
 
 def _resource(kind: str) -> str:

@@ -507,7 +507,7 @@ def test_signal_saves_and_ends(text_file: Path, number: signal.Signals) -> None:
 
 
 class TestHelp:
-    @pytest.mark.parametrize("command", ["train", "generate", "eval", "plot"])
+    @pytest.mark.parametrize("command", ["train", "generate", "eval", "plot", "export"])
     @pytest.mark.parametrize("flags", [["--help"], ["--version"], ["--no-such-flag"]], ids=lambda flags: flags[0])
     def test_answers_without_heavy_imports(self, command: str, flags: list[str]) -> None:
         """Help, version and a wrong flag need no torch and not even numpy, which is what makes them instant."""

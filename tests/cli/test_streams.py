@@ -95,7 +95,7 @@ def test_slow_reader_gets_every_byte() -> None:
     assert content == plain
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "eval", "plot"])
+@pytest.mark.parametrize("command", ["train", "generate", "eval", "plot", "export"])
 def test_every_command_waits(command: str) -> None:
     """The help of each command comes whole through such a pipe, read only once it is full."""
     flags = [sys.executable, "-m", f"picogpt.cli.{command}", "--help"]

@@ -1,0 +1,526 @@
+"""The model's page in a browser, worked as a reader works it: by clicks and keys, from a file, without a network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from picogpt.export.model_page import render_model_page
+from picogpt.inference import Engine
+from picogpt.inference.generate import RollingDecoder
+from picogpt.inference.tensors import Floats
+from picogpt.runs.folder import LossLog
+from tests.browser import Browser, Tab, needs_chromium
+from tests.conftest import TINY
+from tests.export.page_model import content_of, dequantized, view
+
+pytestmark = needs_chromium
+
+LOG = LossLog(train=[3.0, 2.0], val=[2.9, 2.1], chars=[10, 20], seconds=[1.0, 2.0])
+SENTENCES = """
+window.said = [];
+addEventListener("DOMContentLoaded", () => {
+  for (const region of document.querySelectorAll("[role=status]")) {
+    new MutationObserver(() => said.push(region.textContent)).observe(region, { childList: true, characterData: true, subtree: true });
+  }
+});
+"""
+"""Keeps all that a screen reader would be given to say."""
+IDLE = "document.getElementById('state').textContent === 'Ready.' && !model.busy"
+INSIDE = "inside && inside.length === model.at"
+ROLLED = "/nats per character|nats (more|less)/.test(document.getElementById('roll-live').textContent)"
+
+
+@pytest.fixture(scope="module")
+def content() -> str:
+    """The tiny model's page."""
+    return render_model_page(view(log=LOG))
+
+
+@pytest.fixture(scope="module")
+def page(content: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its file."""
+    path = tmp_path_factory.mktemp("page") / "tiny.html"
+    path.write_text(content)
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser for all tests of this file."""
+    with Browser(tmp_path_factory.mktemp("browser")) as started:
+        yield started
+
+
+@pytest.fixture
+def tab(browser: Browser, page: Path) -> Iterator[Tab]:
+    """The page, ready; at the end nothing may have come to the console, and nothing have asked for the network."""
+    with browser.tab(script=SENTENCES) as opened:
+        opened.open(page)
+        opened.wait_for(IDLE)
+        yield opened
+        assert opened.complaints() == []
+
+
+def write(tab: Tab, prompt: str = "ab", count: int = 20) -> None:
+    """Write so many characters after a prompt."""
+    tab.set_value("#prompt", prompt)
+    tab.set_value("#count", str(count))
+    tab.click("#go")
+    tab.wait_for(IDLE)
+
+
+def written(tab: Tab) -> str:
+    """Return the text on the page."""
+    return "".join(tab.evaluate("[...document.querySelectorAll('#text [id^=c]:not(.next)')].map(span => span.textContent)"))
+
+
+def rows(tab: Tab, table: str) -> list[list[str]]:
+    """Return the cells of a table."""
+    cells = f"[...document.querySelectorAll('{table} tbody tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+    found: list[list[str]] = tab.evaluate(cells)
+    return found
+
+
+def engine_logits(content: str, ids: list[int]) -> Floats:
+    """Return the numpy engine's logits (k, V) after each of `ids`, with the page's own weights."""
+    header, _ = content_of(content)
+    decoder = RollingDecoder(Engine(TINY, dequantized(content)), header["hop"])
+    logits: Floats = decoder.prefill_all_logits(np.array([ids], np.uint8))[0]
+    return logits
+
+
+def softmax(logits: Floats) -> Floats:
+    """Return probabilities over the last axis."""
+    shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities: Floats = shares / shares.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
+def test_writes_on_from_a_prompt(tab: Tab) -> None:
+    """A typed prompt is read, the text goes on from it, and the sum of it is said."""
+    write(tab, "the old", 30)
+
+    assert written(tab).startswith("the old")
+    assert len(tab.evaluate("model.text")) == 37
+    assert re.fullmatch(r"Wrote 30 characters in \d+\.\d seconds, \d+ a second\.", tab.text("#live"))
+    assert tab.evaluate("document.querySelectorAll('#text .prompt').length") == 7
+
+
+def test_same_seed_same_text(tab: Tab) -> None:
+    """A seed fixes the text, and another one gives another."""
+    texts = []
+    for seed in ("1", "1", "2"):
+        tab.set_value("#seed", seed)
+        tab.click("#clear")
+        write(tab)
+        texts.append(written(tab))
+
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_probabilities(tab: Tab, content: str) -> None:
+    """Shades and the table of expected characters are the numpy engine's probabilities."""
+    write(tab)
+    ids = tab.evaluate("model.text")
+    expected = softmax(engine_logits(content, ids))
+    tab.click("#c10")
+
+    shades = tab.evaluate(
+        "[...document.querySelectorAll('#text span:not(.next)')].map(span => Number(span.style.getPropertyValue('--p')))"
+    )
+    assert shades[1:] == pytest.approx([expected[i - 1][ids[i]] for i in range(1, len(ids))], abs=1e-3)
+    found = rows(tab, "#expected")
+    best = np.sort(expected[9])[::-1]
+    assert [float(row[1].strip("<% ")) for row in found[:10]] == pytest.approx(100 * best[:10], abs=0.06)
+    assert [float(row[2]) for row in found[:10]] == pytest.approx(-np.log2(best[:10]), abs=0.01)
+    assert sum("(chosen)" in row[0] for row in found) == 1
+    assert tab.text("#expected-about").startswith("Character 11, ")
+
+
+def test_goes_on_with_another_character(tab: Tab) -> None:
+    """Another character takes the chosen one's place, what stands before it stays, and the text goes on from there."""
+    write(tab)
+    before = tab.evaluate("model.text")
+    tab.click("#c10")
+    tab.evaluate("[...document.querySelectorAll('#expected tr:not(.taken) button:not(:disabled)')][0].id = 'other'")
+    name = tab.evaluate("document.getElementById('other').getAttribute('aria-label')")
+    tab.click("#other")
+    tab.wait_for(IDLE)
+    after = tab.evaluate("model.text")
+
+    assert after[:10] == before[:10]
+    assert after[10] != before[10]
+    assert name == f"Go on with {tab.evaluate('nameOf(model.text[10])')}"
+    assert len(after) == 11 + 20
+
+
+def test_pauses_and_steps(tab: Tab) -> None:
+    """Writing stops when it is told to; a step adds one character, and what comes next is chosen."""
+    tab.set_value("#speed", "20")
+    tab.set_value("#count", "2000")
+    tab.click("#go")
+    tab.wait_for("model.text.length > 18")
+    tab.click("#pause")
+    tab.wait_for(IDLE)
+    length = tab.evaluate("model.text.length")
+    assert tab.text("#live") == f"Paused after {length} characters."
+    assert length < 100
+
+    tab.click("#step")
+    tab.wait_for(f"{IDLE} && model.text.length === {length + 1}")
+    assert re.fullmatch(r"Wrote .+\.", tab.text("#live"))
+    assert tab.text("#expected-about") == f"What comes next, after {length + 1} characters."
+
+
+def test_a_paused_text_is_the_same(tab: Tab) -> None:
+    """Pausing changes nothing of the text that a seed gives."""
+    write(tab, "the history of ", 60)
+    whole = tab.evaluate("model.text")
+    tab.click("#clear")
+    tab.set_value("#speed", "20")
+    tab.click("#go")
+    tab.wait_for("model.text.length > 20")
+    tab.click("#pause")
+    tab.wait_for(IDLE)
+    length = tab.evaluate("model.text.length")
+    tab.set_value("#speed", "0")
+    tab.set_value("#count", str(len(whole) - length))
+    tab.click("#go")
+    tab.wait_for(IDLE)
+
+    assert tab.evaluate("model.text") == whole
+
+
+def test_attention(tab: Tab) -> None:
+    """Each head's weights sum to one over the context slot and the window; the choice of a head changes what is shown."""
+    write(tab)
+    tab.click("#c6")
+    tab.wait_for(INSIDE)
+    first = rows(tab, "#attention-table")
+    tab.set_value("#head", "1")
+    second = rows(tab, "#attention-table")
+
+    assert [row[1] for row in first] == ["context slot", *tab.evaluate("model.text.slice(0, 6).map(nameOf)")]
+    for table in (first, second):
+        assert sum(float(row[2].strip("<% ")) for row in table) == pytest.approx(100, abs=0.8)
+    assert first != second
+    assert tab.evaluate("document.querySelectorAll('#attention > div').length") == 7
+    assert "Layer 1, head 2 looked most at" in tab.text("#attention-about")
+
+
+def test_logit_lens(tab: Tab) -> None:
+    """There is a row before the first layer and one for each; the last one is what the model predicts."""
+    write(tab)
+    tab.click("#c6")
+    tab.wait_for(INSIDE)
+    lens = rows(tab, "#lens")
+    expected = [f"{row[0].removesuffix(' (chosen)')} {row[1]}" for row in rows(tab, "#expected")]
+
+    assert [row[0] for row in lens] == ["the input", "layer 1", "layer 2"]
+    assert lens[-1][1:4] == expected[:3]
+
+
+def test_roll(tab: Tab, content: str) -> None:
+    """Losses of each window with its own context vector, without it and with another text's are the numpy engine's."""
+    tab.set_value("#roll-text", "a text of four windows, more or less")
+    tab.set_value("#roll-other", "something else, of more than one window")
+    ids, other = tab.evaluate("rollIds('roll-text')"), tab.evaluate("rollIds('roll-other')")
+    engine = Engine(TINY, dequantized(content))
+    own, contexts, losses = roll(engine, ids, None)
+    others = roll(engine, other, None)[1]
+
+    tab.click("#roll-go")
+    tab.wait_for(ROLLED)
+    assert column(tab, 2) == pytest.approx(own, abs=1e-3)
+    assert (
+        tab.text("#roll-live")
+        == f"With its own context vectors the text costs {np.concatenate(losses).mean():.3f} nats per character."
+    )
+    for mode, given in {"zeroed": [np.zeros_like(vector) for vector in contexts], "other": others}.items():
+        tab.click(f"#roll-mode [value={mode}]")
+        tab.wait_for(ROLLED)
+        changed = roll(engine, ids, given)[0]
+        assert column(tab, 2) == pytest.approx(own, abs=1e-3)
+        assert column(tab, 4) == pytest.approx(np.subtract(changed, own), abs=2e-3)
+        assert re.search(
+            r"each character costs \d\.\d{3} nats (more|less): \d\.\d{3} instead of \d\.\d{3}\.", tab.text("#roll-live")
+        )
+    assert tab.evaluate("[...document.querySelectorAll('#strip canvas')].map(canvas => canvas.ariaLabel)")[1:] == [
+        f"Window {i + 2} starts from a vector of length {np.linalg.norm(others[i]):.1f}." for i in range(len(contexts) - 1)
+    ]
+
+
+def roll(engine: Engine, ids: list[int], given: list[Any] | None) -> tuple[list[float], list[Any], list[Any]]:
+    """Return mean losses of the windows, the context vectors after each, and all losses; `given` replaces what a window starts from."""
+    remainder = (len(ids) - 1) % TINY.context_len + 1
+    ends = range(remainder, len(ids) + 1, TINY.context_len)
+    context = np.zeros((1, TINY.n_embd), np.float32)
+    means, contexts, losses = [], [], []
+    for index, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if given is not None and index:
+            context = given[(index - 1) % len(given)]
+        targets = np.array([[*ids[start:end], *ids[end : end + 1]]], np.uint8)
+        scored, _ = engine.score(targets, context)
+        window = engine.window()
+        window.reset(context)
+        window.prefill(np.array([ids[start:end]], np.uint8))
+        context = window.context().copy()
+        contexts.append(context)
+        losses.append(scored[0])
+        means.append(float(scored.mean()))
+    return means, contexts, losses
+
+
+def column(tab: Tab, number: int) -> list[float]:
+    """Return a column of the roll's table."""
+    return [float(row[number].replace("\u2212", "-")) for row in rows(tab, "#roll-table")]
+
+
+def test_tour(tab: Tab) -> None:
+    """Seven stops one after the other, each read out; nothing moves until a reader asks for it."""
+    titles = [tab.text("#stop h3")]
+    for _ in range(6):
+        tab.click("#stop-next")
+        assert tab.evaluate("document.activeElement.id") == "stop"
+        titles.append(tab.text("#stop h3"))
+
+    assert [title[:7] for title in titles] == [f"{i} of 7:" for i in range(1, 8)]
+    assert tab.evaluate("document.getElementById('stop-next').disabled")
+    assert tab.evaluate("model.text.length") == 0
+    tab.click("#stop-back")
+    assert tab.text("#stop h3") == titles[5]
+
+
+@pytest.mark.parametrize(
+    ("number", "focused", "place"),
+    [
+        (1, "prompt", "write"),
+        (2, "text", "text-label"),
+        (3, "temperature", "write"),
+        (4, "text", "text-label"),
+        (5, "layer", "attention-label"),
+        (6, "stop-show", "roll-label"),
+        (7, "lens-label", "lens-label"),
+    ],
+)
+def test_stops_of_the_tour(number: int, focused: str, place: str, browser: Browser, page: Path) -> None:
+    """Each stop shows its place, with what it needs there, and puts the focus where a reader goes on."""
+    with browser.tab() as tab:
+        tab.open(page, f"#prompt=ab&stop={number}")
+        tab.wait_for(IDLE)
+        assert tab.text("#stop h3").startswith(f"{number} of 7")
+        tab.click("#stop-show")
+        tab.wait_for(IDLE)
+
+        assert tab.evaluate("document.activeElement.id") == focused
+        assert tab.evaluate(f"(y => y > -1 && y < innerHeight)($('{place}').getBoundingClientRect().y)")
+        assert (tab.evaluate("model.text.length") > 0) == (number in {2, 4, 5, 7})
+        if number == 6:
+            tab.wait_for(ROLLED)
+            assert tab.evaluate("rollMode()") == "other"
+        assert tab.complaints() == []
+
+
+def test_a_link_keeps_the_moment(tab: Tab, browser: Browser, page: Path) -> None:
+    """Whoever opens the address sees the same text, choice, settings and stop of the tour."""
+    tab.set_value("#seed", "5")
+    write(tab, "a <b>&#\n\U0001f600 %", 12)
+    tab.click("#roll-mode [value=zeroed]")
+    tab.set_value("#roll-text", "mine")
+    tab.set_value("#layer", "1")
+    tab.click("#stop-next")
+    tab.click("#c9")
+    tab.wait_for(INSIDE)
+    shown = "[model.text, model.at, model.prompt, $('seed').value, $('prompt').value, $('roll-text').value, rollMode(), $('stop').textContent,"
+    shown += "$('expected').textContent, $('attention-about').textContent, $('lens').textContent]"
+
+    with browser.tab() as other:
+        other.open(page, tab.evaluate("location.hash"))
+        other.wait_for(f"{IDLE} && {INSIDE}")
+        assert other.evaluate(shown) == tab.evaluate(shown)
+        assert other.complaints() == []
+
+
+@pytest.mark.parametrize(
+    "fragment",
+    [
+        "#prompt=<img src=x onerror=alert(1)>&read=<script>alert(1)</script>&text=<b>&at=1e9",
+        "#prompt=%F0%9F%98%80&n=-5&t=NaN&k=1e99&seed=&speed=7&layer=99&head=-1&roll=__proto__&stop=constructor&at=-3",
+        "#read=a&text=" + 3000 * "b" + "&at=x",
+        "#%%%&&==",
+    ],
+)
+def test_hostile_links(fragment: str, browser: Browser, page: Path) -> None:
+    """An address is text and numbers: it makes no element, and the page works after it."""
+    with browser.tab() as tab:
+        tab.open(page, fragment)
+        tab.wait_for(IDLE)
+        assert tab.evaluate("document.querySelectorAll('img, b, main script').length") == 0
+        write(tab, "ab", 5)
+
+        assert tab.evaluate("model.text.length") == 7
+        assert tab.complaints() == []
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "delete window.Worker; delete window.WebAssembly;",
+        "window.Worker = class { constructor() { throw new DOMException('no', 'SecurityError'); } };",
+        "window.Worker = class { postMessage() { setTimeout(() => this.onerror({ preventDefault() {} }), 0); } };",
+    ],
+    ids=["none", "forbidden", "broken"],
+)
+def test_without_a_worker(script: str, browser: Browser, page: Path, tab: Tab) -> None:
+    """The page's own thread computes the same text, and a pause is heard while it does."""
+    write(tab)
+    with browser.tab(script=script) as other:
+        other.open(page)
+        other.wait_for(IDLE)
+        write(other)
+        assert written(other) == written(tab)
+        other.set_value("#count", "2000")
+        other.click("#go")
+        other.wait_for("model.text.length > 40")
+        other.click("#pause")
+        other.wait_for(IDLE)
+
+        assert other.evaluate("model.text.length") < 2022
+        assert other.complaints() == []
+
+
+def test_keyboard(tab: Tab) -> None:
+    """All is reached and done by keys; the focus is never lost."""
+    tab.press("Tab")
+    assert tab.evaluate("document.activeElement.className") == "skip"
+    reached = []
+    while (
+        name := tab.evaluate("document.activeElement.id || document.activeElement.name || document.activeElement.tagName")
+    ) != "BODY":
+        reached.append(name)
+        tab.press("Tab")
+    assert {"prompt", "count", "temperature", "top-k", "seed", "speed", "go", "step", "text", "layer", "head", "roll-go"} <= set(
+        reached
+    )
+
+    tab.set_value("#count", "20")
+    tab.evaluate("$('prompt').focus()")
+    tab.press(*"ab")
+    tab.evaluate("$('go').focus()")
+    tab.press("Enter")
+    tab.wait_for(f"{IDLE} && model.text.length")
+    assert tab.evaluate("document.activeElement.id") == "go"
+    assert written(tab).startswith("the history of ab")
+
+    tab.evaluate("$('text').focus()")
+    for key, at in {"Home": 0, "ArrowRight": 1, "ArrowDown": 21, "ArrowLeft": 20, "ArrowUp": 0, "End": 37}.items():
+        tab.press(key)
+        assert tab.evaluate("model.at") == at
+        assert tab.evaluate("$('text').getAttribute('aria-activedescendant')") == f"c{at}"
+        assert tab.evaluate("$('live').textContent === $('expected-about').textContent")
+    tab.press("Tab", " ")
+    tab.wait_for(f"{IDLE} && model.text.length > 50")
+    assert tab.evaluate("document.activeElement.id") == "text"
+
+
+def test_names(tab: Tab) -> None:
+    """Each field and button has a name, and each table and picture says what it shows."""
+    write(tab)
+    tab.click("#roll-go")
+    tab.wait_for(ROLLED)
+    fields = "[...document.querySelectorAll('input, select, textarea')].filter(field => !field.labels.length).length"
+    buttons = "[...document.querySelectorAll('button')].filter(button => !button.textContent.trim()).length"
+    pictures = "[...document.querySelectorAll('canvas, svg')].filter(picture => !picture.getAttribute('aria-label')).length"
+
+    assert [tab.evaluate(count) for count in (fields, buttons, pictures)] == [0, 0, 0]
+    assert tab.evaluate("document.querySelectorAll('th:not([scope])').length") == 0
+    assert tab.evaluate(
+        "new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size === document.querySelectorAll('[id]').length"
+    )
+
+
+def test_live_regions_get_whole_sentences(tab: Tab) -> None:
+    """What is said begins with a capital and ends with a full stop, and writing says no character by itself."""
+    write(tab, count=40)
+    tab.click("#step")
+    tab.wait_for(IDLE)
+    tab.click("#c10")
+    tab.click("#roll-go")
+    tab.wait_for(ROLLED)
+    tab.click("#clear")
+    said = [text for text in tab.evaluate("said") if text]
+
+    assert len(said) < 12
+    assert [text for text in said if not re.fullmatch(r"[A-Z].*\.", text, re.DOTALL)] == []
+    assert tab.evaluate(
+        "[...document.querySelectorAll('[role=status]')].every(region => region.getAttribute('aria-live') === 'polite')"
+    )
+
+
+def test_reduced_motion(browser: Browser, page: Path) -> None:
+    """Who has asked for less motion gets none: no animation, no transition, and no smooth scrolling."""
+    with browser.tab(reduced_motion=True) as tab:
+        tab.open(page)
+        tab.wait_for(IDLE)
+        write(tab)
+        moving = """[...document.querySelectorAll("*")].map(element => getComputedStyle(element)).filter(style =>
+          style.animationName !== "none" || style.transitionDuration !== "0s" || style.scrollBehavior !== "auto").length"""
+
+        assert tab.evaluate("document.getAnimations().length") == 0
+        assert tab.evaluate(moving) == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(scheme: str, tab: Tab) -> None:
+    """All text stands out by at least 4.5 to 1 (WCAG 2.2, 1.4.3), also on the darkest shade and on the blue button."""
+    tab.call("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    names = ("ink", "soft", "page", "card", "blue", "red", "on-blue")
+    colours = {name: tab.evaluate(f"getComputedStyle(document.documentElement).getPropertyValue('--{name}')") for name in names}
+    shade = 0.45 * channels(colours["blue"]) + 0.55 * channels(colours["card"])
+
+    for front in ("ink", "soft", "blue", "red"):
+        for back in ("page", "card"):
+            assert contrast(channels(colours[front]), channels(colours[back])) >= 4.5, (front, back)
+    assert contrast(channels(colours["ink"]), shade) >= 4.5
+    assert contrast(channels(colours["on-blue"]), channels(colours["blue"])) >= 4.5
+
+
+def channels(colour: str) -> Floats:
+    """Return red, green and blue from 0 to 1."""
+    digits = colour.strip().removeprefix("#")
+    return np.array([int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)], np.float32)
+
+
+def contrast(one: Floats, other: Floats) -> float:
+    """Return the ratio of two colours' luminances, as WCAG defines it."""
+    linear = [np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722] for c in (one, other)]
+    return float((max(linear) + 0.05) / (min(linear) + 0.05))
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_width(width: int, browser: Browser, page: Path, tmp_path: Path) -> None:
+    """With all its tables filled the page is no wider than the window, and no text is cut off. A picture of it is kept."""
+    with browser.tab(width=width, height=740) as tab:
+        tab.open(page)
+        tab.wait_for(IDLE)
+        write(tab, count=100)
+        tab.click("#roll-mode [value=zeroed]")
+        tab.click("#roll-go")
+        tab.wait_for(ROLLED)
+        tab.click("#c40")
+        tab.wait_for(INSIDE)
+        tab.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+        wide = "[...document.querySelectorAll('body *')].filter(element => element.getBoundingClientRect().right > innerWidth + 0.5 && !element.closest('.scroll, .skip')).map(element => element.outerHTML.slice(0, 80))"
+
+        (tmp_path / "page.png").write_bytes(tab.screenshot())
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert tab.evaluate(wide) == []
+        for table in ("expected", "lens", "roll-table"):
+            assert tab.evaluate(f"$('{table}').scrollWidth <= $('{table}').closest('.scroll').clientWidth"), table
+        assert tab.complaints() == []
