@@ -15,6 +15,7 @@ from picogpt.threads import choose_threads
 from picogpt.wording import format_seconds, plural
 
 if TYPE_CHECKING:
+    from picogpt.cli.bar import ProgressBar
     from picogpt.config import EngineDType
     from picogpt.data.articles import Ids
     from picogpt.evaluation.report import Report
@@ -119,9 +120,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig) -> Report:
     """Find the text, score it, and measure the baselines on the same characters."""
-    from picogpt.cli.download import DownloadBar
+    from picogpt.cli.bar import DownloadBar
     from picogpt.data.resolve import Console
     from picogpt.evaluation.baselines import compressed_bits
+    from picogpt.evaluation.evaluate import chars_to_read, evaluate, evaluate_as_is
     from picogpt.evaluation.report import Report
     from picogpt.evaluation.scores import Scores, cut_sequences
     from picogpt.evaluation.texts import TrainedRun, find_eval_text, find_ngram_text
@@ -136,14 +138,18 @@ def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig) -> Rep
         chars=config.chars,
         console=console,
     )
-    rolls = cut_sequences(text.articles, sequence_len, config.chars)
-    _announce(text, rolls)
+    sequences = cut_sequences(text.articles, sequence_len, config.chars)
+    _announce(text, sequences)
     ngram_text = find_ngram_text(trained, text, arguments.ngram_text, console)
-    losses = _read(engine, rolls)
+    with _progress(chars_to_read(sequences, engine.config.context_len)) as bar:
+        losses = evaluate(engine, sequences, advance=bar.advance)
     if engine.dtype != "float32":
-        notice("the context vector as it is once more, in float32")
-        losses["float32"] = _read_as_is(_load_engine(path, arguments.threads, "float32"), rolls)
-    ngram, of_ngram = _count_ngram(ngram_text, rolls)
+        # Measured on the same characters, so the difference is the cost of rounding the weights.
+        notice("scoring with the context vector as it is again, in float32")
+        reference = _load_engine(path, arguments.threads, "float32")
+        with _progress(sequences.n_chars) as bar:
+            losses["float32"] = evaluate_as_is(reference, sequences, advance=bar.advance)
+    ngram, of_ngram = _count_ngram(ngram_text, sequences)
     notice(ngram)
     if of_ngram is not None:
         losses["ngram"] = of_ngram.reshape(losses["as_is"].shape)
@@ -153,8 +159,8 @@ def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig) -> Rep
         part=text.description,
         unit=text.unit,
         dtype=engine.dtype,
-        scores=Scores(losses, rolls.article_of),
-        compressors=compressed_bits(rolls.ids[:, 1:].reshape(-1)),
+        scores=Scores(losses, sequences.article_of),
+        compressors=compressed_bits(sequences.ids[:, 1:].reshape(-1)),
         ngram=ngram,
     )
 
@@ -169,23 +175,7 @@ def _load_engine(path: Path, threads: int | None, dtype: EngineDType) -> Engine:
     return engine
 
 
-def _read(engine: Engine, rolls: EvalSequences) -> dict[str, Losses]:
-    """The loss of every character under each condition, with progress."""
-    from picogpt.evaluation.evaluate import chars_to_read, evaluate
-
-    with _Progress(chars_to_read(rolls, engine.config.context_len)) as advance:
-        return evaluate(engine, rolls, advance=advance)
-
-
-def _read_as_is(engine: Engine, rolls: EvalSequences) -> Losses:
-    """The loss of every character with the context vectors as they are, with progress."""
-    from picogpt.evaluation.evaluate import evaluate_as_is
-
-    with _Progress(rolls.n_chars) as advance:
-        return evaluate_as_is(engine, rolls, advance=advance)
-
-
-def _count_ngram(text: tuple[str, Ids] | str, rolls: EvalSequences) -> tuple[str, Losses | None]:
+def _count_ngram(text: tuple[str, Ids] | str, sequences: EvalSequences) -> tuple[str, Losses | None]:
     """What the n-gram was counted on and its losses (R, T), or why there is none, of the name and ids of a text."""
     from picogpt.evaluation.baselines import NGRAM_CHARS, NGram
 
@@ -194,47 +184,28 @@ def _count_ngram(text: tuple[str, Ids] | str, rolls: EvalSequences) -> tuple[str
     name, ids = text
     counted = NGram(ids)
     cap = f", the first {NGRAM_CHARS:,} of {len(ids):,}" if len(ids) > NGRAM_CHARS else ""
-    return f"n-gram counted on {name}: {counted.n_chars:,} characters{cap}", counted.losses(rolls.ids)
+    return f"n-gram counted on {name}: {counted.n_chars:,} characters{cap}", counted.losses(sequences.ids)
 
 
-def _announce(text: EvalText, rolls: EvalSequences) -> None:
+def _announce(text: EvalText, sequences: EvalSequences) -> None:
     """Say what is scored."""
-    R, T = len(rolls.ids), rolls.ids.shape[1] - 1
+    R, T = len(sequences.ids), sequences.ids.shape[1] - 1
     why = "" if text.unit == "articles" else "; no articles are marked in it, so stretches stand for them"
     notice(
-        f"{text.name}, {text.description}: {R:,} rolls of {T:,} characters from {rolls.n_articles:,} of "
-        f"{len(text.articles):,} {text.unit}, {rolls.n_chars:,} characters{why}"
+        f"{text.name}, {text.description}: {R:,} sequences of {T:,} characters from {sequences.n_articles:,} of "
+        f"{len(text.articles):,} {text.unit}, {sequences.n_chars:,} characters{why}"
     )
 
 
-class _Progress:
-    """Shows how many characters have been read.
+def _progress(total: int) -> ProgressBar:
+    """Return a bar for `total` characters to score."""
+    from picogpt.cli.bar import ProgressBar
 
-    Args:
-        total: characters to read.
-    """
+    def describe(done: int, seconds: float) -> str:
+        rate = done / seconds
+        return f"{done / total:.0%} read, {rate:,.0f} characters/s, {format_seconds((total - done) / rate)} left"
 
-    def __init__(self, total: int) -> None:
-        from picogpt.cli.bar import ProgressBar
-
-        self._total, self._done = total, 0
-        self._bar = ProgressBar(total, "char", describe=self._line)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def __call__(self, chars: int) -> None:
-        """Note that so many more characters have been read."""
-        self._done += chars
-        self._bar.advance(chars)
-
-    def _line(self, seconds: float) -> str:
-        rate = self._done / seconds
-        left = format_seconds((self._total - self._done) / rate)
-        return f"{self._done / self._total:.0%} read, {rate:,.0f} characters/s, {left} left"
+    return ProgressBar(total, "char", describe=describe)
 
 
 if __name__ == "__main__":

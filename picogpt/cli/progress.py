@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
+from collections.abc import Callable, Iterator
 
 from picogpt.cli.bar import ProgressBar
 from picogpt.cli.common import notice
@@ -14,7 +16,7 @@ from picogpt.training.forecast import TIMED_STEPS
 from picogpt.training.trainer import StepReport, Trainer
 from picogpt.wording import format_passes, format_seconds, plural
 
-__all__ = ["TimingDisplay", "TrainingDisplay", "divergence"]
+__all__ = ["TrainingDisplay", "divergence", "timing_bar"]
 
 WORSE_THAN_GUESS = 0.5
 """Nats above a uniform guess from which on a run has diverged: one that has just begun can be a little above."""
@@ -56,7 +58,7 @@ class TrainingDisplay:
         self._loss = report.loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * report.loss
         self._bar.advance(report.chars, f"loss {self._loss:.3f}", total=self._schedule.total_steps * report.chars)
 
-    def _line(self, seconds: float) -> str:
+    def _line(self, _done: int, seconds: float) -> str:
         step, total = self._trainer.step, self._schedule.total_steps
         seconds_per_step = seconds / max(1, step - self._first_step)
         left = format_seconds(seconds_per_step * (total - step))
@@ -95,27 +97,14 @@ class TrainingDisplay:
             notice("standard output is closed; training continues without it")
 
 
-class TimingDisplay:
-    """Shows that the first steps are being timed."""
-
-    def __init__(self) -> None:
-        notice("timing a few steps")
-        self._done = 0
-        self._bar = ProgressBar(1 + TIMED_STEPS, " steps", label="timing", leave=False, describe=self._line)
-
-    def __enter__(self) -> TimingDisplay:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def __call__(self) -> None:
-        """Note that one more step was timed."""
-        self._done += 1
-        self._bar.advance(1)
-
-    def _line(self, seconds: float) -> str:
-        return f"timed {plural(self._done, 'step')} in {format_seconds(seconds)}"
+@contextlib.contextmanager
+def timing_bar() -> Iterator[Callable[[], None]]:
+    """Show the progress of the benchmark before a run; yield a function to call after each timed step."""
+    notice("timing a few steps")
+    describe = lambda steps, seconds: f"timed {plural(steps, 'step')} in {format_seconds(seconds)}"  # noqa: E731
+    # One step more than are timed: the first allocates buffers.
+    with ProgressBar(1 + TIMED_STEPS, " steps", label="timing", leave=False, describe=describe) as bar:
+        yield lambda: bar.advance(1)
 
 
 def divergence(log: LossLog, vocab_size: int) -> str | None:

@@ -184,15 +184,15 @@ def _train(arguments: argparse.Namespace, *, began: float) -> int:
 
 def _run_rank_0(request: TrainRequest, ranks: Ranks, began: float, *, dry_run: bool) -> None:
     """Train alone, or as rank 0 of the ranks that share a run."""
-    from picogpt.cli.download import DownloadBar
-    from picogpt.cli.progress import TimingDisplay, TrainingDisplay
+    from picogpt.cli.bar import DownloadBar
+    from picogpt.cli.progress import TrainingDisplay, timing_bar
     from picogpt.data.resolve import Console
     from picogpt.training.plan import Plan
     from picogpt.training.run import TrainingRun
 
     plan = Plan.of(request, ranks, Console(notice, DownloadBar))
     with contextlib.closing(plan.source):
-        run = TrainingRun(plan, began=began, notify=notice, timing=TimingDisplay)
+        run = TrainingRun(plan, began=began, notify=notice, timing=timing_bar)
         if dry_run:
             run.dry_run()
         else:

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 from picogpt.cli import common, generate, plot, train
 from picogpt.cli import eval as evaluation
-from picogpt.cli.download import DownloadBar
+from picogpt.cli.bar import DownloadBar
 from picogpt.cli.parser import Parser
 from picogpt.data import read_texts
 from picogpt.data.resolve import text_name

@@ -65,7 +65,7 @@ def of(run: RunFolder, **data: Any) -> None:
 
 
 def evaluate(*flags: str) -> int:
-    """Exit code of the command on short rolls."""
+    """Exit code of the command on short sequences."""
     try:
         return evaluation.main(["-m", "numbers", "--windows", "3", "--threads", "1", *flags])
     except SystemExit as exit_:
@@ -87,7 +87,7 @@ def test_table(run: RunFolder, capsys: Capture) -> None:
     ):
         assert label in out
     assert "Gain from the context roll: " in out
-    assert "the last tenth, which the run was not trained on: 24 rolls of 24 characters from 24 of 24 stretches, 576" in err
+    assert "the last tenth, which the run was not trained on: 24 sequences of 24 characters from 24 of 24 stretches, 576" in err
     assert "no articles are marked in it, so stretches stand for them" in err
     assert "n-gram counted on the first nine tenths of numbers: 5,400 characters\n" in err
     assert "picture: logs/numbers/eval.jpg" in err
@@ -149,7 +149,7 @@ def test_other_text(run: RunFolder, text_file: Path, capsys: Capture) -> None:
         "warning: numbers.txt: the run was trained on nine tenths of this text; leave out --text to score only the last tenth"
         in err
     )
-    assert "numbers.txt, all of it: 249 rolls of 24 characters from 63 of 63 stretches" in err
+    assert "numbers.txt, all of it: 249 sequences of 24 characters from 63 of 63 stretches" in err
     assert "n-gram counted on numbers.txt: 6,000 characters" in err
 
     Path("other.txt").write_text("another text altogether, and some more of it after that: é日\n" * 40)
@@ -166,7 +166,7 @@ def test_named_data_set(run: RunFolder, capsys: Capture) -> None:
     """The sample play."""
     assert evaluate("--dataset", "sample", "--chars", "500") == 0
 
-    assert "sample, all of it: 20 rolls of 24 characters from 20 of 1,344 stretches" in capsys.readouterr().err
+    assert "sample, all of it: 20 sequences of 24 characters from 20 of 1,344 stretches" in capsys.readouterr().err
 
 
 def test_validation_text_of_a_stream(run: RunFolder, text_file: Path, capsys: Capture) -> None:
@@ -176,7 +176,7 @@ def test_validation_text_of_a_stream(run: RunFolder, text_file: Path, capsys: Ca
     assert evaluate() == 0
     out, err = capsys.readouterr()
 
-    assert "numbers, the validation text of the run: 37 rolls of 24 characters from 37 of 37 stretches" in err
+    assert "numbers, the validation text of the run: 37 sequences of 24 characters from 37 of 37 stretches" in err
     assert "no n-gram: the run's text is a stream; name a text with --ngram-text" in err
     assert "5-gram" not in out
 
@@ -197,7 +197,7 @@ def test_articles_of_a_stream(run: RunFolder, capsys: Capture, monkeypatch: pyte
     assert (
         "org/name: 1 file at commit cccccccccccc; scoring validation articles, the one in twenty that no run is trained on" in err
     )
-    assert "name, the first validation articles of over 24 characters: 12 rolls of 24 characters from 4 of 4 articles" in err
+    assert "name, the first validation articles of over 24 characters: 12 sequences of 24 characters from 4 of 4 articles" in err
     assert "n-gram counted on training articles of name: 160 characters" in err  # a step of 2 x 10 windows of 8
     assert {(shards.columns, shards.commit) for shards in asked} == {(("body",), "c" * 40)}
     assert evaluate("--dataset", "org/name", "--chars", "9999") == 0
