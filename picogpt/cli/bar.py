@@ -49,14 +49,14 @@ class ProgressBar:
         self._start = self._last_line = time.perf_counter()
         # sys.stderr is None where a process was started without one.
         if sys.stderr is None or not sys.stderr.isatty():
-            return
+            return  # no bar: `advance` prints lines
         # A low smoothing factor: the mean speed predicts the end better than the last moment, in which the machine may be busy.
         scale: dict[str, Any] = {"unit": unit, "unit_scale": True, "smoothing": 0.05}
         self._bar = _Bar(**_width(), **scale, file=_Stderr(), desc=label, total=total, initial=done, leave=leave)
         # tqdm reads the wall clock, which can jump, as after a correction by NTP. Give it a monotonic clock.
         self._bar._time = time.perf_counter  # type: ignore[attr-defined]
         self._bar.start_t = self._bar.last_print_t = time.perf_counter()
-        show_bar(self)
+        show_bar(self)  # from here on, other output is printed above the bar
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -72,6 +72,7 @@ class ProgressBar:
             return
         if note is not None:
             self._bar.set_postfix_str(note, refresh=False)
+        # A run with a budget of minutes changes its number of steps while it trains.
         if total is not None:
             self._bar.total = total
         self._bar.update(amount)
@@ -94,7 +95,7 @@ class ProgressBar:
 
     def close(self) -> None:
         """Stop updating the bar; it stays on a line of its own unless `leave` is false."""
-        hide_bar(self)
+        hide_bar(self)  # first: a notice from another thread must not clear a closed bar
         if self._bar is not None:
             self._bar.close()
 
@@ -156,6 +157,6 @@ class DownloadBar:
     def __call__(self, received: int, total: int) -> None:
         """Show that `received` of `total` bytes have arrived."""
         if self._bar is None:
-            self._bar = ProgressBar(total, "B", label=self._what)
+            self._bar = ProgressBar(total, "B", label=self._what)  # the size is known from the first response
         self._bar.advance(received - self._received)
         self._received = received

@@ -88,7 +88,7 @@ def test_table(run: RunFolder, capsys: Capture) -> None:
         assert label in out
     assert "Gain from the context roll: " in out
     assert "the last tenth, which the run was not trained on: 24 sequences of 24 characters from 24 of 24 stretches, 576" in err
-    assert "no articles are marked in it, so stretches stand for them" in err
+    assert "the text has no articles, so it is cut into stretches" in err
     assert "n-gram counted on the first nine tenths of numbers: 5,400 characters\n" in err
     assert "picture: logs/numbers/eval.jpg" in err
     assert (run.path / "eval.jpg").read_text() == "numbers on numbers: 576 characters, 24 stretches, with standard errors 24"
@@ -325,7 +325,7 @@ def test_model_without_a_run(run: RunFolder, text_file: Path, capsys: Capture) -
         (["--dtype", "auto"], 2, "argument --dtype: invalid choice: 'auto' (choose from"),
         (["--threads", "0"], 2, "--threads must be from 1 to 1024, got 0"),
         (["-o", "x.gif"], 2, "--output must end in .jpg or .png, got 'x.gif'"),
-        (["-o", "nowhere/x.jpg"], 2, "--output: there is no folder nowhere; make it first"),
+        (["-o", "nowhere/x.jpg"], 2, "--output: there is no folder nowhere; create it first"),
         (["--text-column", "x"], 2, "--text-column is for a streamed data set; name one with --dataset, or leave it out"),
         (["--model", "nowhere"], 1, "nowhere: no such file, and no run of that name"),
         (["--text", "a", "--dataset", "sample"], 2, "argument --dataset: not allowed with argument --text"),
