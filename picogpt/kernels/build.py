@@ -27,11 +27,9 @@ from picogpt.kernels.cache import LibraryCache, UnusableCacheError
 
 __all__ = ["Compiler", "Library", "find_compilers", "load_library"]
 
-_COMPILERS = ("cc", "gcc", "clang")
-_FORMAT = 1
-"""Version of the way libraries are built and loaded: part of the cache key, incremented with each change."""
-_TIMEOUT = 60.0
-"""Seconds after which a compiler is given up."""
+_COMPILERS = ("cc", "gcc", "clang")  # in order of preference
+_FORMAT = 1  # part of the cache key; increment it when libraries are built or loaded differently
+_TIMEOUT = 60.0  # seconds that a call of the compiler may take
 
 
 class Library(NamedTuple):
@@ -60,7 +58,7 @@ class Compiler:
         try:
             return self.run(["--version"])
         except BuildError:
-            return ""
+            return ""  # the same compiler then fails at compiling, with a message
 
     @property
     def name(self) -> str:
@@ -86,7 +84,7 @@ class Compiler:
                 errors="replace",
                 timeout=_TIMEOUT,
                 check=False,
-                env={**os.environ, "LC_ALL": "C"},
+                env={**os.environ, "LC_ALL": "C"},  # messages in English: "error" is searched for below
                 stdin=subprocess.DEVNULL,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -113,6 +111,7 @@ class _Build:
         """Return the SHA-256 of everything that determines the library's content and where it runs."""
         # Any header in the folder may be included, so all of them count.
         sources = sorted([self.source, *self.source.parent.glob("*.h")])
+        # The key has to change whenever the library would; -march=native makes it depend on the processor.
         parts = {
             "format": _FORMAT,
             "sources": [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sources],
@@ -120,11 +119,12 @@ class _Build:
             "link": self.link_arguments(compiler),
             "compiler": compiler.identity,
             "processor": processor.identity(),
-            "pointer": struct.calcsize("P"),
+            "pointer": struct.calcsize("P"),  # 32-bit or 64-bit Python
         }
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def compile_flags(self) -> list[str]:
+        # Position-independent code, as for any shared library.
         macros = [f"-D{name}={value}" for name, value in self.defines]
         return [*self.flags, "-fPIC", *["-fopenmp"] * self.openmp, *macros]
 
@@ -168,6 +168,7 @@ def load_library(
         BuildError: there is no compiler, or none whose library can be loaded; the message is one line.
     """
     build = _Build(source, tuple(sorted(defines.items())), tuple(flags), tuple(link_flags), openmp)
+    # A cache that cannot be used costs a few seconds at each start, and is no reason to fail.
     compilers, cache, obstacle = find_compilers(), None, ""
     try:
         cache = LibraryCache()
@@ -180,7 +181,7 @@ def load_library(
     # Try them in order: on some systems cc exists but cannot compile.
     *others, last = compilers
     for compiler in others:
-        with contextlib.suppress(BuildError):  # the last one's is reported
+        with contextlib.suppress(BuildError):  # only the last error is reported
             return _compile(build, compiler, cache, notify)
     return _compile(build, last, cache, notify)
 
@@ -191,10 +192,12 @@ def find_compilers() -> list[Compiler]:
     Raises:
         BuildError: there is none.
     """
+    # CC may have flags, as in `ccache gcc` or `clang -O1`.
     try:
         wanted = shlex.split(os.environ.get("CC", ""))
     except ValueError as error:
         raise BuildError(f"CC is not a command ({error})") from error
+    # A user who sets CC wants that compiler and no other.
     names = wanted[:1] or list(_COMPILERS)
     found = [(name, shutil.which(name)) for name in names]
     compilers = [Compiler((name, *wanted[1:]), path) for name, path in found if path]
@@ -205,6 +208,7 @@ def find_compilers() -> list[Compiler]:
 
 def _load_cached(build: _Build, compilers: Sequence[Compiler], cache: LibraryCache) -> Library | None:
     """Return the library from the cache, built by any of the compilers, or None."""
+    # Any of them will do: a compiler that failed at the first start must not be tried again at each start.
     for compiler in compilers:
         path = cache.find(build.source.stem, build.key(compiler))
         if path is not None:
@@ -236,6 +240,6 @@ def _compile(build: _Build, compiler: Compiler, cache: LibraryCache | None, noti
         if cache is not None:
             try:
                 cache.store(build.source.stem, build.key(compiler), path.read_bytes())
-            except UnusableCacheError as error:
+            except UnusableCacheError as error:  # the disk may be full; the loaded library works all the same
                 notify(f"{build.source.name} will be compiled again at the next start: {error}")
         return Library(functions, compiler.name)

@@ -18,12 +18,9 @@ from picogpt.files import TEMPORARY_SUFFIX, atomic_write
 
 __all__ = ["LibraryCache", "UnusableCacheError", "user_cache_folder"]
 
-_KEPT = 24
-"""Libraries that are kept when a new one is stored; one is some 100 KB, and each model shape has one for each dtype."""
-_DIGITS = 40
-"""Hexadecimal digits of a SHA-256 in a name; two whole hashes make a name too long for some file systems."""
-_LEFTOVER = 3600.0
-"""Age in seconds from which a temporary file counts as abandoned."""
+_KEPT = 24  # libraries to keep: one is some 100 KB, and each model shape has one for each dtype
+_DIGITS = 40  # hexadecimal digits of a SHA-256 in a name: two whole hashes are too long for some file systems
+_LEFTOVER = 3600.0  # age in seconds from which a temporary file counts as abandoned
 
 
 class UnusableCacheError(Exception):
@@ -36,15 +33,16 @@ def user_cache_folder() -> Path:
     Raises:
         UnusableCacheError: the user has no home folder.
     """
+    # Its specification says to ignore a relative path.
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if named.is_absolute():
         return named
     try:
         if sys.platform == "win32":
-            # XDG_CACHE_HOME must be absolute by its specification; other values are ignored.
+            # The local folder: the roaming one is copied to other machines, whose processors differ.
             return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
         return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    except RuntimeError as error:
+    except RuntimeError as error:  # neither HOME nor an entry in the user database
         raise UnusableCacheError(f"no home folder ({error})") from error
 
 
@@ -61,8 +59,10 @@ class LibraryCache:
         self.folder = base / "picogpt" / "kernels"
         try:
             for folder in (self.folder.parent, self.folder):
+                # Closed to others from the start; a folder that exists already is checked and closed.
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 _make_private(folder)
+            # Private folders are not enough: whoever can rename a parent can put another tree in its place.
             _check_parents(base)
         except OSError as error:
             raise UnusableCacheError(f"{self.folder} cannot be used ({error.strerror or error})") from error
@@ -75,7 +75,7 @@ class LibraryCache:
                 if _is_own_file(path) and path.stem.endswith(_checksum(path.read_bytes())):
                     _mark_used(path)
                     return path
-                path.unlink()
+                path.unlink()  # wrong checksum or owner
         return None
 
     def store(self, name: str, key: str, library: bytes) -> Path:
@@ -84,6 +84,7 @@ class LibraryCache:
         Raises:
             UnusableCacheError: the disk is full or read-only.
         """
+        # The checksum in the name detects a truncated or damaged file at loading, where it would crash the process.
         path = self.folder / f"{name}-{key[:_DIGITS]}-{_checksum(library)}.so"
         try:
             atomic_write(path, library)
@@ -94,6 +95,7 @@ class LibraryCache:
 
     def _entries(self, pattern: str) -> list[Path]:
         """Return files in the folder, most recently used first."""
+        # The modification time is the time of the last use: access times are switched off on many systems.
         return sorted(self.folder.glob(pattern), key=_last_used, reverse=True)
 
     def _prune(self) -> None:
@@ -112,7 +114,7 @@ def _mark_used(path: Path) -> None:
 def _last_used(path: Path) -> float:
     try:
         return path.lstat().st_mtime
-    except FileNotFoundError:
+    except FileNotFoundError:  # removed by a concurrent start
         return 0.0
 
 
@@ -143,6 +145,7 @@ else:
             raise UnusableCacheError(f"{folder} is a link")
         if state.st_uid != os.geteuid():
             raise UnusableCacheError(f"{folder} belongs to another user")
+        # Closing it now would be too late: a library may have been planted before.
         if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise UnusableCacheError(f"others can write to {folder}")
         if stat.S_IMODE(state.st_mode) != 0o700:
@@ -154,6 +157,7 @@ else:
             state = parent.stat()
             if state.st_uid not in {0, os.geteuid()}:
                 raise UnusableCacheError(f"{parent} belongs to another user")
+            # A private group has one member, so its write permission gives nothing to others.
             shared = state.st_mode & stat.S_IWOTH or (state.st_mode & stat.S_IWGRP and not _is_private_group(state.st_gid))
             # With the sticky bit, as on /tmp, only the owner can rename a folder.
             if shared and not state.st_mode & stat.S_ISVTX:
@@ -163,7 +167,7 @@ else:
         """Whether a group is the user's private group, named after the user as on Debian and Fedora."""
         try:
             return group == os.getegid() and grp.getgrgid(group).gr_name == pwd.getpwuid(os.geteuid()).pw_name
-        except KeyError:
+        except KeyError:  # a container may run as a user that has no entry
             return False
 
     def _is_own_file(path: Path) -> bool:

@@ -12,8 +12,9 @@ from pathlib import Path
 __all__ = ["identity", "vector_instructions"]
 
 _CPUINFO = Path("/proc/cpuinfo")
+# Keys of /proc/cpuinfo that identify a processor model, on x86, ARM and RISC-V. Others, such as the clock, vary by the moment.
 _IDENTIFYING = ("vendor_id", "model name", "flags", "CPU implementer", "CPU variant", "CPU part", "Features", "isa")
-"""Keys of /proc/cpuinfo that identify a processor model, on x86, ARM and RISC-V."""
+# Flags that the kernels' code for an instruction set requires.
 _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}
 _AVX2 = {"avx2", "fma"}
 
@@ -24,7 +25,7 @@ def _description() -> dict[str, str]:
     try:
         text = _CPUINFO.read_text(encoding="ascii", errors="replace")
     except OSError:
-        return {}
+        return {}  # macOS and Windows
     # Entries of processors are separated by an empty line.
     pairs = (line.partition(":")[::2] for line in text.split("\n\n", 1)[0].splitlines())
     return {key.strip(): value.strip() for key, value in pairs if key.strip() in _IDENTIFYING}
@@ -36,7 +37,7 @@ def identity() -> str:
     found = [platform.machine(), *(f"{key}={value}" for key, value in sorted(_description().items()))]
     if sys.platform == "darwin":
         found.append(_sysctl("machdep.cpu.brand_string"))
-    elif len(found) == 1:
+    elif len(found) == 1:  # Windows, or a Linux that hides its processor: the best that Python knows
         found.append(platform.processor())
     return "\n".join(found)
 
@@ -46,6 +47,7 @@ def vector_instructions() -> str:
 
     ATEN_CPU_CAPABILITY, which limits torch to fewer instructions (avx2 or default), limits this too.
     """
+    # Every 64-bit ARM has NEON.
     if platform.machine().lower() in {"arm64", "aarch64"}:
         return "NEON"
     flags = set(_description().get("flags", "").split())
@@ -65,4 +67,4 @@ def _sysctl(name: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout.strip()  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
-        return ""
+        return ""  # the caller then takes the compiler's default
