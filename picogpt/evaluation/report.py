@@ -51,11 +51,13 @@ class Report:
 
     def table(self) -> str:
         """Return the scores as text: overall, by window of the sequence, by position in the window, and the sentences."""
+        # Parts with an empty line between them, as each has its own columns.
         sentences = [self.sentence(), *([sentence] if (sentence := self.rounding_sentence()) else [])]
         return "\n\n".join("\n".join(part) for part in (self._overall(), self._windows(), self._positions(), sentences))
 
     def title(self) -> str:
-        """Return the title of the picture."""
+        """Return the title of the plot."""
+        # The model's folder is the run's name; the file is called model.safetensors in every run.
         return (
             f"{Path(self.model).parent.name} on {self.text}: {self._chars:,} characters, "
             f"{self.n_articles:,} {self.unit}, with standard errors"
@@ -64,8 +66,9 @@ class Report:
     def sentence(self) -> str:
         """Return the gain from the context roll, and how the other conditions compare with it."""
         windows, _ = self._shape
-        # Window 0 is the same under all conditions, so it is left out.
+        # All differences are to `as_is`. Window 0 is the same under all conditions, so it is left out.
         gain, other, plain = (self.scores.mean(name, minus="as_is", first_window=1) for name in ("zeroed", "other", "sliding"))
+        # Two standard errors are about a 95% confidence interval.
         if abs(gain.nats) <= 2 * gain.error:
             meaning = "That is within two standard errors of zero: on this text the roll makes no measurable difference."
         elif gain.nats > 0:
@@ -80,6 +83,7 @@ class Report:
 
     def rounding(self) -> Estimate | None:
         """Return the loss in `dtype` minus the loss in float32, paired by character; None in float32."""
+        # Over all windows, unlike the conditions: rounding affects the first one too.
         return self.scores.mean("as_is", minus=_FLOAT32) if _FLOAT32 in self.scores.losses else None
 
     def rounding_sentence(self) -> str:
@@ -92,7 +96,8 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain values."""
         windows, context_len = self._shape
-        single_bins = [(p, p) for p in range(1, context_len + 1)]
+        single_bins = [(p, p) for p in range(1, context_len + 1)]  # the table has wider bins
+        # Scripts read these keys: add new ones, never rename one. A sequence is called a roll here for that reason.
         return {
             "model": self.model,
             "text": {"name": self.text, "part": self.part, "rolls": len(self.scores.article_of), "characters": self._chars},
@@ -120,7 +125,7 @@ class Report:
     @property
     def _shape(self) -> tuple[int, int]:
         """Windows in a sequence, and characters in a window."""
-        _, windows, context_len = self.scores.losses["as_is"].shape
+        _, windows, context_len = self.scores.losses["as_is"].shape  # (R, W, n)
         return windows, context_len
 
     @property
@@ -137,6 +142,7 @@ class Report:
 
     def _overall(self) -> list[str]:
         rows = [f"{'':{_WIDTH}}  {'nats/char':>18}  {'bits/char':>18}  {'more than as it is*':>20}"]
+        # The last column compares with the first row, so that row has none.
         for name, label in self._labels():
             mean = self.scores.mean(name)
             more = "" if name == "as_is" else _pair(self.scores.mean(name, minus="as_is", first_window=1), sign="+")
@@ -146,6 +152,7 @@ class Report:
         for name, bits_per_char in self.compressors.items():
             label = _COMPRESSOR_LABELS[name]
             rows.append(f"{label:{_WIDTH}}  {bits_per_char * math.log(2):<7.4f}{'':11}  {bits_per_char:<7.4f}".rstrip())
+        # The footnote of the last column: what is compared, and over which samples the errors are.
         windows, _ = self._shape
         rows.append(f"* nats per character on windows 1 to {windows - 1}, paired; +- is a standard error over {self.unit}")
         return rows
@@ -157,7 +164,7 @@ class Report:
 
     def _positions(self) -> list[str]:
         windows, context_len = self._shape
-        bins = position_bins(context_len)
+        bins = position_bins(context_len)  # eight columns for a window of 128
         heading = [
             f"nats per character by position in the window (characters seen), windows 1 to {windows - 1}",
             _row("", [f"{first}" if first == last else f"{first}-{last}" for first, last in bins]),
@@ -175,6 +182,7 @@ class Report:
         return _row(label, [f"{estimate.nats:.4f}" for estimate in estimates])
 
 
+# Cells of eight columns take losses with four decimals and bins such as 65-128.
 def _row(label: str, cells: Sequence[str]) -> str:
     return f"{label:{_WIDTH}}" + "".join(f"{cell:>8}" for cell in cells)
 
@@ -183,6 +191,7 @@ def _pair(estimate: Estimate, sign: str = "") -> str:
     return f"{estimate.nats:{sign}.4f} +- {estimate.error:.4f}"
 
 
+# In words, as a sign is easily misread in a sentence.
 def _more(estimate: Estimate) -> str:
     return f"{abs(estimate.nats):.5f} +- {estimate.error:.5f} {'less' if estimate.nats < 0 else 'more'}"
 

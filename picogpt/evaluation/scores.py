@@ -42,8 +42,7 @@ CONDITIONS: Mapping[str, str] = {
 
 SEQUENCES_PER_STRETCH = 4
 """Sequences in a stretch, which takes the place of an article: neighbours share their subject, so they are not independent."""
-_MIN_STRETCHES = 20
-"""A text too short for so many stretches of that length is cut into shorter ones: a standard error needs many."""
+_MIN_STRETCHES = 20  # a shorter text is cut into shorter stretches: a standard error needs many samples
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,13 @@ class Estimate:
 
     @property
     def bits(self) -> float:
-        """The mean in bits per character."""
+        """Mean in bits per character."""
+        # A nat is 1 / ln 2 bits.
         return self.nats / math.log(2)
 
     @property
     def bits_error(self) -> float:
-        """The standard error in bits per character."""
+        """Standard error in bits per character."""
         return self.error / math.log(2)
 
 
@@ -75,12 +75,13 @@ class EvalSequences:
 
     @property
     def n_articles(self) -> int:
-        """Articles that sequences were cut from."""
+        """Number of articles that sequences were cut from."""
         return int(self.article_of[-1]) + 1
 
     @property
     def n_chars(self) -> int:
-        """Characters that are predicted."""
+        """Number of characters that are predicted."""
+        # The first character of a sequence is only an input.
         return int(self.ids[:, 1:].size)
 
     def partners(self) -> npt.NDArray[np.int64]:
@@ -90,8 +91,9 @@ class EvalSequences:
         """
         counts = np.bincount(self.article_of)  # (A,) sequences of each article
         first = np.cumsum(counts) - counts  # (A,) index of each article's first sequence
-        following = (self.article_of + 1) % self.n_articles
-        position = np.arange(len(self.ids)) - first[self.article_of]
+        # From another article, so that the vector has the right form but the wrong content.
+        following = (self.article_of + 1) % self.n_articles  # (R,)
+        position = np.arange(len(self.ids)) - first[self.article_of]  # (R,) position in the own article
         return np.asarray(first[following] + position % counts[following], np.int64)
 
 
@@ -100,6 +102,7 @@ def cut_stretches(ids: Ids, sequence_len: int) -> list[Ids]:
 
     Neighbours share one character: the last target of a stretch is the first input of the next.
     """
+    # The full length, or as much as gives the minimum number of stretches, but at least one sequence.
     sequences = min(SEQUENCES_PER_STRETCH, max(1, (len(ids) - 1) // sequence_len // _MIN_STRETCHES))
     size = sequences * sequence_len
     return [ids[start : start + size + 1] for start in range(0, len(ids) - sequence_len, size)]
@@ -162,7 +165,7 @@ class Scores:
 
     def by_window(self, name: str, *, minus: str | None = None) -> list[Estimate]:
         """Return the mean of each window of a sequence."""
-        values = self._values(name, minus)
+        values = self._values(name, minus)  # (R, W, n)
         return [self._estimate(values[:, i]) for i in range(values.shape[1])]
 
     def by_position(self, name: str, bins: Sequence[tuple[int, int]], *, minus: str | None = None) -> list[Estimate]:
@@ -170,11 +173,12 @@ class Scores:
 
         The first window has no context vector under any condition, so it would only dilute their differences.
         """
-        values = self._values(name, minus)[:, 1:]
+        values = self._values(name, minus)[:, 1:]  # (R, W - 1, n)
         return [self._estimate(values[:, :, first - 1 : last]) for first, last in bins]
 
     def _values(self, name: str, minus: str | None) -> npt.NDArray[np.float64]:
         # Differences are paired: the variation between characters cancels, and the standard error is far smaller.
+        # In float64, as small differences of long sums remain.
         values = self.losses[name].astype(np.float64)
         return values if minus is None else values - self.losses[minus]
 
@@ -186,7 +190,7 @@ class Scores:
 
             sqrt(A / (A - 1) sum_a (L_a - m n_a)^2) / sum_a n_a
         """
-        rows = values.reshape(len(values), -1)
+        rows = values.reshape(len(values), -1)  # (R, characters of a sequence)
         sums = np.bincount(self.article_of, weights=rows.sum(axis=1))  # (A,) L_a
         sizes = np.bincount(self.article_of) * rows.shape[1]  # (A,) n_a
         mean = sums.sum() / sizes.sum()

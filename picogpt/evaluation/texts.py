@@ -35,7 +35,7 @@ from picogpt.wording import Notify, plural
 __all__ = ["EvalText", "TrainedRun", "find_eval_text", "find_ngram_text", "validation_articles"]
 
 MAX_CHARS_READ = 100_000_000
-"""Maximum number of characters of a stream that are searched for articles of sufficient length."""
+"""Maximum number of characters of a stream to search for articles that are long enough."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class TrainedRun:
         """Characters that the whole run trains on; None if unknown."""
         if self.settings is None:
             return None
+        # Of the whole schedule, also if the run was stopped: the n-gram gets as much text as the model was meant to.
         train = self.settings.train
         return self.settings.schedule.total_steps * train.batch_size * train.windows * self.settings.model.context_len
 
@@ -66,7 +67,8 @@ class TrainedRun:
 
     @property
     def seed(self) -> int:
-        """The seed of the order in which the run reads its text; 0 if unknown."""
+        """Seed of the order in which the run reads its text; 0 if unknown."""
+        # With the run's seed, the n-gram is counted on the articles that the model has read.
         return self.settings.train.seed if self.settings else 0
 
     @classmethod
@@ -77,7 +79,7 @@ class TrainedRun:
             RunError: the run's config is damaged.
         """
         run, text = RunFolder(path.parent), load_text_config(path)
-        if not run.has_config():
+        if not run.has_config():  # a model file of its own, outside of any run
             return cls(run, None, text)
         try:
             return cls(run, RunSettings.from_dict(run.read_config()), text)
@@ -126,6 +128,7 @@ def find_eval_text(trained: TrainedRun, asked: TextRequest, *, sequence_len: int
     if dataset is not None and streamed:
         stream, is_own = _find_shards(trained, dataset, asked.column, notify)
         return _streamed_text(trained, stream, is_own=is_own, sequence_len=sequence_len, chars=chars, notify=notify)
+    # Files are folded like the texts of the model.
     if asked.paths:
         corpus = read_texts(asked.paths, name=_name(asked.paths), scratch=trained.run.path, fold=trained.fold, notify=notify)
     else:
@@ -149,6 +152,7 @@ def find_ngram_text(trained: TrainedRun, evaluated: EvalText, paths: Sequence[st
     Raises:
         DataError: a text of `paths` cannot be loaded.
     """
+    # In order of precedence: a text that the user names, the stream, the run's own text.
     if paths:
         corpus = read_texts(paths, name=_name(paths), scratch=trained.run.path, fold=trained.fold, notify=console.notify)
         return corpus.name, corpus.ids
@@ -162,6 +166,7 @@ def find_ngram_text(trained: TrainedRun, evaluated: EvalText, paths: Sequence[st
         corpus = evaluated.corpus or _read_own(trained.settings, trained.run.path, console, local=True)
     except (DataError, RunError) as error:
         return str(error)
+    # As in training, so that neither the n-gram nor the model has seen the validation text.
     return f"the first nine tenths of {corpus.name}", split_text(corpus.ids)[0]
 
 
@@ -209,12 +214,14 @@ def _read_own(settings: RunSettings, scratch: Path, console: Console, *, local: 
         RunError: the text has changed.
     """
     data = settings.data
+    # Two kinds of text cannot be read again as a whole: streams, and standard input.
     if data.characters is None:
         raise DataError("the run's text is a stream; name a text with --ngram-text")
     if "-" in data.text:
         raise DataError("the run's text came from standard input and was not stored; name it with --text or --ngram-text")
     if data.text:
         corpus = read_texts(data.text, name=data.name, scratch=scratch, fold=data.fold, notify=console.notify)
+    # Of the named corpora only Tiny Shakespeare may need a download.
     elif local and data.dataset == "tinyshakespeare" and not (DATASET_FOLDER / "tinyshakespeare.txt").exists():
         raise DataError(f"{DATASET_FOLDER / 'tinyshakespeare.txt'} does not exist; name a text with --ngram-text")
     else:
@@ -229,6 +236,7 @@ def _find_shards(trained: TrainedRun, dataset: str, column: str | None, notify: 
     """Return the stream, and whether the run was trained on it; if so, at the run's commit."""
     spec = resolve_stream(dataset, column)
     stored = trained.settings.data if trained.settings else None
+    # A run stores the name that its user gave, which may be the short name or the address.
     own = stored is not None and stored.dataset in {spec.name, spec.address}
     if stored is not None and stored.characters is None and not own:
         notify(f"warning: the run was trained on another stream, {stored.dataset}, which may contain some of these articles")
@@ -252,6 +260,7 @@ def _streamed_text(
     # Seed 0 for every run, so that all models are scored on the same articles.
     articles = list(validation_articles(reader, sequence_len, chars))
     notify(f"{stream.path}: first {reader.tally.characters:,} characters: {reader.tally}")
+    # A warning only: a text that the model cannot read well still has a loss.
     check_unknown(stream.path, reader.tally, notify, reject=False)
     part = f"the first validation articles of over {sequence_len:,} characters"
     return EvalText(stream.short_name, part, articles, "articles", shards=stream.shards if is_own else None)
@@ -259,7 +268,7 @@ def _streamed_text(
 
 def _streamed_training(trained: TrainedRun, shards: Shards, notify: Notify) -> Ids:
     """Return the first training articles of a stream, joined as in training: as many characters as the run reads, if known."""
-    chars = min(NGRAM_CHARS, trained.chars or NGRAM_CHARS)
+    chars = min(NGRAM_CHARS, trained.chars or NGRAM_CHARS)  # the n-gram counts no more than that
     notify(f"reading {chars:,} characters of training articles for the n-gram")
     return join_articles(ArticleReader(shards, trained.seed, notify, fold=trained.fold), chars, for_validation=False)
 
@@ -277,7 +286,7 @@ def validation_articles(reader: ArticleReader, sequence_len: int, chars: int) ->
             if article.cursor.epoch > 0 or (total >= chars and count >= 2) or read >= MAX_CHARS_READ:
                 return
             read += len(article.ids)
-            n_sequences = (len(article.ids) - 1) // sequence_len
+            n_sequences = (len(article.ids) - 1) // sequence_len  # whole sequences, each with its last target
             if article.for_validation and n_sequences:
                 total += n_sequences * sequence_len
                 count += 1
