@@ -12,10 +12,8 @@ from picogpt.wording import format_bytes
 
 __all__ = ["DiskNeed", "check_disk"]
 
-SMALL_FILES = 400_000
-"""Bytes of the config, the loss log, its plot, and a stream's validation text."""
-MARGIN = 50_000_000
-"""Bytes that should stay free for other programs; less is a warning."""
+SMALL_FILES = 400_000  # config, loss log, plot, and a stream's validation text
+MARGIN = 50_000_000  # bytes that should stay free for other programs; less is a warning
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,7 @@ def check_disk(run: Path, need: DiskNeed) -> str | None:
     Raises:
         RunError: the disk has not enough free space to save the run.
     """
+    # A full disk is found now rather than after hours, at the first checkpoint.
     folder = existing_folder(run)
     try:
         usage = shutil.disk_usage(folder)
@@ -60,7 +59,7 @@ def check_disk(run: Path, need: DiskNeed) -> str | None:
     if not usage.total:
         return None
     held = sum(path.stat().st_size for path in run.iterdir() if path.is_file()) if run.is_dir() else 0
-    missing = need.peak - held
+    missing = need.peak - held  # bytes by which the run grows
     prefix = f"{run}: its files take {format_bytes(need.kept)}, {format_bytes(need.peak)} while they are saved"
     here = f", {format_bytes(held)} of it there already" if held else ""
     if missing > usage.free:

@@ -31,8 +31,8 @@ __all__ = [
     "time_epoch_end",
 ]
 
-TIMED_STEPS = 6
-"""Timed steps, after a warm-up step that allocates buffers; an even number, as Muon may make every second step longer."""
+TIMED_STEPS = 6  # even, as Muon may make every second step longer
+"""Number of timed steps, after a warm-up step that allocates buffers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,7 @@ class Forecast:
     """Bytes to download; 0 where the text is on this machine."""
 
     def __str__(self) -> str:
+        # Both the remaining time and the total: for a budget of minutes the total is what the user asked for.
         network = f"about {format_bytes(self.network)}" if self.network else "none"
         passes = "" if self.passes is None else f" ({format_passes(self.passes)})"
         return (
@@ -65,7 +66,7 @@ class Forecast:
 
 
 def seconds_to_finish(schedule: Schedule, pace: Pace, *, step: int, val_batches: int) -> float:
-    """Return the seconds from `step` to the end of `schedule`, with `val_batches` validation batches an epoch."""
+    """Return the seconds from `step` to the end of `schedule`, with `val_batches` validation batches per epoch."""
     steps = max(0, schedule.total_steps - step)
     per_epoch = val_batches * pace.seconds_per_val_batch + pace.seconds_per_epoch_end
     return steps * pace.seconds_per_step + schedule.epochs_left(step) * per_epoch
@@ -77,7 +78,7 @@ class EpochEnd:
 
     seconds_per_val_batch: float
     seconds: float
-    """Saving model and checkpoint, the sample, the picture and the page."""
+    """Seconds to save model and checkpoint, generate the sample, and write the plot and the page."""
 
 
 def time_epoch_end(trainer: Trainer, parent: Path, *, warm_up: bool = True) -> EpochEnd:
@@ -85,13 +86,15 @@ def time_epoch_end(trainer: Trainer, parent: Path, *, warm_up: bool = True) -> E
 
     With `warm_up` it is run twice and the first time is not counted, because it loads libraries.
     """
-    trainer.validate(1)
+    trainer.validate(1)  # warm-up: the first call without a backward pass allocates other buffers
     validation = time_call(lambda: trainer.validate(1))
     # On the run's own disk, whose speed decides how long a checkpoint takes.
     with tempfile.TemporaryDirectory(prefix=".pace-", suffix=TEMPORARY_SUFFIX, dir=parent) as name:
         folder, history = RunFolder(Path(name)), History()
+        # A log of one epoch, as drawing needs losses.
         log = LossLog(train=[1.0], val=[1.0], chars=[1], seconds=[1.0])
 
+        # The same calls as the trainer's at an epoch's end.
         def end() -> None:
             folder.save_model(trainer.model.arrays(), trainer.model.config)
             trainer.save(folder)
@@ -126,6 +129,7 @@ def benchmark_steps(
     """
     began = time.perf_counter()
     seconds: list[float] = []
+    # Random data, so that no text or download is needed; speed does not depend on the ids.
     trainer = make(RandomSource(sequence_len=config.windows * model.context_len, batch_size=config.batch_size))
     for _ in range(1 + TIMED_STEPS):
         seconds.append(time_call(lambda: trainer.train_step(config.lr)))
@@ -148,7 +152,7 @@ class Forecaster:
         schedule: returns the current plan of the run's length.
         chars_per_step: characters in a step.
         train_chars: length of the text that is trained on; None for a stream.
-        val_batches: validation batches an epoch.
+        val_batches: validation batches per epoch.
         disk: bytes of the run's folder.
         network: bytes to download for the characters that are left.
         began: start of the command, on the clock of `time.perf_counter`.
@@ -172,6 +176,7 @@ class Forecaster:
             seconds_per_val_batch=end.seconds_per_val_batch,
             seconds_per_epoch_end=end.seconds,
         )
+        # Import, text and benchmark have taken time too, which a budget of minutes includes.
         elapsed = time.perf_counter() - self.began if elapsed is None else elapsed
         ends = elapsed + seconds_to_finish(schedule, pace, step=step, val_batches=self.val_batches)
         if self.seconds is not None:
@@ -183,7 +188,7 @@ class Forecaster:
             passes=chars / self.train_chars if self.train_chars else None,
             seconds=ends,
             elapsed=elapsed,
-            memory=peak_memory(),
+            memory=peak_memory(),  # reached in the first steps: later ones reuse the same buffers
             disk=self.disk,
             network=self.network,
         )
@@ -211,9 +216,10 @@ class ForecastingObserver:
         self._seconds.append(time.perf_counter() - self._last)
         self._step = report.step
         self._shown.on_step(report)
+        # More than, as the first step is the warm-up.
         if len(self._seconds) > TIMED_STEPS:
             self._report_forecast()
-        self._last = time.perf_counter()
+        self._last = time.perf_counter()  # time of displaying and forecasting is not a step's
 
     def on_epoch(self, trainer: Trainer) -> None:
         """Print the forecast now if the epoch ended before `TIMED_STEPS` were timed."""
@@ -222,6 +228,7 @@ class ForecastingObserver:
         self._last = time.perf_counter()
 
     def _report_forecast(self) -> None:
+        # Once per start; a run that is resumed at an epoch's end has no step to time yet.
         if self._forecast is not None or not self._seconds:
             return
         end = self._time_end()
@@ -233,6 +240,7 @@ class ForecastingObserver:
         """Print the run's time and memory next to the forecast."""
         if self._forecast is None:
             return
+        # Next to each other, so that a user can judge how far to trust the next forecast.
         took, forecast = format_seconds(time.perf_counter() - self._forecaster.began), self._forecast
         self._tell(
             f"took {took} from start to end, forecast {format_seconds(forecast.seconds)}; peak memory "

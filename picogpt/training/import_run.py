@@ -27,6 +27,7 @@ def import_run(request: TrainRequest, *, dry_run: bool, notify: Notify) -> None:
     """
     if request.run is None:
         raise ConfigError("run must be given with --import-original and --epochs 0: the name of the new run", "run")
+    # A flag that has no effect is rejected: its user expects training.
     if request.text.is_named:
         raise ConfigError("epochs 0 trains on no text; leave --text and --dataset out, or give more epochs", "epochs")
     original = InitFrom.find(request)
@@ -47,6 +48,7 @@ def import_run(request: TrainRequest, *, dry_run: bool, notify: Notify) -> None:
     if run.path.exists():
         # Only now, when nothing can fail any more but the disk, the old run is moved away.
         notify(f"the existing run is kept as {run.archive()}")
+    # The model last: a folder with a model counts as a finished run.
     run.create()
     run.write_log(original.log)
     atomic_write(run.plot_path, draw_losses({run.name: original.log}))
@@ -58,5 +60,6 @@ def import_run(request: TrainRequest, *, dry_run: bool, notify: Notify) -> None:
 def describe_losses(log: LossLog) -> str:
     """Describe an imported log: its best loss, and the number of losses that are not finite."""
     best = "" if log.best_loss is None else f", best loss {log.best_loss:.4f}"
+    # Losses that are not finite do not prevent the import, but the user should know.
     broken = sum(not math.isfinite(loss) for loss in (*log.train, *log.val))
     return best + (f", {plural(broken, 'loss', 'losses')} not finite" if broken else "")

@@ -24,6 +24,7 @@ if sys.platform == "win32":
     def peak_memory() -> int:
         """Return the peak resident set size of this process in bytes."""
         counters = _Counters(cb=ctypes.sizeof(_Counters))
+        # The handle is a pointer: without declared types ctypes would truncate it to 32 bits.
         kernel = ctypes.WinDLL("kernel32", use_last_error=True)
         kernel.GetCurrentProcess.restype = wintypes.HANDLE
         kernel.K32GetProcessMemoryInfo.argtypes = (wintypes.HANDLE, ctypes.c_void_p, wintypes.DWORD)
@@ -34,7 +35,7 @@ elif sys.platform == "linux":
 
     def peak_memory() -> int:
         """Return the peak resident set size of this process in bytes."""
-        # Not ru_maxrss, which a child process inherits from its parent.
+        # VmHWM and not ru_maxrss, which a child process inherits from its parent.
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 

@@ -25,6 +25,7 @@ from picogpt.schedule import (
 
 __all__ = ["Pacer", "replan", "steps_within"]
 
+# A suspended process is noticed by a gap that is both long and much longer than all gaps before.
 PAUSE = 60.0
 """Shortest gap in seconds between two events that counts as a suspended process (Ctrl-Z, a lid closed)."""
 PAUSE_RATIO = 10.0
@@ -73,6 +74,7 @@ def replan(schedule: Schedule, step: int, total: int, config: TrainConfig, steps
         config: peak, floor and shape of the learning rate.
         steps_per_epoch: length of the epochs from here on, at the end of an epoch; None keeps the epochs.
     """
+    # A decay with a fixed end does not depend on the number of steps.
     if config.decay_steps is None:
         start, done = decay_at(schedule, step, total, config)
         schedule = replace(schedule, decay_start=start, decay_done=done)
@@ -186,7 +188,7 @@ class Pacer:
         """Return the plan after an epoch's validation, before the epoch is saved."""
         now = self.spent()
         self._validation = now - self._last_step
-        self._measure(self._last_step)
+        self._measure(self._last_step)  # steps end where validation begins
         self._planned = self._last_step = now
         return self._fit(schedule, step, self.seconds - now - self._tail, at_end=True)
 

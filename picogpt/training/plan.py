@@ -1,4 +1,4 @@
-"""The plan of a training run: everything that is decided before the first step."""
+"""The plan of a training run: all decisions before the first step. Making a plan writes nothing."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ class InitFrom:
             RunError: the model or log is missing, damaged or of another kind.
         """
         if request.init_from is not None:
-            path, _ = find_model(request.init_from, request.logs_dir)
+            path, _ = find_model(request.init_from, request.logs_dir)  # by name, like --model of the other commands
             return cls(path.absolute(), *load_model(path), None)
         if request.import_original is not None:
+            # Heads share one matrix, so their number cannot be read from the weights.
             original = read_original(request.import_original, request.model.get("n_head", GPTConfig().n_head))
             return cls(request.import_original.absolute(), original.config, original.weights, original.log)
         return None
@@ -87,6 +88,7 @@ class Plan:
         Raises:
             PicoGPTError: something requested does not exist, or contradicts the run.
         """
+        # In order of cost: what contradicts the stored run is rejected before a text is read or a backend is timed.
         folder, stored, text = _locate(request, console)
         data = text.describe()
         request.check_changes(stored, data, folder.name, console.notify)
@@ -114,6 +116,7 @@ class Plan:
     @property
     def origin_path(self) -> str | None:
         """Path of the model that the run started from, as in config.json."""
+        # A resumed run does not read its initial model again; the path stays in its config.
         if self.stored is not None:
             return self.stored.origin
         return None if self.origin is None else str(self.origin.path)
@@ -133,7 +136,7 @@ class Plan:
         changes: list[tuple[str, object, object]] = [
             (name, before, value) for name, before, value in before_and_now if before != value
         ]
-        # Runs from before there were two forms of attention have no entry for it.
+        # Runs that are older than the two implementations of attention have no entry for it.
         attention = stored.attention or ("an older form" if now.attention else None)
         if stored.kernels == now.kernels and attention != now.attention:
             changes.append(("attention", attention, now.attention))
@@ -167,6 +170,7 @@ def _check_new_name(folder: RunFolder, notify: Notify) -> None:
     Raises:
         ConfigError: other runs exist; the name is probably mistyped.
     """
+    # A new run named like a mistyped old one would train for hours before anyone notices.
     others = resumable_runs(folder.path.parent)
     if not others:
         notify(
@@ -183,6 +187,7 @@ def _check_new_name(folder: RunFolder, notify: Notify) -> None:
 
 def _default_run(path: Path, notify: Notify) -> RunFolder:
     """Return the run `path`, or `path`-2, -3, ... where a finished model that cannot be resumed has that name."""
+    # The bundled models have the names of texts: training on `wikipedia` must not replace the bundled `wikipedia`.
     folder, number = RunFolder(path), 1
     while folder.is_weights_only():
         number += 1
@@ -202,6 +207,7 @@ def _read_stored(folder: RunFolder, request: TrainRequest) -> RunSettings | None
             return RunSettings.from_dict(folder.read_config())
         except ConfigError as error:
             raise RunError(f"{folder.path / 'config.json'}: {error}; start over with --fresh, the folder is kept") from error
+    # Only reached with a name given by the user: a default name skips finished models.
     if folder.has_model():
         raise RunError(
             f"{folder.path}: a trained model without a checkpoint to resume from; choose another --run, or --fresh to start over"
@@ -215,6 +221,7 @@ def _find_origin(request: TrainRequest, folder: RunFolder, stored: RunSettings |
     if stored is None:
         return asked
     request.check_origin(stored, asked.path if asked else None)
+    # With a checkpoint, the initial weights are no longer needed, and the flag is accepted again.
     if folder.has_checkpoint():
         return None
     if stored.origin is not None and asked is None:
@@ -246,7 +253,7 @@ def _choose_backend(request: TrainRequest, stored: RunSettings | None) -> Backen
         device=request.device or (stored.device if stored else "auto"),
         dtype=request.dtype or (stored.dtype if stored else "auto"),
         kernels=request.kernels or (stored.kernels if stored else "auto"),
-        kernels_required=request.kernels is not None,
+        kernels_required=request.kernels is not None,  # a stored choice may fall back to torch
         attention=stored.attention if stored else None,
         threads=request.threads or (stored.threads if stored else None),
         compile=stored.compile if stored and request.compile is None else bool(request.compile),
@@ -261,12 +268,14 @@ def _select_backend(choice: BackendChoice, model: GPTConfig, batch_size: int, ra
         ConfigError: the batch cannot be divided among the ranks, or flags exclude each other.
         TrainingError: the device or a compiler is missing.
     """
+    # Each rank takes an equal part of a step, so that mean losses and gradients need no weights.
     if batch_size % ranks.count:
         raise ConfigError(
             f"batch_size must be a multiple of the {ranks.count} ranks that share a step, got {batch_size}", "batch_size"
         )
     sequences = batch_size // ranks.count
     backend = Backend.select(model, choice, sequences=sequences, local_rank=ranks.local_rank, notify=notify)
+    # Neither gloo nor nccl supports tensors on mps.
     if backend.device.type == "mps" and ranks.count > 1:
         raise TrainingError("--device mps: torch cannot connect ranks on such a GPU; use --device cpu, or one process")
     return backend

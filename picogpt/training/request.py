@@ -17,8 +17,8 @@ __all__ = ["LENGTHS", "TrainRequest"]
 
 LENGTHS = ("epochs", "minutes", "chars")
 """Fields of `Budget` that give a length; the other fields divide it into epochs."""
+# Training settings that a resumed run may change; any other would contradict the steps already taken.
 _CHANGEABLE = frozenset({"lr", "min_lr", "muon_lr", "weight_decay", "grad_clip", "warmup_steps"})
-"""Training settings that a resumed run may change; any other would contradict the steps already taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class TrainRequest:
     fresh: bool = False
     """Whether to start over; the old folder is kept under a new name."""
     recipe: str | None = None
+    # Mappings and not configs: only requested fields have an entry, the others come from the stored run.
     model: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `GPTConfig`."""
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class TrainRequest:
     """Fields of `Budget`."""
     text: TextRequest = field(default_factory=TextRequest)
     """Text to train on."""
+    # The backend.
     threads: int | None = None
     device: str | None = None
     dtype: str | None = None
@@ -64,11 +66,13 @@ class TrainRequest:
     @property
     def imports_only(self) -> bool:
         """Whether a run of the original project is imported without training."""
+        # --epochs 0 is no valid budget; it is the way to say that nothing is trained.
         return self.import_original is not None and self.length.get("epochs") == 0
 
     @property
     def names_a_text(self) -> bool:
         """Whether the request names a text or a model to start from."""
+        # Either shows that a new run is meant, and not a mistyped name of an old one.
         return self.text.is_named or self.init_from is not None or self.import_original is not None
 
     @property
@@ -86,6 +90,7 @@ class TrainRequest:
         Raises:
             RunError: the request contradicts the model that the run starts from.
         """
+        # Later entries win: the default, then the base, then the request.
         base = stored.model if stored else origin
         config = GPTConfig(**{**(asdict(base) if base else {}), **self.model})
         if stored is None and origin is not None:
@@ -153,6 +158,7 @@ class TrainRequest:
         """
         if stored is None:
             return
+        # Compared with the run's own settings, so that repeating a flag with the stored value is accepted.
         now = {**asdict(self.train_config(stored)), "recipe": self.recipe or stored.train.recipe}
         changes = [
             *_differences(asdict(stored.model), asdict(self.model_config(stored))),
@@ -166,6 +172,7 @@ class TrainRequest:
         rejected = [f"{name} is {now} and was {before}" for name, before, now in changes if name not in _CHANGEABLE]
         if rejected:
             raise RunError(f"run {run}: {'; '.join(rejected)}; choose another --run, or --fresh to start over")
+        # What is left may change; said, as the run is then no longer that of its config.
         for name, before, value in changes:
             notify(f"{name} is {value} from here on and was {before}")
 
@@ -178,6 +185,7 @@ def _describe(data: DataConfig) -> str:
     """Describe a text by the properties in which two texts can differ."""
     if data.characters is not None:
         return f"{data.name} of {plural(data.characters, 'character')}"
+    # A stream has no length; its commit and column decide which text it is.
     column = f", column {data.text_column}" if data.text_column else ""
     return f"{data.dataset} at {data.commit or 'other files'}{column}"
 

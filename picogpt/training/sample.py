@@ -14,18 +14,19 @@ from picogpt.wording import Notify
 __all__ = ["sample_text"]
 
 SAMPLE_CHARS = 160
-"""Characters of the sample after each epoch."""
+"""Length of the sample after each epoch."""
 
 
 def sample_text(model: GPT, text: TextConfig, notify: Notify) -> str:
     """Generate text after a newline, with the same random numbers every time.
 
     Args:
-        model: as it is.
-        text: the training text, whose characters alone are drawn.
-        notify: given a line before the engine is compiled.
+        model: the model after the epoch.
+        text: properties of the training text; characters that do not occur in it are suppressed.
+        notify: receives a line before the engine is compiled.
     """
     tokenizer = CharTokenizer()
+    # The inference engine and not the model: it has a KV cache, and is what the user will generate with.
     try:
         engine = Engine(model.config, model.arrays(), backend=load_engine_backend(notify))
     except PicoGPTError as error:
