@@ -390,7 +390,7 @@ def generate(
     while len(drawn):
         left -= len(drawn)
         yield [_push_all(stop_filter, ids) for stop_filter, ids in zip(stop_filters, drawn.T.tolist(), strict=True)]
-        # All texts of a batch go on until the last one has stopped.
+        # The batch is decoded until its last text has stopped.
         if not left or all(stop_filter.stopped for stop_filter in stop_filters):
             break
         # The length of a call starts at one character and doubles until the call takes `_CALL_SECONDS`.

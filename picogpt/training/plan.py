@@ -180,7 +180,7 @@ def _check_new_name(folder: RunFolder, notify: Notify) -> None:
     nearest = difflib.get_close_matches(folder.name, others, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"the runs there are {', '.join(others)}."
     raise ConfigError(
-        f"run {folder.name}: no such run under {folder.path.parent}; {hint} A new one needs --dataset or --text beside its name",
+        f"run {folder.name}: no such run under {folder.path.parent}; {hint} For a new run, give --dataset or --text too",
         "run",
     )
 

@@ -337,7 +337,7 @@ class TrainingRun:
         read = ""
         if train_chars is not None:  # an epoch is a number of steps, not a pass over the text
             passes = schedule.total_steps * self.trainer.chars_per_step / train_chars
-            read = f", {format_passes(passes)}" + (", enough to learn it by heart" if passes > 2 * MAX_SUITABLE_PASSES else "")
+            read = f", {format_passes(passes)}" + (", enough to memorize it" if passes > 2 * MAX_SUITABLE_PASSES else "")
         self._notify(
             f"{self.folder.path}: {plural(schedule.total_steps, 'step')} of {train.batch_size} x {sequence_len:,} characters, "
             f"{schedule.steps_per_epoch:,} an epoch, {plural(n_epochs, 'epoch')}{read}; recipe {train.recipe}, "

@@ -169,11 +169,11 @@ class TestTrain:
         for flags in (["--run", "numbesr"], ["--run", "numbesr", "--epochs", "3"], ["--run", "numbesr", "--fresh"]):
             assert train.main(flags) == 2
             assert capsys.readouterr().err == (
-                "picogpt-train: --run numbesr: no such run under logs; did you mean numbers? A new one needs --dataset or --text "
-                "beside its name\n"
+                "picogpt-train: --run numbesr: no such run under logs; did you mean numbers? For a new run, give --dataset "
+                "or --text too\n"
             )
         assert train.main(["--run", "other"]) == 2
-        assert "the runs there are numbers. A new one needs" in capsys.readouterr().err
+        assert "the runs there are numbers. For a new run, give" in capsys.readouterr().err
         assert [path.name for path in Path("logs").iterdir()] == ["numbers"]
         assert train.main(training(text_file, "--run", "other")) == 0
 
