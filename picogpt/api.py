@@ -18,13 +18,12 @@ import numpy.typing as npt
 from picogpt.config import LOGS_DIR, EngineDType, GenerateConfig, GPTConfig, SampleConfig, TextConfig
 from picogpt.errors import DataError
 from picogpt.inference import Engine
-from picogpt.inference.generate import MAX_PROMPT_WINDOWS, Sampler, continue_prompt, suppressed_ids
+from picogpt.inference.prompts import TextGenerator
 from picogpt.model.roll import window_spans
-from picogpt.rng import sample_generator
 from picogpt.runs.find import find_log, find_model
 from picogpt.runs.folder import LossLog, load_text_config
 from picogpt.runs.folder import read_log as read_log_file
-from picogpt.tokenizer import CharTokenizer, TextEncoder, encode_stop
+from picogpt.tokenizer import CharTokenizer, TextEncoder
 from picogpt.wording import Notify, say_nothing
 
 __all__ = ["Model", "Score", "load", "read_log"]
@@ -122,25 +121,13 @@ class Model:
         Raises:
             ConfigError: a setting is out of its range.
         """
-        # The configs validate the settings here, before the first piece is requested.
+        # Not a generator function, so that an invalid setting raises here and not when the first piece is requested.
         make = GenerateConfig(max_new_tokens=max_new_tokens, hop=hop, stop=tuple(stop))
         draw = SampleConfig(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=secrets.randbits(32) if seed is None else seed
         )
-        assert draw.seed is not None
-        hop = make.hop_for(self.config.context_len)
-        # Stop sequences are matched as ids: they are lower-cased and folded like the text.
-        stops = [encode_stop(self._encoder, text) for text in make.stop]
-        # The same generator as in `picogpt-generate`, so that both give the same text for a seed.
-        sampler = Sampler(draw, [sample_generator(draw.seed)], suppressed_ids(self._text))
-        parts = continue_prompt(self._engine, self._prompt_ids(prompt), max_new_tokens, hop=hop, sampler=sampler, stops=stops)
-        return (self.decode(part) for (part,), _ in parts if part)  # a batch of one text
-
-    def _prompt_ids(self, prompt: str) -> npt.NDArray[np.uint8]:
-        """Return the ids to read before generation: the end of the prompt, or a newline, after which a text starts."""
-        # As many windows as in a training sequence; the model has not learned to use more.
-        ids = self.encode(prompt)[-MAX_PROMPT_WINDOWS * self.config.context_len :]
-        return ids if len(ids) else self._tokenizer.encode("\n")
+        # The same class as in `picogpt-generate`, so that both give the same text for a seed.
+        return filter(None, TextGenerator(self._engine, self._text, draw, make).stream(prompt))
 
     def logits(self, text: str) -> npt.NDArray[np.float32]:
         """Compute the logits after each character of `text`, as the torch model does.

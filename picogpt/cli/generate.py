@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from picogpt.checks import ENGINE_DTYPES, check_threads, parse_new_tokens
 from picogpt.cli.common import notice, run_command
 from picogpt.cli.parser import Parser, add_model, add_setting
-from picogpt.config import GenerateConfig, SampleConfig, TextConfig
+from picogpt.config import GenerateConfig, SampleConfig
 from picogpt.encodings import decode_text, normalize_newlines
 from picogpt.errors import ConfigError, DataError
 from picogpt.signals import StopRequest
 
 if TYPE_CHECKING:
-    from picogpt.inference import Engine
+    from picogpt.inference.prompts import TextGenerator
 
 __all__ = ["build_parser", "main"]
 
@@ -102,7 +102,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         max_new_tokens=parse_new_tokens(arguments.max_new_tokens),
         hop=arguments.hop,
         num_samples=arguments.num_samples,
-        stop=tuple(arguments.stop),
+        stop=tuple(map(_decode_argument, arguments.stop)),
     )
     # JSON is printed once a text is complete.
     if arguments.json and make.max_new_tokens is None:
@@ -116,6 +116,7 @@ def _generate(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"{name} needs a prompt: give one with -p, -f or through a pipe", name)
     # Imported after the checks, so that a wrong flag answers at once.
     from picogpt.inference import Engine
+    from picogpt.inference.prompts import TextGenerator
     from picogpt.runs.find import find_model
     from picogpt.runs.folder import load_text_config
 
@@ -125,21 +126,29 @@ def _generate(arguments: argparse.Namespace) -> int:
     engine = Engine.load(path, threads=check_threads(arguments.threads), dtype=arguments.dtype, notify=notice)
     # Everything that is needed to repeat the text.
     notice(f"{chosen}, seed {draw.seed}, {engine.dtype}, threads {engine.threads}")
-    hop = make.hop_for(engine.config.context_len)
-    writer = _Writer(engine, load_text_config(path), draw, make, hop, chat=arguments.chat)
+    generator = TextGenerator(engine, load_text_config(path), draw, make, chat=arguments.chat, notify=notice)
     if at_terminal:
-        return _loop(writer)
-    prompt = _read_prompt(arguments)
+        return _loop(generator)
+    prompt, echoes = _read_prompt(arguments), not arguments.no_echo and not arguments.chat
     if arguments.json:
-        for sample in writer.samples(prompt):
+        for i, (text, is_stopped) in enumerate(generator.samples(prompt)):
+            sample = {"sample": i, "prompt": prompt, "text": text, "finish_reason": "stop" if is_stopped else "length"}
             print(json.dumps({"model": str(path), "seed": draw.seed, **sample}), flush=True)
     # Several texts are generated as a batch and printed once all are complete; a single one is printed as it grows.
     elif make.num_samples > 1:
-        echo = "" if arguments.no_echo or arguments.chat else writer.shown(prompt)
-        print(_SEPARATOR.join(f"{echo}{sample['text']}\n" for sample in writer.samples(prompt)), end="", flush=True)
+        echo = generator.normalize(prompt) if echoes else ""
+        print(_SEPARATOR.join(f"{echo}{text}\n" for text, _ in generator.samples(prompt)), end="", flush=True)
     else:
-        writer.write(prompt, echo=not arguments.no_echo and not arguments.chat)
+        pieces = generator.stream(prompt)
+        _write(itertools.chain([generator.normalize(prompt)], pieces) if echoes else pieces)
     return 0
+
+
+def _write(pieces: Iterable[str]) -> None:
+    """Print a text piece by piece, and a newline, also after Ctrl-C: the shell's prompt belongs on its own line."""
+    for piece in itertools.chain(pieces, ["\n"]):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str:
@@ -186,7 +195,7 @@ def _enable_line_editing() -> None:
             readline.parse_and_bind("set enable-bracketed-paste on")
 
 
-def _loop(writer: _Writer) -> int:
+def _loop(generator: TextGenerator) -> int:
     """Read prompts from the terminal until Ctrl-D, and answer each; a chat keeps the conversation."""
     _enable_line_editing()
     while True:
@@ -202,114 +211,7 @@ def _loop(writer: _Writer) -> int:
         # While text is generated, Ctrl-C ends the text and not the command.
         stop = StopRequest(["SIGINT"])
         with stop.listen():
-            writer.write(prompt, echo=False, stop=stop)
-
-
-@dataclass
-class _Writer:
-    """Generates texts for prompts, with the settings of the flags, and keeps the conversation of a chat."""
-
-    engine: Engine
-    text: TextConfig | None
-    """Properties of the model's training text; None if its file has none."""
-    draw: SampleConfig
-    make: GenerateConfig
-    hop: int
-    chat: bool
-
-    def __post_init__(self) -> None:
-        from picogpt.inference.generate import suppressed_ids
-        from picogpt.tokenizer import SPECIAL_IDS, CharTokenizer, TextEncoder, encode_stop
-
-        self.tokenizer = CharTokenizer()
-        # A model that is older than folding has seen <?> for accented letters, but it knows the plain letters.
-        self._encoder = TextEncoder(fold=self.text is None or self.text.fold)
-        self._never = suppressed_ids(self.text, chat=self.chat)
-        if self.chat and (self.text is None or SPECIAL_IDS["<A>"] not in self.text.ids):
-            notice("warning: --chat: this model is not known to be trained on questions and answers, so it may not answer")
-        self._conversation: list[int] = []  # ids of all questions and answers so far
-        self._turns = 0  # texts generated so far
-        self._stops = [encode_stop(self._encoder, _decode_argument(stop)) for stop in self.make.stop]
-        # An answer ends where the model closes its tag.
-        if self.chat:
-            self._stops.append([SPECIAL_IDS["</A>"]])
-
-    def shown(self, prompt: str) -> str:
-        """Return the prompt as the model sees it: lower case, folded, unknown characters as <?>."""
-        return self.tokenizer.decode(self._encoder.encode(prompt))
-
-    def write(self, prompt: str, *, echo: bool, stop: StopRequest | None = None) -> None:
-        """Generate one text and print it character by character, until its end or until `stop` returns true."""
-        ids_to_read = self._prompt_ids(prompt)  # before the echo, as it may print a notice
-        if echo:
-            sys.stdout.write(self.shown(prompt))
-            sys.stdout.flush()
-        made: list[int] = []
-        for (ids,), _ in self._ids(ids_to_read, 1):
-            made += ids
-            sys.stdout.write(self.tokenizer.decode(ids))
-            sys.stdout.flush()
-            if stop is not None and stop():
-                break
-        # The text always ends with a newline, also after Ctrl-C: the shell's prompt belongs on its own line.
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-        self._remember(made)
-
-    def samples(self, prompt: str) -> list[dict[str, object]]:
-        """Generate all samples of a prompt; return each with its reason to end: a stop sequence or the length."""
-        steps = list(self._ids(self._prompt_ids(prompt), self.make.num_samples))
-        _, stopped = steps[-1]  # the state after the last step
-        # Each step has a few ids for every sample: concatenate them by sample.
-        texts = [[token for parts, _ in steps for token in parts[i]] for i in range(self.make.num_samples)]
-        return [
-            {"sample": i, "prompt": prompt, "text": self.tokenizer.decode(text), "finish_reason": "stop" if done else "length"}
-            for i, (text, done) in enumerate(zip(texts, stopped, strict=True))
-        ]
-
-    def _ids(self, ids: Sequence[int], count: int) -> Iterator[tuple[list[list[int]], list[bool]]]:
-        """Generate `count` texts after `ids`; yield the new ids of each as they become final, and which have stopped."""
-        import numpy as np
-
-        from picogpt.inference.generate import Sampler, continue_prompt
-        from picogpt.rng import sample_generator
-
-        assert self.draw.seed is not None
-        # Each turn has its own random numbers, or the same prompt would get the same answer.
-        generators = [sample_generator(self.draw.seed, self._turns * self.make.num_samples + i) for i in range(count)]
-        self._turns += 1
-        sampler = Sampler(self.draw, generators, self._never)
-        prompt, n_new = np.array(ids, np.uint8), self.make.max_new_tokens
-        return continue_prompt(self.engine, prompt, n_new, hop=self.hop, sampler=sampler, stops=self._stops)
-
-    def _prompt_ids(self, prompt: str) -> Sequence[int]:
-        """Return the ids to read before generation: the end of the prompt, or of the conversation with the new question."""
-        from picogpt.tokenizer import Tally
-
-        self._encoder.tally = Tally()  # count this prompt's losses only
-        ids: list[int] = self._encoder.encode(prompt).tolist()
-        if losses := self._encoder.tally.losses():
-            notice(f"prompt: {'; '.join(losses)}")
-        newline = self.tokenizer.encode("\n").tolist()
-        if self.chat:
-            from picogpt.tokenizer import SPECIAL_IDS
-
-            self._conversation += [SPECIAL_IDS["<Q>"], *ids, SPECIAL_IDS["</Q>"], *newline, SPECIAL_IDS["<A>"]]
-            ids = self._conversation
-        from picogpt.inference.generate import MAX_PROMPT_WINDOWS
-
-        longest = MAX_PROMPT_WINDOWS * self.engine.config.context_len
-        if len(ids) > longest:
-            notice(f"the prompt has {len(ids):,} characters; the model reads the last {longest:,}")
-        return ids[-longest:] or newline  # without a prompt, start where a line starts
-
-    def _remember(self, answer: Sequence[int]) -> None:
-        """Append an answer to the conversation of a chat."""
-        if self.chat:
-            from picogpt.tokenizer import SPECIAL_IDS
-
-            # The end of the answer was a stop sequence, which is not part of the text; the model expects it here.
-            self._conversation += [*answer, SPECIAL_IDS["</A>"], *self.tokenizer.encode("\n").tolist()]
+            _write(generator.stream(prompt, stop))
 
 
 if __name__ == "__main__":
