@@ -13,8 +13,8 @@ from typing import NoReturn
 
 from picogpt.cli.parser import Parser
 from picogpt.cli.screen import above_bar
-from picogpt.cli.streams import install_blocking_streams, reader_is_gone, stdout_is_mid_line
 from picogpt.errors import ConfigError, PicoGPTError, file_of_error
+from picogpt.stdio import install_blocking_streams, reader_is_gone, stdout_is_mid_line
 
 __all__ = ["check_picture", "end_process", "notice", "run_command"]
 
