@@ -3,8 +3,8 @@
 from picogpt.cli.common import notice
 from picogpt.cli.eval import _progress
 
-with _progress(100) as bar:
-    bar.advance(50)
+with _progress(100) as advance:
+    advance(50)
     notice("half")
-    bar.advance(50)
+    advance(50)
 notice("all")
