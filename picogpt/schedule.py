@@ -292,10 +292,10 @@ def cool_down(schedule: Schedule, step: int, best_step: int, config: TrainConfig
         config: peak, floor and shape of the learning rate.
     """
     rate = lr_at_step(max(best_step - 1, 0), schedule, config)
-    # A rate of the warm-up can be below the floor, and the floor can be the peak.
+    # During the warm-up the rate can be below the floor, and the floor can equal the peak.
     span = config.lr - config.min_lr
     share = max(0.0, rate - config.min_lr) / span if span else 0.0
-    # The inverse of the decay: how much of it is done where the rate has come down to this share.
+    # Inverse of the decay: its progress at this height. Linear h = 1 - p; cosine h = (1 + cos(pi p)) / 2.
     done = 1 - share if config.decay == "linear" else math.acos(2 * share - 1) / math.pi
     total = step + math.ceil(COOL_DOWN_SHARE * best_step)
     return replace(schedule, total_steps=total, decay_start=step, decay_done=done)

@@ -233,18 +233,18 @@ def _check_patience(budget: Budget, train: TrainConfig, ranks: Ranks) -> None:
     """Check that a run with patience can cool down.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the decay has a fixed end, or there are several ranks.
     """
     if budget.patience is None:
         return
     if train.decay_steps is not None:
         raise ConfigError(
-            f"patience needs a learning rate that comes down with the end of the run, and that of recipe {train.recipe} comes "
-            f"down within {train.decay_steps:,} steps; leave --patience out, or use recipe fast",
+            f"patience needs a learning rate that decays to the end of the run, and in recipe {train.recipe} it decays within "
+            f"{train.decay_steps:,} steps; leave --patience out, or use recipe fast",
             "patience",
         )
     if ranks.count > 1:
-        raise ConfigError(f"patience needs a single process, and here are {ranks.count} ranks; leave --patience out", "patience")
+        raise ConfigError(f"patience needs a single process, got {ranks.count} ranks; leave --patience out", "patience")
 
 
 def _choose_backend(request: TrainRequest, stored: RunSettings | None) -> BackendChoice:

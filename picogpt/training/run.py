@@ -235,7 +235,7 @@ class TrainingRun:
         kept = stored.schedule if stored is not None and budget == stored.budget else None
         saved, trainer.patience = trainer.stored_plan, budget.patience
         if budget.minutes is None:
-            # A cool-down that has begun is finished, unless another length or patience is asked for.
+            # A cool-down that has started is finished, unless another length or patience is requested.
             trainer.cooling_down = kept is not None and saved is not None
             return Schedule(**saved["schedule"]) if kept and saved else kept or self._new_schedule(None)
         if kept is not None and saved is None and self.folder.has_checkpoint():

@@ -34,7 +34,7 @@ __all__ = ["Observer", "StepReport", "Trainer", "build_trainer", "make_trainer",
 SAVE_INTERVAL = 300.0
 """Seconds of training after which a checkpoint is written in the middle of an epoch."""
 RISE_EPOCHS = 3
-"""Epochs without a better validation loss after which a run without patience says so."""
+"""Epochs without a better validation loss after which a run without patience prints a hint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class Trainer(TrainState):
         self.cooling_down = False
         """Whether patience is exhausted: the run ends soon, and its learning rate decays to the floor."""
         self.stored_plan: dict[str, Any] | None = None
-        """Plan in the loaded checkpoint, where it is not that of config.json: a pacer's, or a cool-down's."""
+        """Plan in the loaded checkpoint if it differs from config.json: a pacer's, or a cool-down's."""
         # Steps and characters of an imported run, which the log counts but the schedule does not.
         self._steps_before, self._chars_before = 0, 0
         # Sum of the losses and number of steps since the last log entry.
@@ -282,7 +282,7 @@ class Trainer(TrainState):
         return True
 
     def _watch_validation(self, run: RunFolder, notify: Notify) -> None:
-        """Begin the cool-down if patience is at an end; without patience, say once that validation no longer improves."""
+        """Start the cool-down if patience is exhausted; without patience, print a hint once if the model is overfitting."""
         val, schedule = self.log.val, self.schedule
         waited = epochs_since_best(val)
         found = (
@@ -292,18 +292,19 @@ class Trainer(TrainState):
             # Only at the first such streak of the run, also over several starts.
             if waited == RISE_EPOCHS and all(epochs_since_best(val[:n]) < RISE_EPOCHS for n in range(1, len(val))):
                 notify(
-                    f"{found}: the model learns its text by heart; the best weights are kept, so the run can end now (Ctrl-C); "
-                    "more text, --dropout 0.1, a shorter run or --patience helps the next one"
+                    f"{found}: the model is overfitting; the best weights are kept, so the run can end now (Ctrl-C); for the "
+                    "next one use more text, --dropout 0.1, a shorter run or --patience"
                 )
         elif waited >= self.patience and not self.cooling_down and schedule is not None and self.step < schedule.total_steps:
-            # Steps of an imported run come before this run's first step.
+            # The log also counts the characters of an imported run, whose steps came before this run's first.
             best_step = max(0, (self.log.chars[-1 - waited] - self._chars_before) // self.chars_per_step)
             self.schedule = cool_down(schedule, self.step, best_step, self.config)
             self.cooling_down = True
+            # Only the weights go back; the optimizer keeps its state.
             _, weights = load_model(run.path / MODEL_FILE)
             self.load_weights(weights)
             steps = plural(self.schedule.total_steps - self.step, "step")
-            notify(f"{found}: back to its weights, and {steps} to cool down from them")
+            notify(f"{found}: restored its weights; cooling down from them in {steps}")
 
     def _write_log(self, run: RunFolder, notify: Notify) -> None:
         """Write `log.pkl` and `log.jpg`. A failure is only a warning: the checkpoint contains the log too."""

@@ -82,8 +82,8 @@ def test_patience_ends_a_run(run: RunFolder) -> None:
     # 25 steps until patience is at an end; the best weights came after 15 of them, a fifth of which is 3.
     assert trainer.step == 28
     assert said == [
-        "validation loss has not improved for 2 epochs (best 1.0000, in epoch 3): back to its weights, and 3 steps to cool down "
-        "from them"
+        "validation loss has not improved for 2 epochs (best 1.0000, in epoch 3): restored its weights; cooling down from them "
+        "in 3 steps"
     ]
     assert len(trainer.log.val) == 6
 
@@ -137,8 +137,8 @@ def test_a_rise_is_said_once(run: RunFolder) -> None:
     _, said = fit(trainer, run, Schedule(total_steps=60, steps_per_epoch=5, val_steps=1))
 
     assert said == [
-        "validation loss has not improved for 3 epochs (best 1.0000, in epoch 3): the model learns its text by heart; the best "
-        "weights are kept, so the run can end now (Ctrl-C); more text, --dropout 0.1, a shorter run or --patience helps the next one"
+        "validation loss has not improved for 3 epochs (best 1.0000, in epoch 3): the model is overfitting; the best weights "
+        "are kept, so the run can end now (Ctrl-C); for the next one use more text, --dropout 0.1, a shorter run or --patience"
     ]
     assert trainer.step == 60
 
@@ -178,7 +178,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["--recipe", "seed"],
-            "--patience needs a learning rate that comes down with the end of the run, and that of recipe seed comes down within",
+            "--patience needs a learning rate that decays to the end of the run, and in recipe seed it decays within",
         ),
         (["--minutes", "1"], "--patience must be given without minutes, got 2"),
         (["--patience", "0"], "--patience must be a whole number"),
