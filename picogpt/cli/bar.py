@@ -103,6 +103,8 @@ class ProgressBar:
 class _Bar(tqdm):  # type: ignore[type-arg]  # a class of tqdm takes no argument at run time
     """A tqdm bar that keeps the cursor at the start of its line."""
 
+    # Called by tqdm for every redraw, also from its monitor thread.
+
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         super().display(msg, pos)
         # A terminal echoes ^C at the cursor: here the next redraw overwrites it.
@@ -117,7 +119,7 @@ class _Stderr(io.TextIOBase):
         """Write `text` if the terminal still exists."""
         with contextlib.suppress(OSError, ValueError):
             return sys.stderr.write(text)
-        return len(text)
+        return len(text)  # as if it had been written
 
     def flush(self) -> None:
         """Flush if the terminal still exists."""
@@ -158,5 +160,5 @@ class DownloadBar:
         """Show that `received` of `total` bytes have arrived."""
         if self._bar is None:
             self._bar = ProgressBar(total, "B", label=self._what)  # the size is known from the first response
-        self._bar.advance(received - self._received)
+        self._bar.advance(received - self._received)  # a retry that resumes counts no byte twice
         self._received = received

@@ -33,6 +33,7 @@ def build_parser() -> Parser:
     )
     add_model(parser)
     group = parser.add_argument_group("text (default: the run's validation text)")
+    # One text: several would need several reports.
     text = group.add_mutually_exclusive_group()
     text.add_argument(
         "--dataset",
@@ -66,6 +67,7 @@ def build_parser() -> Parser:
         help=f"type of the weights: {', '.join(DTYPES)}; the loss by rounding is measured too (default: float32)",
     )
     add_setting(machine, "--threads", meaning="threads; scores do not depend on their number (default: one per core)")
+    # Results: the table or JSON on stdout, and a plot.
     output = parser.add_argument_group("output")
     output.add_argument(
         "-o", "--output", metavar="FILE", type=Path, help="file of the plot, .jpg or .png (default: eval.jpg next to the model)"
@@ -98,6 +100,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     path, chosen = find_model(arguments.model, arguments.logs_dir)
     notice(chosen)  # without --model, the choice was ours
+    # Everything from here to the report is the same for a caller in Python.
     report = Evaluation(
         path=path,
         text=TextRequest(paths=tuple(arguments.text), dataset=arguments.dataset, column=arguments.text_column),

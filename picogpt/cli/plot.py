@@ -29,6 +29,7 @@ def build_parser() -> Parser:
         type=Path,
         help="file of the plot, .jpg or .png (default: log.jpg in the run's folder, or compare.jpg in the logs folder)",
     )
+    # No choices=: `check_choice` gives the message that all commands have.
     parser.add_argument(
         "--x",
         metavar="NAME",

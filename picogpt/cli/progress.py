@@ -55,10 +55,12 @@ class TrainingDisplay:
 
     def on_step(self, report: StepReport) -> None:
         """Advance the bar, or print a line if one is due."""
+        # The loss of a single step is noisy; the first has nothing to be averaged with.
         self._loss = report.loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * report.loss
         self._bar.advance(report.chars, f"loss {self._loss:.3f}", total=self._schedule.total_steps * report.chars)
 
     def _line(self, _done: int, seconds: float) -> str:
+        # Without a step there is no speed yet, but a line is due only after half a minute.
         step, total = self._trainer.step, self._schedule.total_steps
         seconds_per_step = seconds / max(1, step - self._first_step)
         left = format_seconds(seconds_per_step * (total - step))

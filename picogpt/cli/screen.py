@@ -12,6 +12,7 @@ from typing import Protocol
 __all__ = ["Bar", "above_bar", "hide_bar", "show_bar"]
 
 
+# A protocol, as the implementation imports this module.
 class Bar(Protocol):
     """A progress bar that can be cleared for a line of text."""
 

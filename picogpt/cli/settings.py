@@ -39,6 +39,7 @@ TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {
     "seed": (int, "seed of the weights, the order of the text and dropout"),
 }
 """Fields of `TrainConfig` that are flags; the others, such as the betas, are for Python only."""
+# Added to the parser by `picogpt.cli.train`, as three of them exclude each other.
 LENGTH_FLAGS = (*LENGTHS, "patience", "steps_per_epoch", "val_steps")
 """Fields of `Budget` that are flags."""
 
@@ -80,4 +81,5 @@ def request_of(arguments: argparse.Namespace) -> TrainRequest:
 
 def _given(arguments: argparse.Namespace, names: Collection[str]) -> dict[str, Any]:
     """Return the flags among `names` that were given; the others keep the run's value or the default."""
+    # None is a flag that was not given; 0 and an empty text are values.
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}

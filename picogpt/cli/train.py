@@ -55,6 +55,7 @@ def build_parser() -> Parser:
         help="read all characters outside ASCII as <?>, as the original project does (default: curly quotes become straight, "
         "dashes -, letters lose their accents; docs/texts.md)",
     )
+    # Only the name is a path component; --logs-dir is the place for paths.
     run = parser.add_argument_group("run")
     run.add_argument("--run", metavar="NAME", help="folder under the logs folder (default: the text's name)")
     run.add_argument("--logs-dir", metavar="DIR", type=Path, default=LOGS_DIR, help="folder of all runs (default: logs)")
@@ -69,7 +70,7 @@ def build_parser() -> Parser:
         type=Path,
         help="start from a log.pkl of the original project; with --epochs 0 only import it (default: none)",
     )
-    _add_budget(parser)
+    _add_length(parser)
     # Defaults are in the help text only: a flag's value stays None, which means the run's own setting.
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--recipe", metavar="NAME", help=f"{' or '.join(RECIPES)} (the original's settings) (default: fast)")
@@ -83,6 +84,7 @@ def build_parser() -> Parser:
 
 
 def _add_machine(parser: Parser) -> None:
+    # Flags of the backend: they change speed and rounding, but not what is computed.
     machine = parser.add_argument_group("machine")
     meaning = "threads per process (default: one per core, within a CPU quota, OMP_NUM_THREADS and OMP_THREAD_LIMIT)"
     add_setting(machine, "--threads", meaning=meaning)
@@ -104,7 +106,7 @@ def _add_machine(parser: Parser) -> None:
     )
 
 
-def _add_budget(parser: Parser) -> None:
+def _add_length(parser: Parser) -> None:
     group = parser.add_argument_group("length")
     # A run has one length; the other two flags divide it into epochs.
     length = group.add_mutually_exclusive_group()

@@ -11,8 +11,11 @@ import torch
 
 from picogpt.cli import train
 from picogpt.config import TrainConfig
+from picogpt.errors import ConfigError
 from picogpt.runs.folder import RunFolder
-from picogpt.schedule import Schedule, cool_down, epochs_since_best, lr_at_step
+from picogpt.schedule import Budget, Schedule, cool_down, epochs_since_best, lr_at_step
+from picogpt.training.distributed import Ranks
+from picogpt.training.plan import _check_patience
 from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, Watcher, tiny_source
 
@@ -189,3 +192,9 @@ def test_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[s
     """One line, before anything is trained."""
     assert train.main(overfitting("--patience", "2", *flags)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_needs_a_single_process() -> None:
+    """Two ranks cannot cool down together."""
+    with pytest.raises(ConfigError, match="^patience needs a single process, got 2 ranks; leave --patience out$"):
+        _check_patience(Budget(patience=2), TrainConfig(), Ranks(0, 2))
