@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# For type checkers and editors only; at run time `__getattr__` imports them.
 if TYPE_CHECKING:
     from picogpt.api import Model, Score, load, read_log
     from picogpt.config import GPTConfig, TrainConfig

@@ -158,6 +158,7 @@ class Model:
         """
         ids = self._read(text, at_least=2)
         context = np.zeros((1, self.config.n_embd), np.float32)  # (B, C), zero as at the start of each training sequence
+        # Targets are shifted by one, so the last character is only a target.
         losses = []
         for start, end in window_spans(len(ids) - 1, self.config.context_len):
             # Inputs are the characters start..end - 1, targets the same shifted by one.

@@ -135,6 +135,7 @@ class Tally:
 
 def list_commonest(counts: Counter[str], most: int = 5) -> str:
     """Format the `most` most common characters of `counts` with their counts."""
+    # With repr, as many of them are invisible or combine with their neighbours.
     return ", ".join(f"{character!r} {count:,}" for character, count in counts.most_common(most))
 
 

@@ -40,9 +40,11 @@ def format_passes(passes: float) -> str:
 
 def format_bytes(number: int) -> str:
     """Format a size in megabytes, or in gigabytes from 1 GB on."""
+    # Powers of ten, as disks and networks are sold and measured.
     return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
 def format_seconds(seconds: float) -> str:
     """Format a duration as hours, minutes and seconds, preceded by days if there are any."""
+    # timedelta prints exactly this form.
     return str(timedelta(seconds=round(seconds)))

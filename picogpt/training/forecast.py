@@ -67,7 +67,7 @@ class Forecast:
 
 def seconds_to_finish(schedule: Schedule, pace: Pace, *, step: int, val_batches: int) -> float:
     """Return the seconds from `step` to the end of `schedule`, with `val_batches` validation batches per epoch."""
-    steps = max(0, schedule.total_steps - step)
+    steps = max(0, schedule.total_steps - step)  # a replanned run can have taken more than the new plan has
     per_epoch = val_batches * pace.seconds_per_val_batch + pace.seconds_per_epoch_end
     return steps * pace.seconds_per_step + schedule.epochs_left(step) * per_epoch
 

@@ -114,6 +114,7 @@ class History:
             "first": self.first,
             "epochs": [{"sample": view.sample, "probabilities": _pack(view.probabilities)} for view in self.epochs],
         }
+        # The whole file at each epoch: it has about a kilobyte per epoch.
         atomic_write(folder / _FILE, json.dumps(content).encode())
 
     def page(self, name: str, state: TrainState, log: LossLog, *, in_training: bool) -> str:

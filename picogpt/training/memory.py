@@ -39,7 +39,7 @@ elif sys.platform == "linux":
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
-else:
+else:  # macOS and other Unix systems
     import resource
 
     def peak_memory() -> int:

@@ -52,6 +52,7 @@ class TrainRequest:
     kernels: str | None = None
     compile: bool | None = None
     gradient_checkpointing: bool = False
+    # Initial weights of a new run, from one of the two.
     init_from: str | None = None
     """The run whose weights a new run starts from."""
     import_original: Path | None = None

@@ -262,6 +262,7 @@ class Trainer(TrainState):
         val_loss = self.validate(val_steps, stop)
         if val_loss is None:
             return False
+        # All lists grow together: the log is written with one entry per epoch.
         log = self.log
         log.train.append(self._epoch_loss / self._epoch_steps)
         log.val.append(val_loss)

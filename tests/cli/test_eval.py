@@ -222,7 +222,7 @@ def test_ngram_of_a_stream(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> N
             """Of the right shape."""
             return np.zeros((len(ids), ids.shape[1] - 1), np.float32)
 
-    monkeypatch.setattr("picogpt.evaluation.baselines.NGram", Counter)
+    monkeypatch.setattr("picogpt.evaluation.run.NGram", Counter)
     monkeypatch.setattr(articles, "read_rows", lambda _shards, file, start: ((f"{file} {i}. " * 9,) for i in range(start, 99)))
     assert evaluate("--dataset", "org/name", "--chars", "100") == 0
     for_training = [i for i in range(99) if not articles._is_for_validation("two", i)]
