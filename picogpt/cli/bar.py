@@ -160,5 +160,5 @@ class DownloadBar:
         """Show that `received` of `total` bytes have arrived."""
         if self._bar is None:
             self._bar = ProgressBar(total, "B", label=self._what)  # the size is known from the first response
-        self._bar.advance(received - self._received)  # a retry that resumes counts no byte twice
+        self._bar.advance(received - self._received)  # callers report totals, tqdm takes differences
         self._received = received

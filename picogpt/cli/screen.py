@@ -38,7 +38,7 @@ def hide_bar(bar: Bar) -> None:
 def above_bar() -> Iterator[None]:
     """Clear all bars while the body prints to stdout or stderr."""
     with contextlib.ExitStack() as stack:
-        # Newest first, as bars are stacked downwards.
+        # The oldest bar is entered last, and so drawn again first.
         for bar in reversed(_bars):
             stack.enter_context(bar.cleared())
         yield

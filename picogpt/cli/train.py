@@ -55,7 +55,7 @@ def build_parser() -> Parser:
         help="read all characters outside ASCII as <?>, as the original project does (default: curly quotes become straight, "
         "dashes -, letters lose their accents; docs/texts.md)",
     )
-    # Only the name is a path component; --logs-dir is the place for paths.
+    # A run's name is the name of a folder and not a path; --logs-dir is for paths.
     run = parser.add_argument_group("run")
     run.add_argument("--run", metavar="NAME", help="folder under the logs folder (default: the text's name)")
     run.add_argument("--logs-dir", metavar="DIR", type=Path, default=LOGS_DIR, help="folder of all runs (default: logs)")
