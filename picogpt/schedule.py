@@ -58,8 +58,8 @@ MIN_SUITABLE_CHARS = 1_000_000
 MAX_SUITABLE_PASSES = 20
 MAX_SUITABLE_CHARS = 20_000_000
 SUITABLE_RULE = (
-    f"without a length {SUITABLE_PASSES} passes over the text, but at least {MIN_SUITABLE_CHARS:,} characters or "
-    f"{MAX_SUITABLE_PASSES} passes, and at most {MAX_SUITABLE_CHARS:,} characters, also of a stream"
+    f"without a length {SUITABLE_PASSES} passes over the text; a short text is repeated up to {MIN_SUITABLE_CHARS:,} characters "
+    f"(at most {MAX_SUITABLE_PASSES} passes), a long text or a stream ends at {MAX_SUITABLE_CHARS:,} characters"
 )
 """The rule of `suitable_chars`, in words for the help text."""
 
