@@ -79,6 +79,7 @@ class TestTrain:
             "model.safetensors",
             "checkpoint.safetensors",
             "checkpoint.previous.safetensors",
+            "log.csv",
             "log.pkl",
             "log.jpg",
             "log.html",

@@ -32,7 +32,8 @@ def test_pack(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert np.array_equal(packed[name], torch.from_numpy(weight).bfloat16().float().numpy())
     assert target.read_config() == source.read_config()
     assert target.read_log() == source.read_log()
-    assert sorted(path.name for path in target.path.iterdir()) == ["config.json", "log.jpg", "log.pkl", "model.safetensors"]
+    names = sorted(path.name for path in target.path.iterdir())
+    assert names == ["config.json", "log.csv", "log.jpg", "log.pkl", "model.safetensors"]
     with pytest.raises(FileExistsError):
         pack(source, target)
     (source.path / MODEL_FILE).unlink()
