@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-from picogpt.cli.common import notice, run_command
+from picogpt.cli.common import check_writable, notice, run_command
 from picogpt.cli.parser import Parser, add_model
 from picogpt.errors import ConfigError
 
@@ -15,14 +14,15 @@ __all__ = ["build_parser", "main"]
 
 
 def build_parser() -> Parser:
-    """The parser."""
+    """Return the parser of the command."""
     parser = Parser(
         "picogpt-export",
-        "Write a trained model into one HTML file that runs it in a browser, offline. Prints the file's path.\n"
-        "The page writes on from a prompt and shows probabilities, attention and the context roll.",
+        "Export a trained model as one HTML file that runs it in a browser, offline.\n"
+        "The page continues a prompt and shows probabilities, attention and the context\n"
+        "roll. Prints the path of the file.",
         "Example: picogpt-export -m wikipedia wikipedia.html",
     )
-    parser.add_argument("page", metavar="PAGE", type=Path, help="the file to write; its name ends in .html")
+    parser.add_argument("page", metavar="PAGE", type=Path, help="file to write, .html")
     add_model(parser)
     return parser
 
@@ -34,7 +34,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     page: Path = arguments.page
-    _check_page(page)
+    if page.suffix.lower() != ".html":
+        raise ConfigError(f"PAGE must end in .html, got {str(page)!r}")
+    check_writable(page, "PAGE")
+    # Imported after the checks, so that a wrong argument answers at once.
     from picogpt.export.model_page import ModelView, render_model_page
     from picogpt.files import atomic_write
     from picogpt.runs.find import find_model
@@ -44,32 +47,18 @@ def _export(arguments: argparse.Namespace) -> int:
     log = path.with_name(LOG_FILE)
     with open_model(path) as (config, arrays):
         view = ModelView(
-            name=path.resolve().parent.name,
+            name=path.resolve().parent.name,  # the run's name, also for a path like ./model.safetensors
             config=config,
             arrays=arrays,
             text=load_text_config(path),
-            log=read_log(log) if log.exists() else None,
+            log=read_log(log) if log.exists() else None,  # a model file alone has no log
         )
-        # A folder's name may hold bytes that are no text.
+        # A folder's name may contain bytes that are not UTF-8, which Python represents by surrogates.
         content = render_model_page(view).encode("utf-8", "replace")
     atomic_write(page, content)
     notice(f"{chosen}: {len(content) / 1e6:.2f} MB written; open it in a browser")
     print(page)
     return 0
-
-
-def _check_page(page: Path) -> None:
-    """Reject a page that could not be written, before the work.
-
-    Raises:
-        ConfigError: its name does not end in .html, or its folder is not there or cannot be written to.
-    """
-    if page.suffix.lower() != ".html":
-        raise ConfigError(f"PAGE must end in .html, got {str(page)!r}")
-    if not page.parent.is_dir():
-        raise ConfigError(f"PAGE: there is no folder {page.parent}; make it first")
-    if page.is_dir() or not os.access(page.parent, os.W_OK):
-        raise ConfigError(f"PAGE: {page} cannot be written; name another file")
 
 
 if __name__ == "__main__":
