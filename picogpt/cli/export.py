@@ -1,10 +1,12 @@
-"""`picogpt-export`: write one HTML file that runs a trained model in a browser."""
+"""`picogpt-export`: a trained model as a page for a browser, as a folder for transformers, or packed to be given away."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from picogpt.cli.common import notice, run_command
@@ -18,11 +20,18 @@ def build_parser() -> Parser:
     """The parser."""
     parser = Parser(
         "picogpt-export",
-        "Write a trained model into one HTML file that runs it in a browser, offline. Prints the file's path.\n"
-        "The page writes on from a prompt and shows probabilities, attention and the context roll.",
-        "Example: picogpt-export -m wikipedia wikipedia.html",
+        "Export a trained model. Prints the path of what was written.\n\n"
+        "  html   one HTML file that runs the model in a browser, offline: it generates, and shows probabilities,\n"
+        "         attention and the context roll\n"
+        "  gpt2   a folder that transformers loads: the model without its context roll, within one window\n"
+        "  pack   a run folder to give away: weights in bfloat16, settings, log and curve, no checkpoint",
+        "Examples: picogpt-export -m wikipedia wikipedia.html\n"
+        "          picogpt-export -m wikipedia --format gpt2 wikipedia-gpt2",
     )
-    parser.add_argument("page", metavar="PAGE", type=Path, help="the file to write; its name ends in .html")
+    parser.add_argument(
+        "target", metavar="PAGE|FOLDER", type=Path, help="what to write: a name in .html, or a new folder for gpt2 and pack"
+    )
+    parser.add_argument("--format", choices=_FORMATS, default="html", help="html, gpt2 or pack (default: html)")
     add_model(parser)
     return parser
 
@@ -33,14 +42,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    page: Path = arguments.page
-    _check_page(page)
-    from picogpt.export.model_page import ModelView, render_model_page
-    from picogpt.files import atomic_write
+    target: Path = arguments.target
+    (_check_page if arguments.format == "html" else _check_folder)(target)
     from picogpt.runs.find import find_model
-    from picogpt.runs.folder import LOG_FILE, load_text_config, open_model, read_log
 
     path, chosen = find_model(arguments.model, arguments.logs_dir)
+    _FORMATS[arguments.format](path, chosen, target)
+    print(target)
+    return 0
+
+
+def _write_page(path: Path, chosen: str, page: Path) -> None:
+    from picogpt.export.model_page import ModelView, render_model_page
+    from picogpt.files import atomic_write
+    from picogpt.runs.folder import LOG_FILE, load_text_config, open_model, read_log
+
     log = path.with_name(LOG_FILE)
     with open_model(path) as (config, arrays):
         view = ModelView(
@@ -54,8 +70,44 @@ def _export(arguments: argparse.Namespace) -> int:
         content = render_model_page(view).encode("utf-8", "replace")
     atomic_write(page, content)
     notice(f"{chosen}: {len(content) / 1e6:.2f} MB written; open it in a browser")
-    print(page)
-    return 0
+
+
+def _write_gpt2(path: Path, chosen: str, folder: Path) -> None:
+    from picogpt.export.gpt2 import Gpt2Model, write_gpt2
+    from picogpt.files import atomic_folder
+    from picogpt.runs.folder import load_model, load_text_config
+
+    config, weights = load_model(path)
+    model = Gpt2Model(path.resolve().parent.name, config, weights, load_text_config(path))
+    with atomic_folder(folder) as new:
+        write_gpt2(model, new)
+    notice(
+        f"{chosen}: {_describe_files(folder)} written in GPT-2's layout\n"
+        f"this is the model without its context roll, within one window of {config.context_len} characters; "
+        "picogpt-eval measures what that costs\n"
+        f"to upload it under a name of yours: hf upload NAME {shlex.quote(str(folder))}"
+    )
+
+
+def _write_pack(path: Path, chosen: str, folder: Path) -> None:
+    from picogpt.export.pack import write_pack
+    from picogpt.files import atomic_folder, atomic_write
+    from picogpt.plot import draw_losses
+    from picogpt.runs.folder import RunFolder
+
+    with atomic_folder(folder) as new:
+        log = write_pack(path, new)
+        atomic_write(RunFolder(new).plot_path, draw_losses({folder.name: log}))
+    notice(f"{chosen}: {_describe_files(folder)} written; picogpt-train --init-from trains on from it")
+
+
+_FORMATS: Mapping[str, Callable[[Path, str, Path], None]] = {"html": _write_page, "gpt2": _write_gpt2, "pack": _write_pack}
+"""Writers by format; each takes the model's file, the words for it, and the target."""
+
+
+def _describe_files(folder: Path) -> str:
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return f"{', '.join(sizes)} ({sum(sizes.values()) / 1e6:.2f} MB)"
 
 
 def _check_page(page: Path) -> None:
@@ -70,6 +122,20 @@ def _check_page(page: Path) -> None:
         raise ConfigError(f"PAGE: there is no folder {page.parent}; make it first")
     if page.is_dir() or not os.access(page.parent, os.W_OK):
         raise ConfigError(f"PAGE: {page} cannot be written; name another file")
+
+
+def _check_folder(folder: Path) -> None:
+    """Reject a folder that could not be written, before the work.
+
+    Raises:
+        ConfigError: something is there already, or the folder that it belongs in is not there or cannot be written to.
+    """
+    if not folder.name or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
+        raise ConfigError(f"FOLDER: {folder} exists and is not an empty folder; name another one")
+    if not folder.parent.is_dir():
+        raise ConfigError(f"FOLDER: there is no folder {folder.parent}; make it first")
+    if not os.access(folder.parent, os.W_OK):
+        raise ConfigError(f"FOLDER: {folder.parent} cannot be written to; name another folder")
 
 
 if __name__ == "__main__":

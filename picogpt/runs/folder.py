@@ -499,7 +499,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def serialize_tensors(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
-    """Tensors and metadata in the format of safetensors, the same bytes for the same content.
+    """Tensors and metadata in the format of safetensors, the same bytes for the same content; uint16 holds bfloat16.
 
     The library writes metadata in an order that differs from process to process. Layout: the header's length in 8 bytes, the
     header in JSON, padded with spaces to a multiple of 8, the numbers.
@@ -508,6 +508,9 @@ def serialize_tensors(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    for entry in header.values():
+        if entry["dtype"] == "U16":  # numpy lacks bfloat16
+            entry["dtype"] = _BFLOAT16
     text = json.dumps(ordered, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[start:]))
