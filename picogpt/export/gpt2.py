@@ -126,7 +126,7 @@ folder = "."  # or the name of this model on the hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 inputs = tokenizer("the history of", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs)[0]))
+print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 ```
 """
 
