@@ -5,8 +5,8 @@
     model = picogpt.load("wikipedia")
     print(model.generate("the history of", seed=1))
 
-docs/python.md shows more: logits, scores, loss logs, and training in a loop of one's own. Names are imported when they are first
-used, so that nothing loads torch but what computes with it.
+docs/python.md shows more: logits, scores, loss logs, and your own training loop. Public names are imported on first use, so that
+only training loads torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# For type checkers and editors only; at run time `__getattr__` imports them.
 if TYPE_CHECKING:
     from picogpt.api import Model, Score, load, read_log
     from picogpt.config import GPTConfig, TrainConfig
@@ -40,26 +41,27 @@ __all__ = [
     "read_texts",
 ]
 
+# Modules of the public names.
 _HOMES = {
     "picogpt.api": ("Model", "Score", "load", "read_log"),
     "picogpt.config": ("GPTConfig", "TrainConfig"),
     "picogpt.data": ("TextSource", "read_texts"),
     "picogpt.errors": ("PicoGPTError",),
     "picogpt.schedule": ("learning_rate",),
-    "picogpt.training.trainer": ("Trainer", "make_trainer"),
+    "picogpt.training.trainer": ("Trainer", "make_trainer"),  # imports torch
 }
-"""The modules that hold the public names."""
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used (PEP 562)."""
     for module, names in _HOMES.items():
         if name in names:
+            # Stored as a global, so the next access does not come here.
             value = globals()[name] = getattr(importlib.import_module(module), name)
             return value
     raise AttributeError(f"module 'picogpt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """The public names."""
+    """Return the public names, also those not yet imported, for tab completion."""
     return sorted(__all__)

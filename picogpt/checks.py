@@ -1,4 +1,4 @@
-"""Values that users give, checked where they enter: names, ranges and numbers written as text."""
+"""Validation of values from users: names, ranges and numbers written as text. The messages quote the value."""
 
 from __future__ import annotations
 
@@ -29,46 +29,50 @@ __all__ = [
 ]
 
 DTYPES = ("auto", "float32", "bfloat16")
-"""Types of the matrix products; auto is the faster one on this machine."""
+"""Types of the GEMMs in training; auto is the faster one on this machine."""
+# int8 is for inference only: groups of inputs share a quantization scale.
 ENGINE_DTYPES = ("auto", "float32", "bfloat16", "int8")
-"""Types of the weights that text is generated with; auto is bfloat16, in which the bundled models are stored."""
+"""Types of the weights in the inference engine; auto is bfloat16, the type of the bundled models."""
+# mps is Apple's GPU.
 DEVICES = ("auto", "cpu", "cuda", "mps")
-"""Where training computes; auto is a CUDA GPU if there is one, else the CPU."""
+"""Devices for training; auto is a CUDA GPU if there is one, else the CPU."""
 KERNELS = ("auto", "c", "torch")
-"""What computes the blocks on a CPU: functions in C that are compiled for the model, or torch's; auto is C where that works."""
+"""Kernels of the blocks on a CPU: native ones in C, compiled for the model, or torch's; auto is C if it is supported."""
 X_AXES: Mapping[str, str] = MappingProxyType(
     {"epochs": "epoch", "characters": "characters trained on (millions)", "seconds": "seconds of training"}
 )
-"""What the x axis of a loss curve can count, and its label."""
+"""Units of the x axis of a loss curve, and their labels."""
 ATTENTIONS = ("fused", "products")
-"""Forms of attention where torch computes the blocks: its fused function, or batched products of matrices."""
-MAX_THREADS = 1024
+"""Implementations of attention in torch: scaled_dot_product_attention, or batched GEMMs with a softmax between them."""
+MAX_THREADS = 1024  # far more than cores; a larger number is a mistake that could exhaust the system
 
+# Excludes path separators and a dash in front, which would be a flag.
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def require(ok: bool, name: str, allowed: str, value: object) -> None:
-    """Check that a setting is `ok`.
+    """Raise `ConfigError` for a setting unless `ok`.
 
     Args:
-        ok: whether it is.
-        name: of the setting.
-        allowed: its range, in words.
-        value: that it has.
+        ok: whether the value is valid.
+        name: name of the setting.
+        allowed: valid range, in words.
+        value: the value.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: `ok` is false.
     """
     if not ok:
         raise ConfigError(f"{name} must be {allowed}, got {value!r}", name)
 
 
 def require_whole(name: str, value: object, minimum: int) -> None:
-    """Check that a setting is a whole number of at least `minimum`.
+    """Check that a setting is an integer of at least `minimum`.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the value is something else.
     """
+    # bool is a subclass of int, but True layers are a mistake.
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
     require(ok, name, f"a whole number of at least {minimum}", value)
 
@@ -77,16 +81,16 @@ def require_between(name: str, value: float, low: float, high: float, allowed: s
     """Check that a setting is a finite number from `low` to `high`; `allowed` is the range in words.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the value is out of range, infinite or NaN.
     """
     require(math.isfinite(value) and low <= value <= high, name, allowed, value)
 
 
 def check_run_name(name: str) -> str:
-    """Return `name` if it can be a run's name.
+    """Return `name` if it is valid as the name of a run.
 
     Raises:
-        ConfigError: it could be mistaken for a path or a flag.
+        ConfigError: the name could be mistaken for a path or a flag.
     """
     require(bool(_RUN_NAME.fullmatch(name)), "run", "1 to 64 letters, digits, '.', '_' or '-', a letter or digit first", name)
     return name
@@ -96,17 +100,18 @@ def check_choice(field: str, name: str | None, choices: Collection[str]) -> str 
     """Return `name` if it is one of `choices` or None.
 
     Raises:
-        ConfigError: it is none of them; the message names `field`.
+        ConfigError: it is another name; the message names `field`.
     """
+    # None is a flag that was not given.
     require(name is None or name in choices, field, f"one of {', '.join(choices)}", name)
     return name
 
 
 def check_text_column(name: str | None, *, streamed: bool) -> str | None:
-    """Return `name`, the column of a data set that holds its text, or None.
+    """Return `name`, the text column of a data set, or None.
 
     Raises:
-        ConfigError: there is a name and the text, not `streamed`, has no columns.
+        ConfigError: a column is given for a text that is not `streamed` and so has no columns.
     """
     if name is not None and not streamed:
         raise ConfigError("text_column is for a streamed data set; name one with --dataset, or leave it out", "text_column")
@@ -114,48 +119,50 @@ def check_text_column(name: str | None, *, streamed: bool) -> str | None:
 
 
 def check_threads(count: int | None) -> int | None:
-    """Return `count` if it is a number of threads or None.
+    """Return `count` if it is a valid number of threads or None.
 
     Raises:
-        ConfigError: it is out of range.
+        ConfigError: the number is out of range.
     """
     require(count is None or 1 <= count <= MAX_THREADS, "threads", f"from 1 to {MAX_THREADS}", count)
     return count
 
 
+# Sign, digits with separators, decimals, exponent, letter. ASCII only: \d would match digits of all scripts.
 _COUNT = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(\.\d+)?(?:e\+?(\d{1,2}))?([kmg]?)", re.ASCII | re.IGNORECASE)
-_SCALES: Mapping[str, int] = MappingProxyType({"": 0, "k": 3, "m": 6, "g": 9})
-"""Letters after a number, and the powers of ten that they stand for."""
+_SCALES: Mapping[str, int] = MappingProxyType({"": 0, "k": 3, "m": 6, "g": 9})  # exponents of ten, by letter
 
 
 def parse_count(text: str) -> int:
-    """A whole number, written as `2000000`, `2,000,000`, `2_000_000`, `2e6`, `2M` or `0.002G`.
+    """Parse an integer written as `2000000`, `2,000,000`, `2_000_000`, `2e6`, `2M` or `0.002G`.
 
     Raises:
-        ConfigError: it is no number of this form, or not a whole one.
+        ConfigError: the text has another form, or the number is not an integer.
     """
     match = _COUNT.fullmatch(text)
     if match is None:
         raise ConfigError(f"{text!r} is not a whole number; write it like 2000000, 2M or 2e6")
+    # Exact arithmetic on digits: through a float, large numbers would be rounded.
     sign, whole, fraction, exponent, letter = match.groups()
+    # 1.50M: the digits 1 and 5, then zeros for what the exponent and the letter add.
     decimals = (fraction or ".")[1:].rstrip("0")
     zeros = int(exponent or 0) + _SCALES[letter.lower()] - len(decimals)
-    if zeros < 0:
+    if zeros < 0:  # decimals are left, as in 1.5
         raise ConfigError(f"{text!r} is not a whole number; write it like 2000000, 2M or 2e6")
     return int(sign + re.sub("[,_]", "", whole) + decimals + "0" * zeros)
 
 
 def parse_new_tokens(text: str) -> int | None:
-    """A number of characters to write, or None for `inf`: no end.
+    """Parse a number of characters to generate; `inf` is None, no end.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the text is neither.
     """
     if text == "inf":
         return None
     try:
         count = parse_count(text)
     except ConfigError:
-        count = -1
+        count = -1  # for the message below, which also mentions inf
     require(count >= 0, "max_new_tokens", "a whole number of at least 0, or inf", text)
     return count

@@ -26,14 +26,12 @@ _BOMS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _MAX_BOM_BYTES = 4
-_WIDE = frozenset({"utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"})
-"""Encodings in which ASCII text contains zero bytes."""
+_WIDE = frozenset({"utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"})  # ASCII text contains zero bytes in these
 _ASCII = bytes(range(128))
 _REPLACEMENT_CHARACTER = "\ufffd"
+# Largest fraction of bytes outside ASCII in Western European text; Russian or Chinese in a legacy encoding has more.
 _MAX_WESTERN_SHARE = 0.5
-"""Largest share of bytes outside ASCII in Western European text; Russian or Chinese in a legacy encoding has more."""
-_MIN_SAMPLE_BYTES = 64
-"""Bytes below which that share is not meaningful."""
+_MIN_SAMPLE_BYTES = 64  # below it, that fraction is not meaningful
 
 
 class Stream(Protocol):

@@ -1,10 +1,10 @@
-"""The one place that writes files: whole or not at all.
+"""Atomic file writes, for all files that the package writes.
 
-A file is written beside its target under a name of its own, flushed to the disk and renamed over the target, and the
-folder is flushed too. Whoever reads the target, at whatever instant the power goes, finds the old content or the new.
+A file is written under a temporary name next to its target, flushed to the disk and renamed over the target; then the folder is
+flushed. A reader finds the complete old content or the complete new content, even after a power failure at any moment.
 
-Some network and FUSE file systems cannot flush, above all not a folder. Files are written there without it, which weakens the
-promise; `can_flush` tells, so that a run can say so once.
+Some network and FUSE file systems cannot flush, least of all folders. Files are written there without flushing, which a power
+failure may undo; `can_flush` detects such a file system, so that a run can warn once.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ __all__ = [
     "unnamed_file",
 ]
 
-TEMPORARY_SUFFIX = ".part"
+TEMPORARY_SUFFIX = ".part"  # with a dot in front of the name, so that listings hide the file
 
+# Errors of fsync on file systems that do not support it; a full or broken disk gives others.
 _CANNOT_FLUSH = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
-"""Errors of `fsync` that say that the file system has no such thing; a full or broken disk gives others."""
 
 
 def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Put `content`, bytes or chunks of bytes, at `path`: entirely, or not at all.
+    """Write `content`, bytes or chunks of bytes, to `path`: completely or not at all.
 
     Raises:
-        OSError: the disk is full, read-only or broken; `path`, which the error names, is as it was and nothing is left beside it.
+        OSError: the disk is full, read-only or broken. The error names `path`, which is unchanged; no temporary file is left.
     """
     chunks = (content,) if isinstance(content, bytes) else content
     with _telling_need(content), _temporary_file(path) as (descriptor, temporary):
         for chunk in chunks:
             _write_all(descriptor, chunk, path)
+        # Before the rename: otherwise a power failure could leave the new name with old or empty content.
         _flush(descriptor, path)
         replace(temporary, path)
 
@@ -74,10 +75,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _telling_need(content: bytes | Iterable[bytes]) -> Iterator[None]:
-    """Add to the error of a full disk how much space the file needs."""
+    """Add the size of the file to the error of a full disk."""
     try:
         yield
     except OSError as error:
+        # Chunks are produced while they are written, so their size is unknown.
         if error.errno in {errno.ENOSPC, errno.EDQUOT} and isinstance(content, bytes):
             error.strerror = f"{error.strerror}, the file needs {len(content) / 1e6:,.1f} MB"
         raise
@@ -85,20 +87,22 @@ def _telling_need(content: bytes | Iterable[bytes]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _temporary_file(path: Path) -> Iterator[tuple[int, Path]]:
-    """Open a new file in the folder of `path`; close it, and remove it unless it has been renamed."""
+    """Create a file in the folder of `path`; close it at the end, and remove it unless it has been renamed."""
+    # In the same folder, as a rename works only within a file system; with a random part, as two processes may write at a time.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
-    # O_EXCL makes a new file and follows no link that somebody has put there.
+    # O_EXCL fails if the file exists, and follows no symbolic link that someone has put there.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         yield descriptor, temporary
     finally:
-        os.close(descriptor)
+        os.close(descriptor)  # Windows cannot remove an open file
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
 
 
 def _write_all(descriptor: int, chunk: bytes, path: Path) -> None:
-    view = memoryview(chunk)
+    view = memoryview(chunk)  # slices without copying
+    # A single call may write less than it was given; 2 GB is the limit on Linux.
     while view:
         with _naming(path):
             written = os.write(descriptor, view)
@@ -107,7 +111,7 @@ def _write_all(descriptor: int, chunk: bytes, path: Path) -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Add to an error of a call that knows only a descriptor which file it is about."""
+    """Add the file's name to an error of a call that has only a descriptor."""
     try:
         yield
     except OSError as error:
@@ -116,7 +120,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _flush(descriptor: int, path: Path) -> bool:
-    """Flush a file or folder to the disk; False where the file system cannot."""
+    """Flush a file or folder to the disk; return False if the file system does not support it."""
     try:
         with _naming(path):
             os.fsync(descriptor)
@@ -128,11 +132,12 @@ def _flush(descriptor: int, path: Path) -> bool:
 
 
 def unnamed_file(folder: Path, chunks: Iterable[bytes]) -> IO[bytes]:
-    """A file in `folder` that holds `chunks` and has no name: it goes with the process, however that ends.
+    """Write `chunks` to a file without a name in `folder`: the system frees it with the process, however that ends.
 
     Raises:
-        OSError: the disk is full, read-only or broken; nothing is left on it. Likewise what `chunks` raises.
+        OSError: the disk is full, read-only or broken; nothing is left on it. Exceptions of `chunks` propagate.
     """
+    # The exit stack closes the file if anything fails; on success the caller has to.
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(tempfile.TemporaryFile(dir=folder))
         for chunk in chunks:
@@ -143,7 +148,7 @@ def unnamed_file(folder: Path, chunks: Iterable[bytes]) -> IO[bytes]:
 
 
 def existing_folder(path: Path) -> Path:
-    """`path`, or as much of it as is there, as an absolute path to a folder."""
+    """Return the longest part of `path` that exists and is a folder, as an absolute path."""
     absolute = path.absolute()
     return next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())
 
@@ -155,10 +160,8 @@ def replace(source: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> bool:
-    """Flush the folder's list of names to the disk; False where the file system cannot.
-
-    Windows cannot open a folder; its file systems keep a journal of names themselves.
-    """
+    """Flush the folder's entries to the disk; return False if the file system does not support it."""
+    # Windows cannot open a folder; its file systems journal names themselves.
     if os.name == "nt":
         return True
     descriptor = os.open(folder, os.O_RDONLY)
@@ -169,14 +172,17 @@ def sync_folder(folder: Path) -> bool:
 
 
 def can_flush(folder: Path) -> bool:
-    """Whether the file system of `folder` can flush files and folders, so that a power failure loses nothing that was saved."""
+    """Return whether the file system of `folder` can flush both files and folders."""
+    # Tried out, as no system call tells.
     with tempfile.TemporaryFile(dir=folder) as stream:
         return _flush(stream.fileno(), folder) and sync_folder(folder)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files and folders that a killed process left in `folder`."""
+    # A process that is killed cannot clean up. The caller holds a lock, so none of these is in use.
     for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        # rmtree refuses a link to a folder; the link itself is removed below.
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
         else:

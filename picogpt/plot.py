@@ -1,4 +1,4 @@
-"""Pictures of a run. The only module that imports matplotlib, and only to draw into memory."""
+"""Plots of losses and scores, drawn into memory. The only module that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from picogpt.runs.folder import LossLog
 
 
 def _has_config_folder() -> bool:
-    """Whether matplotlib can write to the folders where it keeps its settings and its list of fonts."""
+    """Return whether matplotlib can write to the folders of its settings and its font cache."""
+    # The same search as matplotlib's own, which prints warnings of several lines if it fails.
     try:
         home = Path.home()
         if "MPLCONFIGDIR" in os.environ:
@@ -33,14 +34,15 @@ def _has_config_folder() -> bool:
             folders = [home / ".matplotlib"]
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
         return False
     return all(os.access(folder, os.W_OK) for folder in folders)
 
 
 @contextlib.contextmanager
 def _config_folder() -> Iterator[None]:
-    """Give matplotlib, where it has no folder, one while it is imported; its own would be left behind by `os._exit`."""
+    """Give matplotlib a temporary config folder during its import if it has none."""
+    # Matplotlib would create one itself and remove it at exit, which `os._exit` skips.
     with contextlib.ExitStack() as stack:
         before = os.environ.get("MPLCONFIGDIR")
         if not _has_config_folder():
@@ -52,7 +54,8 @@ def _config_folder() -> Iterator[None]:
             os.environ.pop("MPLCONFIGDIR", None)
 
 
-os.environ["MPLBACKEND"] = "agg"  # matplotlib refuses to be imported under a name it does not know
+# Draws into memory and needs no display. An unknown backend in the environment would make the import fail.
+os.environ["MPLBACKEND"] = "agg"
 with _config_folder():
     from matplotlib import colormaps
     from matplotlib.axes import Axes
@@ -64,46 +67,44 @@ with _config_folder():
 __all__ = ["draw_losses", "draw_scores"]
 
 _INCHES = (8.0, 5.0)
-_DPI = 160  # 1280 x 800 pixels, with letters that stay readable at half of it
-_MOST_INSIDE = 2
-"""Runs up to which the legend stands inside the axes; the picture grows by a legend below for more."""
+_DPI = 160  # 1280 x 800 pixels; the text stays readable at half that size
+_MOST_INSIDE = 2  # up to this number of runs the legend is inside the axes, else below them
 _LEGEND_ROW_INCHES = 0.27
-_LEGEND_LETTERS = 84
-"""Letters of a row of that legend."""
-_MOST_MARKED = 40
-"""Epochs up to which each one is marked by a point."""
+_LEGEND_LETTERS = 84  # letters that fit into a row of the legend
+_MOST_MARKED = 40  # up to this number of epochs each one has a marker
 
 _SCORES_INCHES = (12.0, 8.5)
 _SCORES_DPI = 120  # 1440 x 1020 pixels
-_BINS_PER_OCTAVE = 2
-_LINEAR_NATS = 0.01
-"""Differences up to which their axis is linear."""
+_BINS_PER_OCTAVE = 2  # positions in the window, on a logarithmic axis
+_LINEAR_NATS = 0.01  # the axis of differences is linear up to this value
 _DIFFERENCE_TICKS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _MARKERS: Mapping[str, str] = {"as_is": "o", "zeroed": "s", "other": "^", "sliding": "D"}
 
 
 def draw_losses(logs: Mapping[str, LossLog], *, x: str | None = None, suffix: str = ".jpg") -> bytes:
-    """Draw the losses of one run or several, by their names: training dashed, validation solid.
+    """Plot the losses of one or several runs: training dashed, validation solid.
 
     Args:
         logs: the runs' logs, by name.
-        x: what the x axis counts, one of `X_AXES`; None takes epochs for one run, and for several the characters they were
-            trained on, which is what they share.
+        x: unit of the x axis, one of `X_AXES`; None takes epochs for one run, and characters for several.
         suffix: `.png` for a PNG, anything else for a JPG.
 
     Returns:
-        The picture.
+        The content of the image file.
     """
+    # Epochs of different runs have different lengths; characters can be compared.
     x = x or ("epochs" if len(logs) == 1 else "characters")
     labels = [_label_of(name, log, alone=len(logs) == 1) for name, log in logs.items()]
+    # A legend below the axes: as many columns as the longest label allows, and a figure that is higher by its rows.
     columns = max(1, min(4, _LEGEND_LETTERS // (max(map(len, labels), default=0) + 6)))
     rows = 0 if len(logs) <= _MOST_INSIDE else math.ceil((len(logs) + 2) / columns)
     figure = Figure(figsize=(_INCHES[0], _INCHES[1] + rows * _LEGEND_ROW_INCHES), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # without pyplot, whose figures stay in memory until they are closed
     axes = figure.add_subplot()
     colours = colormaps["tab10" if len(logs) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     drawn = [_draw_run(axes, log, colours[i % len(colours)], x) for i, log in enumerate(logs.values())]
     _label(axes, x, title=_title(logs))
+    # The legend explains the line styles once, then the colour of each run; a single run has its own labels.
     styles = [Line2D([], [], color="0.3", linestyle="--"), Line2D([], [], color="0.3")]
     lines, texts = [*styles, *drawn], ["train", "val", *labels]
     if len(logs) == 1:
@@ -113,7 +114,7 @@ def draw_losses(logs: Mapping[str, LossLog], *, x: str | None = None, suffix: st
         if rows
         else axes.legend(lines, [""] * len(lines), fontsize=13)
     )
-    # Matplotlib leaves out what is handed to it with a name that begins with an underscore.
+    # Labels are set afterwards: matplotlib leaves out entries whose label begins with an underscore.
     for entry, text in zip(legend.get_texts(), texts, strict=True):
         entry.set_text(text)
     return _picture(figure, suffix)
@@ -130,14 +131,14 @@ def _label_of(name: str, log: LossLog, *, alone: bool) -> str:
 
 
 def _plain(name: str) -> str:
-    """`name` for a picture: text between two dollars would be drawn as a formula, and bytes that are no text are an error."""
+    """Escape a name for matplotlib, which draws text between two dollars as a formula and rejects surrogates."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("$", r"\$")
 
 
 def _picture(figure: Figure, suffix: str) -> bytes:
     picture = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a letter that no font has is drawn as a box
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a letter without a glyph is drawn as a box
         if suffix.lower() == ".png":
             figure.savefig(picture, format="png")
         else:
@@ -146,7 +147,7 @@ def _picture(figure: Figure, suffix: str) -> bytes:
 
 
 def _draw_run(axes: Axes, log: LossLog, colour: tuple[float, ...], x: str) -> Line2D:
-    """Draw both losses of a run; the line of validation."""
+    """Plot both losses of a run; return the line of the validation loss, for the legend."""
     places = {"epochs": range(1, len(log.val) + 1), "characters": [chars / 1e6 for chars in log.chars], "seconds": log.seconds}[x]
     marker = "o" if len(log.val) <= _MOST_MARKED else ""
     axes.plot(places, log.train, color=colour, linestyle="--", linewidth=1.8)
@@ -180,18 +181,18 @@ def _to_nats(bits: npt.ArrayLike) -> npt.ArrayLike:
 
 
 def draw_scores(scores: Scores, title: str, *, suffix: str = ".jpg") -> bytes:
-    """Draw the loss under each condition, by window of the roll and by position in the window.
+    """Plot the loss under each condition, by window of the sequence and by position in the window.
 
-    Above the losses, with the standard error over articles of the roll as it is; below how much more each other condition
-    costs, paired by character, with its own.
+    The upper row shows the losses, with the standard error over articles of the first condition. The lower row shows the
+    differences to that condition, paired by character, with their standard errors.
 
     Args:
         scores: the losses.
-        title: what stands above.
+        title: title of the figure.
         suffix: `.png` for a PNG, anything else for a JPG.
 
     Returns:
-        The picture.
+        The content of the image file.
     """
     figure = Figure(figsize=_SCORES_INCHES, dpi=_SCORES_DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -199,12 +200,13 @@ def draw_scores(scores: Scores, title: str, *, suffix: str = ".jpg") -> bytes:
     _, windows, context_len = scores.losses["as_is"].shape
     bins = position_bins(context_len, _BINS_PER_OCTAVE)
     numbers = np.arange(windows, dtype=np.float64)
+    # A bin of positions is drawn at its geometric mean, the middle on a logarithmic axis.
     middles = np.array([math.sqrt(first * last) for first, last in bins])
     for i, name in enumerate(CONDITIONS):
         _draw_losses(losses[0], numbers, scores.by_window(name), i)
         _draw_losses(losses[1], middles, scores.by_position(name, bins), i)
         if name != "as_is":
-            # Side by side, or the bars would hide each other.
+            # Shifted sideways, so that the error bars do not hide each other.
             _draw_differences(differences[0], numbers + (i - 2) / 8, scores.by_window(name, minus="as_is"), i)
             _draw_differences(differences[1], middles * 2 ** ((i - 2) / 12), scores.by_position(name, bins, minus="as_is"), i)
     _label_scores(losses, differences, context_len)
@@ -215,7 +217,7 @@ def draw_scores(scores: Scores, title: str, *, suffix: str = ".jpg") -> bytes:
 def _draw_losses(axes: Axes, x: npt.NDArray[np.float64], estimates: Sequence[Estimate], condition: int) -> None:
     values, errors = _columns(estimates)
     name, label = list(CONDITIONS.items())[condition]
-    # What comes first is drawn last, above the others, which lie close to it.
+    # The first condition is drawn on top, as the lines are close together.
     order = 10 - condition
     axes.plot(x, values, color=f"C{condition}", marker=_MARKERS[name], markersize=5, linewidth=1.8, label=label, zorder=order)
     if name == "as_is":
@@ -229,7 +231,7 @@ def _draw_differences(axes: Axes, x: npt.NDArray[np.float64], estimates: Sequenc
 
 
 def _columns(estimates: Sequence[Estimate]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Means and standard errors."""
+    """Return the means and the standard errors."""
     return np.array([estimate.nats for estimate in estimates]), np.array([estimate.error for estimate in estimates])
 
 
@@ -241,14 +243,15 @@ def _label_scores(losses: Sequence[Axes], differences: Sequence[Axes], context_l
         _show_bits(axes)
     for axes in differences:
         axes.axhline(0, color="C0", linewidth=1.8)
-        # Linear around nothing, logarithmic beyond: the conditions differ by hundredths here and by halves there.
+        # Linear around zero, logarithmic beyond: the conditions differ by hundredths of a nat here and by halves there.
         axes.set_yscale("symlog", linthresh=_LINEAR_NATS)
         axes.yaxis.set_major_locator(FixedLocator([0, *(sign * tick for sign in (-1, 1) for tick in _DIFFERENCE_TICKS)]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda nats, _: f"{nats:+g}" if nats else "0"))
     losses[0].set_ylabel("loss (nats per character)", fontsize=14)
-    differences[0].set_ylabel("more than with the roll\n(nats per character)", fontsize=14)
+    differences[0].set_ylabel("difference to the first condition\n(nats per character)", fontsize=14)
+    # Right column: positions double from tick to tick.
     losses[1].legend(fontsize=12)
-    differences[0].set_xlabel("window of the roll", fontsize=14)
+    differences[0].set_xlabel("window of the sequence", fontsize=14)
     differences[0].xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
     differences[1].set_xlabel("characters of the window seen, from window 1 on", fontsize=14)
     differences[1].set_xscale("log", base=2)

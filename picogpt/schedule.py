@@ -1,4 +1,7 @@
-"""The length of a run and its learning rate: budgets, epochs and steps. Pure arithmetic."""
+"""Length and learning rate of a run: a budget becomes a schedule of steps and epochs. Pure functions, without torch.
+
+An epoch here is a stretch of steps between two entries of the loss log, not a pass over the text.
+"""
 
 from __future__ import annotations
 
@@ -36,36 +39,37 @@ __all__ = [
 ]
 
 RECIPE_BUDGETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"seed": MappingProxyType({"epochs": 300})})
-"""The length of each recipe that has one of its own."""
-MIN_STEPS_PER_EPOCH = 4
-"""A run on a budget has no shorter epochs, or validation would take more than a tenth of its time."""
+"""Length of each recipe that has its own."""
+MIN_STEPS_PER_EPOCH = 4  # with shorter epochs, validation would take more than a tenth of the time
+"""Minimum length of an epoch in a run with a budget."""
 VAL_SHARE = 0.2
-"""Validation batches for each step, where their number is not given."""
-EPOCHS_OF_A_BUDGET = 20
-"""A run on a budget is cut into about as many, so that a curve, a sample and a checkpoint come early."""
+"""Default number of validation batches per training step."""
+EPOCHS_OF_A_BUDGET = 20  # so that a curve, a sample and a checkpoint come early
+"""Approximate number of epochs in a run with a budget."""
 SHARE_OF_EPOCH_ENDS = 0.25
-"""Most of a run on a budget of minutes that the ends of its epochs take; a short run has fewer of them for that."""
+"""Largest fraction of a budget of minutes that ends of epochs may take; a short run has fewer epochs."""
 
 COOL_DOWN_SHARE = 0.2
-"""Steps of a cool-down, as a share of the steps to the weights that it starts from."""
+"""Length of a cool-down as a fraction of the steps to the weights that it starts from."""
 
+# Constants of `suitable_chars`.
 SUITABLE_PASSES = 4
 MIN_SUITABLE_CHARS = 1_000_000
 MAX_SUITABLE_PASSES = 20
 MAX_SUITABLE_CHARS = 20_000_000
 SUITABLE_RULE = (
-    f"without a length {SUITABLE_PASSES} passes over the text, at least {MIN_SUITABLE_CHARS:,} characters but no more than "
-    f"{MAX_SUITABLE_PASSES} passes, and at most {MAX_SUITABLE_CHARS:,} characters, as many as of a stream"
+    f"without a length {SUITABLE_PASSES} passes over the text; a short text is repeated up to {MIN_SUITABLE_CHARS:,} characters "
+    f"(at most {MAX_SUITABLE_PASSES} passes), a long text or a stream ends at {MAX_SUITABLE_CHARS:,} characters"
 )
-"""See `suitable_chars`."""
+"""The rule of `suitable_chars`, in words for the help text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A run in whole steps: what a `Budget` comes to on this machine. Stored with the run, which it makes reproducible.
+    """A run in whole steps, computed from a `Budget` on this machine. Stored with the run, so that it is reproducible.
 
-    A run on a budget of minutes is re-planned as it goes (`picogpt.training.pacing`). Each plan is a schedule, and the last three
-    fields say where it took over from the one before.
+    A run with a budget of minutes is replanned while it trains (`picogpt.training.pacing`). Each plan is a schedule; the last
+    three fields record where it replaced its predecessor.
 
     Raises:
         ConfigError: a field is out of its range.
@@ -76,15 +80,16 @@ class Schedule:
     steps_per_epoch: int
     """Steps between two entries of the loss log; the last epoch may be shorter."""
     val_steps: int
-    """Batches of validation text an epoch; fewer where the validation text is shorter."""
+    """Validation batches per epoch; fewer if the validation text is shorter."""
     epoch_start: int = 0
     """Step from which epochs of this length are counted."""
     decay_start: int | None = None
-    """Step at which the decay of the learning rate begins, or takes another slope; None means after the warm-up."""
+    """Step at which the decay of the learning rate begins or changes its slope; None means after the warm-up."""
     decay_done: float = 0.0
-    """Share of the decay that was done by `decay_start`, in [0, 1]."""
+    """Progress of the decay at `decay_start`, in [0, 1]."""
 
     def __post_init__(self) -> None:
+        # A schedule is read from config.json, which may have been edited.
         for name in ("total_steps", "steps_per_epoch", "val_steps"):
             require_whole(name, getattr(self, name), 1)
         require_whole("epoch_start", self.epoch_start, 0)
@@ -93,13 +98,15 @@ class Schedule:
         require_between("decay_done", self.decay_done, 0.0, 1.0, "a share from 0 to 1")
 
     def ends_epoch(self, step: int) -> bool:
-        """Whether an epoch ends with `step` steps taken."""
+        """Whether an epoch ends after `step` steps."""
+        # The last epoch ends with the run, whatever its length.
         return (step - self.epoch_start) % self.steps_per_epoch == 0 or step >= self.total_steps
 
     def epochs_left(self, step: int) -> int:
-        """Ends of epochs that come after `step` steps taken."""
+        """Return the number of epochs that end after `step`."""
         if step >= self.total_steps:
             return 0
+        # Epochs of the whole run, rounded up as the last may be shorter, minus those that have ended.
         return (
             -(-(self.total_steps - self.epoch_start) // self.steps_per_epoch) - (step - self.epoch_start) // self.steps_per_epoch
         )
@@ -107,49 +114,50 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How fast a run trains on this machine, as measured."""
+    """Measured speed of a run on this machine, in seconds."""
 
     seconds_per_step: float
-    """One optimizer step."""
+    """Seconds of an optimizer step."""
     seconds_per_val_batch: float
-    """One batch of validation."""
+    """Seconds of a validation batch."""
     seconds_per_epoch_end: float
-    """What comes after an epoch's validation: saving, the sample and the picture."""
+    """Seconds after an epoch's validation: saving, the sample and the plot."""
     seconds_spent: float = 0.0
-    """Seconds of the budget that have passed: those of earlier starts, and of this one since the command began."""
+    """Seconds of the budget already spent: in earlier starts, and in this one since the command began."""
 
 
 def suitable_chars(train_chars: int | None) -> int:
-    """Characters to train on where no length is given.
+    """Return the number of characters to train on when no length is given.
 
-    A first rule, not tuned yet: four passes over a text; at least a million characters, as a short text takes more passes, but
-    no more than 20 of them; at most 20 million, as many as of a stream. docs/training.md gives the reasons.
+    Four passes over a text. A short text is repeated up to a million characters, but at most 20 times; a long text or a stream
+    ends at 20 million characters. The rule is not tuned; docs/training.md gives the reasons.
 
     Args:
-        train_chars: length of the text that is trained on; None for a stream, which has no end.
+        train_chars: length of the training text; None for a stream, which has no end.
     """
     if train_chars is None:
         return MAX_SUITABLE_CHARS
+    # The order matters: the limit on passes also holds for a text that is repeated up to a million characters.
     wanted = max(SUITABLE_PASSES * train_chars, MIN_SUITABLE_CHARS)
     return min(wanted, MAX_SUITABLE_PASSES * train_chars, MAX_SUITABLE_CHARS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How long to train: epochs of a fixed number of steps, or minutes, or characters; or what suits the text.
+    """Length of a run: epochs of a fixed number of steps, minutes, or characters; by default `suitable_chars`.
 
     Raises:
         ConfigError: a field is out of its range, or both minutes and characters are given.
     """
 
     epochs: int | None = None
-    """Epochs, where neither minutes nor characters are given; None means `suitable_chars`."""
+    """Epochs, if neither minutes nor characters are given; None means `suitable_chars`."""
     steps_per_epoch: int | None = None
-    """Steps an epoch; None means 500 with `epochs`, else about a twentieth of the run."""
-    val_steps: int | None = None
-    """Validation batches an epoch; None means a fifth of the steps, which takes under a tenth of the time."""
+    """Steps per epoch; None means 500 with `epochs`, else about a twentieth of the run."""
+    val_steps: int | None = None  # a fifth of the steps takes less than a tenth of the time: there is no backward pass
+    """Validation batches per epoch; None means a fifth of the steps."""
     minutes: float | None = None
-    """Minutes on the clock from the start of the command to its end, over all starts of the run."""
+    """Minutes of wall-clock time from the start of the command to its end, summed over all starts of the run."""
     chars: int | None = None
     """Characters to train on, rounded up to whole steps."""
     patience: int | None = None
@@ -161,17 +169,19 @@ class Budget:
                 require_whole(name, getattr(self, name), 1)
         if self.minutes is not None:
             require(math.isfinite(self.minutes) and self.minutes > 0, "minutes", "a number above 0", self.minutes)
+        # Two lengths would contradict each other.
         require(self.minutes is None or self.chars is None, "minutes", "given without chars", self.minutes)
-        # A budget of minutes is re-planned all the time, and its plan always ends with the clock.
+        # A budget of minutes is replanned during the run, and its plan always ends with the clock.
         require(self.minutes is None or self.patience is None, "patience", "given without minutes", self.patience)
 
     @classmethod
     def from_recipe(cls, recipe: str, given: Mapping[str, Any]) -> Budget:
-        """The budget of `recipe`, or with `given` fields instead.
+        """Return the budget of `recipe`, updated by the `given` fields.
 
         Raises:
             ConfigError: a value is out of its range.
         """
+        # Any length replaces the recipe's: minutes together with its 300 epochs would contradict each other.
         lengths = {"epochs", "minutes", "chars"}
         return cls(**({} if lengths & given.keys() else RECIPE_BUDGETS.get(recipe, {})), **given)
 
@@ -183,35 +193,41 @@ class Budget:
     def schedule(
         self, *, chars_per_step: int, train_chars: int | None = None, pace: Pace | None = None, steps_done: int = 0
     ) -> Schedule:
-        """Turn the budget into steps.
+        """Convert the budget to a schedule.
 
         Args:
-            chars_per_step: characters in one optimizer step.
-            train_chars: length of the text that is trained on; None for a stream.
-            pace: how fast this machine trains; needed for minutes.
-            steps_done: steps that the run has taken already; they count, as do the seconds of `pace`.
+            chars_per_step: characters in an optimizer step.
+            train_chars: length of the training text; None for a stream.
+            pace: measured speed of this machine; required for minutes.
+            steps_done: steps that the run has already taken; they count, as do the seconds of `pace`.
         """
         n_epochs = EPOCHS_OF_A_BUDGET
         if self.minutes is not None:
             assert pace is not None
+            # A resumed run has the rest of its budget, which may be used up.
             left = max(0.0, self.minutes * 60 - pace.seconds_spent)
             step, end = self._with_share_of_validation(pace)
+            # As few epochs as keep their ends within their share of the time, and at least the minimum of steps in each.
             n_epochs = max(1, min(n_epochs, int(SHARE_OF_EPOCH_ENDS * left / end), int(left / step / MIN_STEPS_PER_EPOCH)))
+            # Solve left = steps * step + epochs * end, for a given length of the epochs or a given number.
             if self.steps_per_epoch is not None:
                 steps = round(left / (step + end / self.steps_per_epoch))
             else:
                 steps = round((left - n_epochs * end) / step)
-            total = steps_done + max(steps, 0 if steps_done else 1)
+            total = steps_done + max(steps, 0 if steps_done else 1)  # a new run takes at least one step
+        # Epochs give the number of steps directly, whatever the text and the machine.
         elif self.chars is None and self.epochs is not None:
             steps = self.steps_per_epoch or 500
             return self._with_validation(self.epochs * steps, steps)
         else:
             total = math.ceil((self.chars or suitable_chars(train_chars)) / chars_per_step)
+        # Equal epochs over the whole run, also over the steps already taken, so that the loss curve is evenly spaced.
         share = max(MIN_STEPS_PER_EPOCH, math.ceil(total / n_epochs))
         return self._with_validation(total, self.steps_per_epoch or share)
 
     def _with_share_of_validation(self, pace: Pace) -> tuple[float, float]:
-        """Seconds of a step and of an epoch's end, the one of them that validation grows with including it."""
+        """Return the seconds of a step and of an epoch's end; validation is included in one of them."""
+        # A fixed number of validation batches belongs to an epoch's end; by default their number grows with the steps.
         if self.val_steps is not None:
             return pace.seconds_per_step, pace.seconds_per_epoch_end + self.val_steps * pace.seconds_per_val_batch
         return pace.seconds_per_step + pace.seconds_per_val_batch * VAL_SHARE, pace.seconds_per_epoch_end
@@ -224,33 +240,37 @@ class Budget:
 def learning_rate(
     step: int, total_steps: int, config: TrainConfig, *, decay_start: int | None = None, decay_done: float = 0.0
 ) -> float:
-    """Learning rate of step 0, 1, ..., total_steps - 1: up in a straight line, then down to `config.min_lr`.
+    """Return the learning rate of step 0, 1, ..., total_steps - 1: linear warm-up, then decay to `config.min_lr`.
 
-    The decay ends at `config.decay_steps`, or exactly with the run where that is None; there the warm-up takes at most
+    The decay ends at `config.decay_steps`, or exactly with the run if that is None; in that case the warm-up takes at most
     a tenth of the run. After the decay the rate stays at `config.min_lr`.
 
     Args:
         step: steps taken before.
         total_steps: steps of the whole run.
         config: peak, floor and shape.
-        decay_start: step at which the decay begins, or from which on it takes another slope; None means after the warm-up.
-        decay_done: share of the decay that was done by then.
+        decay_start: step at which the decay begins or changes its slope; None means after the warm-up.
+        decay_done: progress of the decay at `decay_start`.
     """
+    # [start, end): the steps of the decay.
     if config.decay_steps is None:
         end, start = total_steps, warmup_steps_of(total_steps, config) if decay_start is None else decay_start
     else:
         end, start = config.decay_steps, config.warmup_steps
+    # Warm-up: + 1 because a first step with rate 0 would be wasted.
     if step < start:
         return config.lr * (step + 1) / (start + 1)
     if step >= end:
         return config.min_lr
+    # From `decay_done` at `start` to 1 at `end`; `decay_done` is 0 unless the run was replanned.
     progress = decay_done + (1 - decay_done) * (step - start) / max(1, end - start)
+    # Height of the decay between floor and peak: 1 at the start, 0 at the end.
     share = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr + share * (config.lr - config.min_lr)
 
 
 def lr_at_step(step: int, schedule: Schedule, config: TrainConfig) -> float:
-    """Learning rate of step 0, 1, ... of `schedule` (`learning_rate`)."""
+    """Return the learning rate of step 0, 1, ... of `schedule`; see `learning_rate`."""
     return learning_rate(step, schedule.total_steps, config, decay_start=schedule.decay_start, decay_done=schedule.decay_done)
 
 
@@ -262,8 +282,8 @@ def epochs_since_best(val_losses: Sequence[float]) -> int:
 def cool_down(schedule: Schedule, step: int, best_step: int, config: TrainConfig) -> Schedule:
     """Plan a cool-down at `step` with the weights of `best_step`: the learning rate of that step comes down to its floor.
 
-    A run that was planned to end there would have had a lower rate by then, and a lower loss for that. The cool-down makes up
-    for it in a fifth of the steps that led to the weights (compare Hägele et al., arXiv 2405.18392).
+    A run that was planned to end there would have had a lower rate by then, and so a lower loss. The cool-down makes up for it
+    in a fifth of the steps that led to the weights (compare Hägele et al., arXiv 2405.18392).
 
     Args:
         schedule: the plan until now; its decay must end with the run.
@@ -272,27 +292,29 @@ def cool_down(schedule: Schedule, step: int, best_step: int, config: TrainConfig
         config: peak, floor and shape of the learning rate.
     """
     rate = lr_at_step(max(best_step - 1, 0), schedule, config)
-    # A rate of the warm-up can be below the floor, and the floor can be the peak.
+    # During the warm-up the rate can be below the floor, and the floor can equal the peak.
     span = config.lr - config.min_lr
     share = max(0.0, rate - config.min_lr) / span if span else 0.0
-    # The inverse of the decay: how much of it is done where the rate has come down to this share.
+    # Inverse of the decay: its progress at this height. Linear h = 1 - p; cosine h = (1 + cos(pi p)) / 2.
     done = 1 - share if config.decay == "linear" else math.acos(2 * share - 1) / math.pi
     total = step + math.ceil(COOL_DOWN_SHARE * best_step)
     return replace(schedule, total_steps=total, decay_start=step, decay_done=done)
 
 
 def warmup_steps_of(total_steps: int, config: TrainConfig) -> int:
-    """Steps of warm-up in a run of `total_steps` whose decay ends with it."""
+    """Return the number of warm-up steps of a run whose decay ends at `total_steps`."""
+    # A short run would otherwise spend most of its steps on the warm-up.
     return min(config.warmup_steps, total_steps // 10)
 
 
 def fraction_of_peak(rate: float, config: TrainConfig) -> float:
-    """What a learning rate is of the highest one, `config.lr`, in [0, 1]: each group of parameters has that share of its own.
+    """Return a learning rate as a fraction of the peak, `config.lr`. Each parameter group scales its own peak by it.
 
     Raises:
-        ConfigError: `rate` is negative, above the highest one, or no number.
+        ConfigError: `rate` is negative, above the peak, or NaN.
     """
     share = rate / config.lr
+    # The tolerance is for rounding in `learning_rate`; NaN fails every comparison.
     if not 0 <= share <= 1 + 1e-9:
         raise ConfigError(
             f"the learning rate of a step must be from 0 to the config's lr ({config.lr:g}), got {rate:g}; it is a rate, not a "

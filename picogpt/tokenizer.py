@@ -1,15 +1,15 @@
-"""Characters to ids and back: 88 ids, lower case, one table look-up for a text of any length.
+"""The character tokenizer: 88 ids, lower case, encoded by one table lookup for a text of any length.
 
 | ids   | meaning                                                                                     |
 |-------|---------------------------------------------------------------------------------------------|
-| 0     | unknown: every character that is none of the others; decodes to `<?>`                         |
+| 0     | unknown: every other character; decodes to `<?>`                                               |
 | 1-74  | the ASCII characters of Python's `string.printable`, in that order, without the capitals       |
 | 75-81 | the special tokens `<P> <S> </S> <Q> </Q> <A> </A>`                                            |
 | 82-87 | spare                                                                                        |
 
-A capital A-Z has the id of its small letter. Encoding is one id per character, so lengths and positions agree. Folding, which
-may change a text's length, comes before it: `TextEncoder` joins the two. Special tokens are never made from text: `<Q>` in a
-text is three characters. Programs use `SPECIAL_IDS`.
+A capital A-Z has the id of its small letter. Encoding gives one id per character, so lengths and positions agree. Folding, which
+may change a text's length, comes first: `TextEncoder` does both. Special tokens are never parsed from text: `<Q>` in a text is
+three characters, so a text cannot fake a question. Programs use `SPECIAL_IDS`.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ __all__ = [
 
 VOCAB_SIZE: Final = 88
 UNKNOWN_ID: Final = 0
+# Ids follow from the order of these characters and are part of every model on disk: never change it.
 _CHARACTERS: Final = "".join(c for c in string.printable if c not in string.ascii_uppercase)
+# Special tokens of the original project's vocabulary; training texts with questions and answers use the last four.
 _SPECIALS: Final = ("<P>", "<S>", "</S>", "<Q>", "</Q>", "<A>", "</A>")
 SPECIAL_IDS: Final = {token: i for i, token in enumerate(_SPECIALS, start=len(_CHARACTERS) + 1)}
 """Ids of the special tokens, by their spelling."""
 TEXT_IDS: Final = range(1, len(_CHARACTERS) + 1)
-"""Ids of the characters that a text can hold."""
+"""Ids of the characters that a text can contain."""
 
 _CAPITAL: Final = re.compile("[A-Z]")
 
@@ -54,38 +56,43 @@ class CharTokenizer:
     """The table of characters, in both directions."""
 
     def __init__(self) -> None:
+        # One entry per code point, so that encoding is a single gather without a branch. Untouched zero pages take no memory.
         self._id_of = np.full(N_CODE_POINTS, UNKNOWN_ID, dtype=np.uint8)
         for i, character in enumerate(_CHARACTERS, start=1):
             self._id_of[ord(character)] = i
+            # Lower-casing is part of the table, so that it costs nothing.
             if character in string.ascii_lowercase:
                 self._id_of[ord(character.upper())] = i
+        # A model may sample a spare id before it has learned not to; it decodes like an unknown character.
         spare = ["<?>"] * (VOCAB_SIZE - 1 - len(_CHARACTERS) - len(_SPECIALS))
         self._text_of = np.array(["<?>", *_CHARACTERS, *_SPECIALS, *spare], dtype=object)
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """Spelling to id, for the 82 ids that are in use."""
+        """The 82 ids in use, by their spelling."""
         used = len(_CHARACTERS) + len(_SPECIALS) + 1
         return {str(text): i for i, text in enumerate(self._text_of[:used])}
 
     def encode(self, text: str) -> npt.NDArray[np.uint8]:
-        """Ids of `text`, one per character, shape (len(text),). Any string will do, lone surrogates too."""
+        """Return the ids of `text`, one per character, shape (len(text),). Any string is valid, also with lone surrogates."""
         ids: npt.NDArray[np.uint8] = self._id_of[to_code_points(text)]
         return ids
 
     def decode(self, ids: npt.ArrayLike) -> str:
-        """Text of `ids`, a sequence of ids of any length. Unknown and spare ids become `<?>`.
+        """Return the text of a sequence of ids. Unknown and spare ids become `<?>`.
 
         Raises:
             IndexError: an id is outside 0..87.
         """
         indices = np.asarray(ids, dtype=np.intp)
+        # numpy would count a negative index from the end, silently; a large one raises by itself.
         if indices.size and indices.min() < 0:
             raise IndexError(f"token id {indices.min()} is outside 0..{VOCAB_SIZE - 1}")
         return "".join(self._text_of[indices])
 
     def unknown_characters(self, text: str) -> Counter[str]:
-        """How often each character of `text` that has no id occurs."""
+        """Count the characters of `text` that have no id."""
+        # Counted with numpy: a text may be gigabytes long, and has few distinct unknown characters.
         code_points = to_code_points(text)
         unknown, counts = np.unique(code_points[self._id_of[code_points] == UNKNOWN_ID], return_counts=True)
         return Counter({chr(point): int(count) for point, count in zip(unknown, counts, strict=True)})
@@ -93,31 +100,32 @@ class CharTokenizer:
 
 @dataclass
 class Tally:
-    """Counts of what encoding changed in a text."""
+    """Counts of the characters that encoding changed."""
 
     characters: int = 0
-    """Ids that came out."""
+    """Number of ids."""
     folded: Counter[str] = field(default_factory=Counter)
-    """How often each character occurred that was folded to ASCII."""
+    """Counts of the characters that were folded to ASCII."""
     unknown: Counter[str] = field(default_factory=Counter)
-    """How often each character occurred that has no id and became `<?>`."""
+    """Counts of the characters without an id, which became `<?>`."""
     capitals: bool = False
-    """Whether there were capitals A-Z."""
+    """Whether capitals A-Z occurred."""
 
     @property
     def unknown_share(self) -> float:
-        """Share of the ids that are `<?>`, from 0 to 1."""
-        return self.unknown.total() / max(1, self.characters)
+        """Fraction of the ids that are `<?>`."""
+        return self.unknown.total() / max(1, self.characters)  # an empty text has none
 
     def __str__(self) -> str:
-        """One line: capitals, characters folded and characters unknown, each with the commonest."""
+        """Return one line: capitals, folded and unknown characters, with the most common ones."""
         parts = [*(["capitals become small letters"] if self.capitals else []), *self.losses()]
+        # Said explicitly: a missing phrase could also mean that nothing was checked.
         if not self.unknown:
             parts.append("no character unknown" if parts else "every character known")
         return "; ".join(parts)
 
     def losses(self) -> list[str]:
-        """How many characters were folded, and how many are unknown; empty where there are none of either."""
+        """Return phrases about folded and unknown characters; empty if there are none."""
         parts = [f"folded to ASCII: {self.folded.total():,} ({list_commonest(self.folded)})"] if self.folded else []
         if self.unknown:
             share = f"{self.unknown_share:.2%}: {list_commonest(self.unknown)}"
@@ -126,12 +134,13 @@ class Tally:
 
 
 def list_commonest(counts: Counter[str], most: int = 5) -> str:
-    """The commonest characters of `counts`, at most `most`, with their counts."""
+    """Format the `most` most common characters of `counts` with their counts."""
+    # With repr, as many of them are invisible or combine with their neighbours.
     return ", ".join(f"{character!r} {count:,}" for character, count in counts.most_common(most))
 
 
 class TextEncoder:
-    """Encodes the texts of one model: folds them, if its texts are folded, and looks their ids up. For one thread at a time.
+    """Encoder for the texts of one model: folds them, if the model's texts are folded, and looks up the ids. Not thread-safe.
 
     Args:
         fold: whether characters outside ASCII are folded (`picogpt.folding`).
@@ -146,22 +155,25 @@ class TextEncoder:
         self._folding = Folding() if fold else None
 
     def fold(self, text: str) -> str:
-        """`text` as it is encoded, one id per character."""
+        """Return the text to which `encode` assigns one id per character."""
         return self._folding(text) if self._folding else text
 
     def encode(self, text: str) -> npt.NDArray[np.uint8]:
-        """Ids of `text` once it is folded, shape (len(fold(text)),)."""
+        """Return the ids of the folded text, shape (len(fold(text)),)."""
         ids = self._tokenizer.encode(text)
         tally = self.tally
+        # Only unknown characters can be folded, so a text without any, which is the common case, is encoded once.
         if not ids.all():
             counts = self._tokenizer.unknown_characters(text)
             if self._folding:
+                # Folding leaves a character that it does not know; those stay unknown.
                 folded = Counter({c: n for c, n in counts.items() if fold_character(c) != c})
                 tally.folded += folded
                 counts -= folded
                 ids = self._tokenizer.encode(self.fold(text))
-            tally.unknown += counts
+            tally.unknown += counts  # those that folding does not know
         tally.characters += len(ids)
+        # Searched only until the first capital of all texts is found.
         tally.capitals = tally.capitals or _CAPITAL.search(text) is not None
         return ids
 
@@ -170,8 +182,9 @@ def encode_stop(encoder: TextEncoder, text: str) -> list[int]:
     """Return the ids of a stop sequence.
 
     Raises:
-        ConfigError: the model could never generate it.
+        ConfigError: the text is empty or has an unknown character, so the model cannot generate it.
     """
+    # Special tokens need no check: they are never parsed from text.
     ids: list[int] = encoder.encode(text).tolist()
     if UNKNOWN_ID in ids or not ids:
         raise ConfigError(f"stop must be made of characters that the model knows, got {text!r}", "stop")

@@ -1,4 +1,4 @@
-"""How long this process has run, as far as the system tells it."""
+"""Age of this process, so that a budget of minutes includes the time of importing torch."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from pathlib import Path
 
 __all__ = ["process_seconds"]
 
+# The age is read at the start of a command. A larger value comes from a system with another clock, such as some containers.
 _LIKELY = 600.0
-"""A process that is asked when it has just begun is no older; a larger age comes from a system that counts otherwise."""
 
 
 def process_seconds(stat: Path = Path("/proc/self/stat")) -> float:
-    """Seconds since this process was started; 0 where the system does not say. To be asked early.
+    """Return the seconds since this process was started; 0 if the system does not tell. Call it early.
 
     Args:
-        stat: what Linux tells of the process.
+        stat: Linux's status file of the process.
     """
+    # Only Linux has a file for it; elsewhere a budget counts from the first line of the command.
     if sys.platform != "linux":
         return 0.0
     try:
-        # The second field, the program's name in parentheses, can hold anything; the start is the 22nd, in ticks since boot.
+        # Field 2, the program's name in parentheses, may contain spaces and parentheses, so split after the last one. Field 22 is
+        # the start, in clock ticks since boot.
         ticks = int(stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):

@@ -1,4 +1,8 @@
-"""Lines for the user: small pieces of sentences, and how library code hands a line to whoever shows it."""
+"""Formatting for messages, and the type of the callback through which library code prints them.
+
+Library code never prints: it calls `notify`, so that a command can print a line above its progress bar, and a Python program can
+show it in its own way.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +12,39 @@ from datetime import timedelta
 __all__ = ["Notify", "format_bytes", "format_passes", "format_seconds", "plural", "say_nothing"]
 
 Notify = Callable[[str], None]
-"""Takes a line about the work, to print it on stderr for instance."""
+"""Callback for a line about the work, for example to print it on stderr."""
 
 
 def say_nothing(_: str) -> None:
-    """The `Notify` of callers that show nothing."""
+    """Ignore the line: the `Notify` of callers that show nothing."""
 
 
 def plural(count: int, noun: str, nouns: str | None = None) -> str:
-    """A count and what is counted: `1 character`, `2,000 characters`.
+    """Format a count with its noun: `1 character`, `2,000 characters`.
 
     Args:
-        count: how many.
-        noun: the word for one of them.
-        nouns: the word for several, where it is more than an `s` at the end.
+        count: the number.
+        noun: the singular.
+        nouns: the plural, if it is not the singular with an `s`.
     """
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
 
 
 def format_passes(passes: float) -> str:
-    """So many passes over the text, with a digit after the point below 10."""
+    """Format a number of passes over the text: with a decimal below 10, and two significant digits below 0.1."""
+    # The limits are those of rounding: 9.95 would become 10.0, and 0.095 becomes 0.1.
     number = f"{passes:,.0f}" if passes >= 9.95 else f"{passes:.1f}" if passes >= 0.095 else f"{passes:.2g}"
+    # By the text and not by the number: 1.0 is printed as "1.0 passes".
     return f"{number} pass{'' if number == '1' else 'es'} over the text"
 
 
 def format_bytes(number: int) -> str:
-    """In megabytes, or gigabytes from one on."""
+    """Format a size in megabytes, or in gigabytes from 1 GB on."""
+    # Powers of ten, as disks and networks are sold and measured.
     return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
 def format_seconds(seconds: float) -> str:
-    """Hours, minutes and seconds, with days before them where there are any."""
+    """Format a duration as hours, minutes and seconds, preceded by days if there are any."""
+    # timedelta prints exactly this form.
     return str(timedelta(seconds=round(seconds)))

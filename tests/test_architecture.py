@@ -13,7 +13,7 @@ import picogpt
 
 PACKAGE = Path(picogpt.__file__).parent
 LAYERS = [
-    {"errors", "signals", "threads", "uptime", "wording"},
+    {"errors", "signals", "stdio", "threads", "uptime", "wording"},
     {"checks", "device", "encodings", "files", "folding", "rng"},
     {"config"},
     {"schedule"},

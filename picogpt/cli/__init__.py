@@ -1,1 +1,1 @@
-"""The commands: parsers, progress, printing and the one place where errors become lines. `main(argv) -> int` each."""
+"""The commands, each with `main(argv) -> int`: parsers, progress, printing, and the error boundary."""

@@ -1,4 +1,4 @@
-"""Progress on stderr, for training, timing, evaluation and downloads: a bar on a terminal, a line now and then elsewhere."""
+"""Progress on stderr, for training, timing, evaluation and downloads: a bar on a terminal, else a line every half minute."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from tqdm import tqdm
 from picogpt.cli.common import notice
 from picogpt.cli.screen import hide_bar, show_bar
 
-__all__ = ["ProgressBar"]
+__all__ = ["DownloadBar", "ProgressBar"]
 
 LINE_INTERVAL = 30.0
-"""Seconds between lines where stderr is no terminal."""
+"""Seconds between progress lines when stderr is not a terminal."""
 
 
 class ProgressBar:
-    """A bar that is cleared before any line is printed (`picogpt.cli.screen`); where stderr is no terminal, a line now and then.
+    """A bar that is cleared before any line is printed (`picogpt.cli.screen`). Without a terminal it prints progress lines.
 
     Args:
         total: amount of work.
-        unit: of the amount, `char` or `B`.
-        done: amount that was done before.
-        label: words in front.
-        leave: whether it stays when the work is done.
-        describe: makes a line, given the seconds since the start; None prints no lines.
+        unit: unit of work, `char` or `B`.
+        done: work done in earlier starts.
+        label: text in front of the bar.
+        leave: whether the bar stays on the screen at the end.
+        describe: formats a progress line from the work done and the seconds since the start; None prints no lines.
     """
 
     def __init__(
@@ -42,19 +42,21 @@ class ProgressBar:
         done: int = 0,
         label: str | None = None,
         leave: bool = True,
-        describe: Callable[[float], str] | None = None,
+        describe: Callable[[int, float], str] | None = None,
     ) -> None:
         self._bar: _Bar | None = None
-        self._describe = describe
+        self._done, self._describe = done, describe
         self._start = self._last_line = time.perf_counter()
+        # sys.stderr is None where a process was started without one.
         if sys.stderr is None or not sys.stderr.isatty():
-            return
+            return  # no bar: `advance` prints lines
+        # A low smoothing factor: the mean speed predicts the end better than the last moment, in which the machine may be busy.
         scale: dict[str, Any] = {"unit": unit, "unit_scale": True, "smoothing": 0.05}
         self._bar = _Bar(**_width(), **scale, file=_Stderr(), desc=label, total=total, initial=done, leave=leave)
-        # The clock on the wall can jump; this one cannot.
+        # tqdm reads the wall clock, which can jump, as after a correction by NTP. Give it a monotonic clock.
         self._bar._time = time.perf_counter  # type: ignore[attr-defined]
         self._bar.start_t = self._bar.last_print_t = time.perf_counter()
-        show_bar(self)
+        show_bar(self)  # from here on, other output is printed above the bar
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -63,12 +65,14 @@ class ProgressBar:
         self.close()
 
     def advance(self, amount: int, note: str | None = None, *, total: int | None = None) -> None:
-        """Move on by `amount`, with `note` at the end of the bar; `total` is a new amount of work."""
+        """Add `amount` to the work done; `note` is shown behind the bar, `total` replaces the amount of work."""
+        self._done += amount
         if self._bar is None:
             self._print_line()
             return
         if note is not None:
             self._bar.set_postfix_str(note, refresh=False)
+        # A run with a budget of minutes changes its number of steps while it trains.
         if total is not None:
             self._bar.total = total
         self._bar.update(amount)
@@ -77,57 +81,84 @@ class ProgressBar:
         now = time.perf_counter()
         if self._describe is not None and now - self._last_line >= LINE_INTERVAL:
             self._last_line = now
-            notice(self._describe(now - self._start))
+            notice(self._describe(self._done, now - self._start))
 
     @contextlib.contextmanager
     def cleared(self) -> Iterator[None]:
-        """Erase the bar while something else is printed."""
+        """Erase the bar while other output is printed."""
         if self._bar is None:
             yield
             return
-        # tqdm compares files to find the bars that are in the way, so it must be given the bar's own.
+        # tqdm clears only bars that write to the given file, so pass the bar's own file object.
         with tqdm.external_write_mode(file=self._bar.fp):
             yield
 
     def close(self) -> None:
-        """Leave the bar as it stands, on a line of its own."""
-        hide_bar(self)
+        """Stop updating the bar; it stays on a line of its own unless `leave` is false."""
+        hide_bar(self)  # first: a notice from another thread must not clear a closed bar
         if self._bar is not None:
             self._bar.close()
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]  # a class of tqdm takes no argument at run time
-    """Leaves the cursor at the beginning of its line, so that the ^C of a terminal is overwritten with the bar."""
+    """A tqdm bar that keeps the cursor at the start of its line."""
+
+    # Called by tqdm for every redraw, also from its monitor thread.
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         super().display(msg, pos)
+        # A terminal echoes ^C at the cursor: here the next redraw overwrites it.
         self.fp.write("\r")
         self.fp.flush()
 
 
 class _Stderr(io.TextIOBase):
-    """Stderr for a bar: a terminal that has gone stops no training."""
+    """Stderr for a bar. Errors are ignored: training continues when its terminal was closed."""
 
     def write(self, text: str) -> int:
-        """Write `text` if there is anybody to read it."""
+        """Write `text` if the terminal still exists."""
         with contextlib.suppress(OSError, ValueError):
             return sys.stderr.write(text)
-        return len(text)
+        return len(text)  # as if it had been written
 
     def flush(self) -> None:
-        """Flush, likewise."""
+        """Flush if the terminal still exists."""
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.flush()
 
     def fileno(self) -> int:
-        """The terminal's, which tells its width."""
+        """Return the terminal's descriptor, from which tqdm reads the width."""
         return sys.stderr.fileno()
 
     def isatty(self) -> bool:
-        """It is one."""
+        """Return True: a bar is made only on a terminal."""
         return True
 
 
 def _width() -> dict[str, Any]:
-    """Keep to the terminal's width as it changes; one that tells none, at which tqdm shows nothing, is taken for 80."""
+    """Return tqdm's arguments for the width: the terminal's, as it changes, or 80 columns if the terminal reports none."""
+    # With a width of 0, as some serial consoles report, tqdm would show nothing.
     return {"dynamic_ncols": True} if os.get_terminal_size(sys.stderr.fileno()).columns else {"ncols": 80, "nrows": 24}
+
+
+class DownloadBar:
+    """Progress of one download in bytes; the bar appears with the first bytes, so a failed request shows none."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._bar: ProgressBar | None = None
+        self._received = 0
+
+    def __enter__(self) -> DownloadBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, received: int, total: int) -> None:
+        """Show that `received` of `total` bytes have arrived."""
+        if self._bar is None:
+            self._bar = ProgressBar(total, "B", label=self._what)  # the size is known from the first response
+        self._bar.advance(received - self._received)  # callers report totals, tqdm takes differences
+        self._received = received

@@ -1,4 +1,4 @@
-"""The commands' common ground: notices and the error boundary."""
+"""Shared parts of the commands: notices on stderr, and the boundary at which exceptions become one line and an exit code."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import NoReturn
 
 from picogpt.cli.parser import Parser
 from picogpt.cli.screen import above_bar
-from picogpt.cli.streams import install_blocking_streams, reader_is_gone, stdout_is_mid_line
 from picogpt.errors import ConfigError, PicoGPTError, file_of_error
+from picogpt.stdio import install_blocking_streams, reader_is_gone, stdout_is_mid_line
 
 __all__ = ["check_picture", "end_process", "notice", "run_command"]
 
-_INTERRUPTED = 130
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
+# Advice for errors of the operating system; other errors are printed without a hint.
 _HINTS: Mapping[int, str] = {
     errno.ENOSPC: "free some space on the disk, then start again",
     errno.EDQUOT: "free some space of your quota, then start again",
@@ -35,31 +36,34 @@ _HINTS: Mapping[int, str] = {
     errno.ENFILE: "close other programs, then start again",
     errno.ENOMEM: "close other programs, or take a smaller --batch-size or model",
 }
-"""What to do about an error of the system; others are printed without advice."""
 
 
 def notice(text: str) -> None:
-    """Print something about the work on stderr, on a line of its own."""
-    with contextlib.suppress(OSError, ValueError), above_bar():  # a closed stderr stops no work
+    """Print a line about the work on stderr; results go to stdout."""
+    # A closed stderr must not stop training. If the cursor is in the middle of generated text, start a new line.
+    with contextlib.suppress(OSError, ValueError), above_bar():
         print(f"\n{text}" if stdout_is_mid_line() else text, file=sys.stderr, flush=True)
 
 
 def run_command(body: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None) -> int:
-    """Parse `argv` (None: the process's own) and run `body`; return the exit code.
+    """Parse `argv` (None: the process's own arguments) and run `body`; return the exit code.
 
-    The one boundary at which the package's errors become a line on stderr. Other exceptions are bugs and go on.
+    The only place where exceptions become a line on stderr. Exceptions that are not listed here are bugs and propagate.
     """
     install_blocking_streams()
     arguments = parser.parse(argv)
     try:
         code = body(arguments)
         if sys.stdout is not None and not sys.stdout.closed:
-            sys.stdout.flush()  # here, where a full disk is one line
+            # Flush here: at the interpreter's exit, a full disk would be a traceback.
+            sys.stdout.flush()
         return code
     except (PicoGPTError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
-        left = isinstance(error, BrokenPipeError) and reader_is_gone(sys.stdout)
-        _flush_or_drop()  # first: an interruption can come before the text above it is out
-        if left:
+        # A pipe into `head` is closed once head has read enough: the normal end of such a command, and no error.
+        is_reader_done = isinstance(error, BrokenPipeError) and reader_is_gone(sys.stdout)
+        # Results before the message, as both may go to one terminal.
+        _flush_or_drop()
+        if is_reader_done:
             return 0
         message, code = _explain(error, parser)
         notice(f"{parser.prog}: {message}")
@@ -67,45 +71,47 @@ def run_command(body: Callable[[argparse.Namespace], int], parser: Parser, argv:
 
 
 def _flush_or_drop() -> None:
-    """Write results that are still buffered; drop those that cannot be written, as Python would try it again at exit."""
-    with contextlib.suppress(ValueError, AttributeError):
+    """Flush stdout; drop buffered output that cannot be written."""
+    with contextlib.suppress(ValueError, AttributeError):  # closed, or None
         try:
             sys.stdout.flush()
         except OSError:
+            # Python flushes again at exit and would print a second error: let that go to the null device.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_picture(path: Path | None) -> None:
-    """Refuse to begin the work for a picture that could not be written to `path`; None is a place of our own choosing.
+    """Check before the work starts that a plot can be written to `path`; None, the default path, is not checked.
 
     Raises:
-        ConfigError: it is no name of a JPG or PNG, or its folder is not there or cannot be written to.
+        ConfigError: the name does not end in .jpg or .png, or its folder is missing or not writable.
     """
     if path is None:
         return
     if path.suffix.lower() not in {".jpg", ".jpeg", ".png"}:
         raise ConfigError(f"output must end in .jpg or .png, got {str(path)!r}", "output")
     if not path.parent.is_dir():
-        raise ConfigError(f"output: there is no folder {path.parent}; make it first", "output")
+        raise ConfigError(f"output: there is no folder {path.parent}; create it first", "output")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"output: {path} cannot be written; name another file", "output")
+        raise ConfigError(f"output: {path} cannot be written; choose another file", "output")
 
 
 def end_process(code: int) -> NoReturn:
-    """End with `code` at once, whatever threads of a library are still reading.
+    """Exit the process with `code` at once, without waiting for threads of libraries.
 
-    One that waits for the network cannot be joined, and one that comes back while the interpreter is being torn down aborts
-    the process. By now all that is to last has been written.
+    A thread that waits for the network cannot be joined, and a thread that wakes up while the interpreter shuts down aborts the
+    process. All files have been written by now.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
+            stream.flush()  # os._exit does not flush
     os._exit(code)
 
 
 def _explain(error: BaseException, parser: Parser) -> tuple[str, int]:
-    """The line and the exit code of an error; one that is a bug of ours is raised again."""
+    """Return the message and the exit code for an exception; raise it again if it is a bug."""
     match error:
+        # Library code names a field, such as batch_size; a user has to know the flag, --batch-size.
         case ConfigError(field=str(field)) if parser.has_flag(flag := "--" + field.replace("_", "-")):
             return str(error).replace(field, flag, 1), error.exit_code
         case PicoGPTError():
@@ -117,7 +123,7 @@ def _explain(error: BaseException, parser: Parser) -> tuple[str, int]:
             where = f"{file}: " if file else ""
             hint = _HINTS.get(error.errno or 0)
             return f"{where}{error.strerror or error}" + (f"; {hint}" if hint else ""), 1
-    # torch has no exception of its own for an allocation that was refused.
+    # torch raises a plain RuntimeError if an allocation on the CPU fails.
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return "not enough memory; close other programs, or take a smaller --batch-size or model", 1
     raise error

@@ -1,48 +1,44 @@
-"""`picogpt-eval`: what a character costs a trained model, and what the context roll buys it."""
+"""`picogpt-eval`: score a text with a trained model, with and without the context roll."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from picogpt.checks import ENGINE_DTYPES, check_threads
 from picogpt.cli.common import check_picture, end_process, notice, run_command
-from picogpt.cli.parser import Parser, add_model, count
+from picogpt.cli.parser import Parser, add_model, add_setting
 from picogpt.config import EvalConfig, TextRequest
-from picogpt.threads import choose_threads
-from picogpt.wording import format_seconds, plural
-
-if TYPE_CHECKING:
-    from picogpt.config import EngineDType
-    from picogpt.data.articles import Ids
-    from picogpt.evaluation.report import Report
-    from picogpt.evaluation.scores import EvalSequences, Losses
-    from picogpt.evaluation.texts import EvalText
-    from picogpt.inference import Engine
+from picogpt.wording import format_seconds
 
 __all__ = ["build_parser", "command", "main"]
 
+# Not auto: a score depends on the type, so the user chooses it.
 DTYPES = tuple(name for name in ENGINE_DTYPES if name != "auto")
 
 
 def build_parser() -> Parser:
-    """The parser."""
+    """Return the parser of the command."""
     defaults = EvalConfig()
     parser = Parser(
         "picogpt-eval",
-        "Score a text with a trained model, in nats and bits per character: with its context vectors as they are, zeroed, taken\n"
-        "from another article, and in overlapping windows without a roll; beside compressors and a character n-gram.",
-        "A table goes to stdout, a picture beside the model. docs/evaluation.md says how to read them.",
+        "Score a text with a trained model, in nats and bits per character: with its\n"
+        "context vectors, with zeroed ones, with those of another article, and in\n"
+        "overlapping windows without a roll; next to compressors and a character n-gram.",
+        "Prints a table and saves a plot next to the model (docs/evaluation.md).",
     )
     add_model(parser)
-    group = parser.add_argument_group("text (default: the one that the run was validated on)")
+    group = parser.add_argument_group("text (default: the run's validation text)")
+    # One text: several would need several reports.
     text = group.add_mutually_exclusive_group()
     text.add_argument(
         "--dataset",
         metavar="NAME",
-        help="a data set as in picogpt-train: all of a text, or a stream's articles for validation (default: the run's)",
+        help="a data set as in picogpt-train: all of a text, or a stream's validation articles (default: the run's)",
     )
     text.add_argument(
         "--text",
@@ -51,40 +47,32 @@ def build_parser() -> Parser:
         default=[],
         help="files, folders of .txt and .md, or - for stdin: all of it (default: none)",
     )
-    group.add_argument("--text-column", metavar="NAME", help="column of a streamed data set that holds the text (default: text)")
-    group.add_argument(
-        "--chars",
-        metavar="N",
-        type=count,
-        default=defaults.chars,
-        help="characters to score at most, spread evenly over the text (default: %(default)s)",
-    )
+    group.add_argument("--text-column", metavar="NAME", help="text column of a streamed data set (default: text)")
+    meaning = "characters to score at most, evenly spaced over the text (default: %(default)s)"
+    add_setting(group, "--chars", default=defaults.chars, meaning=meaning)
     group.add_argument(
         "--ngram-text",
         metavar="PATH",
         nargs="+",
         default=[],
-        help="text to count the n-gram on (default: what the run reads: its text, if it is here, or the stream of --dataset)",
+        help="training text of the n-gram (default: the run's, if it is on this machine, or the stream of --dataset)",
     )
-    group.add_argument(
-        "--windows", metavar="N", type=count, default=defaults.windows, help="windows in a roll (default: %(default)s)"
-    )
+    add_setting(group, "--windows", default=defaults.windows, meaning="windows in a sequence (default: %(default)s)")
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--dtype",
         metavar="TYPE",
         choices=DTYPES,
         default="float32",
-        help=f"type of the weights: {', '.join(DTYPES)}; what another one than float32 costs is measured too (default: float32)",
+        help=f"type of the weights: {', '.join(DTYPES)}; the loss by rounding is measured too (default: float32)",
     )
-    machine.add_argument(
-        "--threads", metavar="N", type=count, help="threads, which change the speed and not the scores (default: one a core)"
-    )
+    add_setting(machine, "--threads", meaning="threads; scores do not depend on their number (default: one per core)")
+    # Results: the table or JSON on stdout, and a plot.
     output = parser.add_argument_group("output")
     output.add_argument(
-        "-o", "--output", metavar="FILE", type=Path, help="the picture, a .jpg or .png (default: eval.jpg beside the model)"
+        "-o", "--output", metavar="FILE", type=Path, help="file of the plot, .jpg or .png (default: eval.jpg next to the model)"
     )
-    output.add_argument("--json", action="store_true", help="one JSON object, on a line, instead of the table")
+    output.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
     return parser
 
 
@@ -94,21 +82,37 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """`picogpt-eval` as a process of its own."""
+    """Run `picogpt-eval` as a process."""
     end_process(main())
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    # Validate before the work starts.
     config = EvalConfig(chars=arguments.chars, windows=arguments.windows)
     check_threads(arguments.threads)
     check_picture(arguments.output)
+    # Imported after the checks, so that a wrong flag answers at once.
+    from picogpt.cli.bar import DownloadBar
+    from picogpt.data.resolve import Console
+    from picogpt.evaluation.run import Evaluation
     from picogpt.files import atomic_write
     from picogpt.runs.find import find_model
 
     path, chosen = find_model(arguments.model, arguments.logs_dir)
-    notice(chosen)
-    report = _score(arguments, path, config)
+    notice(chosen)  # without --model, the choice was ours
+    # Everything from here to the report is the same for a caller in Python.
+    report = Evaluation(
+        path=path,
+        text=TextRequest(paths=tuple(arguments.text), dataset=arguments.dataset, column=arguments.text_column),
+        ngram_paths=arguments.ngram_text,
+        config=config,
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+        console=Console(notice, DownloadBar),
+        progress=_progress,
+    ).report()
     output = arguments.output or path.with_name("eval.jpg")
+    # The table before the plot: it is out even if the plot cannot be written.
     print(json.dumps({**report.to_json(), "picture": str(output)}) if arguments.json else report.table(), flush=True)
     from picogpt.plot import draw_scores
 
@@ -117,124 +121,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _score(arguments: argparse.Namespace, path: Path, config: EvalConfig) -> Report:
-    """Find the text, score it, and measure the baselines on the same characters."""
-    from picogpt.cli.download import DownloadBar
-    from picogpt.data.resolve import Console
-    from picogpt.evaluation.baselines import compressed_bits
-    from picogpt.evaluation.report import Report
-    from picogpt.evaluation.scores import Scores, cut_sequences
-    from picogpt.evaluation.texts import TrainedRun, find_eval_text, find_ngram_text
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Show the progress of scoring `total` characters; yield a function that takes the number of characters read."""
+    from picogpt.cli.bar import ProgressBar
 
-    engine = _load_engine(path, arguments.threads, arguments.dtype)
-    trained, console = TrainedRun.of_model(path), Console(notice, DownloadBar)
-    sequence_len = config.windows * engine.config.context_len
-    text = find_eval_text(
-        trained,
-        TextRequest(paths=tuple(arguments.text), dataset=arguments.dataset, column=arguments.text_column),
-        sequence_len=sequence_len,
-        chars=config.chars,
-        console=console,
-    )
-    rolls = cut_sequences(text.articles, sequence_len, config.chars)
-    _announce(text, rolls)
-    ngram_text = find_ngram_text(trained, text, arguments.ngram_text, console)
-    losses = _read(engine, rolls)
-    if engine.dtype != "float32":
-        notice("the context vector as it is once more, in float32")
-        losses["float32"] = _read_as_is(_load_engine(path, arguments.threads, "float32"), rolls)
-    ngram, of_ngram = _count_ngram(ngram_text, rolls)
-    notice(ngram)
-    if of_ngram is not None:
-        losses["ngram"] = of_ngram.reshape(losses["as_is"].shape)
-    return Report(
-        model=str(path),
-        text=text.name,
-        part=text.description,
-        unit=text.unit,
-        dtype=engine.dtype,
-        scores=Scores(losses, rolls.article_of),
-        compressors=compressed_bits(rolls.ids[:, 1:].reshape(-1)),
-        ngram=ngram,
-    )
+    # At least one call has been scored when a line is printed, so the rate is not 0.
+    def describe(done: int, seconds: float) -> str:
+        rate = done / seconds
+        return f"{done / total:.0%} read, {rate:,.0f} characters/s, {format_seconds((total - done) / rate)} left"
 
-
-def _load_engine(path: Path, threads: int | None, dtype: EngineDType) -> Engine:
-    """The model, ready to score; says what computes it."""
-    from picogpt.inference import Engine
-
-    chosen = choose_threads(threads)
-    engine = Engine.load(path, threads=chosen.count, dtype=dtype, notify=notice)
-    notice(f"computing in {engine.dtype} with {plural(chosen.count, 'thread')} ({chosen.reason})")
-    return engine
-
-
-def _read(engine: Engine, rolls: EvalSequences) -> dict[str, Losses]:
-    """The loss of every character under each condition, with progress."""
-    from picogpt.evaluation.evaluate import chars_to_read, evaluate
-
-    with _Progress(chars_to_read(rolls, engine.config.context_len)) as advance:
-        return evaluate(engine, rolls, advance=advance)
-
-
-def _read_as_is(engine: Engine, rolls: EvalSequences) -> Losses:
-    """The loss of every character with the context vectors as they are, with progress."""
-    from picogpt.evaluation.evaluate import evaluate_as_is
-
-    with _Progress(rolls.n_chars) as advance:
-        return evaluate_as_is(engine, rolls, advance=advance)
-
-
-def _count_ngram(text: tuple[str, Ids] | str, rolls: EvalSequences) -> tuple[str, Losses | None]:
-    """What the n-gram was counted on and its losses (R, T), or why there is none, of the name and ids of a text."""
-    from picogpt.evaluation.baselines import NGRAM_CHARS, NGram
-
-    if isinstance(text, str):
-        return f"no n-gram: {text}", None
-    name, ids = text
-    counted = NGram(ids)
-    cap = f", the first {NGRAM_CHARS:,} of {len(ids):,}" if len(ids) > NGRAM_CHARS else ""
-    return f"n-gram counted on {name}: {counted.n_chars:,} characters{cap}", counted.losses(rolls.ids)
-
-
-def _announce(text: EvalText, rolls: EvalSequences) -> None:
-    """Say what is scored."""
-    R, T = len(rolls.ids), rolls.ids.shape[1] - 1
-    why = "" if text.unit == "articles" else "; no articles are marked in it, so stretches stand for them"
-    notice(
-        f"{text.name}, {text.description}: {R:,} rolls of {T:,} characters from {rolls.n_articles:,} of "
-        f"{len(text.articles):,} {text.unit}, {rolls.n_chars:,} characters{why}"
-    )
-
-
-class _Progress:
-    """Shows how many characters have been read.
-
-    Args:
-        total: characters to read.
-    """
-
-    def __init__(self, total: int) -> None:
-        from picogpt.cli.bar import ProgressBar
-
-        self._total, self._done = total, 0
-        self._bar = ProgressBar(total, "char", describe=self._line)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def __call__(self, chars: int) -> None:
-        """Note that so many more characters have been read."""
-        self._done += chars
-        self._bar.advance(chars)
-
-    def _line(self, seconds: float) -> str:
-        rate = self._done / seconds
-        left = format_seconds((self._total - self._done) / rate)
-        return f"{self._done / self._total:.0%} read, {rate:,.0f} characters/s, {left} left"
+    with ProgressBar(total, "char", describe=describe) as bar:
+        yield bar.advance
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The command line's parser: it answers in one line, names the nearest flag, and reads counts such as 2M."""
+"""The argument parser of all commands: one-line errors that suggest the nearest flag, and counts such as 2M.
+
+Importing it loads neither torch nor numpy, so that --help and a wrong flag answer at once.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,20 @@ import argparse
 import difflib
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from picogpt import __version__
 from picogpt.checks import parse_count
 from picogpt.config import LOGS_DIR
 from picogpt.errors import ConfigError
 
-__all__ = ["Parser", "add_model", "count"]
+__all__ = ["Parser", "add_model", "add_setting", "count"]
 
-_WRONG_USAGE = 2
+_WRONG_USAGE = 2  # exit code, as in argparse
 
+# Our flags, and the names that nanoGPT, transformers, llama.cpp and others use for the same setting.
 _SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "--lr": ("learning-rate", "max-lr"),
     "--grad-clip": ("max-grad-norm", "clip-grad", "gradient-clip"),
@@ -50,17 +54,17 @@ _SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "--output": ("out", "save"),
     "--chat": ("conversation", "interactive", "cnv"),
 }
-"""Our flags, and what nanoGPT, transformers, llama.cpp and others call the same."""
+_METAVARS: Mapping[Callable[[str], Any], str] = {int: "N", float: "X", str: "NAME"}
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` without abbreviations, whose errors are one line and name the nearest flag.
+    """An `ArgumentParser` without abbreviations, whose errors are one line and suggest the nearest flag.
 
     Args:
         prog: name of the command.
-        description: what it does.
-        epilog: what stands below the flags.
-        stray: what to do with an argument that belongs to no flag.
+        description: purpose of the command, in lines of at most 80 columns.
+        epilog: text below the flags, likewise.
+        stray: hint for the error about an unexpected positional argument.
     """
 
     def __init__(self, prog: str, description: str, epilog: str | None = None, stray: str | None = None) -> None:
@@ -68,60 +72,74 @@ class Parser(argparse.ArgumentParser):
             prog=prog,
             description=description,
             epilog=epilog,
+            # An abbreviation becomes ambiguous with the next flag that is added, and breaks scripts.
             allow_abbrev=False,
+            # Keeps the line breaks of description and epilog; help of flags is wrapped all the same.
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self._stray = stray
         self.add_argument("--version", action="version", version=f"picogpt {__version__}")
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Parse, rejecting an unknown flag with the name of the one that was probably meant."""
+        """Parse `argv` (None: the process's own arguments); reject an unknown flag and suggest a known one."""
         arguments = sys.argv[1:] if argv is None else list(argv)
-        # Ahead of argparse, which would take the value behind such a flag for an argument of its own, and complain of that.
+        # Before argparse, which would take the value of an unknown flag for a positional argument and complain about that.
+        # An argument with a space is a prompt, whatever it begins with.
         for argument in itertools.takewhile(lambda argument: argument != "--", arguments):
             flag = argument.partition("=")[0]
             if flag.startswith("--") and " " not in argument and not self.has_flag(flag):
                 self._reject(argument)
         parsed, unknown = self.parse_known_args(arguments)
+        # Left over: short flags that do not exist, and positional arguments that no flag takes.
         if unknown:
             self._reject(unknown[0])
         return parsed
 
     def has_flag(self, flag: str) -> bool:
-        """Whether there is such a flag."""
-        return flag in self._option_string_actions
+        """Whether the command has this flag."""
+        return flag in self._option_string_actions  # argparse has no public way to ask
 
     def _reject(self, argument: str) -> NoReturn:
         if not argument.startswith("-"):
-            self.error(f"{argument!r} belongs to no flag" + (f"; {self._stray}" if self._stray else ""))
+            self.error(f"unexpected argument {argument!r}" + (f"; {self._stray}" if self._stray else ""))
         flag = argument.partition("=")[0]
-        meant = self._meant(flag)
-        self.error(f"there is no flag {flag}" + (f"; did you mean {meant}?" if meant else ""))
+        nearest = self._nearest_flag(flag)
+        self.error(f"unknown flag {flag}" + (f"; did you mean {nearest}?" if nearest else ""))
 
-    def _meant(self, flag: str) -> str | None:
-        """The flag that other programs give this name, or the one whose name is nearest."""
-        name = flag.lstrip("-").replace("_", "-").lower()
+    def _nearest_flag(self, flag: str) -> str | None:
+        """Return our flag for another program's name, else the flag with the most similar name, or None."""
+        name = flag.lstrip("-").replace("_", "-").lower()  # --learning_rate and -lr count too
         for ours, others in _SYNONYMS.items():
             if name in others and self.has_flag(ours):
                 return ours
+        # Nothing similar gives no suggestion: a wrong one is worse.
         nearest = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
         return nearest[0] if nearest else None
 
     def error(self, message: str) -> NoReturn:
-        """End with exit code 2 and one line."""
+        """Exit with code 2 and one line."""
+        # argparse would print the whole usage, of 20 lines in picogpt-train, above the message.
         self.exit(_WRONG_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def count(text: str) -> int:
-    """Type of a flag that takes a whole number.
+    """Parse the value of a flag that takes a whole number, such as 2000000 or 2M.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: the value is not a whole number.
     """
     try:
         return parse_count(text)
     except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        raise argparse.ArgumentTypeError(str(error)) from error  # argparse puts the flag in front
+
+
+def add_setting(
+    group: argparse._ActionsContainer, *names: str, meaning: str, kind: Callable[[str], Any] = int, default: float | None = None
+) -> None:
+    """Add a flag that takes one value of type int, float or str; its metavar follows from the type."""
+    parse = count if kind is int else kind
+    group.add_argument(*names, metavar=_METAVARS[kind], type=parse, default=default, help=meaning)
 
 
 def add_model(flags: argparse._ActionsContainer) -> None:
@@ -130,7 +148,7 @@ def add_model(flags: argparse._ActionsContainer) -> None:
         "-m",
         "--model",
         metavar="RUN",
-        help="a run's name, its folder, or a .safetensors file (default: the run under the logs folder that was saved last, "
-        "else a model that comes with picogpt)",
+        help="a run's name, its folder, or a .safetensors file (default: the most recently saved run in the logs folder, else a "
+        "bundled model)",
     )
-    flags.add_argument("--logs-dir", metavar="DIR", type=Path, default=LOGS_DIR, help="where runs are kept (default: logs)")
+    flags.add_argument("--logs-dir", metavar="DIR", type=Path, default=LOGS_DIR, help="folder of all runs (default: logs)")

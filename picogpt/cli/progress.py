@@ -1,9 +1,11 @@
-"""How a training run is shown: a bar on a terminal, a line now and then elsewhere, a line and a sample every epoch."""
+"""Display of a training run: a progress bar or lines on stderr, and a line with a sample for each epoch on stdout."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
+from collections.abc import Callable, Iterator
 
 from picogpt.cli.bar import ProgressBar
 from picogpt.cli.common import notice
@@ -14,23 +16,23 @@ from picogpt.training.forecast import TIMED_STEPS
 from picogpt.training.trainer import StepReport, Trainer
 from picogpt.wording import format_passes, format_seconds, plural
 
-__all__ = ["TimingDisplay", "TrainingDisplay", "divergence"]
+__all__ = ["TrainingDisplay", "divergence", "timing_bar"]
 
+# Thresholds in nats above which a run counts as diverged.
 WORSE_THAN_GUESS = 0.5
-"""Nats above a uniform guess from which on a run has diverged: one that has just begun can be a little above."""
+"""Margin above the loss of a uniform guess; untrained weights are a little above it too."""
 WORSE_THAN_BEFORE = 1.0
-"""Nats above the lowest training loss from which on it has."""
+"""Margin above the lowest training loss so far."""
 
-_SMOOTHING = 0.9
-"""Weight of the past in the loss that is shown: about the last ten steps."""
+_SMOOTHING = 0.9  # decay of the displayed running mean of the loss: about the last ten steps
 
 
 class TrainingDisplay:
-    """Watches a run (`picogpt.training.trainer.Observer`): progress on stderr, results on stdout.
+    """Observer of a run (`picogpt.training.trainer.Observer`): progress on stderr, results on stdout.
 
     Args:
-        trainer: what is watched, for where it starts from.
-        schedule: the run's length.
+        trainer: the trainer, at the step from which the run starts or is resumed.
+        schedule: length of the run.
     """
 
     def __init__(self, trainer: Trainer, schedule: Schedule) -> None:
@@ -38,25 +40,27 @@ class TrainingDisplay:
         self._warned = False
         self._loss: float | None = None
         self._stdout_alive = True
-        self._first_step = trainer.step
+        self._first_step = trainer.step  # the speed counts only the steps of this start
         total, done = schedule.total_steps * trainer.chars_per_step, trainer.step * trainer.chars_per_step
         self._bar = ProgressBar(total, "char", done=done, describe=self._line)
 
     @property
     def _schedule(self) -> Schedule:
-        """The run's length, as planned now."""
+        """The current schedule: a run with a budget of minutes is replanned while it trains."""
         return self._trainer.schedule or self._first_schedule
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar, which stays on the screen."""
         self._bar.close()
 
     def on_step(self, report: StepReport) -> None:
-        """Move the bar, or say a line if it is time."""
+        """Advance the bar, or print a line if one is due."""
+        # The loss of a single step is noisy; the first has nothing to be averaged with.
         self._loss = report.loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * report.loss
         self._bar.advance(report.chars, f"loss {self._loss:.3f}", total=self._schedule.total_steps * report.chars)
 
-    def _line(self, seconds: float) -> str:
+    def _line(self, _done: int, seconds: float) -> str:
+        # Without a step there is no speed yet, but a line is due only after half a minute.
         step, total = self._trainer.step, self._schedule.total_steps
         seconds_per_step = seconds / max(1, step - self._first_step)
         left = format_seconds(seconds_per_step * (total - step))
@@ -66,65 +70,53 @@ class TrainingDisplay:
         )
 
     def on_epoch(self, trainer: Trainer) -> None:
-        """Print the epoch and a sample of text."""
+        """Print the losses of the epoch and a sample of text."""
         log = trainer.log
         best = " (best so far)" if log.val[-1] == log.best_loss else ""
         n_epochs = len(log.val) + self._schedule.epochs_left(trainer.step)
-        # An epoch is the time between two validations; how often the text was passed over is another number.
+        # An epoch is a stretch between two validations, so passes over the text are printed separately.
         train_chars = trainer.source.train_chars
         passes = f", {format_passes(trainer.step * trainer.chars_per_step / train_chars)}" if train_chars else ""
         self._say(
             f"epoch {len(log.val)} of {n_epochs}{passes}: train {log.train[-1]:.4f}, val {log.val[-1]:.4f} nats per "
             f"character{best}; {plural(log.chars[-1], 'character')} in {format_seconds(log.seconds[-1])}"
         )
+        # Once is enough: a diverged run stays diverged.
         if not self._warned and (warning := divergence(log, trainer.model.config.vocab_size)):
             self._warned = True
             notice(warning)
         self._say("\n".join(f"    {line}" for line in trainer.history.epochs[-1].sample.splitlines()))
 
     def _say(self, text: str) -> None:
-        """Print a result; once stdout is closed, print no more and keep training."""
+        """Print a result to stdout; if stdout is closed, print a notice once and continue training."""
         if not self._stdout_alive:
             return
         try:
             with above_bar():
                 print(text)
-                sys.stdout.flush()
+                sys.stdout.flush()  # into a pipe, an epoch should appear when it ends
         except (OSError, ValueError, AttributeError):
             self._stdout_alive = False
             notice("standard output is closed; training continues without it")
 
 
-class TimingDisplay:
-    """Shows that the first steps are being timed."""
-
-    def __init__(self) -> None:
-        notice("timing a few steps")
-        self._done = 0
-        self._bar = ProgressBar(1 + TIMED_STEPS, " steps", label="timing", leave=False, describe=self._line)
-
-    def __enter__(self) -> TimingDisplay:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def __call__(self) -> None:
-        """Note that one more step was timed."""
-        self._done += 1
-        self._bar.advance(1)
-
-    def _line(self, seconds: float) -> str:
-        return f"timed {plural(self._done, 'step')} in {format_seconds(seconds)}"
+@contextlib.contextmanager
+def timing_bar() -> Iterator[Callable[[], None]]:
+    """Show the progress of the benchmark before a run; yield a function to call after each timed step."""
+    notice("timing a few steps")
+    describe = lambda steps, seconds: f"timed {plural(steps, 'step')} in {format_seconds(seconds)}"  # noqa: E731
+    # One step more than are timed: the first allocates buffers.
+    with ProgressBar(1 + TIMED_STEPS, " steps", label="timing", leave=False, describe=describe) as bar:
+        yield lambda: bar.advance(1)
 
 
 def divergence(log: LossLog, vocab_size: int) -> str | None:
-    """A line on a run that has diverged by the last epoch of its log; None where it has not.
+    """Return a warning if the run has diverged by the last epoch of its log, or None.
 
-    Such a run is worse than a guess that gives each token the same probability, or its training loss, which does not rise when a
-    text is learned by heart, is far above what it was.
+    A run has diverged if its validation loss is worse than a uniform guess, or if its training loss is far above its minimum.
     """
-    guess = math.log(vocab_size)
+    # The validation loss may also rise by overfitting; the training loss does not, so only that is compared to its past.
+    guess = math.log(vocab_size)  # nats of a uniform guess
     if log.val[-1] > guess + WORSE_THAN_GUESS:
         found = f"the validation loss is {log.val[-1]:.2f} nats, and guessing comes to {guess:.2f}"
     elif log.train[-1] > min(log.train) + WORSE_THAN_BEFORE:

@@ -1,4 +1,4 @@
-"""The flags of `picogpt-train` that are settings, and what is asked for by the flags that were given."""
+"""Flags of `picogpt-train` that map to config fields, and the conversion of parsed flags to a request."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from picogpt.training.request import LENGTHS, TrainRequest
 
 __all__ = ["LENGTH_FLAGS", "MODEL_FLAGS", "TRAIN_FLAGS", "request_of"]
 
+# Each field has its type and its help text; the flag's name is the field's, with dashes. Defaults come from the configs.
 MODEL_FLAGS: Mapping[str, tuple[type, str]] = {
     "n_layer": (int, "blocks"),
-    "n_head": (int, "attention heads a block"),
-    "n_embd": (int, "width"),
+    "n_head": (int, "attention heads per block"),
+    "n_embd": (int, "width of the embeddings"),
     "context_len": (int, "characters in a window"),
     "dropout": (float, "dropout probability"),
 }
-"""Fields of `GPTConfig` that are flags: type and meaning."""
+"""Fields of `GPTConfig` that are flags."""
 TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {
     "batch_size": (int, "sequences in a step"),
     "windows": (int, "windows in a sequence"),
-    "optimizer": (str, "muon for the matrices of the blocks with AdamW for the rest, or adamw"),
+    "optimizer": (str, "muon (for the matrices of the blocks, AdamW for the rest) or adamw"),
     "lr": (float, "peak learning rate of AdamW"),
     "muon_lr": (float, "peak learning rate of Muon"),
     "muon_interval": (int, "update each block with Muon every N steps, with an N times larger step"),
@@ -35,34 +36,39 @@ TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {
         int,
         "local steps of each rank between outer steps (DiLoCo), for slow networks; 0 averages gradients every step",
     ),
-    "seed": (int, "seed of weights, order of the text and dropout"),
+    "seed": (int, "seed of the weights, the order of the text and dropout"),
 }
-"""Fields of `TrainConfig` that are flags: type and meaning."""
+"""Fields of `TrainConfig` that are flags; the others, such as the betas, are for Python only."""
+# Added to the parser by `picogpt.cli.train`, as three of them exclude each other.
 LENGTH_FLAGS = (*LENGTHS, "patience", "steps_per_epoch", "val_steps")
 """Fields of `Budget` that are flags."""
 
 
 def request_of(arguments: argparse.Namespace) -> TrainRequest:
-    """Turn parsed flags into a request, rejecting wrong values before anything is read or written.
+    """Convert parsed flags to a request; invalid values raise before anything is read or written.
 
     Raises:
         ConfigError: a value is out of its range.
     """
+    # One expression: a flag that has no field, or a field of a wrong name, fails in any test that starts a run.
     return TrainRequest(
         run=None if arguments.run is None else check_run_name(arguments.run),
         logs_dir=arguments.logs_dir,
         fresh=arguments.fresh,
         recipe=arguments.recipe,
+        # Only what was given: the rest comes from a resumed run, else from the recipe.
         model=_given(arguments, MODEL_FLAGS),
         train=_given(arguments, TRAIN_FLAGS),
         length=_given(arguments, LENGTH_FLAGS),
         text=TextRequest(
+            # Absolute: the paths are stored with the run, which may be resumed from another folder.
             paths=tuple(path if path == "-" else str(Path(path).absolute()) for path in arguments.text or ()),
             dataset=arguments.dataset,
             column=arguments.text_column,
             fold=arguments.fold,
         ),
         threads=check_threads(arguments.threads),
+        # Validated here and not by argparse, so that the message has the same form as for all other settings.
         device=check_choice("device", arguments.device, DEVICES),
         dtype=check_choice("dtype", arguments.dtype, DTYPES),
         kernels=check_choice("kernels", arguments.kernels, KERNELS),
@@ -74,5 +80,6 @@ def request_of(arguments: argparse.Namespace) -> TrainRequest:
 
 
 def _given(arguments: argparse.Namespace, names: Collection[str]) -> dict[str, Any]:
-    """The flags among `names` that were given, with their values."""
+    """Return the flags among `names` that were given; the others keep the run's value or the default."""
+    # None is a flag that was not given; 0 and an empty text are values.
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}

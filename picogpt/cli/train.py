@@ -1,4 +1,4 @@
-"""`picogpt-train`: learn from a text, watch the curve."""
+"""`picogpt-train`: train a model on a text, alone or on several ranks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from picogpt.cli.common import end_process, notice, run_command
-from picogpt.cli.parser import Parser, count
+from picogpt.cli.parser import Parser, add_setting, count
 from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, request_of
 from picogpt.config import LOGS_DIR, RECIPES, GPTConfig, TrainConfig
 from picogpt.errors import RanksError
@@ -29,38 +28,40 @@ __all__ = ["build_parser", "command", "main"]
 
 
 def build_parser() -> Parser:
-    """The parser. Flags that were not given are None, so that a resumed run keeps its own settings."""
+    """Return the parser of the command. Flags that are not given are None, so that a resumed run keeps its settings."""
     parser = Parser(
         "picogpt-train",
-        "Train a character GPT. An existing run is resumed where it stopped; Ctrl-C saves and ends it.",
+        "Train a character GPT on a text. An existing run is resumed where it stopped;\nCtrl-C saves the run and stops.",
         "Results go to stdout, progress to stderr; the run is kept in LOGS_DIR/RUN.\n"
-        "Several processes or machines: torchrun --nproc-per-node N -m -- picogpt.cli.train ... (docs/distributed.md)",
+        "Several processes or machines (docs/distributed.md):\n"
+        "  torchrun --nproc-per-node N -m -- picogpt.cli.train ...",
     )
+    # No choices= in argparse: values are validated for callers in Python too, with the same message.
     text = parser.add_argument_group("text").add_mutually_exclusive_group()
     text.add_argument(
         "--dataset",
         metavar="NAME",
-        help="auto (Tiny Shakespeare if it is there or can be had within seconds, else sample), sample (a play that comes "
-        "with picogpt), tinyshakespeare; streamed from the hub: wikipedia, tinytextbook, openorca, ORG/NAME[:CONFIG]; or a "
-        "folder laid out like the hub's (default: auto)",
+        help="auto (Tiny Shakespeare if it is on this machine or downloads within seconds, else sample), sample (a bundled "
+        "play), tinyshakespeare; streamed from the hub: wikipedia, tinytextbook, openorca, ORG/NAME[:CONFIG]; or a "
+        "folder with the layout of a hub data set (default: auto)",
     )
-    text.add_argument(
-        "--text", metavar="PATH", nargs="+", help="your own text instead: files, folders of .txt and .md, or - for stdin"
-    )
-    parser.add_argument("--text-column", metavar="NAME", help="column of a streamed data set that holds the text (default: text)")
+    text.add_argument("--text", metavar="PATH", nargs="+", help="your own text: files, folders of .txt and .md, or - for stdin")
+    parser.add_argument("--text-column", metavar="NAME", help="text column of a streamed data set (default: text)")
     parser.add_argument(
         "--no-fold",
         dest="fold",
-        action="store_const",
+        action="store_const",  # and not store_false, whose default is True: None keeps the run's setting
         const=False,
-        help="read all characters outside ASCII as <?>, as the original does (default: curly quotes become quotes, dashes -, "
-        "letters lose their accents; docs/texts.md)",
+        help="read all characters outside ASCII as <?>, as the original project does (default: curly quotes become straight, "
+        "dashes -, letters lose their accents; docs/texts.md)",
     )
+    # A run's name is the name of a folder and not a path; --logs-dir is for paths.
     run = parser.add_argument_group("run")
     run.add_argument("--run", metavar="NAME", help="folder under the logs folder (default: the text's name)")
-    run.add_argument("--logs-dir", metavar="DIR", type=Path, default=LOGS_DIR, help="where runs are kept (default: logs)")
+    run.add_argument("--logs-dir", metavar="DIR", type=Path, default=LOGS_DIR, help="folder of all runs (default: logs)")
     run.add_argument("--fresh", action="store_true", help="start over; the old folder is kept under a new name")
-    run.add_argument("--dry-run", action="store_true", help="forecast time, memory, disk and network; train nothing")
+    run.add_argument("--dry-run", action="store_true", help="forecast time, memory, disk and network without training")
+    # Initial weights of a new run, from one source at most.
     begin = run.add_mutually_exclusive_group()
     begin.add_argument("--init-from", metavar="RUN", help="start from another run's best weights (default: none)")
     begin.add_argument(
@@ -69,36 +70,30 @@ def build_parser() -> Parser:
         type=Path,
         help="start from a log.pkl of the original project; with --epochs 0 only import it (default: none)",
     )
-    _add_budget(parser)
+    _add_length(parser)
+    # Defaults are in the help text only: a flag's value stays None, which means the run's own setting.
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--recipe", metavar="NAME", help=f"{' or '.join(RECIPES)} (the original's settings) (default: fast)")
     for name, (kind, meaning) in TRAIN_FLAGS.items():
-        _add(recipe, name, kind, f"{meaning} ({_recipe_default(name)})")
+        add_setting(recipe, _flag(name), kind=kind, meaning=f"{meaning} ({_recipe_default(name)})")
     model = parser.add_argument_group("model (PicoGPT's shape by default)")
     for name, (kind, meaning) in MODEL_FLAGS.items():
-        _add(model, name, kind, f"{meaning} (default: {getattr(GPTConfig(), name)})")
+        add_setting(model, _flag(name), kind=kind, meaning=f"{meaning} (default: {getattr(GPTConfig(), name)})")
+    _add_machine(parser)
+    return parser
+
+
+def _add_machine(parser: Parser) -> None:
+    # Flags of the backend: they change speed and rounding, but not what is computed.
     machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--threads",
-        metavar="N",
-        type=count,
-        help="threads of each process (default: one a core, as far as a CPU quota, OMP_NUM_THREADS and OMP_THREAD_LIMIT allow)",
-    )
-    machine.add_argument(
-        "--device",
-        metavar="NAME",
-        help="where to compute: cpu, cuda, mps (Apple), or auto: a CUDA GPU if there is one, else the CPU (default: auto)",
-    )
-    machine.add_argument(
-        "--dtype",
-        metavar="TYPE",
-        help="type of the matrix products: float32, bfloat16, or auto, whichever a short timing finds faster (default: auto)",
-    )
-    machine.add_argument(
-        "--kernels",
-        metavar="NAME",
-        help="kernels on a CPU: c (native, compiled here), torch, or auto: c where there is a C compiler (default: auto)",
-    )
+    meaning = "threads per process (default: one per core, within a CPU quota, OMP_NUM_THREADS and OMP_THREAD_LIMIT)"
+    add_setting(machine, "--threads", meaning=meaning)
+    meaning = "cpu, cuda, mps (Apple), or auto: a CUDA GPU if there is one, else the CPU (default: auto)"
+    add_setting(machine, "--device", kind=str, meaning=meaning)
+    meaning = "type of the GEMMs: float32, bfloat16, or auto: the faster one by a short benchmark (default: auto)"
+    machine.add_argument("--dtype", metavar="TYPE", help=meaning)
+    meaning = "kernels on a CPU: c (native, compiled here), torch, or auto: c if there is a C compiler (default: auto)"
+    add_setting(machine, "--kernels", kind=str, meaning=meaning)
     machine.add_argument(
         "--gradient-checkpointing",
         action="store_true",
@@ -109,17 +104,17 @@ def build_parser() -> Parser:
         action=argparse.BooleanOptionalAction,
         help="compile the blocks with torch.compile instead, which needs a C++ compiler (default: --no-compile)",
     )
-    return parser
 
 
-def _add_budget(parser: Parser) -> None:
+def _add_length(parser: Parser) -> None:
     group = parser.add_argument_group("length")
+    # A run has one length; the other two flags divide it into epochs.
     length = group.add_mutually_exclusive_group()
     length.add_argument(
         "--minutes",
         metavar="M",
         type=float,
-        help="minutes on the clock from the start of the command to its end (default: none)",
+        help="wall-clock minutes from the start of the command to its end (default: none)",
     )
     length.add_argument("--chars", metavar="N", type=count, help="characters to train on, such as 2000000 or 2M (default: none)")
     length.add_argument(
@@ -128,42 +123,39 @@ def _add_budget(parser: Parser) -> None:
         type=count,
         help=f"epochs (default: none; {SUITABLE_RULE}; recipe seed: {RECIPE_BUDGETS['seed']['epochs']} epochs)",
     )
-    _add(
-        group,
-        "patience",
-        int,
-        "end early: after N epochs without a better validation loss, cool down from the best weights (default: none)",
-    )
-    _add(group, "steps_per_epoch", int, "steps an epoch (default: a twentieth of the run; with --epochs 500)")
-    _add(
-        group, "val_steps", int, "validation batches an epoch, at most all of the validation text (default: a fifth of the steps)"
-    )
+    meaning = "end early: after N epochs without a better validation loss, cool down from the best weights (default: none)"
+    add_setting(group, "--patience", meaning=meaning)
+    add_setting(group, "--steps-per-epoch", meaning="steps per epoch (default: a twentieth of the run; with --epochs 500)")
+    meaning = "validation batches per epoch, at most the whole validation text (default: a fifth of the steps)"
+    add_setting(group, "--val-steps", meaning=meaning)
 
 
-def _add(group: argparse._ArgumentGroup, name: str, kind: Callable[[str], Any], meaning: str) -> None:
-    metavar = {int: "N", float: "X", str: "NAME"}[kind]  # type: ignore[index]
-    group.add_argument("--" + name.replace("_", "-"), metavar=metavar, type=count if kind is int else kind, help=meaning)
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
 
 
 def _recipe_default(name: str) -> str:
+    # The second recipe is named only where it differs.
     fast, seed = (getattr(TrainConfig.from_recipe(recipe, {}), name) for recipe in RECIPES)
     return f"default: {fast}" if fast == seed else f"default: {fast}; recipe seed: {seed}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command on `argv` (None: the process's own arguments) and return its exit code."""
+    # A budget of minutes counts from the start of the process; imports have taken a part of it.
     began = time.perf_counter() - (process_seconds() if argv is None else 0.0)
     return run_command(functools.partial(_train, began=began), build_parser(), argv)
 
 
 def command() -> NoReturn:
-    """`picogpt-train` as a process of its own."""
+    """Run `picogpt-train` as a process."""
     end_process(main())
 
 
 def _train(arguments: argparse.Namespace, *, began: float) -> int:
-    spin_briefly()
+    spin_briefly()  # before torch is imported: OpenMP reads its environment when it is loaded
     request = request_of(arguments)
+    # Importing a run trains nothing: no text, no ranks.
     if request.imports_only:
         from picogpt.training.import_run import import_run
 
@@ -171,28 +163,31 @@ def _train(arguments: argparse.Namespace, *, began: float) -> int:
         return 0
     from picogpt.training.distributed import Ranks
 
+    # torchrun sets RANK in each of its processes.
     if "RANK" not in os.environ:
         _run_rank_0(request, Ranks(), began, dry_run=arguments.dry_run)
         return 0
     ranks = Ranks.join(os.environ)
     if ranks.rank > 0:
         return _run_worker(request, ranks)
+    # After a failure torchrun starts all ranks again with the same flags: then --fresh must not discard the run.
     with ranks.propagate_exit_code():
         _run_rank_0(request if ranks.is_first_launch() else request.for_restart(), ranks, began, dry_run=arguments.dry_run)
     return 0
 
 
 def _run_rank_0(request: TrainRequest, ranks: Ranks, began: float, *, dry_run: bool) -> None:
-    """Train alone, or as rank 0 of the ranks that share a run."""
-    from picogpt.cli.download import DownloadBar
-    from picogpt.cli.progress import TimingDisplay, TrainingDisplay
+    """Train as a single process, or as rank 0: it reads the text, saves, and prints."""
+    from picogpt.cli.bar import DownloadBar
+    from picogpt.cli.progress import TrainingDisplay, timing_bar
     from picogpt.data.resolve import Console
     from picogpt.training.plan import Plan
     from picogpt.training.run import TrainingRun
 
+    # The plan is all that a dry run prints; nothing has been written so far.
     plan = Plan.of(request, ranks, Console(notice, DownloadBar))
-    with contextlib.closing(plan.source):
-        run = TrainingRun(plan, began=began, notify=notice, timing=TimingDisplay)
+    with contextlib.closing(plan.source):  # a stream has a thread that downloads
+        run = TrainingRun(plan, began=began, notify=notice, timing=timing_bar)
         if dry_run:
             run.dry_run()
         else:
@@ -200,9 +195,10 @@ def _run_rank_0(request: TrainRequest, ranks: Ranks, began: float, *, dry_run: b
 
 
 def _run_worker(request: TrainRequest, ranks: Ranks) -> int:
-    """Train as a worker; rank 0 is told of a signal."""
+    """Train as a worker, which executes the commands of rank 0 and reports a signal to it."""
     from picogpt.training.worker import run_worker
 
+    # A worker receives settings, weights and text from rank 0, and writes no files.
     ranks.connect()
     stop = StopRequest()
     ranks.attach_signals(stop)
@@ -210,8 +206,9 @@ def _run_worker(request: TrainRequest, ranks: Ranks) -> int:
         try:
             return run_worker(ranks, request.threads)
         except RanksError as error:
+            # After a signal, rank 0 ends first, and losing it is no error.
             if stop.signal_number is not None:
-                return 128 + stop.signal_number
+                return 128 + stop.signal_number  # as shells report it
             raise RanksError(f"rank {ranks.rank}: {error}") from error
 
 

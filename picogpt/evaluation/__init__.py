@@ -1,1 +1,1 @@
-"""Scores of a trained model on a text: which text, under which conditions, beside which baselines, and the report."""
+"""Scores of a trained model on a text: the choice of the text, the conditions, the baselines and the report."""

@@ -1,11 +1,11 @@
-"""What a text costs without the model: two general compressors, and a character n-gram.
+"""Baselines to compare a model with: two general compressors, and a character n-gram.
 
-The n-gram is interpolated after Witten and Bell (1991, method C): with N(h) characters counted after the context h, T(h)
-different ones among them, and h' the context without its oldest character,
+The n-gram is interpolated after Witten and Bell (1991, method C). With N(h) characters counted after the context h, T(h)
+distinct characters among them, and h' the context without its oldest character,
 
     p(c | h) = (N(h, c) + T(h) p(c | h')) / (N(h) + T(h)),
 
-and below the empty context the same probability for every id. It has no parameter to be tuned.
+and below the empty context every id has the same probability. There is no parameter to tune.
 """
 
 from __future__ import annotations
@@ -29,30 +29,33 @@ COMPRESSORS: Mapping[str, Callable[[bytes], bytes]] = {
     "bz2": lambda content: bz2.compress(content, 9),
     "lzma": lambda content: lzma.compress(content, preset=9 | lzma.PRESET_EXTREME),
 }
-"""By name, each at its strongest setting."""
+"""Compressors by name, each at its strongest setting."""
 
 NGRAM_ORDER = 5
-"""Characters of an n-gram: a prediction and the four characters before it."""
+"""Characters in an n-gram: the target and the four characters before it."""
 NGRAM_CHARS = 50_000_000
-"""Characters of a text that are counted at most, from its beginning."""
+"""Maximum number of characters counted, from the beginning of a text."""
 
-_ID_BITS = 7
-_BLOCK_CHARS = 1 << 22
+_ID_BITS = 7  # 88 ids fit in 7 bits
+_BLOCK_CHARS = 1 << 22  # characters that are counted at once
 
 
 def compressed_bits(ids: Ids) -> dict[str, float]:
-    """Bits per character of ids (characters,) as one file of text in small letters, by compressor."""
+    """Return the bits per character of ids (characters,), compressed as one lower-case text file, by compressor."""
     content = CharTokenizer().decode(ids).encode("ascii")
     return {name: 8 * len(compress(content)) / len(ids) for name, compress in COMPRESSORS.items()}
 
 
 @dataclass(frozen=True)
 class _Level:
-    """Counts after contexts of one length; each table sorted by its codes."""
+    """Counts for contexts of one length. Each table is sorted by its codes, for binary search."""
 
     grams: Codes
+    """Codes of the context followed by a character."""
     gram_counts: Codes
+    """N(h, c)."""
     contexts: Codes
+    """Codes of the context h."""
     context_counts: Codes
     """N(h)."""
     followers: Codes
@@ -60,10 +63,10 @@ class _Level:
 
 
 class NGram:
-    """An interpolated character 5-gram, counted on ids (characters,), of which the first `NGRAM_CHARS` are used.
+    """An interpolated character 5-gram, counted on the first `NGRAM_CHARS` of ids (characters,).
 
-    A gram is a number of 35 bits, 7 a character, the newest one lowest. All contexts are counted at the same places, those
-    with four characters before them, so that shorter grams follow from the longest.
+    A gram is coded as an integer of 35 bits, 7 per character, the newest character lowest. Contexts of all lengths are counted
+    at the same positions, those with four characters before them, so the counts of shorter grams follow from the longest.
     """
 
     def __init__(self, ids: Ids) -> None:
@@ -73,13 +76,19 @@ class NGram:
         self._levels = [_level(grams, counts, length) for length in range(NGRAM_ORDER)]
 
     def losses(self, ids: Ids) -> npt.NDArray[np.float32]:
-        """Nats (R, T) of the characters after the first one of each row of ids (R, T + 1); a row's beginning has less context."""
+        """Return the losses (R, T) in nats of the characters after the first one, in each row of ids (R, T + 1).
+
+        The first characters of a row are predicted from shorter contexts.
+        """
         T = ids.shape[1] - 1
-        padded = np.pad(ids, ((0, 0), (NGRAM_ORDER - 2, 0)))  # so that the first prediction has four places before it
+        # Padding gives the first target four positions before it; `available` keeps the padding out of every context.
+        padded = np.pad(ids, ((0, 0), (NGRAM_ORDER - 2, 0)))
+        # Codes of all 5-grams at once: shift each code by one character and append the next.
         codes = np.zeros((len(ids), T), np.int64)
         for place in range(NGRAM_ORDER):
             codes = codes << _ID_BITS | padded[:, place : place + T]
-        available = np.arange(1, T + 1)  # characters before each prediction
+        available = np.arange(1, T + 1)  # characters before each target
+        # From the uniform distribution up to the longest context that is available, level by level.
         p = np.full(codes.shape, 1 / VOCAB_SIZE)
         for length, level in enumerate(self._levels):
             p = np.where(available >= length, _interpolate(level, codes & _mask(length + 1), p), p)
@@ -87,12 +96,13 @@ class NGram:
 
 
 def _mask(length: int) -> int:
-    """The bits of the newest `length` characters."""
+    """Return a mask for the bits of the newest `length` characters."""
     return (1 << (_ID_BITS * length)) - 1
 
 
 def _count(ids: Ids) -> tuple[Codes, Codes]:
-    """The different grams of a text in ascending order, and how often each occurs; a block at a time, to save memory."""
+    """Return the distinct grams of a text in ascending order, and their counts; in blocks, to save memory."""
+    # Blocks overlap by four characters, so that each gram is counted exactly once.
     parts = [_count_block(ids[start : start + _BLOCK_CHARS + NGRAM_ORDER - 1]) for start in range(0, len(ids), _BLOCK_CHARS)]
     return _merge(np.concatenate([grams for grams, _ in parts]), np.concatenate([counts for _, counts in parts]))
 
@@ -107,31 +117,34 @@ def _count_block(ids: Ids) -> tuple[Codes, Codes]:
 
 
 def _merge(codes: Codes, counts: Codes) -> tuple[Codes, Codes]:
-    """The different codes in ascending order, and the sum of the counts of each."""
+    """Return the distinct codes in ascending order, and the sum of the counts of each."""
     distinct, number = np.unique(codes, return_inverse=True)
     return distinct, np.bincount(number, weights=counts).astype(np.int64)
 
 
 def _level(grams: Codes, counts: Codes, length: int) -> _Level:
-    """The counts after contexts of `length` characters, from those of the longest grams."""
+    """Return the counts for contexts of `length` characters, from those of the longest grams."""
+    # Dropping the oldest characters makes equal codes, whose counts are added.
     short, short_counts = _merge(grams & _mask(length + 1), counts)
     contexts, context_counts = _merge(short >> _ID_BITS, short_counts)
+    # Each distinct gram counts once: the sum is the number of distinct characters after the context.
     _, followers = _merge(short >> _ID_BITS, np.ones_like(short))
     return _Level(short, short_counts, contexts, context_counts, followers)
 
 
 def _interpolate(level: _Level, codes: Codes, p: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The probability of each gram's newest character, where `p` is that after the context one character shorter."""
+    """Return the probability of each gram's newest character; `p` is its probability after the context one character shorter."""
     gram = _look_up(level.grams, level.gram_counts, codes)
     total = _look_up(level.contexts, level.context_counts, codes >> _ID_BITS)
     followers = _look_up(level.contexts, level.followers, codes >> _ID_BITS)
-    # A context that was never seen says nothing: 0 / 0 is left at p.
+    # A context that was never seen has N = T = 0; p stays.
     return np.where(total > 0, (gram + followers * p) / np.maximum(total + followers, 1), p)
 
 
 def _look_up(keys: Codes, values: Codes, wanted: Codes) -> Codes:
-    """The value of each key that is wanted; 0 of one that is not there."""
+    """Return the value of each wanted key, 0 for a missing key."""
     if not len(keys):
         return np.zeros_like(wanted)
+    # Binary search gives the insertion point, which is beyond the end for keys above the last.
     place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[place] == wanted, values[place], 0)

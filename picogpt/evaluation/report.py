@@ -1,4 +1,4 @@
-"""What `picogpt-eval` says of its scores: a table, a sentence, a JSON object."""
+"""The report of `picogpt-eval`: a table, a sentence and a JSON object."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from picogpt.evaluation.scores import CONDITIONS, Estimate, Scores, position_bin
 
 __all__ = ["Report"]
 
+# Names of the losses that are not conditions.
 _NGRAM, _FLOAT32 = "ngram", "float32"
 _COMPRESSOR_LABELS: Mapping[str, str] = {
     "bz2": "bz2 -9, starting from nothing",
     "lzma": "lzma -9e, starting from nothing",
 }
-_WIDTH = 36
+_WIDTH = 36  # of the labels, which are the first column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,67 +31,73 @@ class Report:
     text: str
     """Name of the text."""
     part: str
-    """Which part of it."""
+    """The part of the text that was scored."""
     unit: str
-    """What errors are taken over: articles, or stretches."""
+    """Samples of the standard errors: articles, or stretches."""
     dtype: str
     """Type of the weights."""
     scores: Scores
-    """Losses of the conditions, of the n-gram as `ngram` where it was counted, and of `as_is` as `float32` in that type where
-    `dtype` is another."""
+    """Losses by condition; also of the n-gram as `ngram` if there is one, and of `as_is` in float32 as `float32` if `dtype` is
+    another type."""
     compressors: Mapping[str, float]
     """Bits per character, by name."""
     ngram: str
-    """What the n-gram was counted on, or why there is none."""
+    """The text that the n-gram was counted on, or why there is none."""
 
     @property
     def n_articles(self) -> int:
-        """Articles, or stretches, that rolls were cut from."""
+        """Articles, or stretches, that sequences were cut from."""
         return int(self.scores.article_of[-1]) + 1
 
     def table(self) -> str:
-        """The scores as text: overall, by window of the roll, by position in the window, and the sentence."""
+        """Return the scores as text: overall, by window of the sequence, by position in the window, and the sentences."""
+        # Parts with an empty line between them, as each has its own columns.
         sentences = [self.sentence(), *([sentence] if (sentence := self.rounding_sentence()) else [])]
         return "\n\n".join("\n".join(part) for part in (self._overall(), self._windows(), self._positions(), sentences))
 
     def title(self) -> str:
-        """What the picture shows."""
+        """Return the title of the plot."""
+        # The model's folder is the run's name; the file is called model.safetensors in every run.
         return (
             f"{Path(self.model).parent.name} on {self.text}: {self._chars:,} characters, "
             f"{self.n_articles:,} {self.unit}, with standard errors"
         )
 
     def sentence(self) -> str:
-        """What the roll buys this model, and what the plain way would."""
+        """Return the gain from the context roll, and how the other conditions compare with it."""
         windows, _ = self._shape
-        buys, other, plain = (self.scores.mean(name, minus="as_is", first_window=1) for name in ("zeroed", "other", "sliding"))
-        if abs(buys.nats) <= 2 * buys.error:
-            meaning = "That is within two standard errors of nothing: on this text the roll cannot be told from none."
-        elif buys.nats > 0:
-            meaning = f"That is {buys.nats / self.scores.mean('zeroed', first_window=1).nats:.2%} of the loss."
+        # All differences are to `as_is`. Window 0 is the same under all conditions, so it is left out.
+        gain, other, plain = (self.scores.mean(name, minus="as_is", first_window=1) for name in ("zeroed", "other", "sliding"))
+        # Two standard errors are about a 95% confidence interval.
+        if abs(gain.nats) <= 2 * gain.error:
+            meaning = "That is within two standard errors of zero: on this text the roll makes no measurable difference."
+        elif gain.nats > 0:
+            meaning = f"That is {gain.nats / self.scores.mean('zeroed', first_window=1).nats:.2%} of the loss."
         else:
             meaning = "The model does better without its context vector."
         return (
-            f"What the roll buys this model: {buys.nats:.5f} +- {buys.error:.5f} nats per character ({buys.bits:.5f} bits) on "
-            f"windows 1 to {windows - 1}, the loss with the context vector zeroed less the loss with it. {meaning} The vector "
+            f"Gain from the context roll: {gain.nats:.5f} +- {gain.error:.5f} nats per character ({gain.bits:.5f} bits) on "
+            f"windows 1 to {windows - 1}, the loss with the context vector zeroed minus the loss with it. {meaning} The vector "
             f"of another article costs {_more(other)} than its own, and overlapping windows without a roll {_more(plain)}."
         )
 
     def rounding(self) -> Estimate | None:
-        """The loss in `dtype` less that in float32, paired by character; None in float32."""
+        """Return the loss in `dtype` minus the loss in float32, paired by character; None in float32."""
+        # Over all windows, unlike the conditions: rounding affects the first one too.
         return self.scores.mean("as_is", minus=_FLOAT32) if _FLOAT32 in self.scores.losses else None
 
     def rounding_sentence(self) -> str:
-        """What the type of the weights costs; empty in float32."""
+        """Return a sentence on the loss due to the type of the weights; empty in float32."""
         cost = self.rounding()
         if cost is None:
             return ""
         return f"In {self.dtype} a character costs {_more(cost)} nats than in float32, with the context vector as it is."
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain values."""
+        """Return the report as plain values."""
         windows, context_len = self._shape
-        every = [(p, p) for p in range(1, context_len + 1)]
+        single_bins = [(p, p) for p in range(1, context_len + 1)]  # the table has wider bins
+        # Scripts read these keys: add new ones, never rename one. A sequence is called a roll here for that reason.
         return {
             "model": self.model,
             "text": {"name": self.text, "part": self.part, "rolls": len(self.scores.article_of), "characters": self._chars},
@@ -103,7 +110,7 @@ class Report:
                 name: {
                     **_plain(self.scores.mean(name)),
                     "by_window": [_plain(estimate) for estimate in self.scores.by_window(name)],
-                    "by_position": [_plain(estimate) for estimate in self.scores.by_position(name, every)],
+                    "by_position": [_plain(estimate) for estimate in self.scores.by_position(name, single_bins)],
                 }
                 for name in self.scores.losses
             },
@@ -117,8 +124,8 @@ class Report:
 
     @property
     def _shape(self) -> tuple[int, int]:
-        """Windows of a roll, and characters of a window."""
-        _, windows, context_len = self.scores.losses["as_is"].shape
+        """Windows in a sequence, and characters in a window."""
+        _, windows, context_len = self.scores.losses["as_is"].shape  # (R, W, n)
         return windows, context_len
 
     @property
@@ -126,7 +133,7 @@ class Report:
         return self.scores.losses["as_is"].size
 
     def _labels(self) -> Iterator[tuple[str, str]]:
-        """Name and label of each row that has a loss for each character."""
+        """Name and label of each row with a loss for every character; compressors have only a total."""
         yield from CONDITIONS.items()
         if _FLOAT32 in self.scores.losses:
             yield _FLOAT32, "context vector as it is, in float32"
@@ -135,35 +142,38 @@ class Report:
 
     def _overall(self) -> list[str]:
         rows = [f"{'':{_WIDTH}}  {'nats/char':>18}  {'bits/char':>18}  {'more than as it is*':>20}"]
+        # The last column compares with the first row, so that row has none.
         for name, label in self._labels():
             mean = self.scores.mean(name)
             more = "" if name == "as_is" else _pair(self.scores.mean(name, minus="as_is", first_window=1), sign="+")
             bits = f"{mean.bits:.4f} +- {mean.bits_error:.4f}"
             rows.append(f"{label:{_WIDTH}}  {_pair(mean):>18}  {bits:>18}  {more:>20}".rstrip())
+        # Compressors give one number for the whole text, so their rows have no error.
         for name, bits_per_char in self.compressors.items():
             label = _COMPRESSOR_LABELS[name]
             rows.append(f"{label:{_WIDTH}}  {bits_per_char * math.log(2):<7.4f}{'':11}  {bits_per_char:<7.4f}".rstrip())
+        # The footnote of the last column: what is compared, and over which samples the errors are.
         windows, _ = self._shape
         rows.append(f"* nats per character on windows 1 to {windows - 1}, paired; +- is a standard error over {self.unit}")
         return rows
 
     def _windows(self) -> list[str]:
         windows, _ = self._shape
-        heading = ["nats per character by window of the roll", _row("", [str(i) for i in range(windows)])]
+        heading = ["nats per character by window of the sequence", _row("", [str(i) for i in range(windows)])]
         return [*heading, *(self._line(label, self.scores.by_window(name)) for name, label in self._labels()), self._errors(None)]
 
     def _positions(self) -> list[str]:
         windows, context_len = self._shape
-        bins = position_bins(context_len)
+        bins = position_bins(context_len)  # eight columns for a window of 128
         heading = [
-            f"nats per character by how many characters of the window were seen, windows 1 to {windows - 1}",
+            f"nats per character by position in the window (characters seen), windows 1 to {windows - 1}",
             _row("", [f"{first}" if first == last else f"{first}-{last}" for first, last in bins]),
         ]
         rows = (self._line(label, self.scores.by_position(name, bins)) for name, label in self._labels())
         return [*heading, *rows, self._errors(bins)]
 
     def _errors(self, bins: Sequence[tuple[int, int]] | None) -> str:
-        """The standard errors of the first row; those of the others are about the same."""
+        """Return the standard errors of the first row, by window without `bins`; those of the other rows are about the same."""
         estimates = self.scores.by_window("as_is") if bins is None else self.scores.by_position("as_is", bins)
         return _row("standard error of the first row", [f"{estimate.error:.4f}" for estimate in estimates])
 
@@ -172,6 +182,7 @@ class Report:
         return _row(label, [f"{estimate.nats:.4f}" for estimate in estimates])
 
 
+# Cells of eight columns take losses with four decimals and bins such as 65-128.
 def _row(label: str, cells: Sequence[str]) -> str:
     return f"{label:{_WIDTH}}" + "".join(f"{cell:>8}" for cell in cells)
 
@@ -180,6 +191,7 @@ def _pair(estimate: Estimate, sign: str = "") -> str:
     return f"{estimate.nats:{sign}.4f} +- {estimate.error:.4f}"
 
 
+# In words, as a sign is easily misread in a sentence.
 def _more(estimate: Estimate) -> str:
     return f"{abs(estimate.nats):.5f} +- {estimate.error:.5f} {'less' if estimate.nats < 0 else 'more'}"
 

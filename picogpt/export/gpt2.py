@@ -1,7 +1,7 @@
-"""A folder that `transformers` loads as GPT-2, without code of ours: the model within one window, without its context roll.
+"""Export of a model as GPT-2, which `transformers` loads without our code: one window, without the context roll.
 
-GPT-2 has the same blocks. Three things make ours one of them: a token whose embedding is zero stands in the context slot, as the
-zero vector does in the first window; linear layers are transposed, as GPT-2 stores them; the activation is the exact GELU.
+GPT-2 has the same blocks, so three changes are enough. A token with a zero embedding takes the context slot, like the zero vector
+of the first window. Linear layers are transposed, as GPT-2 stores them. The activation is the exact GELU.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = ["BOS_ID", "Gpt2Model", "write_gpt2"]
 Array = npt.NDArray[np.float32]
 
 BOS_ID = max(SPECIAL_IDS.values()) + 1
-"""The first spare id: its embedding is set to zero and stands for the zero context vector."""
+"""The first spare id. Its embedding is set to zero, in place of the zero context vector."""
+# Private-use characters, so that no text contains the token.
 _BOS_TOKEN = "\ue000bos\ue000"  # noqa: S105 (no password)
-"""Private-use characters, so that no text is taken for the token."""
+# GPT-2's Conv1D stores (in, out), torch's Linear (out, in).
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-"""GPT-2's Conv1D stores (in, out), torch's Linear (out, in)."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Gpt2Model:
     """A model to export.
 
     Raises:
-        RunError: it has no biases, which GPT-2 has.
+        RunError: the model has no biases, which GPT-2 requires.
     """
 
     name: str
@@ -48,59 +48,61 @@ class Gpt2Model:
     weights: Mapping[str, npt.NDArray[Any]]
     """State dict with nanoGPT's names."""
     text: TextConfig | None
-    """The training text, whose characters alone are generated."""
+    """Properties of the training text: characters that do not occur in it are never generated."""
 
     def __post_init__(self) -> None:
         if not self.config.bias:
             raise RunError(f"{self.name}: GPT-2 has biases, and this model has none; it cannot be exported as GPT-2")
 
     def tensors(self) -> dict[str, Array]:
-        """GPT-2's state dict."""
+        """Return the state dict with GPT-2's layout; the names are GPT-2's already, through nanoGPT."""
         tensors: dict[str, Array] = {}
         for name, array in self.weights.items():
             if name == "lm_head.weight":
-                continue  # tied
+                continue  # tied to the embedding: transformers makes it from there
             values = np.asarray(array, np.float32)
             tensors[name] = np.ascontiguousarray(values.T if name.endswith(_TRANSPOSED) else values)
+        # A copy, as `weights` belongs to the caller. The head is tied, so the logit of this id is 0; generation suppresses it.
         embeddings = tensors["transformer.wte.weight"].copy()
         embeddings[BOS_ID] = 0.0
         return {**tensors, "transformer.wte.weight": embeddings}
 
     def model_config(self) -> dict[str, Any]:
-        """`config.json`."""
+        """Return the content of `config.json`."""
         shape = self.config
         return {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
-            "activation_function": "gelu",
+            "activation_function": "gelu",  # exact; GPT-2's default, gelu_new, is the tanh approximation
             "n_layer": shape.n_layer,
             "n_head": shape.n_head,
             "n_embd": shape.n_embd,
-            "n_positions": shape.context_len + 1,
+            "n_positions": shape.context_len + 1,  # the context slot is position 0
             "vocab_size": shape.vocab_size,
             "layer_norm_epsilon": 1e-5,
             "bos_token_id": BOS_ID,
-            "eos_token_id": None,
+            "eos_token_id": None,  # texts have no end token: generation ends by length
             "tie_word_embeddings": True,
+            # GPT-2's defaults are 0.1, which would apply if the model were trained further.
             "attn_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "resid_pdrop": 0.0,
-            "dtype": "float32",
+            "dtype": "float32",  # bfloat16 weights are exact in it
         }
 
     def generation_config(self) -> dict[str, Any]:
-        """`generation_config.json`: ids that the training text did not hold are never generated."""
+        """Return the content of `generation_config.json`; ids that the training text lacks are suppressed."""
         return {
             "bos_token_id": BOS_ID,
             "do_sample": True,
             "temperature": 0.5,
-            "top_k": 0,
+            "top_k": 0,  # no limit; the default of transformers is 50
             "max_length": self.config.context_len + 1,
             "suppress_tokens": suppressed_ids(self.text).tolist(),
         }
 
     def card(self) -> str:
-        """`README.md`, whose front matter the hub reads."""
+        """Return the content of `README.md`, the model card; the hub reads its front matter."""
         window = self.config.context_len
         return f"""---
 library_name: transformers
@@ -132,25 +134,29 @@ print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 
 
 def tokenizer_json() -> dict[str, Any]:
-    """`tokenizer.json`: a token for each character, capitals lower-cased, all others unknown, and the first token in front."""
+    """Return the content of `tokenizer.json`: one token per character, with the BOS token in front."""
     vocabulary = CharTokenizer().vocabulary
+    # Special tokens are left out, as they are never made from text: their ids become spare ones.
     characters = {text: i for text, i in vocabulary.items() if i not in SPECIAL_IDS.values()}
+    # WordLevel needs a distinct word for every id.
     spare = {f"\ue000{i}\ue000": i for i in range(VOCAB_SIZE) if i not in characters.values() and i != BOS_ID}
+    # A-Z only, like our table: the Lowercase normalizer also changes other scripts, which have to become unknown.
     lower = [{"type": "Replace", "pattern": {"String": c}, "content": c.lower()} for c in string.ascii_uppercase]
     added = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
     return {
         "version": "1.0",
         "added_tokens": [{"id": BOS_ID, "content": _BOS_TOKEN, **added}],
         "normalizer": {"type": "Sequence", "normalizers": lower},
-        # A token for each character, newlines too.
+        # Splits into single characters; a dot would not match newlines.
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
+        # The BOS token takes the context slot in front of every text.
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [{"SpecialToken": {"id": _BOS_TOKEN, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
             "special_tokens": {_BOS_TOKEN: {"id": _BOS_TOKEN, "ids": [BOS_ID], "tokens": [_BOS_TOKEN]}},
         },
-        "decoder": {"type": "Fuse"},
+        "decoder": {"type": "Fuse"},  # joins characters without spaces
         "model": {
             "type": "WordLevel",
             "vocab": {**characters, **spare, _BOS_TOKEN: BOS_ID},
@@ -163,9 +169,10 @@ def write_gpt2(model: Gpt2Model, folder: Path) -> None:
     """Write the folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # The generic class reads everything from tokenizer.json.
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": _BOS_TOKEN, "unk_token": "<?>"}
     for name, content in (
         ("config.json", model.model_config()),
@@ -174,5 +181,6 @@ def write_gpt2(model: Gpt2Model, folder: Path) -> None:
         ("tokenizer_config.json", {**tokenizer, "model_max_length": model.config.context_len + 1}),
     ):
         atomic_write(folder / name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    # transformers rejects a file without this metadata.
     atomic_write(folder / "model.safetensors", serialize_tensors(model.tensors(), {"format": "pt"}))
     atomic_write(folder / "README.md", model.card().encode("utf-8", "replace"))

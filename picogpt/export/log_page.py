@@ -1,6 +1,6 @@
-"""`log.html`: the loss curve of one run or several, the samples of every epoch, and a text shaded by its probabilities.
+"""Render `log.html`: loss curves of one or several runs, the samples of each epoch, and a text shaded by its probabilities.
 
-The curve is drawn here, as SVG, so that the page shows it without a script; the script adds reading, slider and shades.
+The curve is rendered here as SVG, so that the page works without JavaScript; the script adds the cursor, the slider and shades.
 """
 
 from __future__ import annotations
@@ -20,51 +20,52 @@ from picogpt.wording import format_seconds
 __all__ = ["EpochView", "RunView", "render_curve", "render_page"]
 
 RELOAD_SECONDS = 15
-"""Seconds after which the page of a run in training loads itself again."""
+"""Seconds after which the page of a run in training reloads itself."""
 
+# Size of the chart and its margins, in units of the SVG's view box.
 _WIDTH, _HEIGHT = 880, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 56, 16, 40
-"""Size of the drawing and its margins, in its own units."""
+# Colours of the runs, repeated after six. Labels name the runs too, so that colour is not needed to read the chart.
 _COLOURS = ("var(--blue)", "var(--red)", "#2c8a57", "#8a5fb0", "#b08a1f", "#4a7f8a")
-"""A colour for each run; runs are told apart by their labels too."""
-_LABEL_GAP = 14
-"""Least distance between two labels, one above the other."""
+_LABEL_GAP = 14  # minimum vertical distance of two labels
 
 
 @dataclass(frozen=True)
 class EpochView:
-    """What a model showed at an epoch's end."""
+    """Output of a model at an epoch's end."""
 
     sample: str
     """Generated text."""
     probabilities: Sequence[float] = ()
-    """Of each character of the run's excerpt but the first, given those before it."""
+    """Probability of each character of the run's excerpt after the first, given the characters before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """A run, as its page shows it."""
+    """Content of a run's page."""
 
     name: str
     log: LossLog
     epochs: Sequence[EpochView] = ()
-    """The last epochs of the log; those of an older version of the run are missing."""
+    """The last epochs of the log; epochs trained by an older version of picogpt are missing."""
     excerpt: str = ""
-    """Text of the validation part."""
+    """A piece of the validation text."""
     marks: Mapping[str, float] = field(default_factory=dict)
-    """Other ways to predict the same text, by name, in nats per character."""
+    """Losses of baselines on the same text, by name, in nats per character."""
     settings: Mapping[str, str] = field(default_factory=dict)
-    """By name, in words."""
+    """Settings of the run as text, by name."""
     in_training: bool = False
+    """Whether the run is training, so that the page should reload itself."""
 
 
 def render_page(runs: Sequence[RunView]) -> str:
-    """A page of one run, or of several to compare: one file of HTML that needs no network."""
-    # Only the page of one run can be read epoch by epoch.
+    """Return the page of one run, or of several to compare: a single HTML file that needs no network."""
+    # Only the page of a single run has samples and a cursor.
     single = runs[0] if len(runs) == 1 else None
     title = " and ".join(run.name for run in runs)
     in_training = any(run.in_training for run in runs)
     chart = _Chart(runs)
+    # Read by the script.
     data = {
         "points": chart.points(single) if single else [],
         "epochs": _epoch_data(single) if single else [],
@@ -79,7 +80,7 @@ def render_page(runs: Sequence[RunView]) -> str:
         "table": _table(runs),
         "watch": _watch(single) if single and single.epochs else "",
         "settings": "".join(_settings(run, named=not single) for run in runs),
-        # No "<" can end the element early, whatever the text holds.
+        # Without "<", no text can contain "</script>" and end the element early.
         "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
         "style": _resource("css"),
         "script": _resource("js"),
@@ -98,7 +99,7 @@ def _resource(kind: str) -> str:
 
 
 def _status(runs: Sequence[RunView]) -> str:
-    """One line under the title."""
+    """Return the line below the title."""
     if len(runs) > 1:
         return f"{len(runs)} runs, by their loss logs."
     (run,) = runs
@@ -111,29 +112,32 @@ def _status(runs: Sequence[RunView]) -> str:
 
 
 def _epoch_data(run: RunView) -> list[dict[str, str]]:
-    """What the slider shows, an entry an epoch."""
+    """Return the data of the slider, one entry per epoch."""
+    # A byte per probability is enough for shades, and keeps the page small.
     return [
         {
             "label": _epoch_label(run.log, number),
             "sample": view.sample,
             "probabilities": base64.b64encode(bytes(round(255 * p) for p in view.probabilities)).decode(),
         }
+        # The last epoch of the log is the last view; earlier epochs may have none.
         for number, view in enumerate(run.epochs, start=len(run.log.val) - len(run.epochs) + 1)
     ]
 
 
 def _epoch_label(log: LossLog, number: int) -> str:
-    """Name an epoch of the log, counted from 1."""
+    """Return the label of an epoch of the log, counted from 1."""
     return f"epoch {number}, {log.chars[number - 1]:,} characters, val {log.val[number - 1]:.4f}"
 
 
 def _rows(log: LossLog) -> Iterator[tuple[int, int, float, float, float]]:
-    """Number, characters, seconds, training loss and validation loss of each epoch."""
+    """Yield number, characters, seconds, training loss and validation loss of each epoch."""
     return zip(range(1, len(log.val) + 1), log.chars, log.seconds, log.train, log.val, strict=True)
 
 
 def _watch(run: RunView) -> str:
-    """The section with the slider; without a script it shows the last epoch."""
+    """Return the section with the slider; without JavaScript it shows the last epoch."""
+    # All text is escaped: a model can generate markup. lang="" as its language is unknown to the page.
     last = len(run.epochs) - 1
     label = html.escape(_epoch_label(run.log, len(run.log.val)))
     excerpt = (
@@ -152,12 +156,13 @@ def _watch(run: RunView) -> str:
 
 
 def _table(runs: Sequence[RunView]) -> str:
-    """All figures of the curve, folded away."""
+    """Return a collapsed table of all losses, for readers who cannot see the chart."""
     rows = []
     for run in runs:
         log = run.log
         for i, chars, seconds, train, val in _rows(log):
             cells = (str(i), f"{chars:,}", format_seconds(seconds), f"{train:.4f}", f"{val:.4f}", f"{val / math.log(2):.4f}")
+            # The first column is needed only to tell runs apart.
             name = [f"<td>{html.escape(run.name)}</td>"] if len(runs) > 1 else []
             rows.append("<tr>" + "".join([*name, *(f"<td>{cell}</td>" for cell in cells)]) + "</tr>")
     names = [*(["run"] if len(runs) > 1 else []), "epoch", "characters", "time", "train", "validation", "bits"]
@@ -175,28 +180,31 @@ def _settings(run: RunView, *, named: bool) -> str:
 
 
 class _Chart:
-    """The loss curves: characters to the right, nats upwards, bits on the right axis.
+    """The chart of losses: characters on the x axis, nats on the left axis, bits on the right one.
 
     Args:
-        runs: what is drawn.
+        runs: the runs to draw.
     """
 
     def __init__(self, runs: Sequence[RunView]) -> None:
         self._runs = runs
+        # A diverged run may have infinite losses, which cannot be drawn; the rest of its curve can.
         losses = [loss for run in runs for loss in (*run.log.train, *run.log.val, *run.marks.values()) if math.isfinite(loss)]
+        # At least 1: before the first epoch there is nothing to scale by.
         self._most = max([1, *(chars for run in runs for chars in run.log.chars)])
         low, high = min(losses, default=0.0), max(losses, default=1.0)
-        margin = 0.06 * (high - low) or 0.1
+        margin = 0.06 * (high - low) or 0.1  # equal losses would give a range of 0
         self._low, self._high = low - margin, high + margin
 
     def _x(self, chars: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * chars / self._most
 
     def _y(self, loss: float) -> float:
+        # SVG's y axis points down.
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (self._high - loss) / (self._high - self._low)
 
     def points(self, run: RunView) -> list[dict[str, float | str]]:
-        """Where each epoch stands, and its figures in words."""
+        """Return the x coordinate of each epoch and its text, for the cursor."""
         log = run.log
         return [
             {
@@ -210,7 +218,8 @@ class _Chart:
         ]
 
     def svg(self) -> str:
-        """The drawing."""
+        """Return the chart as an SVG element."""
+        # Grid first and curves last, so that nothing hides the curves.
         parts = [*self._axes(), *self._marks(), *self._curves()]
         described = "Loss by characters trained on: validation solid, training dashed."
         return (
@@ -224,6 +233,7 @@ class _Chart:
             y = self._y(value)
             yield f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
             yield f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
+        # Round numbers of bits, at the heights of their nats.
         for bits in _ticks(self._low / math.log(2), self._high / math.log(2)):
             yield f'<text x="{right + 8}" y="{self._y(bits * math.log(2)) + 4:.1f}">{bits:g}</text>'
         for chars in _ticks(0, self._most):
@@ -234,6 +244,7 @@ class _Chart:
         yield f'<text x="4" y="{_TOP - 4}">nats</text><text x="{_WIDTH - 4}" y="{_TOP - 4}" text-anchor="end">bits</text>'
 
     def _marks(self) -> Iterator[str]:
+        # From top to bottom; a label that would cover the one above moves down.
         above = -math.inf
         marks = sorted(((name, value) for run in self._runs for name, value in run.marks.items()), key=lambda mark: -mark[1])
         for name, value in marks:
@@ -252,7 +263,7 @@ class _Chart:
                     for chars, loss in zip(run.log.chars, losses, strict=True)
                     if math.isfinite(loss)
                 ]
-                if len(places) == 1:  # a line needs two
+                if len(places) == 1:  # a line of one point is invisible
                     x, y = places[0].split(",")
                     yield f'<circle cx="{x}" cy="{y}" r="{4 if kind == "val" else 2}" style="fill: {colour}"/>'
                 elif places:
@@ -264,15 +275,16 @@ class _Chart:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Four to nine round numbers from `low` to `high`."""
+    """Return four to nine round numbers between `low` and `high`."""
+    # The step is the next of 1, 2, 5 times a power of ten that gives at most six intervals.
     raw = (high - low) / 6
     unit = 10 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw)
-    return [round(step * i, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return [round(step * i, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]  # 0.30000000000000004 -> 0.3
 
 
 def _short(chars: float) -> str:
-    """A number of characters for an axis: 250k, 1.5M."""
+    """Format a number of characters for an axis: 250k, 1.5M."""
     if chars >= 1e6:
         return f"{chars / 1e6:g}M"
     return f"{chars / 1e3:g}k" if chars >= 1e3 else f"{chars:g}"

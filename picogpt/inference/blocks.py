@@ -73,7 +73,7 @@ class Blocks:
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
         y = scores @ values[..., :end, :]  # (B, H, k, D + 1)
-        # The last column is the denominator, from the ones that stand beside the values.
+        # The last column is the denominator, from the column of ones next to the values.
         np.divide(y[..., :-1], y[..., -1:], out=scratch.att_heads)
         x += (scratch.att_out @ layer.out).reshape(x.shape)  # residual connection
 

@@ -100,39 +100,41 @@ class RollingDecoder:
         assert 1 <= hop <= self._context_len, hop
         self._hop = hop
         self._window: Window = engine.window(batch)
-        self._recent = np.zeros((batch, self._context_len), np.uint8)  # the window's characters
-        self._contexts: deque[Floats] = deque()  # for the windows to come
-        # Of each window the mean up to here is kept; of the first one also those of the hops on the way.
+        self._recent = np.zeros((batch, self._context_len), np.uint8)  # the window's characters, for the next prefill
+        self._contexts: deque[Floats] = deque()  # snapshots that later windows start from, oldest first
+        # Each window snapshots its mean here, at its last whole hop. The first window does so at every hop, because the
+        # windows that start before its end have no other window to start from.
         self._snapshot_at = self._context_len // hop * hop
         self._next_snapshot = hop
 
     def prefill(self, ids: Ids) -> Floats:
-        """Read ids (B, k), k >= 1; return the logits (B, V) of the characters after them."""
+        """Append ids (B, k), k >= 1; return the logits (B, V) of the next characters."""
         return [self._window.prefill(part) for part in self._parts(ids)][-1]
 
     def prefill_all_logits(self, ids: Ids) -> Floats:
-        """Read ids (B, k), k >= 1; return the logits (B, k, V) after each of them."""
+        """Append ids (B, k), k >= 1; return the logits (B, k, V) after each of them."""
         return np.concatenate([self._window.prefill(part, all_logits=True) for part in self._parts(ids)], axis=1)
 
     def decode(self, ids: Ids, sampler: Sampler, max_new: int) -> Ids:
-        """Decode ids (B,), draw the next ones, and so on up to `max_new` times, within one window.
+        """Read ids (B,), draw the next ids, read those, and so on, at most `max_new` times and within one window.
 
         Returns:
-            The ids drawn (n, B), n from 1 to `max_new`. The last of them are not in the KV cache yet.
+            The ids drawn (n, B), n from 1 to `max_new`; the last row has not been read.
         """
         if not isinstance(self._window, NativeWindow):
             return StepwiseDecoder(self.prefill).decode(ids, sampler, max_new)
         n = min(max_new, self._chars_to_boundary())
         drawn = self._window.decode(ids, sampler.uniforms(n), sampler.native)
+        # The window has read `ids` and all ids drawn but the last.
         end = len(self._window)
         self._recent[:, end - n : end] = np.concatenate((ids[None], drawn[:-1])).T
         self._take_snapshot()
         return drawn
 
     def fork(self, batch: int) -> RollingDecoder:
-        """`batch` texts that all continue this one (B = 1)."""
+        """Return a decoder of `batch` texts that all continue this one (B = 1)."""
         other = RollingDecoder.__new__(RollingDecoder)
-        other.__dict__.update(self.__dict__)
+        other.__dict__.update(self.__dict__)  # everything that has a batch dimension is replaced below
         other._window = self._window.fork(batch)
         other._recent = np.repeat(self._recent, batch, axis=0)
         other._contexts = deque(np.repeat(context, batch, axis=0) for context in self._contexts)
@@ -388,7 +390,7 @@ def generate(
     while len(drawn):
         left -= len(drawn)
         yield [_push_all(stop_filter, ids) for stop_filter, ids in zip(stop_filters, drawn.T.tolist(), strict=True)]
-        # All texts of a batch go on until the last one has stopped.
+        # The batch is decoded until its last text has stopped.
         if not left or all(stop_filter.stopped for stop_filter in stop_filters):
             break
         # The length of a call starts at one character and doubles until the call takes `_CALL_SECONDS`.

@@ -104,53 +104,57 @@ class NativeWindow:
     def prefill(self, ids: Ids, *, all_logits: bool = False) -> Floats:
         """See `Window`."""
         assert 1 <= ids.shape[1] <= self.free, (ids.shape, self.free)
-        most = self._rows // self._batch - 1  # beside the context vector's slot
-        parts = [self._prefill(ids[:, i : i + most], all_logits=all_logits) for i in range(0, ids.shape[1], most)]
-        logits: Floats = np.concatenate(parts, axis=1) if all_logits else parts[-1]
+        size = self._rows // self._batch - 1  # one row of each text is for the context vector's slot
+        chunks = [self._prefill(ids[:, i : i + size], all_logits=all_logits) for i in range(0, ids.shape[1], size)]
+        logits: Floats = np.concatenate(chunks, axis=1) if all_logits else chunks[-1]
         return logits
 
     def _prefill(self, ids: Ids, *, all_logits: bool) -> Floats:
         V = self._model.config.vocab_size
-        ids = np.ascontiguousarray(ids, np.int32)
+        # C gets only the addresses of the arrays, so these names must stay referenced until the call returns.
+        ids = np.ascontiguousarray(ids, np.int32)  # (B, k)
         logits: Floats = aligned((*ids.shape, padded(V)) if all_logits else (len(ids), padded(V)), np.float32)
         request = PrefillStruct(
-            **self._common(ids, self._tuner.threads), logits=logits.ctypes.data, length=ids.shape[1], every=all_logits
+            **self._request_fields(ids, self._tuner.threads), logits=logits.ctypes.data, length=ids.shape[1], every=all_logits
         )
         self._model.library.prefill(ctypes.addressof(request))
+        # The first prefill of a window fills the context vector's slot too.
         self._struct.filled += ids.shape[1] + (self._struct.filled == 0)
         return logits[..., :V]
 
-    def decode(self, ids: Ids, numbers: npt.NDArray[np.float64], sampling: Sampling) -> npt.NDArray[np.int32]:
-        """Read `ids` (B,) and draw the next ones, read those and draw again, and so on.
+    def decode(self, ids: Ids, uniforms: npt.NDArray[np.float64], sampling: Sampling) -> npt.NDArray[np.int32]:
+        """Read `ids` (B,), draw the next ids, read those, and so on, once for each row of `uniforms`.
 
         Args:
-            ids: drawn before and not read yet.
-            numbers: (n, B), each from 0 to 1; n from 1 to `free`.
-            sampling: how ids are drawn.
+            ids: ids drawn last and not read yet.
+            uniforms: (n, B) random numbers in [0, 1); n from 1 to `free`.
+            sampling: the sampling parameters.
 
         Returns:
-            The ids drawn (n, B), of which the last have not been read.
+            The ids drawn (n, B); the last row has not been read.
         """
-        assert 1 <= len(numbers) <= self.free, (len(numbers), self.free)
+        assert 1 <= len(uniforms) <= self.free, (len(uniforms), self.free)
         if self._struct.filled == 0:
-            self._prefill(np.empty((self._batch, 0), np.int32), all_logits=False)  # the context vectors' slot
-        ids, drawn = np.ascontiguousarray(ids, np.int32), np.empty(numbers.shape, np.int32)
-        how, made = sampling.struct(), 0
-        while made < len(numbers):
-            with self._tuner.block(len(numbers) - made) as (threads, count):
+            self._prefill(np.empty((self._batch, 0), np.int32), all_logits=False)  # only the context vector's slot
+        ids, drawn = np.ascontiguousarray(ids, np.int32), np.empty(uniforms.shape, np.int32)
+        parameters, done = sampling.struct(), 0
+        # Each block is one call of C; the tuner chooses its length and the number of threads.
+        while done < len(uniforms):
+            with self._tuner.block(len(uniforms) - done) as (threads, count):
                 request = DecodeStruct(
-                    **self._common(ids if made == 0 else drawn[made - 1], threads),
-                    sampling=ctypes.addressof(how),
-                    uniforms=numbers[made:].ctypes.data,
-                    drawn=drawn[made:].ctypes.data,
+                    **self._request_fields(ids if done == 0 else drawn[done - 1], threads),
+                    sampling=ctypes.addressof(parameters),
+                    uniforms=uniforms[done:].ctypes.data,
+                    drawn=drawn[done:].ctypes.data,
                     count=count,
                 )
                 self._model.library.decode(ctypes.addressof(request))
             self._struct.filled += count
-            made += count
+            done += count
         return drawn
 
-    def _common(self, ids: Ids, threads: int) -> dict[str, int]:
+    def _request_fields(self, ids: Ids, threads: int) -> dict[str, int]:
+        """Return the fields that prefill and decode requests share."""
         return {
             "model": self._model.address,
             "windows": ctypes.addressof(self._struct),

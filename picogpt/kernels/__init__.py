@@ -1,5 +1,5 @@
 """Native kernels in C, compiled on the machine that uses them.
 
-`build` compiles and caches a library, without torch; `compiled` has the functions of training, and `block` their autograd.
-Nothing is imported here, so that what needs no torch does not import it.
+`build` compiles and caches a library, without torch; `compiled` wraps the kernels of training, `autograd` makes them
+differentiable, and `bindings` describes their C structures. Nothing is imported here, so that generation starts without torch.
 """

@@ -220,7 +220,7 @@ class _Blocks(torch.autograd.Function):
     """Autograd node of one window through all blocks."""
 
     @staticmethod
-    def forward(ctx: Any, blocks: FusedBlocks, window: int, x: Tensor, token: Tensor) -> Tensor:  # noqa: ARG004 (links the window to _Parameters)
+    def forward(ctx: Any, blocks: FusedBlocks, window: int, x: Tensor, token: Tensor) -> Tensor:  # noqa: ARG004 (for the graph)
         ctx.blocks, ctx.window = blocks, window
         # Detached: the workspace outlives the graph that x belongs to.
         return blocks.forward(window, x.detach().reshape(-1, x.size(-1))).view_as(x)

@@ -27,9 +27,14 @@ __all__ = [
 ]
 
 
+# The names are those of bindings.h, where each field has its shape. All pointers are untyped here: the element type is the
+# library's, float or bfloat16.
+
+
 class LayerWeights(Structure):
     """Weights of one block, with its matrices packed; `_back` is packed for the gradient of the input."""
 
+    # Biases and the weights of norms are float32; matrices are in panels of the GEMM's element type.
     _fields_ = fields_of(
         c_void_p,
         "ln1_weight ln1_bias attn attn_back attn_bias proj proj_back proj_bias ln2_weight ln2_bias fc fc_back "

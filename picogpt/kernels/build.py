@@ -1,6 +1,6 @@
-"""Compiles a C source into a shared library, once: later starts load it from the user's cache folder.
+"""Compile a C source into a shared library once; later starts load it from the user's cache folder.
 
-Nothing here knows what the functions do, or needs torch: the kernels of training and those of generation are both built here.
+This module knows nothing about the kernels and does not need torch: both training and generation build theirs here.
 """
 
 from __future__ import annotations
@@ -27,11 +27,9 @@ from picogpt.kernels.cache import LibraryCache, UnusableCacheError
 
 __all__ = ["Compiler", "Library", "find_compilers", "load_library"]
 
-_COMPILERS = ("cc", "gcc", "clang")
-_FORMAT = 1
-"""Raised when a library of the same sources and flags is no longer built or loaded in the same way."""
-_TIMEOUT = 60.0
-"""Seconds that a compiler has."""
+_COMPILERS = ("cc", "gcc", "clang")  # in order of preference
+_FORMAT = 1  # part of the cache key; increment it when libraries are built or loaded differently
+_TIMEOUT = 60.0  # seconds that a call of the compiler may take
 
 
 class Library(NamedTuple):
@@ -46,13 +44,13 @@ class Compiler:
     """A C compiler of this machine."""
 
     command: tuple[str, ...]
-    """As CC gives it, with flags of its own."""
+    """The command in CC, with its flags."""
     path: str
-    """Where its first word is found."""
+    """Path of the program, the command's first word."""
 
     @cached_property
     def identity(self) -> str:
-        """Its path, links resolved, its own flags, and its version; one that tells none shows when it compiles what is wrong."""
+        """The compiler's resolved path, its flags and its version; the version is empty where the compiler prints none."""
         return "\n".join([os.path.realpath(self.path), *self.command[1:], self._version])
 
     @cached_property
@@ -60,23 +58,23 @@ class Compiler:
         try:
             return self.run(["--version"])
         except BuildError:
-            return ""
+            return ""  # the same compiler then fails at compiling, with a message
 
     @property
     def name(self) -> str:
-        """The first word of its command, for messages."""
+        """The first word of the command, for messages."""
         return self.command[0]
 
     @property
     def is_clang(self) -> bool:
-        """Whether it is some clang, whose OpenMP runtime is another one than gcc's."""
+        """Whether the compiler is a clang, whose OpenMP runtime differs from gcc's."""
         return "clang" in self._version
 
     def run(self, arguments: Sequence[str]) -> str:
-        """Run it; return what it prints.
+        """Run the compiler; return its stdout.
 
         Raises:
-            BuildError: it cannot be run, takes too long or fails.
+            BuildError: the compiler cannot be run, takes too long or fails.
         """
         try:
             done = subprocess.run(  # noqa: S603 (the user's own compiler)
@@ -86,12 +84,13 @@ class Compiler:
                 errors="replace",
                 timeout=_TIMEOUT,
                 check=False,
-                env={**os.environ, "LC_ALL": "C"},
+                env={**os.environ, "LC_ALL": "C"},  # messages in English: "error" is searched for below
                 stdin=subprocess.DEVNULL,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise BuildError(f"{self.name} does not run ({error})") from error
         if done.returncode:
+            # The first line with "error" says more than the warnings in front of it.
             message = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
             message = message or f"exit code {done.returncode}"
             raise BuildError(f"{self.name} fails ({' '.join(message.split())})")
@@ -100,7 +99,7 @@ class Compiler:
 
 @dataclass(frozen=True)
 class _Build:
-    """One library to be: a source with its settings."""
+    """A library to build: a source with its settings."""
 
     source: Path
     defines: tuple[tuple[str, int | str], ...]
@@ -109,8 +108,10 @@ class _Build:
     openmp: bool
 
     def key(self, compiler: Compiler) -> str:
-        """SHA-256 of everything that decides what the library is and where it runs."""
+        """Return the SHA-256 of everything that determines the library's content and where it runs."""
+        # Any header in the folder may be included, so all of them count.
         sources = sorted([self.source, *self.source.parent.glob("*.h")])
+        # The key has to change whenever the library would; -march=native makes it depend on the processor.
         parts = {
             "format": _FORMAT,
             "sources": [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sources],
@@ -118,20 +119,23 @@ class _Build:
             "link": self.link_arguments(compiler),
             "compiler": compiler.identity,
             "processor": processor.identity(),
-            "pointer": struct.calcsize("P"),
+            "pointer": struct.calcsize("P"),  # 32-bit or 64-bit Python
         }
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def compile_flags(self) -> list[str]:
+        # Position-independent code, as for any shared library.
         macros = [f"-D{name}={value}" for name, value in self.defines]
         return [*self.flags, "-fPIC", *["-fopenmp"] * self.openmp, *macros]
 
     def link_arguments(self, compiler: Compiler) -> list[str]:
-        # What gcc compiles finds the OpenMP runtime that torch has loaded, and brings no threads of its own; clang's is another.
+        # gcc's code uses the OpenMP runtime that torch has loaded, so none is linked: a second one has its own threads.
+        # clang needs its own runtime.
         return ["-shared", *["-fopenmp"] * (self.openmp and compiler.is_clang), *self.link_flags]
 
     def compile(self, compiler: Compiler, folder: Path) -> Path:
-        """Compile and link in a folder; return the library's path there."""
+        """Compile and link in `folder`; return the library's path."""
+        # Two steps, because -fopenmp has to be given to the compiler but, with gcc, not to the linker.
         compiled, library = folder / f"{self.source.stem}.o", folder / f"{self.source.stem}.so"
         compiler.run([*self.compile_flags(), "-c", str(self.source), "-o", str(compiled)])
         shared, *libraries = self.link_arguments(compiler)
@@ -148,22 +152,23 @@ def load_library(
     openmp: bool = False,
     notify: Callable[[str], None],
 ) -> Library:
-    """Load the library of a C source, compiled for this processor: from the cache, or compiled now and kept there.
+    """Load the library of a C source compiled for this processor: from the cache, or compiled now and cached.
 
     The compiler is the one that CC names, or the first of cc, gcc and clang that works.
 
     Args:
-        source: the C file. Headers beside it count as part of it.
+        source: the C file; headers in its folder count as part of it.
         defines: macros.
-        flags: of the compiler, for optimization and instructions.
+        flags: compiler flags for optimization and instruction sets.
         link_flags: libraries to link with.
-        openmp: whether the source uses OpenMP. What gcc compiles then needs a process that has loaded gcc's runtime; torch does.
-        notify: is given a line before something is compiled, which takes a few seconds, and if it cannot be kept.
+        openmp: whether the source uses OpenMP. gcc's code then needs a process that has loaded gcc's runtime, as torch does.
+        notify: receives a line before the library is compiled, which takes a few seconds, and if it cannot be cached.
 
     Raises:
-        BuildError: there is no compiler, or none that makes a library that can be loaded; one line says why.
+        BuildError: there is no compiler, or none whose library can be loaded; the message is one line.
     """
     build = _Build(source, tuple(sorted(defines.items())), tuple(flags), tuple(link_flags), openmp)
+    # A cache that cannot be used costs a few seconds at each start, and is no reason to fail.
     compilers, cache, obstacle = find_compilers(), None, ""
     try:
         cache = LibraryCache()
@@ -173,23 +178,26 @@ def load_library(
     except UnusableCacheError as error:
         cache, obstacle = None, str(error)
     notify(f"compiling {source.name}, " + (f"at each start: {obstacle}" if obstacle else "once for this machine (a few seconds)"))
+    # Try them in order: on some systems cc exists but cannot compile.
     *others, last = compilers
     for compiler in others:
-        with contextlib.suppress(BuildError):  # the last one's is reported
+        with contextlib.suppress(BuildError):  # only the last error is reported
             return _compile(build, compiler, cache, notify)
     return _compile(build, last, cache, notify)
 
 
 def find_compilers() -> list[Compiler]:
-    """The compiler that CC names, or those of cc, gcc and clang that are there.
+    """Return the compiler that CC names, or those of cc, gcc and clang that are installed.
 
     Raises:
         BuildError: there is none.
     """
+    # CC may have flags, as in `ccache gcc` or `clang -O1`.
     try:
         wanted = shlex.split(os.environ.get("CC", ""))
     except ValueError as error:
         raise BuildError(f"CC is not a command ({error})") from error
+    # A user who sets CC wants that compiler and no other.
     names = wanted[:1] or list(_COMPILERS)
     found = [(name, shutil.which(name)) for name in names]
     compilers = [Compiler((name, *wanted[1:]), path) for name, path in found if path]
@@ -199,13 +207,14 @@ def find_compilers() -> list[Compiler]:
 
 
 def _load_cached(build: _Build, compilers: Sequence[Compiler], cache: LibraryCache) -> Library | None:
-    """The library from the cache, whichever compiler made it, or None."""
+    """Return the library from the cache, built by any of the compilers, or None."""
+    # Any of them will do: a compiler that failed at the first start must not be tried again at each start.
     for compiler in compilers:
         path = cache.find(build.source.stem, build.key(compiler))
         if path is not None:
             try:
                 return Library(ctypes.CDLL(str(path)), compiler.name)
-            except OSError as error:  # a disk from which nothing may be executed, say
+            except OSError as error:  # such as a disk mounted noexec
                 raise UnusableCacheError(f"{path} cannot be loaded ({error})") from error
     return None
 
@@ -218,18 +227,19 @@ def _load(path: Path, compiler: Compiler) -> ctypes.CDLL:
 
 
 def _compile(build: _Build, compiler: Compiler, cache: LibraryCache | None, notify: Callable[[str], None]) -> Library:
-    """Compile in a private folder that is removed afterwards, load the library, and keep it in the cache."""
+    """Compile in a private temporary folder, load the library and store it in the cache."""
     try:
-        # What of the folder cannot be removed while the library is in use is left to whoever clears temporary files.
+        # Windows cannot remove a loaded library: such a file is left to the system's cleanup of temporary files.
         temporary = tempfile.TemporaryDirectory(prefix="picogpt-", ignore_cleanup_errors=True)
     except OSError as error:
         raise BuildError(f"there is no temporary folder ({error})") from error
     with temporary as folder:
         path = build.compile(compiler, Path(folder))
+        # Loaded before it is stored, so that the cache holds only libraries that load.
         functions = _load(path, compiler)
         if cache is not None:
             try:
                 cache.store(build.source.stem, build.key(compiler), path.read_bytes())
-            except UnusableCacheError as error:
+            except UnusableCacheError as error:  # the disk may be full; the loaded library works all the same
                 notify(f"{build.source.name} will be compiled again at the next start: {error}")
         return Library(functions, compiler.name)

@@ -15,6 +15,9 @@ def fields_of(kind: type[Any], names: str) -> tuple[tuple[str, type[Any]], ...]:
     return tuple((name, kind) for name in names.split())
 
 
+# ctypes trusts its field lists. A field that is moved in one file only would make C write to foreign memory, without an error.
+
+
 class _Entry(Structure):
     """`struct layout_entry`: a field's offset and size, a structure's size, or a constant's value."""
 
@@ -45,8 +48,9 @@ def _expected(structures: Mapping[str, type[Structure]], constants: Mapping[str,
     for name, structure in structures.items():
         yield name, 0, ctypes.sizeof(structure)
         for field, *_ in structure._fields_:
-            place = getattr(structure, field)
+            place = getattr(structure, field)  # a descriptor with the offset and size that ctypes computed
             yield f"{name}.{field}", place.offset, place.size
+    # Constants use the same table: the value stands in the offset.
     yield from ((name, value, 0) for name, value in constants.items())
 
 
@@ -54,6 +58,7 @@ def _found(library: ctypes.CDLL) -> Iterator[tuple[str, int, int]]:
     """Yield the layout that the library was compiled with."""
     library.layout.argtypes, library.layout.restype = (), POINTER(_Entry)
     entries = library.layout()
+    # The table ends with a null name.
     index = 0
     while (entry := entries[index]).name:
         yield entry.name.decode(), entry.offset, entry.size

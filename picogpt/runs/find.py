@@ -1,4 +1,4 @@
-"""Which run a user means: by its name, its folder or a file, or the likeliest where none is named."""
+"""Resolve a user's name for a run to its file: by name, folder or path, or the most likely run if none is named."""
 
 from __future__ import annotations
 
@@ -11,56 +11,60 @@ from picogpt.runs.folder import LOG_FILE, MODEL_FILE, RunFolder
 __all__ = ["find_log", "find_model", "resumable_runs"]
 
 PRETRAINED = Path(__file__).resolve().parents[2] / "logs"
-"""Where the trained models lie that come with picogpt; only a clone has them."""
+"""Folder of the bundled models; only a clone of the repository has it."""
 
-_FIRST_CHOICE = "wikipedia"
-"""The one of them that is taken where none is named."""
+_FIRST_CHOICE = "wikipedia"  # the default among the bundled models
 
 
 def find_model(name: str | None, logs_dir: Path) -> tuple[Path, str]:
-    """The model that a user means, and a few words that say which one it is.
+    """Return the path of a model, and a phrase for the user that says which model was chosen.
 
     Args:
-        name: a run's name, its folder or a `.safetensors` file; None means the run of the user's own that was saved last,
-            or else a model that came without a run to go on with, such as those that come with picogpt.
-        logs_dir: where runs are kept.
+        name: a run's name, its folder or a `.safetensors` file; None takes the user's most recently saved run,
+            or else a model without a checkpoint to resume, such as the bundled ones.
+        logs_dir: folder of all runs.
 
     Raises:
-        RunError: there is no such model, or none at all.
+        RunError: there is no such model, or no model at all.
     """
     if name is not None:
         path = _find(name, logs_dir, MODEL_FILE)
         return path, f"model {path}"
     runs = _runs(logs_dir, MODEL_FILE)
+    # Runs with a checkpoint were trained here; others are imported, copied or bundled.
     own = [run.path / MODEL_FILE for run in runs if not run.is_weights_only()]
     if own:
         path = max(own, key=lambda path: path.stat().st_mtime_ns)
         return path, f"model {path}" + (f", saved last of {len(own)}" if len(own) > 1 else "")
+    # A clone's own logs folder is PRETRAINED, so without a run of the user `runs` may hold the bundled models already.
     finished = runs or _runs(PRETRAINED, MODEL_FILE)
     if not finished:
         raise RunError(f"{logs_dir}: no trained model there; train one with picogpt-train, or name one with --model")
+    # max takes the first of equals: the default model if it is there, else the first by name.
     path = max(finished, key=lambda run: run.name == _FIRST_CHOICE).path / MODEL_FILE
     return path, f"model {path}, as there is no run of your own" + (f" under {logs_dir}" if runs else "")
 
 
 def find_log(name: str, logs_dir: Path) -> Path:
-    """The loss log that a user means by a run's name, its folder or the file itself.
+    """Return the path of a loss log, given a run's name, its folder or the file itself.
 
     Raises:
-        RunError: there is none.
+        RunError: there is no such log.
     """
     return _find(name, logs_dir, LOG_FILE)
 
 
 def resumable_runs(logs_dir: Path) -> list[str]:
-    """Names of the runs under `logs_dir` that training can go on with, in order."""
+    """Return the names of the runs under `logs_dir` that training can resume, sorted."""
+    # A config without a model: the run was killed before its first checkpoint, and starts again from its settings.
     runs = [RunFolder(path) for path in sorted(logs_dir.glob("*")) if path.is_dir()]
     return [run.name for run in runs if run.has_checkpoint() or (run.has_config() and not run.has_model())]
 
 
 def _find(name: str, logs_dir: Path, filename: str) -> Path:
-    if not name or "\0" in name:
+    if not name or "\0" in name:  # system calls raise ValueError for a null byte
         raise RunError(f"{name!r}: not the name of a run")
+    # A path goes before a name, and the user's runs before the bundled ones.
     for path in (Path(name), Path(name) / filename, logs_dir / name / filename, PRETRAINED / name / filename):
         if path.is_file():
             return path
@@ -71,5 +75,5 @@ def _find(name: str, logs_dir: Path, filename: str) -> Path:
 
 
 def _runs(folder: Path, filename: str) -> list[RunFolder]:
-    """The runs under `folder` that have such a file, by name."""
+    """Return the runs under `folder` that contain `filename`, sorted by name."""
     return [RunFolder(path.parent) for path in sorted(folder.glob(f"*/{filename}")) if path.is_file()]

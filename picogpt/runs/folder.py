@@ -1,20 +1,20 @@
-"""The run folder: what a training run leaves on the disk, and how it is read back.
+"""The run folder: the files that a training run writes, and how they are read back.
 
 | file                              | content                                                                  |
 |-----------------------------------|--------------------------------------------------------------------------|
-| `config.json`                     | what made this run: model, training, schedule, data, seed, versions       |
-| `model.safetensors`               | the best weights so far, the model's shape in the metadata                |
-| `checkpoint.safetensors`          | all that is needed to go on, with a SHA-256 of it                         |
-| `checkpoint.previous.safetensors` | the one before it                                                        |
-| `validation.safetensors`          | of a run on a stream: its validation text, drawn once                     |
+| `config.json`                     | settings of the run: model, training, schedule, data, seed, versions      |
+| `model.safetensors`               | the best weights so far, with the model's shape in the metadata           |
+| `checkpoint.safetensors`          | everything needed to resume, with a SHA-256                               |
+| `checkpoint.previous.safetensors` | the checkpoint before that                                               |
+| `validation.safetensors`          | a stream's validation text, drawn once                                   |
 | `log.pkl`                         | the loss log, plain values only                                          |
-| `log.jpg`                         | its picture                                                              |
-| `log.html`                        | the page to watch: curve, samples, an excerpt shaded by probability      |
-| `epochs.json`                     | the page's samples and probabilities, an entry an epoch                  |
-| `eval.jpg`                        | the picture of an evaluation, where there was one                        |
+| `log.jpg`                         | plot of the loss log                                                     |
+| `log.html`                        | live page: curve, samples, an excerpt shaded by probability              |
+| `epochs.json`                     | samples and probabilities of the page, one entry per epoch               |
+| `eval.jpg`                        | plot of the last evaluation, if any                                      |
 
-Every file is written whole or not at all. Nothing that is read can run code. Tensors are numpy arrays here, so that
-reading a model needs no torch.
+Writes are atomic: a file is either complete or absent. Reading never runs code from a file. Tensors are numpy arrays here, so
+reading a model does not import torch.
 """
 
 from __future__ import annotations
@@ -60,26 +60,27 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-"""Written into every file; a reader refuses a newer one."""
+"""Version of the format, stored in every file; readers reject a newer one."""
 
 Tensors = dict[str, npt.NDArray[Any]]
 
 MODEL_FILE = "model.safetensors"
 _CHECKPOINT = "checkpoint.safetensors"
-_PREVIOUS = "checkpoint.previous.safetensors"
-_DAMAGED = "checkpoint.damaged.safetensors"
+_PREVIOUS = "checkpoint.previous.safetensors"  # fallback if the newest is damaged
+_DAMAGED = "checkpoint.damaged.safetensors"  # kept for inspection, never read
 _VALIDATION = "validation.safetensors"
 _CONFIG = "config.json"
 LOG_FILE = "log.pkl"
-_BFLOAT16 = "BF16"
+_BFLOAT16 = "BF16"  # name of the dtype in a safetensors header
+# errno values of a file system without flock, such as some network mounts.
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+# NFS emulates flock by byte-range locks, which may report a held lock as EACCES.
 _LOCK_HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
-"""NFS locks a range of bytes instead, of which a holder may be told by EACCES."""
 
 
 @dataclass(kw_only=True)
 class LossLog:
-    """The loss log: one entry an epoch in each list."""
+    """The loss log. Each list has one entry per epoch."""
 
     train: list[float] = field(default_factory=list)
     """Mean training loss of each epoch, in nats per character."""
@@ -90,12 +91,13 @@ class LossLog:
     seconds: list[float] = field(default_factory=list)
     """Seconds spent training by the end of each epoch."""
     best_loss: float | None = None
-    """The lowest validation loss so far; that of `model.safetensors`."""
+    """Lowest validation loss so far: the loss of the weights in `model.safetensors`."""
     iter_num: int = 0
     """Optimizer steps so far."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The log with the keys of the original project, and `chars` and `seconds` beside them."""
+        """Return the log as plain values under the original project's keys, plus `chars` and `seconds`."""
+        # Lists are copied, so a later epoch does not change a log that is being written.
         return {
             "losses": {"train": list(self.train), "val": list(self.val)},
             "best_loss": self.best_loss,
@@ -106,10 +108,10 @@ class LossLog:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> LossLog:
-        """The inverse of `to_dict`.
+        """Return the log that `to_dict` turned into `content`.
 
         Raises:
-            KeyError, TypeError, ValueError: `content` is not of that form.
+            KeyError, TypeError, ValueError: `content` has another form.
         """
         best = content["best_loss"]
         log = cls(
@@ -120,6 +122,7 @@ class LossLog:
             best_loss=None if best is None else float(best),
             iter_num=int(content["iter_num"]),
         )
+        # Plots and reports zip the lists, so all must have an entry for each epoch.
         if len({len(log.train), len(log.val), len(log.chars), len(log.seconds)}) != 1:
             raise ValueError("its lists have different lengths")
         return log
@@ -127,53 +130,57 @@ class LossLog:
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    """All that is needed to go on with a run."""
+    """Everything needed to resume a run."""
 
     tensors: Tensors
-    """Weights and the optimizer's tensors, by name."""
+    """Weights and optimizer tensors, by name."""
     state: dict[str, Any]
-    """Plain values: steps, sums, the loss log."""
+    """Plain values: step counts, running sums, the loss log."""
 
 
 def pack(checkpoint: Checkpoint) -> bytes:
-    """`checkpoint` as bytes, to be sent to another process: the length of its state, the state, the tensors."""
+    """Serialize a checkpoint to send it to another process: length of the state (8 bytes), state as JSON, tensors."""
     state = json.dumps(checkpoint.state).encode()
     return len(state).to_bytes(8, "little") + state + serialize(checkpoint.tensors)
 
 
 def unpack(content: bytes) -> Checkpoint:
-    """The inverse of `pack`."""
+    """Return the checkpoint that `pack` serialized."""
     start = 8 + int.from_bytes(content[:8], "little")
     return Checkpoint(tensors=tensors_of(content[start:]), state=json.loads(content[8:start]))
 
 
 class RunFolder:
-    """One run's folder. Making the object touches nothing; `create` makes the folder."""
+    """The folder of one run. The constructor does not touch the disk; `create` makes the folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @property
     def name(self) -> str:
-        """The run's name, which is its folder's."""
+        """The run's name: the name of its folder."""
         return self.path.name
+
+    # Paths of files that other modules write.
 
     @property
     def plot_path(self) -> Path:
-        """Where the picture of the loss log belongs."""
+        """Path of the loss plot."""
         return self.path / "log.jpg"
 
     @property
     def page_path(self) -> Path:
-        """The path of the run's page."""
+        """Path of the run's live page."""
         return self.path / "log.html"
 
+    # State of the folder: commands choose between a new run, a resumed run and an error by it.
+
     def has_config(self) -> bool:
-        """Whether a run was begun here."""
+        """Whether a run has started here; its first checkpoint may be missing."""
         return (self.path / _CONFIG).exists()
 
     def has_validation(self) -> bool:
-        """Whether the validation text of a run on a stream is kept here."""
+        """Whether a stream's validation text is stored here."""
         return (self.path / _VALIDATION).exists()
 
     def has_model(self) -> bool:
@@ -186,37 +193,40 @@ class RunFolder:
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint, intact or damaged."""
+        # A crash between the two renames of `save_checkpoint` leaves only the previous one.
         return any((self.path / name).exists() for name in (_CHECKPOINT, _PREVIOUS))
 
     def create(self) -> None:
-        """Make the folder."""
+        """Create the folder and its parents."""
         self.path.mkdir(parents=True, exist_ok=True)
 
     def next_backup_name(self) -> Path:
-        """The first of `NAME.old-1`, `NAME.old-2`, ... that is free."""
+        """Return the first path of `NAME.old-1`, `NAME.old-2`, ... that does not exist."""
+        # Old runs are never deleted, so a third --fresh needs a third name.
         number = 1
         while (target := self.path.with_name(f"{self.name}.old-{number}")).exists():
             number += 1
         return target
 
     def archive(self) -> Path:
-        """Rename the folder to `next_backup_name` and return that."""
+        """Rename the folder to `next_backup_name`; return the new path."""
         target = self.next_backup_name()
         replace(self.path, target)
         return target
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[list[str]]:
-        """Hold the folder against a second trainer, and remove what a killed one left half-written in it.
+        """Lock the folder against a second trainer, and remove temporary files that a killed process left in it.
 
-        The system frees the lock however the process ends. Yields a sentence for each promise that the folder's file system
-        weakens, as it lacks what the promise rests on.
+        The operating system releases the lock however the process ends. Yields a warning for each guarantee that the
+        file system cannot give: exclusive locks, and flushes that survive a power failure.
 
         Raises:
             OSError: the disk is broken.
-            RunError: another process trains in this folder, or something else lies in the lock's place.
+            RunError: another process trains in this folder, or the lock file cannot be opened.
         """
         path = self.path / ".lock"
+        # O_NOFOLLOW: in a shared folder a symbolic link could make us truncate a foreign file.
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except OSError as error:
@@ -225,13 +235,15 @@ class RunFolder:
             try:
                 locked = _try_lock(stream)
             except OSError as error:
-                error.filename = os.fspath(path)
+                error.filename = os.fspath(path)  # flock gets a descriptor, so its error names no file
                 raise
             if locked is Lock.HELD:
+                # The holder has written its pid; it is only a hint for the message.
                 holder = stream.read(32).decode("ascii", "replace").strip() or "unknown"
                 raise RunError(
                     f"{self.path}: another process (pid {holder}) trains in this run; wait for it or choose another --run"
                 )
+            # Ours: leave our pid for the message of a second trainer.
             stream.truncate(0)
             stream.write(str(os.getpid()).encode())
             stream.flush()
@@ -240,6 +252,7 @@ class RunFolder:
             yield list(self._weaknesses(locked))
 
     def _weaknesses(self, locked: Lock) -> Iterator[str]:
+        # Training goes ahead with a warning: on such a file system there is no better guarantee to be had.
         if locked is Lock.UNSUPPORTED:
             yield (
                 f"{self.path}: this file system has no locks, so a second picogpt-train in this run cannot be detected; "
@@ -250,6 +263,7 @@ class RunFolder:
 
     def write_config(self, content: Mapping[str, Any]) -> None:
         """Write `config.json`."""
+        # Indented, as users read this file.
         text = json.dumps({"format": FORMAT_VERSION, **content}, indent=2) + "\n"
         atomic_write(self.path / _CONFIG, text.encode())
 
@@ -257,12 +271,12 @@ class RunFolder:
         """Read `config.json`.
 
         Raises:
-            RunError: it is missing, no JSON object, or of a newer format.
+            RunError: the file is missing, is not a JSON object, or has a newer format.
         """
         path = self.path / _CONFIG
         try:
             content = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # deeply nested JSON recurses
             raise RunError(f"{path}: cannot be read ({error}); start over with --fresh, the folder is kept") from error
         if not isinstance(content, dict):
             raise RunError(f"{path}: not a run's config; start over with --fresh, the folder is kept")
@@ -270,20 +284,22 @@ class RunFolder:
         return content
 
     def save_model(self, tensors: Mapping[str, npt.NDArray[Any]], config: GPTConfig, text: TextConfig | None = None) -> None:
-        """Write `model.safetensors`: state dict, shape and text of the best model so far."""
+        """Write `model.safetensors`: the best state dict so far, its model's shape and the properties of its text."""
         atomic_write(self.path / MODEL_FILE, serialize_tensors(dict(tensors), model_metadata(config, text)))
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Write `checkpoint.safetensors`, keeping the one before it.
+        """Write `checkpoint.safetensors`, and keep its predecessor.
 
         Raises:
-            OSError: the disk is full, read-only or broken; the checkpoints on it are as they were.
+            OSError: the disk is full, read-only or broken; the existing checkpoints are unchanged.
         """
+        # Metadata values are strings in safetensors. The digest covers tensors and state, so damage to either is detected.
         metadata = {
             "format": str(FORMAT_VERSION),
             "state": json.dumps(checkpoint.state),
             "sha256": _digest(checkpoint.tensors, json.dumps(checkpoint.state)),
         }
+        # Written and flushed under a third name first: at every moment one complete checkpoint is on the disk.
         staged = self.path / f".{_CHECKPOINT}.staged.part"
         atomic_write(staged, serialize_tensors(checkpoint.tensors, metadata))
         current = self.path / _CHECKPOINT
@@ -292,14 +308,14 @@ class RunFolder:
         replace(staged, current)
 
     def load_checkpoint(self, *, rename: bool = True) -> tuple[Checkpoint, str | None]:
-        """The newest good checkpoint, and a line about a newer damaged one that was passed over.
+        """Return the newest intact checkpoint, and a message if a newer one is damaged.
 
-        With `rename` a damaged one is renamed, so that saving does not put it in the place of a good one.
+        With `rename` the damaged file is renamed: the next save would otherwise move it over the intact one.
 
         Raises:
-            RunError: there is none, or all of them are damaged; nothing is changed then.
+            RunError: there is no checkpoint, or all are damaged; the folder is unchanged.
         """
-        faults: list[str] = []
+        faults: list[str] = []  # messages about damaged checkpoints, newest first
         for name in (_CHECKPOINT, _PREVIOUS):
             path = self.path / name
             if not path.exists():
@@ -311,6 +327,7 @@ class RunFolder:
                 continue
             if not faults:
                 return checkpoint, None
+            # The newest one is damaged and its predecessor intact: the run loses the steps between the two.
             if rename:
                 replace(self.path / _CHECKPOINT, self.path / _DAMAGED)
             return checkpoint, f"{faults[0]}; it is kept as {_DAMAGED}, resuming from the previous checkpoint"
@@ -319,7 +336,8 @@ class RunFolder:
         raise RunError(f"{self.path}: no checkpoint to resume; start over with --fresh, the folder is kept")
 
     def save_validation(self, ids: npt.NDArray[np.uint8]) -> None:
-        """Write `validation.safetensors`: the validation text (characters,) of a run on a stream, drawn once."""
+        """Write `validation.safetensors`: a stream's validation text, ids (characters,), drawn once."""
+        # Stored, so a resumed run is validated on the same text without reading the stream from its beginning.
         metadata = {"format": str(FORMAT_VERSION), "sha256": _digest({"ids": ids}, "")}
         atomic_write(self.path / _VALIDATION, serialize_tensors({"ids": ids}, metadata))
 
@@ -327,7 +345,7 @@ class RunFolder:
         """Read `validation.safetensors`.
 
         Raises:
-            RunError: it is missing or damaged.
+            RunError: the file is missing or damaged.
         """
         path = self.path / _VALIDATION
         with _open_tensors(path) as stored:
@@ -337,7 +355,7 @@ class RunFolder:
         return tensors["ids"]
 
     def write_log(self, log: LossLog) -> None:
-        """Write `log.pkl`: a pickle of plain values, readable by anything that reads the original's losses."""
+        """Write `log.pkl`: a pickle of plain values that the original project's tools can read."""
         atomic_write(self.path / LOG_FILE, pickle.dumps(log.to_dict(), protocol=4))
 
     def read_log(self) -> LossLog:
@@ -346,13 +364,13 @@ class RunFolder:
 
 
 def model_metadata(config: GPTConfig, text: TextConfig | None = None) -> dict[str, str]:
-    """Metadata of `model.safetensors`: the model's shape, and the text that it was trained on where that is known."""
+    """Return the metadata of `model.safetensors`: the model's shape, and the properties of its training text if known."""
     metadata = {"format": str(FORMAT_VERSION), "config": json.dumps(asdict(config))}
     return metadata if text is None else {**metadata, "text": json.dumps(asdict(text))}
 
 
 def load_text_config(path: Path) -> TextConfig | None:
-    """The text that the model of a `.safetensors` file was trained on; None where the file does not name it, as older ones.
+    """Return the properties of the training text from a model file; None if the file has none, as older files do.
 
     Raises:
         RunError: the file is missing or damaged.
@@ -370,15 +388,16 @@ def load_text_config(path: Path) -> TextConfig | None:
 
 @contextlib.contextmanager
 def open_model(path: Path) -> Iterator[tuple[GPTConfig, Mapping[str, npt.NDArray[Any]]]]:
-    """Shape and weights of a `.safetensors` file of picogpt; each weight is read, in float32, when it is asked for.
+    """Open a `.safetensors` model file; yield its config and its weights, each read on access, in float32.
 
     Raises:
-        RunError: there is no model, or it is damaged or of another kind.
+        RunError: the file is missing, damaged or not a picogpt model.
     """
     with _open_tensors(path) as tensors:
         try:
             config = GPTConfig(**json.loads(tensors.metadata["config"]))
         except (KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
+            # A safetensors file of another project: readable, but without our config.
             raise RunError(
                 f"{path}: no picogpt model (its metadata has no valid config); train one with picogpt-train"
             ) from error
@@ -386,7 +405,7 @@ def open_model(path: Path) -> Iterator[tuple[GPTConfig, Mapping[str, npt.NDArray
 
 
 def load_model(path: Path) -> tuple[GPTConfig, Tensors]:
-    """Shape and weights, in float32, from a `.safetensors` file of picogpt; it may hold them in bfloat16.
+    """Read config and weights of a model file; weights stored in bfloat16 are returned in float32.
 
     Raises:
         RunError: see `open_model`.
@@ -396,10 +415,10 @@ def load_model(path: Path) -> tuple[GPTConfig, Tensors]:
 
 
 def read_log(path: Path) -> LossLog:
-    """Read a loss log, refusing a pickle that names anything to import.
+    """Read a loss log; reject a pickle that imports anything.
 
     Raises:
-        RunError: the file is missing, damaged or holds more than plain values.
+        RunError: the file is missing, damaged or contains more than plain values.
     """
     try:
         with path.open("rb") as stream:
@@ -407,12 +426,12 @@ def read_log(path: Path) -> LossLog:
         return LossLog.from_dict(content)
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except Exception as error:  # a damaged pickle can raise almost any exception
         raise RunError(f"{path}: no loss log of picogpt ({type(error).__name__}: {error})") from error
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings, lists and dicts; imports nothing."""
+    """Unpickler of numbers, strings, lists and dicts. Every import, through which a pickle runs code, raises."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it imports {module}.{name}, which a log may not do")
@@ -424,21 +443,22 @@ def _read_checkpoint(path: Path) -> Checkpoint:
     state = metadata.get("state", "")
     if metadata.get("sha256") != _digest(tensors, state):
         raise RunError(f"{path}: damaged (its SHA-256 does not match)")
-    # What carries our own checksum is what we wrote.
+    # The checksum matched, so this is the JSON that we wrote: no check of its form is needed.
     return Checkpoint(tensors=tensors, state=json.loads(state))
 
 
 class _StoredTensors(Mapping[str, npt.NDArray[Any]]):
-    """Tensors of a safetensors file, which can hold nothing else; each is read when it is asked for.
+    """Tensors of a safetensors file by name. Each is read on access, so one tensor of a large file costs little memory.
 
     Args:
         path: the file.
-        stream: the same, opened and checked by the library.
+        stream: the file, opened and validated by the safetensors library.
     """
 
     def __init__(self, path: Path, stream: safe_open) -> None:
         self.metadata: dict[str, str] = stream.metadata() or {}  # type: ignore[no-untyped-call]
         self._path, self._stream, self._names = path, stream, list(stream.keys())  # type: ignore[no-untyped-call]
+        # Offset of the first tensor, and the header; read only for a file with bfloat16 tensors.
         self._layout: tuple[int, dict[str, Any]] | None = None
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
@@ -457,16 +477,17 @@ class _StoredTensors(Mapping[str, npt.NDArray[Any]]):
         return len(self._names)
 
     def _widened(self, name: str) -> npt.NDArray[np.float32]:
-        """The float32 numbers of a tensor of bfloat16, a type that numpy lacks: they are the upper halves of float32."""
+        """Return a bfloat16 tensor as float32. numpy has no bfloat16, so its bytes are read from the file directly."""
         with self._path.open("rb") as stream:
             if self._layout is None:
-                # The length of the header, the header, and then the tensors.
+                # Layout of the file: length of the header (8 bytes), header in JSON, tensors.
                 (length,) = struct.unpack("<Q", stream.read(8))
                 self._layout = 8 + length, json.loads(stream.read(length))
             tensors_at, entry = self._layout[0], self._layout[1][name]
             first, end = entry["data_offsets"]
             stream.seek(tensors_at + first)
             halves = np.frombuffer(stream.read(end - first), "<u2").astype(np.uint32)
+        # A bfloat16 is the upper half of a float32.
         halves <<= 16
         floats: npt.NDArray[np.float32] = halves.view(np.float32).reshape(entry["shape"])
         return floats
@@ -474,22 +495,22 @@ class _StoredTensors(Mapping[str, npt.NDArray[Any]]):
 
 @contextlib.contextmanager
 def _open_tensors(path: Path) -> Iterator[_StoredTensors]:
-    """The tensors of a safetensors file of this version.
+    """Open a safetensors file and check its format version; yield its tensors.
 
     Raises:
-        RunError: it cannot be read, is damaged or of a later version.
+        RunError: the file cannot be read, is damaged or has a newer format.
     """
     with contextlib.ExitStack() as stack:
         with _reading(path):
             tensors = _StoredTensors(path, stack.enter_context(safe_open(path, framework="numpy")))
-        version = tensors.metadata.get("format", "0")
+        version = tensors.metadata.get("format", "0")  # 0 fails the check: the file is not ours
         _check_version(path, int(version) if version.isdigit() else None)
         yield tensors
 
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Report whatever is wrong with a file as a `RunError`."""
+    """Turn errors of reading a file into `RunError`."""
     try:
         yield
     except FileNotFoundError as error:
@@ -499,12 +520,13 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def serialize_tensors(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
-    """Tensors and metadata in the format of safetensors, the same bytes for the same content; uint16 holds bfloat16.
+    """Serialize tensors and metadata as safetensors, deterministically: equal content gives equal bytes; uint16 holds bfloat16.
 
-    The library writes metadata in an order that differs from process to process. Layout: the header's length in 8 bytes, the
-    header in JSON, padded with spaces to a multiple of 8, the numbers.
+    The library writes metadata in an order that differs between processes. Layout: length of the header (8 bytes), header in
+    JSON padded with spaces to a multiple of 8, tensors.
     """
     content = serialize(tensors, dict(metadata))
+    # Rewrite the header with sorted metadata; offsets of tensors count from its end, so they stay valid.
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
@@ -513,10 +535,12 @@ def serialize_tensors(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
             entry["dtype"] = _BFLOAT16
     text = json.dumps(ordered, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    # The memoryview avoids a copy of the tensors.
     return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[start:]))
 
 
 def _check_version(path: Path, found: object) -> None:
+    # Older formats would be converted here; so far there is one.
     if not isinstance(found, int) or not 0 < found <= FORMAT_VERSION:
         raise RunError(
             f"{path}: format {found} is not supported (at most {FORMAT_VERSION}); use the version of picogpt that wrote it"
@@ -524,21 +548,21 @@ def _check_version(path: Path, found: object) -> None:
 
 
 def _digest(tensors: Mapping[str, npt.NDArray[Any]], state: str) -> str:
-    """SHA-256 over the state and every tensor's name, type, shape and bytes, in the order of their names."""
+    """Return the SHA-256 of the state and of each tensor's name, dtype, shape and bytes, sorted by name."""
     digest = hashlib.sha256(state.encode())
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
         digest.update(f"\0{name}\0{array.dtype.str}\0{array.shape}\0".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
+        digest.update(array.reshape(-1).view(np.uint8).data)  # a view as bytes, without a copy
     return digest.hexdigest()
 
 
 class Lock(enum.Enum):
-    """What came of an attempt to lock a file."""
+    """Result of an attempt to lock a file."""
 
     OWN = enum.auto()
     HELD = enum.auto()
-    """Another process has it."""
+    """Another process holds the lock."""
     UNSUPPORTED = enum.auto()
     """The file system has no locks."""
 
@@ -547,7 +571,8 @@ if sys.platform == "win32":
     import msvcrt
 
     def _try_lock(stream: BinaryIO) -> Lock:
-        stream.seek(1024)  # a byte past the holder's number, which stays readable
+        # Windows locks ranges and blocks reads of them: lock a byte beyond the pid, which stays readable.
+        stream.seek(1024)
         try:
             msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError:
@@ -560,6 +585,7 @@ else:
 
     def _try_lock(stream: BinaryIO) -> Lock:
         try:
+            # flock belongs to the open file, so closing another descriptor of the file does not release it, unlike lockf.
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _NO_LOCKS:

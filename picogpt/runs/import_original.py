@@ -1,16 +1,17 @@
-"""Reads the original project's `log.pkl`: weights and losses, and nothing that runs.
+"""Read weights and losses from the original project's `log.pkl` without running any code in it.
 
-The file is a raw pickle that holds a live optimizer. `pickle.Unpickler` reads it with inert stand-ins for imported names: a dict
-for the dicts and the optimizer, and functions that only record their calls. A restricted `find_class` alone bounds neither time
-nor memory, so each opcode is checked first:
+The file is a raw pickle that contains a live optimizer. `pickle.Unpickler` reads it with inert stand-ins for imported names: a
+dict for the dicts and the optimizer, and functions that only record their calls. A restricted `find_class` alone bounds neither
+time nor memory, so each opcode is validated first:
 
-- Only opcodes of such a file are allowed, and a limited number of them; arguments are as long as they say. `pickletools.genops`
-  would parse arguments of the others too, which imports codecs and can take long.
+- Only opcodes that such a file contains are allowed, up to a maximum number, and arguments must be complete.
+  `pickletools.genops` would also parse arguments of other opcodes, which imports codecs and can take long.
 - A memo index is at most the number of opcodes before it, as the unpickler allocates a table of that length.
-- EMPTY_DICT is replaced by a persistent id, which makes the stand-in: it rejects keys that are not text before they are hashed.
-  Hashing nested tuples overflows the stack or takes forever, and integers can be made to collide.
+- EMPTY_DICT is replaced by a persistent id, which creates the stand-in: it rejects keys that are not strings before they are
+  hashed. Hashing nested tuples overflows the stack or takes forever, and integers can be made to collide.
 
-A storage is a legacy torch file within the pickle. Its header is matched, not unpickled; its numbers are views.
+A storage is a legacy torch file within the pickle. Its header is matched by a regular expression, not unpickled; tensors are
+views of the bytes that follow.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ from picogpt.tokenizer import VOCAB_SIZE
 __all__ = ["OriginalRun", "read_original"]
 
 SEQUENCES_PER_STEP: Final = 8
-"""Rolls in a step of the original, of ten windows each; its log counts steps only."""
+"""Sequences in a step of the original, of ten windows each. Its log counts steps only, so characters are computed from this."""
 
+# Limits far above any log of the original; they bound the time and memory that a hostile file can cost.
 _MAX_BYTES = 1 << 30
 _MAX_OPCODES = 1_000_000
 _MAX_DIMENSIONS = 8
@@ -52,8 +54,9 @@ _ALLOWED = frozenset({
 })
 # fmt: on
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+# EMPTY_DICT becomes NONE, BINPERSID. FRAME is dropped: its length is wrong once opcodes within the frame are replaced.
 _REPLACED = {"EMPTY_DICT": b"NQ", "FRAME": b""}
-"""Opcodes that are replaced, by NONE and BINPERSID or by nothing."""
+# Imported names that become a `_Dict`, and those whose calls are recorded.
 _DICTS = {"builtins.dict", "__builtin__.dict", "collections.OrderedDict", "collections.defaultdict", "torch.optim.adamw.AdamW"}
 _FUNCTIONS = {
     "_codecs.encode",
@@ -61,11 +64,14 @@ _FUNCTIONS = {
     "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_parameter",
 }
+# Little-endian, which the header states.
 _STORAGE_TYPES = {b"Float": "<f4", b"Double": "<f8", b"Half": "<f2", b"Long": "<i8", b"Int": "<i4"}
+# Header of a legacy torch file with one storage: five pickles, then the elements. `q` is BINPUT, which is optional.
 _HEADER = re.compile(
     rb"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19\."  # magic number
-    rb"\x80\x02M\xe9\x03\."  # version of the format
+    rb"\x80\x02M\xe9\x03\."  # protocol version, 1001
     rb"\x80\x02\}q\x00\(X\x10\x00\x00\x00protocol_versionq\x01M\xe9\x03X\x0d\x00\x00\x00little_endianq\x02\x88"
+    # Sizes of C types on the machine that wrote the file.
     rb"X\x0a\x00\x00\x00type_sizesq\x03\}q\x04\((?:X.\x00\x00\x00(?:short|int|long)q.K.){3}uu\."
     rb"\x80\x02\(X\x07\x00\x00\x00storage(?:q.)?ctorch\n(?P<type>\w{1,32})Storage\n(?:q.)?"  # persistent id: the type,
     rb"(?P<key>X.{4}\d{1,20})(?:q.)?X.{4}[\w:]{1,20}(?:q.)?"  # key and device,
@@ -74,19 +80,18 @@ _HEADER = re.compile(
     rb"(?P<count_again>.{8})",
     re.DOTALL,
 )
-"""What stands before the elements in a legacy torch file of one storage; `q` puts a value into the memo."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OriginalRun:
-    """What is worth bringing over of a run of the original project."""
+    """The parts of an original run that are imported."""
 
     config: GPTConfig
     """The model's shape."""
     weights: Tensors
     """The best weights, by nanoGPT's names."""
     log: LossLog
-    """Losses and steps; characters as the original's batches had them, seconds 0, as it did not count them."""
+    """Losses and steps. Characters are computed from the original's batch size; seconds are 0, as it did not record them."""
 
 
 def read_original(path: Path, n_head: int) -> OriginalRun:
@@ -94,12 +99,13 @@ def read_original(path: Path, n_head: int) -> OriginalRun:
 
     Args:
         path: the file.
-        n_head: attention heads, which the file does not tell.
+        n_head: attention heads, which the file does not contain.
 
     Raises:
         RunError: the file is missing, damaged, hostile or of another kind.
     """
     try:
+        # Checked before reading, as the whole file is held in memory.
         size = path.stat().st_size
         if size > _MAX_BYTES:
             raise RunError(f"{path}: {size:,} bytes are too many for a log of the original project (at most {_MAX_BYTES:,})")
@@ -113,18 +119,18 @@ def read_original(path: Path, n_head: int) -> OriginalRun:
 
 
 class _Rejected(Exception):
-    """The file does something that a log of the original project does not do."""
+    """The file contains something that no log of the original project contains."""
 
 
 class _Call(NamedTuple):
-    """A call that the file asks for. It is not made."""
+    """A call requested by the file. It is recorded, never executed."""
 
     function: str
     arguments: tuple[Any, ...]
 
 
 class _Function(NamedTuple):
-    """A function that the file imports. A call of it is recorded; as a tuple it has no attributes that BUILD could set."""
+    """Stand-in for an imported function; calling it records the call. A tuple has no attributes that BUILD could set."""
 
     name: str
 
@@ -133,19 +139,19 @@ class _Function(NamedTuple):
 
 
 class _Dict(dict[str, Any]):
-    """Every dict of the file, and the optimizer. Its methods raise `_Rejected` for what such a file does not do."""
+    """Stand-in for every dict of the file, and for the optimizer. Unexpected use raises `_Rejected`."""
 
     __slots__ = ()
 
     def __init__(self, *arguments: Any) -> None:
-        if arguments not in ((), (_Dict,)):  # a defaultdict is given the class of its values
+        if arguments not in ((), (_Dict,)):  # defaultdict(dict) is the only call with an argument
             raise _Rejected("a dict made from something")
         super().__init__()
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if isinstance(key, str):
             super().__setitem__(key, value)
-        elif not isinstance(key, _Call):  # the optimizer's state is by parameter, and is dropped
+        elif not isinstance(key, _Call):  # the optimizer's state has parameters as keys, and is dropped
             raise _Rejected("a key that is neither text nor parameter")
 
     def __setstate__(self, state: Any) -> None:
@@ -153,7 +159,7 @@ class _Dict(dict[str, Any]):
 
 
 class _InertUnpickler(pickle.Unpickler):
-    """Imports nothing: a name becomes a stand-in, or raises `_Rejected`."""
+    """Unpickler that imports nothing: a known name becomes a stand-in, any other raises `_Rejected`."""
 
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
@@ -163,12 +169,12 @@ class _InertUnpickler(pickle.Unpickler):
             return _Function(full_name)
         raise _Rejected(f"it imports {full_name[:80]!a}")
 
-    def persistent_load(self, pid: Any) -> _Dict:  # noqa: ARG002 - the only id stands for EMPTY_DICT
+    def persistent_load(self, pid: Any) -> _Dict:  # noqa: ARG002 - the only id is that of EMPTY_DICT
         return _Dict()
 
 
 def _unpickle(content: bytes) -> Any:
-    """The pickle's value, made of stand-ins; `_Rejected` if it is damaged, or has names or opcodes that such a file has not."""
+    """Return the pickle's value, built of stand-ins; raise `_Rejected` if it is damaged or has unknown names or opcodes."""
     try:
         return _InertUnpickler(_checked(content)).load()
     except (_Rejected, MemoryError):
@@ -178,7 +184,8 @@ def _unpickle(content: bytes) -> Any:
 
 
 def _checked(content: bytes) -> io.BytesIO:
-    """The pickle with opcodes replaced; `_Rejected` for one that is not allowed, ValueError where an argument is cut off."""
+    """Return the pickle with opcodes replaced; raise `_Rejected` for a forbidden one, ValueError for a truncated argument."""
+    # Everything from `start` on is not yet copied to `checked`: long stretches are copied at once.
     stream, checked, view, start = io.BytesIO(content), io.BytesIO(), memoryview(content), 0
     for count in range(_MAX_OPCODES):
         position = stream.tell()
@@ -188,6 +195,7 @@ def _checked(content: bytes) -> io.BytesIO:
             raise _Rejected(f"byte {ord(code):#x} is no opcode" if code else "it has no end")
         if opcode.name not in _ALLOWED:
             raise _Rejected(f"opcode {opcode.name}")
+        # The reader skips the argument, and checks its length against the content.
         argument: Any = None if opcode.arg is None else opcode.arg.reader(stream)
         if opcode.name in _REPLACED:
             checked.write(view[start:position])
@@ -203,7 +211,7 @@ def _checked(content: bytes) -> io.BytesIO:
 
 
 def _extract(content: Any, n_head: int, n_bytes: int) -> OriginalRun:
-    """The parts worth keeping of the log, a file of `n_bytes`; `_Rejected` if one is missing or impossible."""
+    """Return the imported parts of a log, a file of `n_bytes`; raise `_Rejected` if one is missing or impossible."""
     match content:
         case {
             "best_weight": dict(weights),
@@ -214,17 +222,20 @@ def _extract(content: Any, n_head: int, n_bytes: int) -> OriginalRun:
             pass
         case _:
             raise _Rejected("best_weight, best_loss, losses or iter_num is missing")
-    encode = functools.cache(_latin1)  # many tensors may share a text
+    encode = functools.cache(_latin1)  # a hostile file may use one long string for many tensors
     arrays = {name: _tensor(value, encode) for name, value in weights.items()}
     config = _shape(arrays, n_head)
     n_values = _n_values(config)
+    # Names and shapes in detail are checked when the weights are loaded into a model.
     if sum(array.size for array in arrays.values()) != n_values:
         raise _Rejected("its weights are not those of a GPT of one shape")
-    if n_values > n_bytes:  # two bytes each and the head stored once make them nearly equal; many views of a storage, larger
+    # Small storages viewed many times would expand to far more memory than the file. An honest file has at least two bytes per
+    # value, with the tied head counted twice and stored once.
+    if n_values > n_bytes:
         raise _Rejected("it has fewer bytes than weights")
     if isinstance(steps, bool) or not 0 <= steps < 1 << 40:
         raise _Rejected("an impossible number of steps")
-    # An epoch that was cut short has an entry in one of the lists only.
+    # An interrupted epoch may have an entry in only one of the lists.
     n_epochs = min(len(train), len(val))
     chars = steps * SEQUENCES_PER_STEP * 10 * config.context_len
     log = LossLog(
@@ -239,7 +250,7 @@ def _extract(content: Any, n_head: int, n_bytes: int) -> OriginalRun:
 
 
 def _tensor(value: Any, encode: Callable[[str], bytes]) -> npt.NDArray[Any]:
-    """View of a tensor's elements; `_Rejected` if `value` is no call that rebuilds a contiguous one within its storage."""
+    """Return a view of a tensor's elements; raise `_Rejected` unless `value` rebuilds a contiguous tensor within its storage."""
     match value:
         case _Call(
             "torch._utils._rebuild_tensor_v2", (storage, int(offset), tuple(shape), tuple(strides), bool(), dict(), *_)
@@ -248,8 +259,10 @@ def _tensor(value: Any, encode: Callable[[str], bytes]) -> npt.NDArray[Any]:
         case _:
             raise _Rejected("a tensor of another form")
     elements = _storage(storage, encode)
+    # type() and not isinstance, as bool is a subclass of int.
     if not all(type(n) is int and n > 0 for n in shape) or offset < 0:
         raise _Rejected("a tensor of an impossible shape")
+    # Row-major strides: overlapping ones would view a small storage as a large tensor.
     contiguous = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     if strides != contiguous or offset + math.prod(shape) > elements.size:
         raise _Rejected("a tensor that is not laid out in one piece")
@@ -257,12 +270,12 @@ def _tensor(value: Any, encode: Callable[[str], bytes]) -> npt.NDArray[Any]:
 
 
 def _storage(value: Any, encode: Callable[[str], bytes]) -> npt.NDArray[Any]:
-    """View of a storage's elements; `_Rejected` if it is no legacy torch file of one storage of its type and length."""
+    """Return a view of a storage's elements; raise `_Rejected` unless it is a legacy torch file of the stated type and length."""
     match value:
         case _Call("torch.storage._load_from_bytes", (bytes(data),)):
             pass
         case _Call("torch.storage._load_from_bytes", (_Call("_codecs.encode", (str(text), "latin1")),)):
-            data = encode(text)  # protocol 2 has no bytes
+            data = encode(text)  # protocol 2 has no bytes: they are pickled as a latin1 string and a call of encode
         case _:
             raise _Rejected("a storage that is no bytes")
     header = _HEADER.match(data)
@@ -278,7 +291,7 @@ def _storage(value: Any, encode: Callable[[str], bytes]) -> npt.NDArray[Any]:
 
 
 def _latin1(text: str) -> bytes:
-    """The bytes that protocol 2 has as text; `_Rejected` for other text."""
+    """Return the bytes that protocol 2 pickles as a string; raise `_Rejected` for characters beyond latin1."""
     try:
         return text.encode("latin1")
     except UnicodeEncodeError as error:
@@ -286,9 +299,10 @@ def _latin1(text: str) -> bytes:
 
 
 def _weight(name: str, array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """The weight in float32; `_Rejected` if it holds integers or values that are not finite."""
+    """Return a weight in float32; raise `_Rejected` if it has integers or values that are not finite."""
     if array.dtype.kind != "f":
         raise _Rejected("a weight that is no tensor of numbers")
+    # Checked after the conversion, in which a large float64 overflows to infinity.
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise _Rejected(f"{name[:80]!a} has values that are not finite")
@@ -296,38 +310,41 @@ def _weight(name: str, array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 
 def _number(value: Any, encode: Callable[[str], bytes]) -> float:
-    """A loss: a number or a tensor of one, which may be NaN or infinite; `_Rejected` for anything else."""
+    """Return a loss, stored as a number or a tensor of one element; NaN and infinity are valid. Else raise `_Rejected`."""
     if isinstance(value, _Call) and (array := _tensor(value, encode)).size == 1:
         value = array.item()
     try:
         if isinstance(value, int | float):
             return float(value)
-    except OverflowError as error:
+    except OverflowError as error:  # an integer beyond the range of floats
         raise _Rejected("a loss that is no number") from error
     raise _Rejected("a loss that is no number")
 
 
 def _n_values(config: GPTConfig) -> int:
-    """Numbers in a state dict of that shape, with the tied head twice."""
+    """Return the number of values in a state dict of this shape; the tied head counts twice, as both names are stored."""
     C, bias = config.n_embd, config.bias
+    # Matrices C x 3C, C x C, C x 4C and 4C x C, and the gains of two norms.
+    # Biases 3C + C + 4C + C, and C for each of the two norms.
     block = 12 * C * C + 2 * C + (11 * C if bias else 0)
     return config.n_layer * block + (2 * config.vocab_size + config.context_len + 2) * C + (C if bias else 0)
 
 
 def _shape(arrays: Tensors, n_head: int) -> GPTConfig:
-    """The model's shape as the weights have it; `_Rejected` if there is none."""
+    """Derive the model's shape from the weights; raise `_Rejected` if they have none."""
     wte, wpe = (arrays.get(f"transformer.{name}.weight") for name in ("wte", "wpe"))
     if wte is None or wpe is None or not wte.ndim == wpe.ndim == 2:
         raise _Rejected("the embeddings are missing")
     if wte.shape[0] != VOCAB_SIZE:
         raise _Rejected(f"a vocabulary of {wte.shape[0]} where {VOCAB_SIZE} ids are known")
+    # The index in transformer.h.<index>.; the slice keeps a hostile long name from being split.
     blocks = {name[:20].split(".")[2] for name in arrays if name.startswith("transformer.h.")}
     try:
         return GPTConfig(
             n_layer=len(blocks),
             n_head=n_head,
             n_embd=wte.shape[1],
-            context_len=wpe.shape[0] - 1,
+            context_len=wpe.shape[0] - 1,  # one position is the context vector's
             vocab_size=wte.shape[0],
             bias="transformer.ln_f.bias" in arrays,
         )

@@ -1,4 +1,4 @@
-"""The settings of a run on disk: the content of its config.json."""
+"""Settings of a run, as stored in its config.json."""
 
 from __future__ import annotations
 
@@ -14,53 +14,56 @@ from picogpt.schedule import Budget, Schedule
 
 __all__ = ["RunSettings"]
 
-_BEFORE: Mapping[str, Any] = MappingProxyType({"muon_interval": 1})
-"""Settings of runs that were begun before there were these."""
+# Training settings that older runs did not store, with the values that their code used.
+_LEGACY_DEFAULTS: Mapping[str, Any] = MappingProxyType({"muon_interval": 1})
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """All that made a run: the content of its `config.json`."""
+    """Everything that determines a run's numbers; stored so that a resumed run continues bit for bit."""
 
     model: GPTConfig
     train: TrainConfig
     budget: Budget
     schedule: Schedule
     data: DataConfig
+    # The backend. Each of these changes the rounding, so a resumed run keeps them unless told otherwise.
     dtype: str
-    """Type of the matrix products, float32 or bfloat16."""
+    """Type of the GEMMs, float32 or bfloat16."""
     threads: int
-    """Threads that each rank computes with; another number gives other roundings."""
+    """Threads per rank; another number changes the order of sums, and so the rounding."""
     ranks: int = 1
-    """Processes that train together; another number gives other roundings."""
+    """Processes that train together; another number changes the rounding."""
     device: str = "cpu"
-    """Where they compute: cpu, cuda or mps."""
+    """Device: cpu, cuda or mps."""
     compile: bool = False
-    """Whether the blocks are compiled by torch, which rounds otherwise."""
+    """Whether the blocks are compiled by torch.compile, which changes the rounding."""
     kernels: str = "torch"
-    """What computes the blocks, c or torch; they round otherwise."""
+    """Kernels of the blocks, c or torch; they differ in rounding."""
     attention: str | None = None
-    """Form of attention where torch computes it, one of `ATTENTIONS`; None in C, and where a run is older than the forms."""
+    """Implementation of attention in torch, one of `ATTENTIONS`; None with native kernels, and in older runs."""
     origin: str | None = None
-    """Absolute path of the model that the run began from, or of the original's log; None where it began from nothing."""
+    """Absolute path of the initial model, or of the original project's log; None for random weights."""
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> RunSettings:
-        """The inverse of `dataclasses.asdict`; what else is in `content` is passed over.
+        """Return the settings from the content of config.json; other keys, such as versions, are ignored.
 
         Raises:
-            ConfigError: a part is missing or not valid.
+            ConfigError: a setting is missing or invalid.
         """
         try:
+            # JSON has no tuples; the fields of the frozen config are tuples.
             data: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["data"].items()}
             return cls(
                 model=GPTConfig(**content["model"]),
-                train=TrainConfig(**{**_BEFORE, **content["train"]}),
+                train=TrainConfig(**{**_LEGACY_DEFAULTS, **content["train"]}),
                 budget=Budget(**content["budget"]),
                 schedule=Schedule(**content["schedule"]),
                 data=DataConfig(**data),
                 dtype=str(content["dtype"]),
                 threads=int(content["threads"]),
+                # From here on, keys that older runs lack.
                 ranks=int(content.get("ranks", 1)),
                 device=str(content.get("device", "cpu")),
                 compile=bool(content.get("compile", False)),
@@ -68,5 +71,5 @@ class RunSettings:
                 attention=check_choice("attention", content.get("attention"), ATTENTIONS),
                 origin=content.get("origin"),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # an edited or damaged file
             raise ConfigError(f"the run's config is not valid ({type(error).__name__}: {error})") from error

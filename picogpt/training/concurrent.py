@@ -20,8 +20,8 @@ from picogpt.device import flush_denormals
 
 __all__ = ["count_thread_groups", "parallel_backward"]
 
+# From this number of activations on, torch divides an elementwise pass among threads; PicoGPT's window has 33,024.
 _MIN_ACTIVATIONS = 2**15
-"""Activations from which torch divides an elementwise pass among threads; PicoGPT's window has 33,024."""
 
 
 def count_thread_groups(sequences: int, threads: int, activations: int) -> int:

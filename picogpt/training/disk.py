@@ -1,4 +1,4 @@
-"""Whether a run's files fit on its disk, said before it begins."""
+"""Check before a run starts that its files fit on the disk."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from picogpt.wording import format_bytes
 
 __all__ = ["DiskNeed", "check_disk"]
 
-SMALL_FILES = 400_000
-"""Bytes for config, loss log, its picture, and the validation text of a stream."""
-MARGIN = 50_000_000
-"""Bytes that are to be left over, as other programs write too."""
+SMALL_FILES = 400_000  # config, loss log, plot, and a stream's validation text
+MARGIN = 50_000_000  # bytes that should stay free for other programs; less is a warning
 
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """Bytes of a run's files.
+    """Disk space of a run's files, in bytes.
 
     Args:
-        model: of the weights.
-        checkpoint: of everything that is needed to resume.
+        model: size of the weights.
+        checkpoint: size of everything that is needed to resume.
     """
 
     model: int
@@ -32,40 +30,42 @@ class DiskNeed:
 
     @property
     def kept(self) -> int:
-        """Bytes of the folder of a run: two checkpoints, the model, and small files."""
+        """Bytes of a run's folder: two checkpoints, the model, and small files."""
         return self.model + 2 * self.checkpoint + SMALL_FILES
 
     @property
     def peak(self) -> int:
-        """Bytes while a checkpoint is written beside the two that are there."""
+        """Bytes while a third checkpoint is being written, before the oldest is removed."""
         return self.kept + self.checkpoint
 
 
 def check_disk(run: Path, need: DiskNeed) -> str | None:
-    """Return a warning where the disk of the run's folder will be nearly full, None where there is enough.
+    """Return a warning if the run will nearly fill its disk, or None.
 
     Args:
-        run: the run's folder, which need not exist; the files in it count as place for those that replace them.
-        need: what the run's files take.
+        run: the run's folder, which need not exist; its files count as free space, as new ones replace them.
+        need: size of the run's files.
 
     Raises:
-        RunError: the run could not be saved.
+        RunError: the disk has not enough free space to save the run.
     """
+    # A full disk is found now rather than after hours, at the first checkpoint.
     folder = existing_folder(run)
     try:
         usage = shutil.disk_usage(folder)
     except OSError:
-        return None  # the file system does not tell; a full one is met when a file is written
+        return None  # unknown to the file system: a full disk raises when a file is written
+    # Some network file systems report zeros.
     if not usage.total:
         return None
     held = sum(path.stat().st_size for path in run.iterdir() if path.is_file()) if run.is_dir() else 0
-    missing = need.peak - held
-    said = f"{run}: its files take {format_bytes(need.kept)}, {format_bytes(need.peak)} while they are saved"
+    missing = need.peak - held  # bytes by which the run grows
+    prefix = f"{run}: its files take {format_bytes(need.kept)}, {format_bytes(need.peak)} while they are saved"
     here = f", {format_bytes(held)} of it there already" if held else ""
     if missing > usage.free:
         raise RunError(
-            f"{said}{here}, and {format_bytes(usage.free)} are free in {folder}; free some, or choose another --logs-dir"
+            f"{prefix}{here}, and {format_bytes(usage.free)} are free in {folder}; free some, or choose another --logs-dir"
         )
     if missing + MARGIN > usage.free:
-        return f"warning: {said}{here}, and only {format_bytes(usage.free)} are free in {folder}"
+        return f"warning: {prefix}{here}, and only {format_bytes(usage.free)} are free in {folder}"
     return None

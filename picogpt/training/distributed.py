@@ -60,6 +60,7 @@ class SignalState(Protocol):
     signal_number: int | None
 
 
+# The default, for callers that handle no signals.
 class _NoSignals:
     signal_number: int | None = None
 
@@ -98,6 +99,7 @@ class Ranks:
         rank, count, local_rank, local_count = (
             _number(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         )
+        # Only validated: torch reads the address and port itself, with errors that are hard to understand.
         _number(environment, "MASTER_PORT")
         if not environment.get("MASTER_ADDR"):
             raise _half_set("MASTER_ADDR", "")
@@ -173,7 +175,7 @@ class Ranks:
         if self.count == 1:
             return
         with translate_dist_errors():
-            # The size goes first, so that the workers can allocate.
+            # The size goes first, so that the workers can allocate; without a payload there is no second message.
             dist.broadcast(torch.tensor([kind, len(payload)]), src=0)
             if payload:
                 dist.broadcast(_to_tensor(payload), src=0)
@@ -198,6 +200,7 @@ class Ranks:
 
     def receive(self, source: int = 0) -> bytes:
         """Receive the bytes that rank `source` sends."""
+        # The size first, as a receiver has to allocate.
         size = torch.zeros(1, dtype=torch.int64)
         with translate_dist_errors():
             dist.recv(size, source)
@@ -226,7 +229,7 @@ class Ranks:
         def stop_with_heartbeat() -> bool:
             if self.count > 1 and time.monotonic() - self._sent_at > HEARTBEAT:
                 self.broadcast_command(Command.WAIT)
-                self.all_gather([])
+                self.all_gather([])  # brings the workers' signals
             return stop()
 
         return stop_with_heartbeat
@@ -266,6 +269,7 @@ class Ranks:
     @contextlib.contextmanager
     def propagate_exit_code(self) -> Iterator[None]:
         """On rank 0: when the block ends, end the workers too, with its exit code."""
+        # Without it, torchrun would see workers that wait forever, or restart a run that ended as it should.
         try:
             yield
         except RanksError:
@@ -310,11 +314,13 @@ def translate_dist_errors() -> Iterator[None]:
 
 
 def _to_tensor(content: bytes) -> Tensor:
+    # bytearray makes a copy that can be written to: torch warns about read-only memory.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     value = environment.get(name, "")
+    # isdigit alone accepts digits of other scripts.
     if not (value.isascii() and value.isdigit()):
         raise _half_set(name, value)
     return int(value)

@@ -1,7 +1,7 @@
-"""What a model showed at each epoch's end, kept for the run's page: a sample of text, and how probable it found an excerpt.
+"""Samples and probabilities of each epoch, for the run's page: generated text, and how probable the model finds an excerpt.
 
-`epochs.json` holds both, an entry an epoch, beside the loss log. The file is for looking at only: without it, or with a damaged
-one, a run trains on and its page starts anew.
+Both are stored in `epochs.json` next to the loss log, one entry per epoch. Training does not depend on the file: if it is missing
+or damaged, training continues and the page starts with the next epoch.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ __all__ = ["History", "describe_settings"]
 
 EXCERPT_CHARS = 400
 """Characters of the validation text that the page shades."""
-COUNTED_CHARS = 2_000_000
-"""Characters of the training text that the n-gram is counted on at most: a second's work."""
-PREDICTED_CHARS = 256_000
-"""Characters of the validation text that lzma and the n-gram predict at most: that of a long text would take minutes."""
+COUNTED_CHARS = 2_000_000  # about a second
+"""Maximum number of training characters to count the n-gram on."""
+PREDICTED_CHARS = 256_000  # a long text would take minutes
+"""Maximum number of validation characters for the losses of lzma and the n-gram."""
 
 _FILE = "epochs.json"
 
@@ -48,34 +48,36 @@ class History:
     excerpt: str = ""
     """The start of the validation text."""
     marks: dict[str, float] = field(default_factory=dict)
-    """Other predictors of the validation text, in nats per character."""
+    """Losses of baselines on the validation text by name, in nats per character."""
     first: int = 1
-    """Number of the first of `epochs`, from 1 on: a run of an earlier version has recorded none before."""
+    """Number of the first entry of `epochs`, counted from 1: a run of an older version has no entries for its first epochs."""
     epochs: list[EpochView] = field(default_factory=list)
-    """Epochs in order, without a gap."""
+    """Epochs in order, without gaps."""
 
     @classmethod
     def read(cls, folder: Path) -> History:
-        """The history of the run in `folder`; an empty one where there is none that can be read."""
+        """Read the history of the run in `folder`; return an empty one if there is none or it is damaged."""
+        # Not an error: the file has no influence on training, and the next epoch writes it again.
         try:
             content = json.loads((folder / _FILE).read_bytes())
             epochs = [EpochView(str(entry["sample"]), _unpack(entry["probabilities"])) for entry in content["epochs"]]
             marks = {str(name): float(value) for name, value in content["marks"].items()}
             return cls(str(content["excerpt"]), marks, int(content["first"]), epochs)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return cls()  # it is for looking at only, and the next epoch writes it anew
+            return cls()
 
     def record(self, state: TrainState, source: Source, log: LossLog, notify: Notify) -> None:
         """Add the epoch that has just been validated.
 
         Args:
-            state: the model as it is.
-            source: the run's text.
-            log: the loss log, which has the epoch already.
-            notify: given a line before something is compiled.
+            state: the training state after the epoch.
+            source: source of the run's text.
+            log: the loss log, which contains the epoch already.
+            notify: receives a line before something is compiled.
         """
         if not self.excerpt:
             self._begin(source)
+        # One more character than is shaded: the first has no prediction.
         ids = source.val_ids[: EXCERPT_CHARS + 1]
         view = EpochView(sample_text(state.model, source.text, notify), excerpt_probabilities(state, ids))
         before = self._epochs_until(len(log.val) - 1)
@@ -84,19 +86,18 @@ class History:
         self.epochs = [*before, view]
 
     def _epochs_until(self, last: int) -> list[EpochView]:
-        """The epochs up to number `last`; none if they do not reach it.
-
-        After a crash a run can resume before epochs that are here already, and trains them again. Epochs that could not be
-        written are missing at the end.
-        """
+        """Return the epochs up to number `last`, or an empty list if they do not reach it."""
+        # After a crash, a run may be resumed before epochs that are stored here: they are dropped and trained again. Epochs that
+        # could not be written are missing at the end; later ones would then have wrong numbers, so the list starts again.
         count = last - self.first + 1
         return self.epochs[:count] if 0 < count <= len(self.epochs) else []
 
     def _begin(self, source: Source) -> None:
-        """Take the excerpt, and measure the other predictors once."""
+        """Take the excerpt and compute the losses of the baselines, which do not change during the run."""
         val_ids = source.val_ids[:PREDICTED_CHARS]
         self.excerpt = CharTokenizer().decode(val_ids[: EXCERPT_CHARS + 1].tolist())
         self.marks = {"lzma": compressed_bits(val_ids)["lzma"] * math.log(2)}
+        # A stream has no training text in memory to count an n-gram on.
         if isinstance(source, TextSource):
             losses = NGram(source.train_ids[:COUNTED_CHARS]).losses(val_ids[None])
             self.marks[f"{NGRAM_ORDER}-gram"] = float(losses.mean())
@@ -105,7 +106,7 @@ class History:
         """Write `epochs.json`.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         content: dict[str, Any] = {
             "excerpt": self.excerpt,
@@ -113,10 +114,11 @@ class History:
             "first": self.first,
             "epochs": [{"sample": view.sample, "probabilities": _pack(view.probabilities)} for view in self.epochs],
         }
+        # The whole file at each epoch: it has about a kilobyte per epoch.
         atomic_write(folder / _FILE, json.dumps(content).encode())
 
     def page(self, name: str, state: TrainState, log: LossLog, *, in_training: bool) -> str:
-        """The run's `log.html`."""
+        """Return the content of the run's `log.html`."""
         view = RunView(
             name=name,
             log=log,
@@ -130,7 +132,7 @@ class History:
 
 
 def _pack(probabilities: Any) -> str:
-    """A byte for each probability, as text."""
+    """Encode probabilities as base64, a byte each: enough for shades of a colour."""
     return base64.b64encode(bytes(round(255 * p) for p in probabilities)).decode()
 
 
@@ -140,18 +142,20 @@ def _unpack(text: str) -> list[float]:
 
 @torch.no_grad()
 def excerpt_probabilities(state: TrainState, ids: npt.NDArray[np.uint8]) -> list[float]:
-    """How probable the model finds each of ids (T + 1,) but the first, given those before it; (T,)."""
+    """Return the probability of each of ids (T + 1,) after the first, given the ids before it, as T floats."""
     idx = torch.from_numpy(ids.astype(np.int64))[None].to(state.device)  # (1, T + 1)
-    state.model.eval()
+    state.model.eval()  # no dropout
     logits, _ = state.model(idx[:, :-1], idx[:, 1:])  # (1, T, V)
     state.model.train()
     probabilities = logits.float().softmax(dim=-1).gather(2, idx[:, 1:, None])[0, :, 0]  # (T,)
+    # Rounding may give slightly more than 1, and a diverged model NaN; neither should end the run.
     return [float(p) for p in probabilities.nan_to_num(0.0).clamp(0, 1)]
 
 
 def describe_settings(state: TrainState, log: LossLog) -> dict[str, str]:
-    """The settings of a run in words, for its page."""
+    """Return the settings of a run as text, for its page."""
     model, train = state.model.config, state.config
+    # The speed of the last epoch: differences between the last two entries, or to the start.
     seconds, chars = [0.0, *log.seconds][-2:], [0, *log.chars][-2:]
     speed = (chars[-1] - chars[0]) / max(seconds[-1] - seconds[0], 1e-9)
     kernels = kernels_name(state.fast_blocks.kernels)

@@ -1,4 +1,4 @@
-"""How much memory this process has held, as each system tells it."""
+"""Peak memory of this process, on each operating system."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if sys.platform == "win32":
     from ctypes import wintypes
 
     class _Counters(ctypes.Structure):
-        """PROCESS_MEMORY_COUNTERS of psapi.h, up to the one that is read."""
+        """PROCESS_MEMORY_COUNTERS of psapi.h; only PeakWorkingSetSize is read."""
 
         _fields_ = (
             ("cb", wintypes.DWORD),
@@ -22,8 +22,9 @@ if sys.platform == "win32":
         )
 
     def peak_memory() -> int:
-        """The most memory, in bytes, that this process has held at once (its peak resident set)."""
+        """Return the peak resident set size of this process in bytes."""
         counters = _Counters(cb=ctypes.sizeof(_Counters))
+        # The handle is a pointer: without declared types ctypes would truncate it to 32 bits.
         kernel = ctypes.WinDLL("kernel32", use_last_error=True)
         kernel.GetCurrentProcess.restype = wintypes.HANDLE
         kernel.K32GetProcessMemoryInfo.argtypes = (wintypes.HANDLE, ctypes.c_void_p, wintypes.DWORD)
@@ -33,15 +34,16 @@ if sys.platform == "win32":
 elif sys.platform == "linux":
 
     def peak_memory() -> int:
-        """The most memory, in bytes, that this process has held at once (its peak resident set)."""
-        # Not ru_maxrss, which a process inherits from the one that started it.
+        """Return the peak resident set size of this process in bytes."""
+        # VmHWM and not ru_maxrss, which a child process inherits from its parent.
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
-else:
+else:  # macOS and other Unix systems
     import resource
 
     def peak_memory() -> int:
-        """The most memory, in bytes, that this process has held at once (its peak resident set)."""
+        """Return the peak resident set size of this process in bytes."""
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # ru_maxrss is in bytes on macOS, in kB elsewhere.
         return most if sys.platform == "darwin" else most * 1024

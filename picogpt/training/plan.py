@@ -1,4 +1,4 @@
-"""The plan of a training run: everything that is settled before the first step, made once and handed down."""
+"""The plan of a training run: all decisions before the first step. Making a plan writes nothing."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ __all__ = ["InitFrom", "Plan"]
 
 @dataclass(frozen=True)
 class InitFrom:
-    """The model that a run starts from."""
+    """The model whose weights a new run starts from."""
 
     path: Path
     config: GPTConfig
     weights: Mapping[str, npt.NDArray[np.generic]]
     log: LossLog | None
-    """The loss log that a run of the original project brings with it."""
+    """The loss log of an imported run of the original project; None for a model of ours."""
 
     @classmethod
     def find(cls, request: TrainRequest) -> InitFrom | None:
-        """Read the model or log that is asked for.
+        """Read the requested model or log, or return None.
 
         Raises:
-            RunError: it is missing, damaged or of another kind.
+            RunError: the model or log is missing, damaged or of another kind.
         """
         if request.init_from is not None:
-            path, _ = find_model(request.init_from, request.logs_dir)
+            path, _ = find_model(request.init_from, request.logs_dir)  # by name, like --model of the other commands
             return cls(path.absolute(), *load_model(path), None)
         if request.import_original is not None:
+            # Heads share one matrix, so their number cannot be read from the weights.
             original = read_original(request.import_original, request.model.get("n_head", GPTConfig().n_head))
             return cls(request.import_original.absolute(), original.config, original.weights, original.log)
         return None
@@ -55,16 +56,16 @@ class InitFrom:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run, settled: a dry run describes it, a `picogpt.training.run.TrainingRun` trains it."""
+    """A run with all settings resolved: a dry run prints it, a `picogpt.training.run.TrainingRun` trains it."""
 
     request: TrainRequest
     folder: RunFolder
     stored: RunSettings | None
-    """Settings of the run that is resumed; None for a new run."""
+    """Stored settings of the run to resume; None for a new run."""
     data: DataConfig
     """The text, as config.json names it."""
     source: Source
-    """Batches of the text; not begun."""
+    """Source of batches; no batch has been read."""
     model: GPTConfig
     train: TrainConfig
     budget: Budget
@@ -75,18 +76,19 @@ class Plan:
 
     @classmethod
     def of(cls, request: TrainRequest, ranks: Ranks, console: Console) -> Plan:
-        """Settle what is asked for, with the run's own settings where it is resumed.
+        """Resolve a request; a resumed run keeps its stored settings.
 
-        Nothing is written. The text is read, or the first articles of a stream.
+        Nothing is written. The text, or a stream's first articles, are read.
 
         Args:
-            request: what is asked for.
-            ranks: the processes that train together.
-            console: given a line about each choice, and the progress of a download.
+            request: the requested settings.
+            ranks: the group of ranks that train together.
+            console: receives a line about each choice, and the progress of a download.
 
         Raises:
-            PicoGPTError: something asked for is not there, or contradicts the run.
+            PicoGPTError: something requested does not exist, or contradicts the run.
         """
+        # In order of cost: what contradicts the stored run is rejected before a text is read or a backend is timed.
         folder, stored, text = _locate(request, console)
         data = text.describe()
         request.check_changes(stored, data, folder.name, console.notify)
@@ -95,7 +97,7 @@ class Plan:
         train = request.train_config(stored)
         budget = request.budget(stored)
         _check_patience(budget, train, ranks)
-        # First, as a text that is too short for the model's shape is found here, and not by timing attention over that shape.
+        # Before the backend: a text too short for the model's shape is rejected here, before attention is timed on that shape.
         source = text.source(model, train, folder.load_validation() if stored and folder.has_validation() else None)
         return cls(
             request=request,
@@ -113,13 +115,14 @@ class Plan:
 
     @property
     def origin_path(self) -> str | None:
-        """Where the run started from, as config.json has it."""
+        """Path of the model that the run started from, as in config.json."""
+        # A resumed run does not read its initial model again; the path stays in its config.
         if self.stored is not None:
             return self.stored.origin
         return None if self.origin is None else str(self.origin.path)
 
     def backend_changes(self) -> list[tuple[str, object, object]]:
-        """Parts of the backend that differ from the run's last start, which round otherwise: name, before, now."""
+        """Return the parts of the backend that differ from the run's last start, and so round differently: name, before, now."""
         stored, now = self.stored, self.backend.names
         assert stored is not None
         before_and_now = (
@@ -133,6 +136,7 @@ class Plan:
         changes: list[tuple[str, object, object]] = [
             (name, before, value) for name, before, value in before_and_now if before != value
         ]
+        # Runs that are older than the two implementations of attention have no entry for it.
         attention = stored.attention or ("an older form" if now.attention else None)
         if stored.kernels == now.kernels and attention != now.attention:
             changes.append(("attention", attention, now.attention))
@@ -140,7 +144,7 @@ class Plan:
 
 
 def _locate(request: TrainRequest, console: Console) -> tuple[RunFolder, RunSettings | None, FoundText]:
-    """The run's folder, its stored settings, and the text: the name of either can follow from the other."""
+    """Find the run's folder, its stored settings, and the text; the run's default name is the text's name."""
 
     def find(stored: RunSettings | None) -> FoundText:
         return find_text(request.text, stored.data if stored else None, scratch=request.logs_dir, console=console)
@@ -151,20 +155,22 @@ def _locate(request: TrainRequest, console: Console) -> tuple[RunFolder, RunSett
         if stored is None and not request.names_a_text and not folder.path.exists():
             _check_new_name(folder, console.notify)
         return folder, stored, find(stored)
+    # No name was given: the run is named after its text, so the text is found first.
     text = find(None)
     folder = _default_run(request.logs_dir / text.name, console.notify)
     stored = _read_stored(folder, request)
-    # A stream keeps to the commit of its run, and a text is folded as its run has it, which is known only now; nothing was
-    # asked of the hub and no file was read yet.
+    # A stream keeps its run's commit, and a text its run's folding, which are known only now. So the text is found again;
+    # so far no request was sent and no file was read.
     return folder, stored, find(stored) if stored else text
 
 
 def _check_new_name(folder: RunFolder, notify: Notify) -> None:
-    """Take an unknown name that stands alone for a new run only where there is no run that could be meant.
+    """Reject an unknown run name given without a text, unless there is no run that could be meant.
 
     Raises:
-        ConfigError: there are runs; the name is probably a mistyped one of them.
+        ConfigError: other runs exist; the name is probably mistyped.
     """
+    # A new run named like a mistyped old one would train for hours before anyone notices.
     others = resumable_runs(folder.path.parent)
     if not others:
         notify(
@@ -174,13 +180,14 @@ def _check_new_name(folder: RunFolder, notify: Notify) -> None:
     nearest = difflib.get_close_matches(folder.name, others, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"the runs there are {', '.join(others)}."
     raise ConfigError(
-        f"run {folder.name}: no such run under {folder.path.parent}; {hint} A new one needs --dataset or --text beside its name",
+        f"run {folder.name}: no such run under {folder.path.parent}; {hint} For a new run, give --dataset or --text too",
         "run",
     )
 
 
 def _default_run(path: Path, notify: Notify) -> RunFolder:
-    """The run called `path`, or `path`-2, -3, ... where trained models that cannot be resumed have these names."""
+    """Return the run `path`, or `path`-2, -3, ... where a finished model that cannot be resumed has that name."""
+    # The bundled models have the names of texts: training on `wikipedia` must not replace the bundled `wikipedia`.
     folder, number = RunFolder(path), 1
     while folder.is_weights_only():
         number += 1
@@ -191,14 +198,16 @@ def _default_run(path: Path, notify: Notify) -> RunFolder:
 
 
 def _read_stored(folder: RunFolder, request: TrainRequest) -> RunSettings | None:
-    """The settings of the run that is resumed, or None for a new run."""
+    """Return the stored settings of the run to resume, or None for a new run."""
     if request.fresh:
         return None
+    # A config without a checkpoint and without a model: the run was killed before its first checkpoint, and starts again.
     if folder.has_checkpoint() or (folder.has_config() and not folder.has_model()):
         try:
             return RunSettings.from_dict(folder.read_config())
         except ConfigError as error:
             raise RunError(f"{folder.path / 'config.json'}: {error}; start over with --fresh, the folder is kept") from error
+    # Only reached with a name given by the user: a default name skips finished models.
     if folder.has_model():
         raise RunError(
             f"{folder.path}: a trained model without a checkpoint to resume from; choose another --run, or --fresh to start over"
@@ -207,11 +216,12 @@ def _read_stored(folder: RunFolder, request: TrainRequest) -> RunSettings | None
 
 
 def _find_origin(request: TrainRequest, folder: RunFolder, stored: RunSettings | None) -> InitFrom | None:
-    """The model that the run starts from, if it has not started."""
+    """Return the model that the run starts from, or None once the run has a checkpoint."""
     asked = InitFrom.find(request)
     if stored is None:
         return asked
     request.check_origin(stored, asked.path if asked else None)
+    # With a checkpoint, the initial weights are no longer needed, and the flag is accepted again.
     if folder.has_checkpoint():
         return None
     if stored.origin is not None and asked is None:
@@ -223,27 +233,27 @@ def _check_patience(budget: Budget, train: TrainConfig, ranks: Ranks) -> None:
     """Check that a run with patience can cool down.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the decay has a fixed end, or there are several ranks.
     """
     if budget.patience is None:
         return
     if train.decay_steps is not None:
         raise ConfigError(
-            f"patience needs a learning rate that comes down with the end of the run, and that of recipe {train.recipe} comes "
-            f"down within {train.decay_steps:,} steps; leave --patience out, or use recipe fast",
+            f"patience needs a learning rate that decays to the end of the run, and in recipe {train.recipe} it decays within "
+            f"{train.decay_steps:,} steps; leave --patience out, or use recipe fast",
             "patience",
         )
     if ranks.count > 1:
-        raise ConfigError(f"patience needs a single process, and here are {ranks.count} ranks; leave --patience out", "patience")
+        raise ConfigError(f"patience needs a single process, got {ranks.count} ranks; leave --patience out", "patience")
 
 
 def _choose_backend(request: TrainRequest, stored: RunSettings | None) -> BackendChoice:
-    """The backend that is asked for, else the run's own, else the machine's choice."""
+    """Return the requested backend, else the run's stored one, else auto."""
     return BackendChoice(
         device=request.device or (stored.device if stored else "auto"),
         dtype=request.dtype or (stored.dtype if stored else "auto"),
         kernels=request.kernels or (stored.kernels if stored else "auto"),
-        kernels_required=request.kernels is not None,
+        kernels_required=request.kernels is not None,  # a stored choice may fall back to torch
         attention=stored.attention if stored else None,
         threads=request.threads or (stored.threads if stored else None),
         compile=stored.compile if stored and request.compile is None else bool(request.compile),
@@ -252,18 +262,20 @@ def _choose_backend(request: TrainRequest, stored: RunSettings | None) -> Backen
 
 
 def _select_backend(choice: BackendChoice, model: GPTConfig, batch_size: int, ranks: Ranks, notify: Notify) -> Backend:
-    """Select this rank's backend.
+    """Select the backend of this rank.
 
     Raises:
-        ConfigError: a step cannot be divided among the ranks, or flags exclude each other.
-        TrainingError: there is no such device, or no compiler.
+        ConfigError: the batch cannot be divided among the ranks, or flags exclude each other.
+        TrainingError: the device or a compiler is missing.
     """
+    # Each rank takes an equal part of a step, so that mean losses and gradients need no weights.
     if batch_size % ranks.count:
         raise ConfigError(
             f"batch_size must be a multiple of the {ranks.count} ranks that share a step, got {batch_size}", "batch_size"
         )
     sequences = batch_size // ranks.count
     backend = Backend.select(model, choice, sequences=sequences, local_rank=ranks.local_rank, notify=notify)
+    # Neither gloo nor nccl supports tensors on mps.
     if backend.device.type == "mps" and ranks.count > 1:
         raise TrainingError("--device mps: torch cannot connect ranks on such a GPU; use --device cpu, or one process")
     return backend

@@ -1,4 +1,4 @@
-"""What is asked of a training run, and the settings that this comes to for a new run or a resumed one."""
+"""A request for a training run, and the settings that it resolves to for a new or a resumed run."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from picogpt.wording import Notify, plural
 __all__ = ["LENGTHS", "TrainRequest"]
 
 LENGTHS = ("epochs", "minutes", "chars")
-"""Fields of `Budget` that give a length; the others say how it is divided."""
+"""Fields of `Budget` that give a length; the other fields divide it into epochs."""
+# Training settings that a resumed run may change; any other would contradict the steps already taken.
 _CHANGEABLE = frozenset({"lr", "min_lr", "muon_lr", "weight_decay", "grad_clip", "warmup_steps"})
-"""Training settings that a resumed run may change; with any other the steps before would not be those of its settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """What is asked for; None, or no entry in a mapping, leaves a setting to the run, or to its default.
+    """Requested settings; None, or no entry in a mapping, takes the run's stored value or the default.
 
     Raises:
         ConfigError: a value is out of its range.
     """
 
     run: str | None = None
-    """Name of the run."""
+    """Name of the run; None takes the text's name."""
     logs_dir: Path = LOGS_DIR
     """Folder of all runs."""
     fresh: bool = False
     """Whether to start over; the old folder is kept under a new name."""
     recipe: str | None = None
+    # Mappings and not configs: only requested fields have an entry, the others come from the stored run.
     model: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `GPTConfig`."""
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -43,51 +44,58 @@ class TrainRequest:
     length: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `Budget`."""
     text: TextRequest = field(default_factory=TextRequest)
-    """What to learn from."""
+    """Text to train on."""
+    # The backend.
     threads: int | None = None
     device: str | None = None
     dtype: str | None = None
     kernels: str | None = None
     compile: bool | None = None
     gradient_checkpointing: bool = False
+    # Initial weights of a new run, from one of the two.
     init_from: str | None = None
     """The run whose weights a new run starts from."""
     import_original: Path | None = None
-    """The original project's log whose weights a new run starts from."""
+    """Log of the original project whose weights a new run starts from."""
 
     def __post_init__(self) -> None:
+        # Build the configs once, so that a value out of range raises here and not after the text was read.
         self.model_config(None), self.train_config(None)
         if not self.imports_only:
             self.budget(None)
 
     @property
     def imports_only(self) -> bool:
-        """Whether a run of the original project is to be imported and not trained."""
+        """Whether a run of the original project is imported without training."""
+        # --epochs 0 is no valid budget; it is the way to say that nothing is trained.
         return self.import_original is not None and self.length.get("epochs") == 0
 
     @property
     def names_a_text(self) -> bool:
-        """Whether it says what a new run learns from, or starts from."""
+        """Whether the request names a text or a model to start from."""
+        # Either shows that a new run is meant, and not a mistyped name of an old one.
         return self.text.is_named or self.init_from is not None or self.import_original is not None
 
     @property
     def gives_a_length(self) -> bool:
-        """Whether a length is asked for."""
+        """Whether a length is requested."""
         return any(name in self.length for name in LENGTHS)
 
     def for_restart(self) -> TrainRequest:
-        """The same after a restart by torchrun: a run that was started over is not started over again."""
+        """Return the request after a restart by torchrun: `fresh` is dropped, so that the run is resumed."""
         return replace(self, fresh=False)
 
     def model_config(self, stored: RunSettings | None, origin: GPTConfig | None = None) -> GPTConfig:
-        """The model's shape: that of the run, or of the model it starts from, or the default; with what is asked for.
+        """Return the model config: the run's, the initial model's or the default, with the requested fields.
 
         Raises:
-            RunError: what is asked for contradicts the model that the run starts from.
+            RunError: the request contradicts the model that the run starts from.
         """
+        # Later entries win: the default, then the base, then the request.
         base = stored.model if stored else origin
         config = GPTConfig(**{**(asdict(base) if base else {}), **self.model})
         if stored is None and origin is not None:
+            # Dropout is no part of the shape: any value fits the weights.
             changes = _differences(asdict(origin), {**asdict(config), "dropout": origin.dropout})
             if changes:
                 listed = "; ".join(f"{name} is {now} and was {before}" for name, before, now in changes)
@@ -95,61 +103,63 @@ class TrainRequest:
         return config
 
     def train_config(self, stored: RunSettings | None) -> TrainConfig:
-        """The training settings: those of the run, or of the recipe, with what is asked for."""
+        """Return the training settings: the run's or the recipe's, with the requested fields."""
         overrides = dict(self.train)
         if stored is not None:
             if "lr" in overrides:
-                # The floor is a share of the peak, and stays one.
+                # The floor keeps its ratio to the peak.
                 overrides["min_lr"] = stored.train.min_lr / stored.train.lr * overrides["lr"]
             return TrainConfig(**{**asdict(stored.train), **overrides})
         return TrainConfig.from_recipe(self.recipe or "fast", overrides)
 
     def budget(self, stored: RunSettings | None) -> Budget:
-        """How long to train: as the run was to, unless another length is asked for."""
+        """Return the budget: the run's stored one, unless another length is requested."""
         if stored is None:
             return Budget.from_recipe(self.recipe or "fast", self.length)
         fields = asdict(stored.budget)
         if self.gives_a_length:
+            # A new length replaces the old one whatever its unit; the division into epochs stays.
             fields = {name: value for name, value in fields.items() if name not in LENGTHS}
         return Budget(**{**fields, **self.length})
 
     def check_origin(self, stored: RunSettings, asked: Path | None) -> None:
-        """Check that a run which has begun is not asked to begin from something else.
+        """Check that a run which has started is not requested to start from another model.
 
         Args:
             stored: the run's settings.
-            asked: the model or log that is asked for, as an absolute path.
+            asked: the requested model or log, as an absolute path.
 
         Raises:
-            RunError: the run began from another one, or from nothing.
+            RunError: the run started from another model, or from none.
         """
         if asked is not None and str(asked) != stored.origin:
             began = stored.origin or "nothing"
             raise RunError(f"the run began from {began}, not {asked}; choose another --run, or --fresh to start over")
 
     def check_length(self, total_steps: int, steps_done: int) -> None:
-        """Check that a length is not shorter than what the run has done.
+        """Check that a requested length is not shorter than the run already is.
 
         Raises:
-            RunError: it is.
+            RunError: the run has taken more steps than requested.
         """
         if self.gives_a_length and total_steps < steps_done:
             raise RunError(f"the run has done {plural(steps_done, 'step')} and this length is {total_steps:,}; give a larger one")
 
     def check_changes(self, stored: RunSettings | None, data: DataConfig, run: str, notify: Notify) -> None:
-        """Reject settings that contradict those of the run that is resumed, and name the others that change.
+        """Reject settings that contradict the resumed run, and print the accepted changes.
 
         Args:
             stored: the run's settings; None for a new run.
-            data: the text that was found.
+            data: the text as found now.
             run: name of the run.
-            notify: given a line for each change that is accepted.
+            notify: receives a line for each accepted change.
 
         Raises:
-            RunError: shape, text, recipe or what a step reads are not the run's own.
+            RunError: shape, text, recipe or the contents of a step differ from the run's.
         """
         if stored is None:
             return
+        # Compared with the run's own settings, so that repeating a flag with the stored value is accepted.
         now = {**asdict(self.train_config(stored)), "recipe": self.recipe or stored.train.recipe}
         changes = [
             *_differences(asdict(stored.model), asdict(self.model_config(stored))),
@@ -157,11 +167,13 @@ class TrainRequest:
         ]
         if self.text.fold not in {None, stored.data.fold}:
             changes.append(("folding", _on_off(stored.data.fold), _on_off(self.text.fold)))
+        # The hash decides: a moved or renamed file with the same characters is the same text.
         if data.sha256 != stored.data.sha256:
             changes.append(("text", _describe(stored.data), _describe(data)))
         rejected = [f"{name} is {now} and was {before}" for name, before, now in changes if name not in _CHANGEABLE]
         if rejected:
             raise RunError(f"run {run}: {'; '.join(rejected)}; choose another --run, or --fresh to start over")
+        # What is left may change; said, as the run is then no longer that of its config.
         for name, before, value in changes:
             notify(f"{name} is {value} from here on and was {before}")
 
@@ -171,9 +183,10 @@ def _on_off(value: bool | None) -> str:
 
 
 def _describe(data: DataConfig) -> str:
-    """A text, as far as two of them can differ."""
+    """Describe a text by the properties in which two texts can differ."""
     if data.characters is not None:
         return f"{data.name} of {plural(data.characters, 'character')}"
+    # A stream has no length; its commit and column decide which text it is.
     column = f", column {data.text_column}" if data.text_column else ""
     return f"{data.dataset} at {data.commit or 'other files'}{column}"
 

@@ -29,8 +29,8 @@ from picogpt.wording import Notify, format_passes, plural
 
 __all__ = ["Display", "TrainingRun"]
 
-TIMING_SHARE = 0.05
-"""Fraction of a budget of minutes for benchmark steps; one step and one end of an epoch are always timed."""
+TIMING_SHARE = 0.05  # one step and one end of an epoch are timed in any case
+"""Fraction of a budget of minutes that benchmark steps may take."""
 
 
 class Display(Observer, Protocol):
@@ -64,6 +64,7 @@ class TrainingRun:
         self.plan, self.folder, self._source = plan, plan.folder, plan.source
         self._began, self._notify, self._timing = began, notify, timing
         self.trainer = self._build(plan.source)
+        # A budget of minutes needs the benchmark to plan; a dry run reuses it for the forecast.
         self._benchmarked: tuple[float, EpochEnd] | None = None
         self._seconds: float | None = None  # remaining budget at this start, where minutes are given
 
@@ -78,6 +79,7 @@ class TrainingRun:
             PicoGPTError, OSError: an error ended the run.
         """
         plan, folder, ranks = self.plan, self.folder, self.plan.ranks
+        # The old run is moved away only now, when all settings are validated and the text was read.
         if plan.request.fresh:
             self._archive()
         folder.create()
@@ -111,7 +113,7 @@ class TrainingRun:
             PicoGPTError, OSError: `train` would fail.
         """
         plan, folder = self.plan, self.folder
-        plan.ranks.connect()
+        plan.ranks.connect()  # a rank that cannot be reached should show now
         self._check_disk()
         if plan.request.fresh and folder.path.exists():
             self._notify(f"the existing run would be kept as {folder.next_backup_name()}")
@@ -124,6 +126,7 @@ class TrainingRun:
         self.schedule = self._fix_schedule()
         plan.request.check_length(self.schedule.total_steps, self.trainer.step)
         self._announce()
+        # Taken before the benchmark, which a real run without minutes does not have.
         elapsed = self._elapsed()
         step, end = self._benchmarked or self._benchmark_steps()
         self._notify(str(self._forecaster().forecast(step, end, step=self.trainer.step, elapsed=elapsed)))
@@ -143,7 +146,7 @@ class TrainingRun:
 
     def _archive(self) -> None:
         if self.folder.path.exists():
-            with self.folder.lock():
+            with self.folder.lock():  # not while another process trains in it
                 self._notify(f"the existing run is kept as {self.folder.archive()}")
 
     def _prepare(self) -> None:
@@ -155,6 +158,7 @@ class TrainingRun:
             self._begin()
         self.schedule = self.trainer.schedule = self._fix_schedule()
         self.plan.request.check_length(self.schedule.total_steps, self.trainer.step)
+        # From here on the folder contains a run that can be resumed, even without a checkpoint.
         self._write_config()
         origin = self.plan.origin
         if origin is not None and origin.log is not None and not self.folder.has_checkpoint():
@@ -166,13 +170,13 @@ class TrainingRun:
             self._notify(warning)
 
     def _disk_need(self) -> DiskNeed:
-        # float32 on disk, whatever the products' type.
+        # float32 on disk, whatever the type of the GEMMs.
         weights = sum(4 * parameter.numel() for parameter in self.trainer.model.parameters())
         return DiskNeed(model=weights, checkpoint=self.trainer.checkpoint_bytes())
 
     def _restore(self) -> None:
         checkpoint, fault = self.folder.load_checkpoint()
-        if fault:
+        if fault:  # the newest checkpoint is damaged, and the previous one was loaded
             self._notify(f"warning: {fault}")
         self.trainer.restore(checkpoint)
         self._notify(f"{self.folder.path}: resuming from step {self.trainer.step:,}")
@@ -182,6 +186,7 @@ class TrainingRun:
 
     def _begin(self) -> None:
         """Start at the first batch, with the initial weights of the plan if it has any."""
+        # A stream draws its validation text here and stores it in the folder.
         self._source.begin(self.folder)
         origin = self.plan.origin
         if origin is not None:
@@ -230,18 +235,19 @@ class TrainingRun:
         kept = stored.schedule if stored is not None and budget == stored.budget else None
         saved, trainer.patience = trainer.stored_plan, budget.patience
         if budget.minutes is None:
-            # A cool-down that has begun is finished, unless another length or patience is asked for.
+            # A cool-down that has started is finished, unless another length or patience is requested.
             trainer.cooling_down = kept is not None and saved is not None
             return Schedule(**saved["schedule"]) if kept and saved else kept or self._new_schedule(None)
         if kept is not None and saved is None and self.folder.has_checkpoint():
-            return kept  # a run from before there were pacers keeps its steps
+            return kept  # a run that is older than pacers keeps its number of steps
+        # Seconds that earlier starts have spent; suspended time is not counted by the pacer.
         seconds, before = budget.minutes * 60, float(saved["pacer"]["seconds_spent"]) if saved else trainer.seconds
         if kept is not None and saved is not None:
             # Resumed with the same minutes: continue from the saved plan and measurements, without benchmark steps.
             schedule, measured = Schedule(**saved["schedule"]), saved["pacer"]
             pace = Pace(
                 seconds_per_step=measured["seconds_per_step"],
-                seconds_per_val_batch=0.0,
+                seconds_per_val_batch=0.0,  # the pacer has measured whole validations
                 seconds_per_epoch_end=measured["seconds_per_epoch_end"],
                 seconds_spent=before + self._elapsed(),
             )
@@ -263,7 +269,7 @@ class TrainingRun:
         )
 
     def _val_batches(self, schedule: Schedule) -> int:
-        """Return the validation batches per epoch: fewer than planned if the validation text is short."""
+        """Return the number of validation batches per epoch: fewer than planned if the validation text is short."""
         return sum(1 for _ in self._source.val_batches(schedule.val_steps))
 
     def _elapsed(self) -> float:
@@ -326,11 +332,12 @@ class TrainingRun:
     def _announce_length(self) -> None:
         train, schedule, train_chars = self.plan.train, self.schedule, self._source.train_chars
         sequence_len = train.windows * self.plan.model.context_len
+        # Past epochs may have had another length, so they are counted in the log.
         n_epochs = len(self.trainer.log.val) + schedule.epochs_left(self.trainer.step)
         read = ""
         if train_chars is not None:  # an epoch is a number of steps, not a pass over the text
             passes = schedule.total_steps * self.trainer.chars_per_step / train_chars
-            read = f", {format_passes(passes)}" + (", enough to learn it by heart" if passes > 2 * MAX_SUITABLE_PASSES else "")
+            read = f", {format_passes(passes)}" + (", enough to memorize it" if passes > 2 * MAX_SUITABLE_PASSES else "")
         self._notify(
             f"{self.folder.path}: {plural(schedule.total_steps, 'step')} of {train.batch_size} x {sequence_len:,} characters, "
             f"{schedule.steps_per_epoch:,} an epoch, {plural(n_epochs, 'epoch')}{read}; recipe {train.recipe}, "
@@ -350,6 +357,7 @@ class TrainingRun:
                 "--minutes or --chars to continue, or --fresh to start over"
             )
             return True
+        # The observer prints the forecast above the display's bar, after the first steps.
         display = show(trainer, schedule)
         observer = ForecastingObserver(display, self._notify, self._forecaster(), self._time_epoch_end)
         try:
@@ -358,6 +366,7 @@ class TrainingRun:
                 observer.report_outcome()
             return finished
         finally:
+            # Also after an error, whose message must not be drawn over by the bar.
             display.close()
             self._tell_usage()
 

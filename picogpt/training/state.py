@@ -30,13 +30,14 @@ from picogpt.training.optim import Muon, OuterOptimizer, build_optimizers, set_l
 
 __all__ = ["TrainState", "pack_step", "strip_prefix", "unpack_step"]
 
-_RATE = struct.Struct("<d")
+_RATE = struct.Struct("<d")  # the learning rate of a step, sent without rounding
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
     """Everything besides tensors that a worker needs to build the same training state as rank 0."""
 
+    # Plain dicts, as the spec travels as JSON.
     version: str
     model: dict[str, Any]
     train: dict[str, Any]
@@ -51,7 +52,7 @@ class TrainState:
     Args:
         model_config: shape of the model.
         config: training settings.
-        dtype: type of the matrix products; bfloat16 is used through autocast, weights and sums stay float32.
+        dtype: type of the GEMMs; bfloat16 is used through autocast, weights and sums stay float32.
         device: device of the weights.
         ranks: the group of ranks that train together.
         kernels: native kernels that compute the blocks; None computes them with torch.
@@ -73,8 +74,9 @@ class TrainState:
         # The initial weights depend on the seed alone, so all ranks start from the same ones.
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(device)
+        # Attached from outside: the model's own code is plain torch, and its state dict does not change.
         self.fast_blocks = accelerate(self.model, kernels)
-        """How the blocks are computed."""
+        """Implementation of the blocks."""
         self.optimizers = build_optimizers(self.model, config, dtype, kernels)
         self.outer = OuterOptimizer(self.model.parameters()) if config.sync_every else None
         self.step = 0
@@ -96,6 +98,7 @@ class TrainState:
         """Apply the parts of `backend` that are not arguments of the constructor."""
         if backend.compile:
             self.compile_blocks()
+        # None with native kernels, which have their own attention.
         if backend.attention is not None:
             self.fast_blocks.attention = backend.attention
         self.fast_blocks.gradient_checkpointing = backend.gradient_checkpointing
@@ -116,7 +119,7 @@ class TrainState:
         """Return the choice that selects the same backend on another rank."""
         return BackendChoice(
             device=self.device.type,
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=str(self.dtype).removeprefix("torch."),  # torch.bfloat16 -> bfloat16
             kernels=kernels_name(self.fast_blocks.kernels),
             attention=self.fast_blocks.attention,
             threads=torch.get_num_threads(),
@@ -132,6 +135,7 @@ class TrainState:
             RanksError: rank 0 has another version of picogpt.
             TrainingError: this machine lacks rank 0's kind of device, or a C compiler that rank 0 has.
         """
+        # First of all: another version may have other fields, or other numerics.
         version = checkpoint.state.get("version")
         if version != __version__:
             raise RanksError(f"rank 0 has picogpt {version} and this machine {__version__}; install the same one everywhere")
@@ -188,7 +192,7 @@ class TrainState:
         # Every rank gets the whole batch, and takes its own rows.
         rows = slice(self.ranks.rank * self._sequences_per_rank, (self.ranks.rank + 1) * self._sequences_per_rank)
         part = Batch(batch.inputs[rows], batch.targets[rows])  # (B / ranks, T) each
-        self.model.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)  # the backward pass then writes gradients instead of adding to them
         if self._groups > 1:
             return self.optimizer_step(rate, parallel_backward(self.loss, list(self.model.parameters()), part, self._groups))
         loss = self.loss(part)
@@ -276,6 +280,7 @@ class TrainState:
             RunError: the weights have another shape; nothing is changed.
         """
         self.model.load_arrays(weights)
+        # The anchors are copies of the weights.
         if self.outer is not None:
             self.outer = OuterOptimizer(self.model.parameters())
 

@@ -1,4 +1,4 @@
-"""The training loop of rank 0. Progress, plots and signals hook in through `Observer` and `stop`.
+"""The training loop of rank 0. Progress displays and signals are attached through `Observer` and `stop`.
 
 A run is a pure function of its settings on one machine and thread count: the weights start from the seed, batch k
 depends on k alone, and dropout's seed follows from the run's seed, the step and the rank. So no generator state is saved.
@@ -34,7 +34,7 @@ __all__ = ["Observer", "StepReport", "Trainer", "build_trainer", "make_trainer",
 SAVE_INTERVAL = 300.0
 """Seconds of training after which a checkpoint is written in the middle of an epoch."""
 RISE_EPOCHS = 3
-"""Epochs without a better validation loss after which a run without patience says so."""
+"""Epochs without a better validation loss after which a run without patience prints a hint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Trainer(TrainState):
         model_config: shape of the model.
         config: training settings.
         source: source of the batches.
-        dtype: type of the matrix products; bfloat16 is used through autocast, weights and sums stay float32.
+        dtype: type of the GEMMs; bfloat16 is used through autocast, weights and sums stay float32.
         device: device of the weights.
         ranks: the group of ranks that train together.
         kernels: native kernels that compute the blocks; None computes them with torch.
@@ -93,15 +93,16 @@ class Trainer(TrainState):
         self.schedule: Schedule | None = None
         """The current plan of the run's length."""
         self.pacer: Pacer | None = None
-        """Re-plans a run with a budget of minutes; None for other runs."""
+        """Replans a run with a budget of minutes; None for other runs."""
         self.patience: int | None = None
         """Epochs without a better validation loss after which the run cools down and ends; None trains to the end."""
         self.cooling_down = False
-        """Whether the run has lost its patience: it ends soon, with the learning rate at its floor."""
+        """Whether patience is exhausted: the run ends soon, and its learning rate decays to the floor."""
         self.stored_plan: dict[str, Any] | None = None
-        """Plan in the loaded checkpoint, where it is not that of config.json: a pacer's, or a cool-down's."""
+        """Plan in the loaded checkpoint if it differs from config.json: a pacer's, or a cool-down's."""
         # Steps and characters of an imported run, which the log counts but the schedule does not.
         self._steps_before, self._chars_before = 0, 0
+        # Sum of the losses and number of steps since the last log entry.
         self._epoch_loss, self._epoch_steps = 0.0, 0
         # Initial tensors of ranks 1, 2, ... after a resume with DiLoCo; empty where they equal rank 0's.
         self._worker_states: list[Tensors] = []
@@ -135,11 +136,12 @@ class Trainer(TrainState):
             RanksError: another rank is gone; the last checkpoint is intact.
             OSError: a file cannot be saved.
         """
+        # Here and not in the constructor, which has no folder.
         self.history = History.read(run.path)
         try:
             return self._train_to_end(run, schedule, observer, stop, notify)
         finally:
-            # Even after an error: a page that says that it is in training would load itself for ever.
+            # Also after an error: a page that says that the run is in training would reload itself forever.
             if self.log.val:
                 self._write_history(run, notify, in_training=False)
 
@@ -154,6 +156,7 @@ class Trainer(TrainState):
             if self.epoch_is_open and self.schedule.ends_epoch(self.step):
                 finished = self._finish_epoch(run, self.schedule.val_steps, stop, notify)
                 saved_at = time.perf_counter()
+                # The checkpoint is saved by now, so none of these can cost training.
                 if finished:
                     self.history.record(self, self.source, self.log, notify)
                     self._write_log(run, notify)
@@ -210,6 +213,7 @@ class Trainer(TrainState):
         fraction_of_peak(rate, self.config)  # raises before any worker receives the step
         if not self.is_wrapped:
             self._start_workers()
+        # A pure function of the step, so a resumed run gets the same batch.
         batch = self.source.train_batch(self.step, stop)
         # Workers take the same step at the same time: DDP averages the gradients in the backward pass.
         self.ranks.broadcast_command(Command.STEP, pack_step(batch, rate))
@@ -225,16 +229,18 @@ class Trainer(TrainState):
     def _start_workers(self) -> None:
         """Send the training state to all workers, and wrap the model."""
         own, common = self.state_tensors(), self.outer_tensors()
+        # Only with DiLoCo do ranks have weights of their own; else all start from rank 0's.
         others = self._worker_states or [own] * (self.ranks.count - 1)
         self.ranks.broadcast_command(Command.BEGIN)
         for rank, tensors in enumerate(others, start=1):
             self.ranks.send(pack(self.to_spec({**common, **tensors})), rank)
-        self._worker_states = []
+        self._worker_states = []  # from here on the workers have them
         self.wrap_ddp()
 
     @torch.no_grad()
     def validate(self, val_steps: int, stop: Stop = lambda: False) -> float | None:
         """Return the mean loss over at most `val_steps` validation batches in nats per character; None if stopped."""
+        # On rank 0 alone: validation is short, and the workers answer heartbeats meanwhile.
         self.model.eval()
         total, count = 0.0, 0
         for batch in self.source.val_batches(val_steps):
@@ -256,6 +262,7 @@ class Trainer(TrainState):
         val_loss = self.validate(val_steps, stop)
         if val_loss is None:
             return False
+        # All lists grow together: the log is written with one entry per epoch.
         log = self.log
         log.train.append(self._epoch_loss / self._epoch_steps)
         log.val.append(val_loss)
@@ -264,9 +271,11 @@ class Trainer(TrainState):
         self._epoch_loss, self._epoch_steps = 0.0, 0
         if log.best_loss is None or val_loss < log.best_loss:
             log.best_loss = val_loss
+            # Never replace good weights by broken ones, whatever the loss.
             if self._is_finite():
                 # model.safetensors keeps the best weights, the checkpoint the latest ones.
                 run.save_model(self.model.arrays(), self.model.config, self.source.text)
+        # Replan before saving, so that the checkpoint contains the plan that a resumed run follows.
         if self.pacer is not None and self.schedule is not None:
             self.schedule = self.pacer.after_validation(self.schedule, self.step)
         self._watch_validation(run, notify)
@@ -274,7 +283,7 @@ class Trainer(TrainState):
         return True
 
     def _watch_validation(self, run: RunFolder, notify: Notify) -> None:
-        """Begin the cool-down if patience is at an end; without patience, say once that validation no longer improves."""
+        """Start the cool-down if patience is exhausted; without patience, print a hint once if the model is overfitting."""
         val, schedule = self.log.val, self.schedule
         waited = epochs_since_best(val)
         found = (
@@ -284,22 +293,23 @@ class Trainer(TrainState):
             # Only at the first such streak of the run, also over several starts.
             if waited == RISE_EPOCHS and all(epochs_since_best(val[:n]) < RISE_EPOCHS for n in range(1, len(val))):
                 notify(
-                    f"{found}: the model learns its text by heart; the best weights are kept, so the run can end now (Ctrl-C); "
-                    "more text, --dropout 0.1, a shorter run or --patience helps the next one"
+                    f"{found}: the model is overfitting; the best weights are kept, so the run can end now (Ctrl-C); for the "
+                    "next one use more text, --dropout 0.1, a shorter run or --patience"
                 )
         elif waited >= self.patience and not self.cooling_down and schedule is not None and self.step < schedule.total_steps:
-            # Steps of an imported run come before this run's first step.
+            # The log also counts the characters of an imported run, whose steps came before this run's first.
             best_step = max(0, (self.log.chars[-1 - waited] - self._chars_before) // self.chars_per_step)
             self.schedule = cool_down(schedule, self.step, best_step, self.config)
             self.cooling_down = True
+            # Only the weights go back; the optimizer keeps its state.
             _, weights = load_model(run.path / MODEL_FILE)
             self.load_weights(weights)
             steps = plural(self.schedule.total_steps - self.step, "step")
-            notify(f"{found}: back to its weights, and {steps} to cool down from them")
+            notify(f"{found}: restored its weights; cooling down from them in {steps}")
 
     def _write_log(self, run: RunFolder, notify: Notify) -> None:
         """Write `log.pkl` and `log.jpg`. A failure is only a warning: the checkpoint contains the log too."""
-        from picogpt.plot import draw_losses  # imports matplotlib, which a run without a whole epoch does not need
+        from picogpt.plot import draw_losses  # imports matplotlib, which is not needed before the first epoch ends
 
         try:
             run.write_log(self.log)
@@ -308,7 +318,7 @@ class Trainer(TrainState):
             notify(_not_written("log or picture", error, run))
 
     def _write_history(self, run: RunFolder, notify: Notify, *, in_training: bool) -> None:
-        """Write `epochs.json` and `log.html`. A failure costs no training."""
+        """Write `epochs.json` and `log.html`. A failure is only a warning."""
         try:
             self.history.write(run.path)
             page = self.history.page(run.name, self, self.log, in_training=in_training)
@@ -317,13 +327,13 @@ class Trainer(TrainState):
             notify(_not_written("page", error, run))
 
     def _show_epoch(self, run: RunFolder, schedule: Schedule, observer: Observer) -> None:
-        """Call the observer, and re-plan with the time that the epoch's end has taken."""
+        """Call the observer, and replan with the measured time of the epoch's end."""
         observer.on_epoch(self)
         if self.pacer is None:
             return
         self.schedule = self.pacer.after_epoch(schedule, self.step)
         if schedule.total_steps > self.step >= self.schedule.total_steps:
-            # The new plan ends here, which the checkpoint of this epoch does not know.
+            # The new plan ends here, but the checkpoint of this epoch still has the old plan.
             self.save(run)
 
     def save(self, run: RunFolder) -> None:
@@ -333,6 +343,7 @@ class Trainer(TrainState):
             TrainingError: a weight is not finite; nothing is written.
             OSError: the disk is full, read-only or broken; the checkpoints on it are unchanged.
         """
+        # A checkpoint with NaN would replace an intact one.
         if not self._is_finite():
             raise TrainingError(
                 f"step {self.step}: a weight is no longer finite, nothing is saved; the previous checkpoint is intact: "
@@ -343,6 +354,7 @@ class Trainer(TrainState):
         for rank, held in enumerate(others, start=1):
             # Names carry their owner: rank1.model.*, rank2.optimizer.*, data.*.
             tensors |= {f"rank{rank}.{name}": array for name, array in held.items()}
+        # A stream's pool of sequences is part of the state; a text in memory needs only the step.
         arrays, data = self.source.snapshot()
         tensors |= {f"data.{name}": array for name, array in arrays.items()}
         state: dict[str, Any] = {
@@ -379,6 +391,7 @@ class Trainer(TrainState):
             RunError: the weights have another shape; nothing is changed.
         """
         self.load_weights(weights)
+        # An imported run's curve continues; the schedule counts from 0, as this run's budget does.
         if log is not None:
             self.log = log
             self._steps_before, self._chars_before = log.iter_num, log.chars[-1] if log.chars else 0
@@ -390,6 +403,7 @@ class Trainer(TrainState):
             RunError: the checkpoint's model has another shape; nothing is changed.
         """
         tensors, state = checkpoint.tensors, checkpoint.state
+        # First, as it validates all shapes before it changes anything.
         self.load_tensors(tensors)
         self.step, self.local_steps = int(state["step"]), int(state.get("local_steps", 0))
         if self.outer is not None:
@@ -407,7 +421,8 @@ class Trainer(TrainState):
         lost; the inner optimizer states are assigned round-robin.
         """
         if len(saved) == self.ranks.count:
-            return saved[1:]
+            return saved[1:]  # rank 0's is loaded already
+        # Right after an outer step, all ranks hold the same weights, and there is nothing to average.
         if self.local_steps:
             names = [f"model.{name}" for name in self.model.arrays()]
             self.apply_outer_step([self.on_device(np.mean([held[name] for held in saved], axis=0)) for name in names])
@@ -416,7 +431,7 @@ class Trainer(TrainState):
 
 
 def _not_written(what: str, error: OSError, run: RunFolder) -> str:
-    """Warn that `what` could not be written, which ends no run."""
+    """Return the warning that `what` could not be written."""
     return f"warning: {file_of_error(error) or run.path}: {what} not written ({error.strerror or error}); training continues"
 
 
@@ -436,7 +451,7 @@ def build_trainer(
 
 def time_call(call: Callable[[], object]) -> float:
     """Return the seconds that `call` takes."""
-    start = time.perf_counter()
+    start = time.perf_counter()  # monotonic, unlike time.time
     call()
     return time.perf_counter() - start
 
@@ -444,17 +459,17 @@ def time_call(call: Callable[[], object]) -> float:
 def make_trainer(
     model: GPTConfig, config: TrainConfig, source: Source, choice: BackendChoice | None = None, *, notify: Notify = say_nothing
 ) -> Trainer:
-    """A trainer for a loop of your own, which computes with what `picogpt-train` would choose.
+    """Return a trainer for your own training loop, with the backend that `picogpt-train` would select.
 
     Args:
         model: shape of the model.
-        config: how it is trained.
-        source: where its batches come from.
-        choice: what to compute with; None for the machine's best.
-        notify: given a line before kernels are compiled.
+        config: training settings.
+        source: source of the batches.
+        choice: requested backend; None selects the best one for this machine.
+        notify: receives a line before kernels are compiled.
 
     Raises:
-        ConfigError, TrainingError: the choice cannot be had.
+        ConfigError, TrainingError: the requested backend is not available.
     """
     backend = Backend.select(model, choice or BackendChoice(), sequences=config.batch_size, notify=notify)
     return build_trainer(model, config, source, backend)

@@ -29,7 +29,7 @@ def run_worker(ranks: Ranks, threads: int | None) -> int:
         if command is Command.BEGIN:
             # The spec follows by point-to-point, as ranks of a DiLoCo run have weights of their own.
             state = TrainState.from_spec(unpack(ranks.receive()), ranks, threads)
-            state.wrap_ddp()
+            state.wrap_ddp()  # takes part in a backward pass, at the same time as rank 0
         elif command in {Command.WAIT, Command.END}:
             # The answer to rank 0's heartbeat; signals travel with it in both directions.
             ranks.all_gather([])

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 from picogpt.cli import common, generate, plot, train
 from picogpt.cli import eval as evaluation
-from picogpt.cli.download import DownloadBar
+from picogpt.cli.bar import DownloadBar
 from picogpt.cli.parser import Parser
 from picogpt.data import read_texts
 from picogpt.data.resolve import text_name
@@ -169,11 +169,11 @@ class TestTrain:
         for flags in (["--run", "numbesr"], ["--run", "numbesr", "--epochs", "3"], ["--run", "numbesr", "--fresh"]):
             assert train.main(flags) == 2
             assert capsys.readouterr().err == (
-                "picogpt-train: --run numbesr: no such run under logs; did you mean numbers? A new one needs --dataset or --text "
-                "beside its name\n"
+                "picogpt-train: --run numbesr: no such run under logs; did you mean numbers? For a new run, give --dataset "
+                "or --text too\n"
             )
         assert train.main(["--run", "other"]) == 2
-        assert "the runs there are numbers. A new one needs" in capsys.readouterr().err
+        assert "the runs there are numbers. For a new run, give" in capsys.readouterr().err
         assert [path.name for path in Path("logs").iterdir()] == ["numbers"]
         assert train.main(training(text_file, "--run", "other")) == 0
 
@@ -265,17 +265,17 @@ class TestTrain:
     @pytest.mark.parametrize(
         ("flags", "code", "message"),
         [
-            (["--epoch", "3"], 2, "there is no flag --epoch; did you mean --epochs?"),
-            (["--learning-rate=0.1"], 2, "there is no flag --learning-rate; did you mean --lr?"),
-            (["--learning_rate", "0.1"], 2, "there is no flag --learning_rate; did you mean --lr?"),
-            (["-lr", "0.1"], 2, "there is no flag -lr; did you mean --lr?"),
-            (["--block_size=64"], 2, "there is no flag --block_size; did you mean --context-len?"),
-            (["--num_train_epochs", "3"], 2, "there is no flag --num_train_epochs; did you mean --epochs?"),
+            (["--epoch", "3"], 2, "unknown flag --epoch; did you mean --epochs?"),
+            (["--learning-rate=0.1"], 2, "unknown flag --learning-rate; did you mean --lr?"),
+            (["--learning_rate", "0.1"], 2, "unknown flag --learning_rate; did you mean --lr?"),
+            (["-lr", "0.1"], 2, "unknown flag -lr; did you mean --lr?"),
+            (["--block_size=64"], 2, "unknown flag --block_size; did you mean --context-len?"),
+            (["--num_train_epochs", "3"], 2, "unknown flag --num_train_epochs; did you mean --epochs?"),
             (["--chars", "2.5"], 2, "argument --chars: '2.5' is not a whole number; write it like 2000000, 2M or 2e6"),
             (["--chars", "1.5e-3M"], 2, "argument --chars: '1.5e-3M' is not a whole number"),
             (["--seed=-1k"], 2, "--seed must be"),
-            (["--zzz=1"], 2, "there is no flag --zzz (see"),
-            (["stray"], 2, "'stray' belongs to no flag (see"),
+            (["--zzz=1"], 2, "unknown flag --zzz (see"),
+            (["stray"], 2, "unexpected argument 'stray' (see"),
             (["--epochs", "x"], 2, "argument --epochs: 'x' is not a whole number; write it like 2000000, 2M or 2e6"),
             (["--epochs", "1", "--minutes", "1"], 2, "argument --minutes: not allowed with argument --epochs"),
             (["--text", "a", "--dataset", "sample"], 2, "argument --dataset: not allowed with argument --text"),
@@ -516,6 +516,13 @@ class TestHelp:
 
         assert done.returncode == (2 if flags == ["--no-such-flag"] else 0), done.stderr
 
+    @pytest.mark.parametrize("module", [train, generate, evaluation, plot], ids=lambda module: module.__name__)
+    def test_fits_in_80_columns(self, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No line of the help is longer than a terminal of 80 columns is wide."""
+        monkeypatch.setenv("COLUMNS", "80")
+
+        assert max(map(len, module.build_parser().format_help().splitlines())) <= 80
+
     @pytest.mark.timing
     def test_answers_at_once(self) -> None:
         """`--help` in under 0.3 s (the best of three, as the machine may be busy)."""
@@ -657,7 +664,7 @@ class TestGenerate:
         Path("long.txt").write_text("one and two\n" * 900_000)
         assert generate.main(["-f", "long.txt", "-n", "5", "--no-echo"]) == 0
 
-        assert "of the prompt's 10,799,999 characters the model reads the last 80" in capsys.readouterr().err
+        assert "the prompt has 10,799,999 characters; the model reads the last 80" in capsys.readouterr().err
 
     @pytest.mark.timing
     def test_long_prompt_at_a_bounded_cost(self, trained: Path) -> None:
@@ -750,11 +757,11 @@ class TestGenerate:
             (["-p", "x", "-f", "y"], 2, "argument -f/--prompt-file: not allowed with argument -p/--prompt"),
             (["the king", "-p", "x"], 2, "argument -p/--prompt: not allowed with argument TEXT"),
             (["-f", "x", "the king"], 2, "argument TEXT: not allowed with argument -f/--prompt-file"),
-            (["the", "king"], 2, "'king' belongs to no flag; put a prompt of several words in quotes"),
-            (["--promt", "x"], 2, "there is no flag --promt; did you mean --prompt?"),
-            (["--temp", "1"], 2, "there is no flag --temp; did you mean --temperature?"),
-            (["--tempature", "1", "-p", "a"], 2, "there is no flag --tempature; did you mean --temperature?"),
-            (["--n-predict", "1"], 2, "there is no flag --n-predict; did you mean --max-new-tokens?"),
+            (["the", "king"], 2, "unexpected argument 'king'; put a prompt of several words in quotes"),
+            (["--promt", "x"], 2, "unknown flag --promt; did you mean --prompt?"),
+            (["--temp", "1"], 2, "unknown flag --temp; did you mean --temperature?"),
+            (["--tempature", "1", "-p", "a"], 2, "unknown flag --tempature; did you mean --temperature?"),
+            (["--n-predict", "1"], 2, "unknown flag --n-predict; did you mean --max-new-tokens?"),
             (["-n", "1.5"], 2, "--max-new-tokens must be a whole number of at least 0, or inf, got '1.5'"),
             (["-m", "nowhere"], 1, "nowhere: no such file, and no run of that name"),
             ([], 1, "logs: no trained model there; train one with picogpt-train"),
@@ -878,11 +885,11 @@ class TestPlot:
         assert Path("x.PNG").read_bytes().startswith(b"\x89PNG")
         Path("folder.jpg").mkdir()
         assert plot.main(["numbers", "-o", "folder.jpg"]) == 2
-        assert "--output: folder.jpg cannot be written; name another file" in capsys.readouterr().err
+        assert "--output: folder.jpg cannot be written; choose another file" in capsys.readouterr().err
         assert plot.main(["numbers", "--x", "steps"]) == 2
         assert "--x must be one of epochs, characters, seconds, got 'steps'" in capsys.readouterr().err
         assert plot.main(["numbers", "-o", "nowhere/x.jpg"]) == 2
-        assert "--output: there is no folder nowhere; make it first" in capsys.readouterr().err
+        assert "--output: there is no folder nowhere; create it first" in capsys.readouterr().err
         assert plot.main(["numbers", "-o", "x.gif"]) == 2
         assert "--output must end in .jpg or .png, got 'x.gif'" in capsys.readouterr().err
 

@@ -65,7 +65,7 @@ def of(run: RunFolder, **data: Any) -> None:
 
 
 def evaluate(*flags: str) -> int:
-    """Exit code of the command on short rolls."""
+    """Exit code of the command on short sequences."""
     try:
         return evaluation.main(["-m", "numbers", "--windows", "3", "--threads", "1", *flags])
     except SystemExit as exit_:
@@ -77,11 +77,18 @@ def test_table(run: RunFolder, capsys: Capture) -> None:
     assert evaluate() == 0
     out, err = capsys.readouterr()
 
-    for label in ("context vector as it is", "context vector zeroed", "5-gram", "bz2 -9", "lzma -9e", "by window of the roll"):
+    for label in (
+        "context vector as it is",
+        "context vector zeroed",
+        "5-gram",
+        "bz2 -9",
+        "lzma -9e",
+        "by window of the sequence",
+    ):
         assert label in out
-    assert "What the roll buys this model: " in out
-    assert "the last tenth, which the run has not trained on: 24 rolls of 24 characters from 24 of 24 stretches, 576" in err
-    assert "no articles are marked in it, so stretches stand for them" in err
+    assert "Gain from the context roll: " in out
+    assert "the last tenth, which the run was not trained on: 24 sequences of 24 characters from 24 of 24 stretches, 576" in err
+    assert "the text has no articles, so it is cut into stretches" in err
     assert "n-gram counted on the first nine tenths of numbers: 5,400 characters\n" in err
     assert "picture: logs/numbers/eval.jpg" in err
     assert (run.path / "eval.jpg").read_text() == "numbers on numbers: 576 characters, 24 stretches, with standard errors 24"
@@ -138,8 +145,11 @@ def test_other_text(run: RunFolder, text_file: Path, capsys: Capture) -> None:
     """All of it; the text that the run was trained on is named; the n-gram is counted on what was asked for."""
     assert evaluate("--text", str(text_file), "--ngram-text", str(text_file)) == 0
     err = capsys.readouterr().err
-    assert "warning: numbers.txt: the run was trained on nine tenths of this text; without --text only the rest is scored" in err
-    assert "numbers.txt, all of it: 249 rolls of 24 characters from 63 of 63 stretches" in err
+    assert (
+        "warning: numbers.txt: the run was trained on nine tenths of this text; leave out --text to score only the last tenth"
+        in err
+    )
+    assert "numbers.txt, all of it: 249 sequences of 24 characters from 63 of 63 stretches" in err
     assert "n-gram counted on numbers.txt: 6,000 characters" in err
 
     Path("other.txt").write_text("another text altogether, and some more of it after that: é日\n" * 40)
@@ -156,7 +166,7 @@ def test_named_data_set(run: RunFolder, capsys: Capture) -> None:
     """The sample play."""
     assert evaluate("--dataset", "sample", "--chars", "500") == 0
 
-    assert "sample, all of it: 20 rolls of 24 characters from 20 of 1,344 stretches" in capsys.readouterr().err
+    assert "sample, all of it: 20 sequences of 24 characters from 20 of 1,344 stretches" in capsys.readouterr().err
 
 
 def test_validation_text_of_a_stream(run: RunFolder, text_file: Path, capsys: Capture) -> None:
@@ -166,7 +176,7 @@ def test_validation_text_of_a_stream(run: RunFolder, text_file: Path, capsys: Ca
     assert evaluate() == 0
     out, err = capsys.readouterr()
 
-    assert "numbers, the validation text of the run: 37 rolls of 24 characters from 37 of 37 stretches" in err
+    assert "numbers, the validation text of the run: 37 sequences of 24 characters from 37 of 37 stretches" in err
     assert "no n-gram: the run's text is a stream; name a text with --ngram-text" in err
     assert "5-gram" not in out
 
@@ -184,9 +194,11 @@ def test_articles_of_a_stream(run: RunFolder, capsys: Capture, monkeypatch: pyte
     assert evaluate("--dataset", "org/name", "--chars", "300") == 0
     err = capsys.readouterr().err
 
-    assert "org/name: 1 file at commit cccccccccccc; the articles that no run on it is trained on" in err
-    assert "name, the first articles for validation of over 24 characters: 12 rolls of 24 characters from 4 of 4 articles" in err
-    assert "n-gram counted on the articles of name for training: 160 characters" in err  # a step of 2 x 10 windows of 8
+    assert (
+        "org/name: 1 file at commit cccccccccccc; scoring validation articles, the one in twenty that no run is trained on" in err
+    )
+    assert "name, the first validation articles of over 24 characters: 12 sequences of 24 characters from 4 of 4 articles" in err
+    assert "n-gram counted on training articles of name: 160 characters" in err  # a step of 2 x 10 windows of 8
     assert {(shards.columns, shards.commit) for shards in asked} == {(("body",), "c" * 40)}
     assert evaluate("--dataset", "org/name", "--chars", "9999") == 0
     found = re.search(r"from (\d+) of", capsys.readouterr().err)
@@ -210,7 +222,7 @@ def test_ngram_of_a_stream(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> N
             """Of the right shape."""
             return np.zeros((len(ids), ids.shape[1] - 1), np.float32)
 
-    monkeypatch.setattr("picogpt.evaluation.baselines.NGram", Counter)
+    monkeypatch.setattr("picogpt.evaluation.run.NGram", Counter)
     monkeypatch.setattr(articles, "read_rows", lambda _shards, file, start: ((f"{file} {i}. " * 9,) for i in range(start, 99)))
     assert evaluate("--dataset", "org/name", "--chars", "100") == 0
     for_training = [i for i in range(99) if not articles._is_for_validation("two", i)]
@@ -228,7 +240,7 @@ def test_articles_of_another_stream(run: RunFolder, monkeypatch: pytest.MonkeyPa
     assert evaluate("--dataset", "org/name", "--chars", "100") == 0
     err = capsys.readouterr().err
 
-    assert "warning: the run was trained on another stream, org/other; it may have read some of these articles there" in err
+    assert "warning: the run was trained on another stream, org/other, which may contain some of these articles" in err
     assert "no n-gram: the run's text is a stream; name a text with --ngram-text" in err
 
 
@@ -247,7 +259,7 @@ def test_a_stream_of_short_articles(run: RunFolder, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(articles, "read_rows", rows)
 
     assert evaluate("--dataset", "org/name") == 1
-    assert "too short to evaluate: it takes two articles of at least 25 characters" in capsys.readouterr().err
+    assert "too short to evaluate: two articles of at least 25 characters are needed" in capsys.readouterr().err
     assert 200 < len(asked) < 9999
 
 
@@ -258,15 +270,15 @@ def test_ngram_without_a_text(run: RunFolder, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(articles, "_is_for_validation", lambda _file, _row: True)
 
     assert evaluate("--dataset", "org/name", "--chars", "100") == 0
-    assert "no n-gram: not one article is for training" in capsys.readouterr().err
+    assert "no n-gram: there is no training article" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"text": ("-",)}, "the run's text came through standard input and was not kept; give it with --text or --ngram-text"),
+        ({"text": ("-",)}, "the run's text came from standard input and was not stored; name it with --text or --ngram-text"),
         ({"dataset": "sample"}, "numbers: the text has changed since the run was trained on it; name a text with --text"),
-        ({"dataset": "x/y", "characters": None}, "the validation text of its stream is not there; name a text with --text"),
+        ({"dataset": "x/y", "characters": None}, "the run's validation text is missing; name a text with --text"),
     ],
 )
 def test_own_text_is_gone(run: RunFolder, capsys: Capture, data: dict[str, Any], message: str) -> None:
@@ -280,7 +292,7 @@ def test_own_text_is_gone(run: RunFolder, capsys: Capture, data: dict[str, Any],
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"dataset": "tinyshakespeare"}, "no n-gram: dataset/tinyshakespeare.txt is not there; name a text with --ngram-text"),
+        ({"dataset": "tinyshakespeare"}, "no n-gram: dataset/tinyshakespeare.txt does not exist; name a text with --ngram-text"),
         ({"text": ("gone.txt",)}, "no n-gram: gone.txt: cannot be read (No such file or directory); check the path of --text"),
         ({"dataset": "sample"}, "no n-gram: numbers: the text has changed since the run was trained on it"),
     ],
@@ -297,9 +309,9 @@ def test_model_without_a_run(run: RunFolder, text_file: Path, capsys: Capture) -
     """A model by itself needs a text; a config that is not one is named."""
     (run.path / "config.json").unlink()
     assert evaluate() == 2
-    assert "there is no config.json beside the model that names its text; name one with --text" in capsys.readouterr().err
+    assert "there is no config.json that names the model's text; name a text with --text" in capsys.readouterr().err
     assert evaluate("--text", str(text_file), "--chars", "100") == 0
-    assert "no n-gram: no run beside the model that would name its text" in capsys.readouterr().err
+    assert "no n-gram: the model has no config.json that names its training text" in capsys.readouterr().err
     (run.path / "config.json").write_text('{"format": 1}')
     assert evaluate() == 1
     assert "move it away and name a text with --text" in capsys.readouterr().err
@@ -313,13 +325,13 @@ def test_model_without_a_run(run: RunFolder, text_file: Path, capsys: Capture) -
         (["--dtype", "auto"], 2, "argument --dtype: invalid choice: 'auto' (choose from"),
         (["--threads", "0"], 2, "--threads must be from 1 to 1024, got 0"),
         (["-o", "x.gif"], 2, "--output must end in .jpg or .png, got 'x.gif'"),
-        (["-o", "nowhere/x.jpg"], 2, "--output: there is no folder nowhere; make it first"),
+        (["-o", "nowhere/x.jpg"], 2, "--output: there is no folder nowhere; create it first"),
         (["--text-column", "x"], 2, "--text-column is for a streamed data set; name one with --dataset, or leave it out"),
         (["--model", "nowhere"], 1, "nowhere: no such file, and no run of that name"),
         (["--text", "a", "--dataset", "sample"], 2, "argument --dataset: not allowed with argument --text"),
         (["--dataset", "shakespear"], 2, "--dataset must be auto, sample, tinyshakespeare, wikipedia, "),
         (["--text", "nowhere"], 1, "nowhere: cannot be read"),
-        (["--windows", "99"], 1, "too short to evaluate: it takes two articles of at least 793 characters"),
+        (["--windows", "99"], 1, "too short to evaluate: two articles of at least 793 characters are needed"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -344,7 +356,7 @@ def test_lines_where_there_is_no_terminal(run: RunFolder, capsys: Capture, monke
     ("zeroed", "meaning"),
     [
         ([2.5, 3.0], "That is 27.27% of the loss."),
-        ([2.5, 1.7], "That is within two standard errors of nothing: on this text the roll cannot be told from none."),
+        ([2.5, 1.7], "That is within two standard errors of zero: on this text the roll makes no measurable difference."),
         ([1.5, 1.0], "The model does better without its context vector."),
     ],
 )

@@ -151,7 +151,7 @@ def test_results_come_before_the_error() -> None:
 
 def test_any_name_can_be_printed() -> None:
     """Bytes of a name that are no text come out as they are, other letters as an ASCII terminal can show them."""
-    code = "from picogpt.cli.streams import install_blocking_streams; install_blocking_streams(); print('caf\\udce9 日')"
+    code = "from picogpt.stdio import install_blocking_streams; install_blocking_streams(); print('caf\\udce9 日')"
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=ascii_only)
 

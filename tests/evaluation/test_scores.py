@@ -47,12 +47,12 @@ def test_cap_is_spread_evenly() -> None:
 def test_too_short() -> None:
     """One article, or stretch, has no standard error and no other article."""
     message = (
-        r"too short to evaluate: it takes two articles of at least 11 characters \(the longest here has 30\), or a text of 21; "
+        r"too short to evaluate: two articles of at least 11 characters are needed \(the longest has 30\), or a text of 21; "
         "give more text, or fewer --windows"
     )
     with pytest.raises(DataError, match=message):
         cut_sequences([text(30), text(10)], 10, 1000)
-    with pytest.raises(DataError, match="the longest here has 0"):
+    with pytest.raises(DataError, match="the longest has 0"):
         cut_sequences([], 10, 1000)
 
 
@@ -72,7 +72,7 @@ def test_position_bins() -> None:
 
 
 def scores(*means: float, articles: list[int]) -> Scores:
-    """EvalSequences of two windows of three characters, every loss of a roll the same, and 0.5 less without its context."""
+    """Sequences of two windows of three characters, every loss of a sequence the same, and 0.5 less without its context."""
     losses = np.repeat(np.array(means, np.float32), 6).reshape(-1, 2, 3)
     return Scores({"as_is": losses, "zeroed": losses + np.float32(0.5)}, np.array(articles))
 

@@ -137,10 +137,10 @@ def run(
 ) -> list[list[int]]:
     """All ids of each text that goes on from id 1."""
     logits = Counting().prefill(np.ones((batch, 1), dtype=np.int64))
-    watchers = [StopSequenceFilter(stops or []) for _ in range(batch)]
+    stop_filters = [StopSequenceFilter(stops or []) for _ in range(batch)]
     generators = [sample_generator(seed, i) for i in range(batch)]
     sampler = Sampler(SampleConfig(temperature=temperature), generators, suppressed_ids(None))
-    steps = generate(StepwiseDecoder(Counting().prefill), logits, n_new, sampler=sampler, stop_filters=watchers)
+    steps = generate(StepwiseDecoder(Counting().prefill), logits, n_new, sampler=sampler, stop_filters=stop_filters)
     parts = list(itertools.islice(steps, 100))
     return [[token for part in parts for token in part[i]] for i in range(batch)]
 
@@ -160,15 +160,15 @@ def test_stop_text_ends_a_sample() -> None:
 
 
 @given(st.lists(st.integers(1, 2), max_size=30), st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=4), max_size=3))
-def test_stop_watcher_cuts_at_the_first_stop(tokens: list[int], stops: list[list[int]]) -> None:
+def test_stop_filter_cuts_at_the_first_stop(tokens: list[int], stops: list[list[int]]) -> None:
     """Whatever comes and whatever is held back on the way, the text is cut before the stop that is complete first."""
-    watcher = StopSequenceFilter(stops)
+    stop_filter = StopSequenceFilter(stops)
     text: list[int] = []
     for token in tokens:
-        text += watcher.push(token)
-        if watcher.stopped:
+        text += stop_filter.push(token)
+        if stop_filter.stopped:
             break
-    text += watcher.flush()
+    text += stop_filter.flush()
     expected, found = tokens, False
     for end in range(1, len(tokens) + 1):
         ends = [len(stop) for stop in stops if tokens[:end][-len(stop) :] == stop]
@@ -177,7 +177,7 @@ def test_stop_watcher_cuts_at_the_first_stop(tokens: list[int], stops: list[list
             expected, found = tokens[: end - first], True
             break
 
-    assert watcher.stopped == found
+    assert stop_filter.stopped == found
     assert text == expected
 
 

@@ -1,7 +1,7 @@
 """Show the bar of a download that fails half way, then that of one which comes to its end."""
 
+from picogpt.cli.bar import DownloadBar
 from picogpt.cli.common import notice
-from picogpt.cli.download import DownloadBar
 
 try:
     with DownloadBar("text") as bar:

@@ -1,9 +1,9 @@
 """Show an evaluation's bar to its end, with a line printed at half of it."""
 
 from picogpt.cli.common import notice
-from picogpt.cli.eval import _Progress
+from picogpt.cli.eval import _progress
 
-with _Progress(100) as advance:
+with _progress(100) as advance:
     advance(50)
     notice("half")
     advance(50)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from picogpt.cli import train
-from picogpt.cli.progress import TimingDisplay, divergence
+from picogpt.cli.progress import divergence, timing_bar
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import download_bytes
 from picogpt.errors import RunError
@@ -206,7 +206,7 @@ def test_rehearsal_with_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[st
         return update(trainer, rate)
 
     monkeypatch.setattr(Trainer, "train_step", counted)
-    with TimingDisplay() as advance:
+    with timing_bar() as advance:
         make = lambda source: Trainer(TINY, config, source, torch.float32)  # noqa: E731
         benchmark_steps(TINY, config, make, tmp_path, limit=0.0, advance=advance)
 

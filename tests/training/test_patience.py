@@ -11,8 +11,11 @@ import torch
 
 from picogpt.cli import train
 from picogpt.config import TrainConfig
+from picogpt.errors import ConfigError
 from picogpt.runs.folder import RunFolder
-from picogpt.schedule import Schedule, cool_down, epochs_since_best, lr_at_step
+from picogpt.schedule import Budget, Schedule, cool_down, epochs_since_best, lr_at_step
+from picogpt.training.distributed import Ranks
+from picogpt.training.plan import _check_patience
 from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, Watcher, tiny_source
 
@@ -82,8 +85,8 @@ def test_patience_ends_a_run(run: RunFolder) -> None:
     # 25 steps until patience is at an end; the best weights came after 15 of them, a fifth of which is 3.
     assert trainer.step == 28
     assert said == [
-        "validation loss has not improved for 2 epochs (best 1.0000, in epoch 3): back to its weights, and 3 steps to cool down "
-        "from them"
+        "validation loss has not improved for 2 epochs (best 1.0000, in epoch 3): restored its weights; cooling down from them "
+        "in 3 steps"
     ]
     assert len(trainer.log.val) == 6
 
@@ -137,8 +140,8 @@ def test_a_rise_is_said_once(run: RunFolder) -> None:
     _, said = fit(trainer, run, Schedule(total_steps=60, steps_per_epoch=5, val_steps=1))
 
     assert said == [
-        "validation loss has not improved for 3 epochs (best 1.0000, in epoch 3): the model learns its text by heart; the best "
-        "weights are kept, so the run can end now (Ctrl-C); more text, --dropout 0.1, a shorter run or --patience helps the next one"
+        "validation loss has not improved for 3 epochs (best 1.0000, in epoch 3): the model is overfitting; the best weights "
+        "are kept, so the run can end now (Ctrl-C); for the next one use more text, --dropout 0.1, a shorter run or --patience"
     ]
     assert trainer.step == 60
 
@@ -178,7 +181,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["--recipe", "seed"],
-            "--patience needs a learning rate that comes down with the end of the run, and that of recipe seed comes down within",
+            "--patience needs a learning rate that decays to the end of the run, and in recipe seed it decays within",
         ),
         (["--minutes", "1"], "--patience must be given without minutes, got 2"),
         (["--patience", "0"], "--patience must be a whole number"),
@@ -189,3 +192,9 @@ def test_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[s
     """One line, before anything is trained."""
     assert train.main(overfitting("--patience", "2", *flags)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_needs_a_single_process() -> None:
+    """Two ranks cannot cool down together."""
+    with pytest.raises(ConfigError, match="^patience needs a single process, got 2 ranks; leave --patience out$"):
+        _check_patience(Budget(patience=2), TrainConfig(), Ranks(0, 2))

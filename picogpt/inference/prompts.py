@@ -1,0 +1,118 @@
+"""Generation from prompts: text in, text out. Encodes prompts, samples texts, and keeps the conversation of a chat.
+
+This module prints nothing and reads no files; `picogpt.inference.generate` below it knows ids only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from picogpt.config import GenerateConfig, SampleConfig, TextConfig
+from picogpt.inference import Engine
+from picogpt.inference.generate import MAX_PROMPT_WINDOWS, Sampler, continue_prompt, suppressed_ids
+from picogpt.rng import sample_generator
+from picogpt.tokenizer import SPECIAL_IDS, CharTokenizer, Tally, TextEncoder, encode_stop
+from picogpt.wording import Notify, say_nothing
+
+__all__ = ["TextGenerator"]
+
+
+class TextGenerator:
+    """Generates texts for prompts with one model; with `chat` it keeps the conversation from prompt to prompt.
+
+    Args:
+        engine: the inference engine with the model's weights.
+        text: properties of the model's training text; None if its file has none.
+        draw: settings for sampling, with a seed.
+        make: settings for the length and the end of a text.
+        chat: whether prompts are questions, <Q>...</Q>, and texts answers, <A>...</A>.
+        notify: receives a line about a prompt that is not read as it is.
+
+    Raises:
+        ConfigError: the hop is longer than a window, or the model cannot generate a stop sequence.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        text: TextConfig | None,
+        draw: SampleConfig,
+        make: GenerateConfig,
+        *,
+        chat: bool = False,
+        notify: Notify = say_nothing,
+    ) -> None:
+        self._engine, self._draw, self._make, self._chat, self._notify = engine, draw, make, chat, notify
+        self._hop = make.hop_for(engine.config.context_len)
+        self._tokenizer = CharTokenizer()
+        # A model that is older than folding has seen <?> for accented letters, but it knows the plain letters.
+        self._encoder = TextEncoder(fold=text is None or text.fold)
+        self._suppressed = suppressed_ids(text, chat=chat)
+        self._conversation: list[int] = []  # ids of all questions and answers so far
+        self._turns = 0  # prompts so far
+        # Stop sequences are matched as ids: they are lower-cased and folded like the text.
+        self._stops = [encode_stop(self._encoder, stop) for stop in make.stop]
+        if chat:
+            # An answer ends where the model closes its tag.
+            self._stops.append([SPECIAL_IDS["</A>"]])
+            if text is None or SPECIAL_IDS["<A>"] not in text.ids:
+                notify("warning: --chat: this model is not known to be trained on questions and answers, so it may not answer")
+
+    def normalize(self, prompt: str) -> str:
+        """Return the prompt as the model sees it: lower case, folded, unknown characters as <?>."""
+        return self._tokenizer.decode(self._encoder.encode(prompt))
+
+    def stream(self, prompt: str, stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
+        """Continue `prompt` by one text, until its end or until `stop` returns true; yield the text in pieces."""
+        # Encoded now and not at the first piece, so that notices come before a caller prints the prompt.
+        return self._stream(self._prompt_ids(prompt), stop)
+
+    def _stream(self, prompt: Sequence[int], stop: Callable[[], bool]) -> Iterator[str]:
+        answer: list[int] = []
+        for (ids,), _ in self._continue(prompt, 1):
+            answer += ids
+            yield self._tokenizer.decode(ids)
+            if stop():
+                break
+        if self._chat:
+            # The tag that ended the answer was a stop sequence and so is not part of it, but the next question follows it.
+            self._conversation += [*answer, SPECIAL_IDS["</A>"], *self._newline()]
+
+    def samples(self, prompt: str) -> list[tuple[str, bool]]:
+        """Continue `prompt` by `num_samples` texts; return each with whether a stop sequence ended it."""
+        steps = list(self._continue(self._prompt_ids(prompt), self._make.num_samples))
+        _, stopped = steps[-1]  # the state after the last step
+        # Each step has a few ids for every sample: concatenate them by sample.
+        texts = [[token for parts, _ in steps for token in parts[i]] for i in range(self._make.num_samples)]
+        return [(self._tokenizer.decode(text), ended) for text, ended in zip(texts, stopped, strict=True)]
+
+    def _continue(self, prompt: Sequence[int], count: int) -> Iterator[tuple[list[list[int]], list[bool]]]:
+        """Generate `count` texts after `prompt`; yield the new ids of each as they become final, and which have stopped."""
+        assert self._draw.seed is not None
+        # Each prompt has its own random numbers, or the same prompt would get the same answer again.
+        first = self._turns * self._make.num_samples
+        self._turns += 1
+        sampler = Sampler(self._draw, [sample_generator(self._draw.seed, first + i) for i in range(count)], self._suppressed)
+        ids = np.array(prompt, np.uint8)  # (k,)
+        return continue_prompt(self._engine, ids, self._make.max_new_tokens, hop=self._hop, sampler=sampler, stops=self._stops)
+
+    def _prompt_ids(self, prompt: str) -> Sequence[int]:
+        """Return the ids to read before generation: the end of the prompt, or of the conversation with the new question."""
+        self._encoder.tally = Tally()  # count this prompt's losses only
+        ids: list[int] = self._encoder.encode(prompt).tolist()
+        if losses := self._encoder.tally.losses():
+            self._notify(f"prompt: {'; '.join(losses)}")
+        if self._chat:
+            self._conversation += [SPECIAL_IDS["<Q>"], *ids, SPECIAL_IDS["</Q>"], *self._newline(), SPECIAL_IDS["<A>"]]
+            ids = self._conversation
+        # As many windows as in a training sequence; the model has not learned to use more.
+        longest = MAX_PROMPT_WINDOWS * self._engine.config.context_len
+        if len(ids) > longest:
+            self._notify(f"the prompt has {len(ids):,} characters; the model reads the last {longest:,}")
+        return ids[-longest:] or self._newline()  # without a prompt, start where a line starts
+
+    def _newline(self) -> list[int]:
+        ids: list[int] = self._tokenizer.encode("\n").tolist()
+        return ids
