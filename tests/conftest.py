@@ -21,6 +21,7 @@ from picogpt.data import Corpus, TextSource
 from picogpt.device import instruction_set
 from picogpt.inference import EngineBackend, load_engine_backend
 from picogpt.kernels.compiled import INSTRUCTIONS
+from picogpt.model.gpt import GPT
 from picogpt.training.forecast import EpochEnd
 from picogpt.training.trainer import StepReport, Trainer
 from tests.hub import Hub, free_port
@@ -63,6 +64,13 @@ needs_compiler = pytest.mark.skipif(
     shutil.which("cc") is None or instruction_set() not in INSTRUCTIONS,
     reason="needs a C compiler, and a processor with AVX2",
 )
+
+
+def one_window(model: GPT, ids: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    """Outputs (B, n + 1, C) of the model for a single window of ids (B, n)."""
+    transformer = model.transformer
+    out: torch.Tensor = transformer(ids, context, transformer.begin_sequence(len(ids), [ids.size(1) + 1]))
+    return out
 
 
 class Watcher:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from picogpt.cli.common import notice, run_command
+from picogpt.cli.common import check_writable, notice, run_command
 from picogpt.cli.parser import Parser, add_model
 from picogpt.errors import ConfigError
 
@@ -17,20 +17,20 @@ __all__ = ["build_parser", "main"]
 
 
 def build_parser() -> Parser:
-    """The parser."""
+    """Return the parser of the command."""
     parser = Parser(
         "picogpt-export",
         "Export a trained model. Prints the path of what was written.\n\n"
-        "  html   one HTML file that runs the model in a browser, offline: it generates, and shows probabilities,\n"
-        "         attention and the context roll\n"
-        "  gpt2   a folder that transformers loads: the model without its context roll, within one window\n"
-        "  pack   a run folder to give away: weights in bfloat16, settings, log and curve, no checkpoint",
+        "  html   one HTML file that runs the model in a browser, offline: it generates,\n"
+        "         and shows probabilities, attention and the context roll\n"
+        "  gpt2   a folder that transformers loads: the model without its context roll,\n"
+        "         within one window\n"
+        "  pack   a run folder to give away: weights in bfloat16, settings, log and\n"
+        "         plot, no checkpoint",
         "Examples: picogpt-export -m wikipedia wikipedia.html\n"
         "          picogpt-export -m wikipedia --format gpt2 wikipedia-gpt2",
     )
-    parser.add_argument(
-        "target", metavar="PAGE|FOLDER", type=Path, help="what to write: a name in .html, or a new folder for gpt2 and pack"
-    )
+    parser.add_argument("target", metavar="PAGE|FOLDER", type=Path, help="file to write, .html; for gpt2 and pack a new folder")
     parser.add_argument("--format", choices=_FORMATS, default="html", help="html, gpt2 or pack (default: html)")
     add_model(parser)
     return parser
@@ -43,7 +43,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     target: Path = arguments.target
-    (_check_page if arguments.format == "html" else _check_folder)(target)
+    if arguments.format != "html":
+        _check_folder(target)
+    elif target.suffix.lower() != ".html":
+        raise ConfigError(f"PAGE must end in .html, got {str(target)!r}")
+    else:
+        check_writable(target, "PAGE")
+    # Imported after the checks, so that a wrong argument answers at once.
     from picogpt.runs.find import find_model
 
     path, chosen = find_model(arguments.model, arguments.logs_dir)
@@ -60,13 +66,13 @@ def _write_page(path: Path, chosen: str, page: Path) -> None:
     log = path.with_name(LOG_FILE)
     with open_model(path) as (config, arrays):
         view = ModelView(
-            name=path.resolve().parent.name,
+            name=path.resolve().parent.name,  # the run's name, also for a path like ./model.safetensors
             config=config,
             arrays=arrays,
             text=load_text_config(path),
-            log=read_log(log) if log.exists() else None,
+            log=read_log(log) if log.exists() else None,  # a model file alone has no log
         )
-        # A folder's name may hold bytes that are no text.
+        # A folder's name may contain bytes that are not UTF-8, which Python represents by surrogates.
         content = render_model_page(view).encode("utf-8", "replace")
     atomic_write(page, content)
     notice(f"{chosen}: {len(content) / 1e6:.2f} MB written; open it in a browser")
@@ -102,7 +108,7 @@ def _write_pack(path: Path, chosen: str, folder: Path) -> None:
 
 
 _FORMATS: Mapping[str, Callable[[Path, str, Path], None]] = {"html": _write_page, "gpt2": _write_gpt2, "pack": _write_pack}
-"""Writers by format; each takes the model's file, the words for it, and the target."""
+"""Writers by format; each takes the model's file, its description, and the target."""
 
 
 def _describe_files(folder: Path) -> str:
@@ -110,32 +116,18 @@ def _describe_files(folder: Path) -> str:
     return f"{', '.join(sizes)} ({sum(sizes.values()) / 1e6:.2f} MB)"
 
 
-def _check_page(page: Path) -> None:
-    """Reject a page that could not be written, before the work.
-
-    Raises:
-        ConfigError: its name does not end in .html, or its folder is not there or cannot be written to.
-    """
-    if page.suffix.lower() != ".html":
-        raise ConfigError(f"PAGE must end in .html, got {str(page)!r}")
-    if not page.parent.is_dir():
-        raise ConfigError(f"PAGE: there is no folder {page.parent}; make it first")
-    if page.is_dir() or not os.access(page.parent, os.W_OK):
-        raise ConfigError(f"PAGE: {page} cannot be written; name another file")
-
-
 def _check_folder(folder: Path) -> None:
-    """Reject a folder that could not be written, before the work.
+    """Check before the work starts that a folder can be written.
 
     Raises:
-        ConfigError: something is there already, or the folder that it belongs in is not there or cannot be written to.
+        ConfigError: the folder exists and is not empty, or its parent is missing or not writable.
     """
     if not folder.name or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-        raise ConfigError(f"FOLDER: {folder} exists and is not an empty folder; name another one")
+        raise ConfigError(f"FOLDER: {folder} exists and is not an empty folder; choose another name")
     if not folder.parent.is_dir():
-        raise ConfigError(f"FOLDER: there is no folder {folder.parent}; make it first")
+        raise ConfigError(f"FOLDER: there is no folder {folder.parent}; create it first")
     if not os.access(folder.parent, os.W_OK):
-        raise ConfigError(f"FOLDER: {folder.parent} cannot be written to; name another folder")
+        raise ConfigError(f"FOLDER: {folder.parent} cannot be written; choose another folder")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def render_page(runs: Sequence[RunView]) -> str:
 
 
 def render_curve(run: RunView) -> str:
-    """The loss curve of one run with its figures, for a page of another kind."""
+    """Return the loss curve of one run with its table, for another page."""
+    # That page has no script for the cursor, so the caption explains the lines only.
     hint = "<figcaption>Validation solid, training dashed.</figcaption>"
     return f'<figure class="scroll">{_Chart([run]).svg()}{hint}</figure>{_table([run])}'
 

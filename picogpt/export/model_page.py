@@ -1,8 +1,8 @@
-"""One HTML file with a model in it, which runs it in a browser: no network, no server, no installation.
+"""Render a model as one HTML file that runs it in a browser, without network, server or installation.
 
-Weights are int8 rows with one float32 scale each, by the rule of `picogpt-generate --dtype int8`. Embeddings are bfloat16;
-norms and biases are float32. All of them stand in the page as base64. `engine.js` computes, its matrix products in
-WebAssembly (`products.wat`) where a browser can; `model_service.js` shares its time out, `model_page.js` is what a reader sees.
+Matrices are int8 with a float32 scale per row, as in `picogpt-generate --dtype int8`. Embeddings are bfloat16; norms and biases
+are float32. All weights are embedded as base64. `engine.js` computes the model, with GEMVs in WebAssembly (`products.wat`) if the
+browser supports it; `model_service.js` schedules the engine's work, `model_page.js` is the user interface.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ from picogpt.tokenizer import VOCAB_SIZE, CharTokenizer
 
 __all__ = ["ModelView", "quantize_rows", "render_model_page"]
 
+# Code points whose folding is part of the page: Latin letters, punctuation, symbols and ligatures.
 _FOLDED = (range(0x80, 0x250), range(0x2000, 0x2200), range(0xFB00, 0xFB07))
-"""Characters whose folding the page knows: Latin letters, punctuation, symbols and ligatures."""
-_ALIGNMENT = 4
-"""Bytes; a browser reads numbers in place only where they are aligned."""
+_ALIGNMENT = 4  # bytes: JavaScript's typed arrays need aligned offsets
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelView:
-    """A model, as its page shows it."""
+    """Content of a model's page."""
 
     name: str
     config: GPTConfig
     arrays: Mapping[str, npt.NDArray[Any]]
-    """Its state dict as arrays."""
+    """State dict with nanoGPT's names."""
     text: TextConfig | None = None
-    """What is known of the training text; None allows all characters."""
+    """Properties of the training text; None allows all characters."""
     log: LossLog | None = None
-    """The loss log of its run, where there is one."""
+    """Loss log of the model's run, if there is one."""
 
 
 def render_model_page(view: ModelView) -> str:
-    """The page: one file of HTML that needs no network.
+    """Return the page: a single HTML file that needs no network.
 
     Raises:
-        RunError: a weight is missing, of another shape or not finite, or the vocabulary is another.
+        RunError: a weight is missing, has another shape or is not finite, or the vocabulary differs.
     """
+    # `Tensors` validates each weight when it is read.
     tensors, weights = _pack(Tensors(view.config, view.arrays))
     parts = {
         "title": html.escape(view.name),
@@ -75,16 +75,18 @@ def render_model_page(view: ModelView) -> str:
 
 
 def quantize_rows(weight: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
-    """int8 values (out, in) and one scale for each row (out,): the largest magnitude of a row becomes 127, as in `panels.h`."""
-    largest = np.abs(weight).max(axis=1)
+    """Quantize a matrix (out, in) to int8, with a scale for each row (out,): the largest magnitude of a row becomes 127."""
+    # The same rule as in panels.h, so that the page generates the text of `--dtype int8`.
+    largest = np.abs(weight).max(axis=1)  # (out,)
     with np.errstate(divide="ignore"):
+        # A row of zeros stays zero.
         by = np.where(largest > 0, np.float32(127) / largest, np.float32(0))
     scales: Floats = largest / np.float32(127)
     return np.rint(weight * by[:, None]).astype(np.int8), scales
 
 
 def _pack(tensors: Tensors) -> tuple[dict[str, dict[str, Any]], bytes]:
-    """All weights, one after the other, and where each of them stands: its kind, its shape and its first byte."""
+    """Return the layout of the weights (type, shape and offset of each by name) and their bytes, concatenated."""
     layout: dict[str, dict[str, Any]] = {}
     content = bytearray()
 
@@ -93,25 +95,28 @@ def _pack(tensors: Tensors) -> tuple[dict[str, dict[str, Any]], bytes]:
         layout[name] = {"kind": kind, "shape": shape, "at": len(content)}
         content.extend(data)
 
+    # Any order will do: the page looks up offsets by name.
     config = tensors.config
     for name, shape in _tables(config).items():
         add(name, "bfloat16", shape, _bfloat16(tensors.get(name, *shape)))
     for name, size in _vectors(config).items():
+        # A model without biases gets zeros, so that the page has one code path.
         vector = tensors.bias(name, size) if name.endswith("bias") else tensors.get(name, size)
         add(name, "float32", (size,), vector.astype("<f4").tobytes())
     for name, shape in _matrices(config).items():
         values, scales = quantize_rows(tensors.get(name, *shape))
+        # Scales first: they need the alignment, the int8 values do not.
         add(name, "int8", shape, scales.astype("<f4").tobytes() + values.tobytes())
     return layout, bytes(content)
 
 
 def _tables(config: GPTConfig) -> dict[str, tuple[int, int]]:
-    """Names and shapes of the two embeddings."""
+    """Return names and shapes of the two embeddings; the head is tied to the first."""
     return {"wte.weight": (config.vocab_size, config.n_embd), "wpe.weight": (config.context_len + 1, config.n_embd)}
 
 
 def _vectors(config: GPTConfig) -> dict[str, int]:
-    """Names and sizes of gains and biases."""
+    """Return names and sizes of the norms' weights and of all biases."""
     C = config.n_embd
     sizes = {"attn.c_attn.bias": 3 * C, "attn.c_proj.bias": C, "mlp.c_fc.bias": 4 * C, "mlp.c_proj.bias": C}
     sizes |= {f"ln_{i}.{what}": C for i in (1, 2) for what in ("weight", "bias")}
@@ -120,20 +125,21 @@ def _vectors(config: GPTConfig) -> dict[str, int]:
 
 
 def _matrices(config: GPTConfig) -> dict[str, tuple[int, int]]:
-    """Names and shapes of the matrices of the blocks."""
+    """Return names and shapes of the matrices of the blocks."""
     C = config.n_embd
     shapes = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
     return {f"h.{i}.{name}.weight": shape for i in range(config.n_layer) for name, shape in shapes.items()}
 
 
 def _bfloat16(table: Floats) -> bytes:
-    """Rounded to nearest, ties to even: the upper halves of float32."""
+    """Round to bfloat16, to nearest with ties to even; numpy has no such type."""
+    # A bfloat16 is the upper half of a float32. Adding just under half a unit, plus the lowest bit that stays, rounds.
     bits = np.ascontiguousarray(table, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
 
 
 def _header(view: ModelView) -> dict[str, Any]:
-    """All that the page has to know of the model beside its weights."""
+    """Return everything that the page needs besides the weights."""
     config, tokenizer = view.config, CharTokenizer()
     return {
         "n_layer": config.n_layer,
@@ -142,9 +148,11 @@ def _header(view: ModelView) -> dict[str, Any]:
         "context_len": config.context_len,
         "vocab_size": config.vocab_size,
         "hop": GenerateConfig().hop_for(config.context_len),
+        # As many windows of a prompt as in training.
         "roll_windows": MAX_PROMPT_WINDOWS,
         "never": suppressed_ids(view.text).tolist(),
         "characters": [tokenizer.decode([i]) for i in range(VOCAB_SIZE)],
+        # Assembled here, so that the repository contains source and no binary.
         "products": base64.b64encode(assemble(_resource("products.wat"))).decode(),
         "folding": _folding() if view.text is None or view.text.fold else {},
     }
@@ -152,25 +160,27 @@ def _header(view: ModelView) -> dict[str, Any]:
 
 @cache
 def _folding() -> dict[str, str]:
-    """Characters outside ASCII, and what they are read as."""
+    """Return the ASCII spelling of each character outside ASCII that has one."""
+    # A table instead of the rules: a browser has no `anyascii`.
     characters = (chr(point) for points in _FOLDED for point in points)
     return {character: fold_character(character) for character in characters if fold_character(character) != character}
 
 
 def _parameters(config: GPTConfig, tensors: Mapping[str, Mapping[str, Any]]) -> int:
-    """Number of the model's parameters; biases that it does not have are zeros in the page."""
+    """Return the number of the model's parameters."""
+    # The page has zeros for the biases of a model without any: those do not count.
     return sum(math.prod(tensor["shape"]) for name, tensor in tensors.items() if config.bias or not name.endswith("bias"))
 
 
 def _training(view: ModelView) -> str:
-    """The loss curve and its figures."""
+    """Return the section with the loss curve."""
     if view.log is None or not view.log.val:
-        return "<p>The loss log of this run was not at hand.</p>"
+        return "<p>There is no loss log of this run.</p>"
     return render_curve(RunView(name=view.name, log=view.log))
 
 
 def _json(content: Any) -> str:
-    """`content` as JSON in which no "<" can end the element early."""
+    """Return `content` as JSON for a script element: without "<", no text can contain "</script>" and end it early."""
     return json.dumps(content, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
 
 

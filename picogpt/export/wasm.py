@@ -18,9 +18,9 @@ __all__ = ["assemble"]
 _TOKEN = re.compile(r';;[^\n]*|"(?P<string>[^"]*)"|(?P<word>[()]|[^\s()";]+)')
 
 _TYPES = {"i32": 0x7F, "f32": 0x7D, "v128": 0x7B}
-_TYPES_OF, _IMPORTS, _FUNCTIONS, _EXPORTS, _CODE = 1, 2, 3, 7, 10
-"""Numbers of the module's sections."""
+_TYPES_OF, _IMPORTS, _FUNCTIONS, _EXPORTS, _CODE = 1, 2, 3, 7, 10  # ids of the module's sections
 
+# Instructions without operands.
 _PLAIN = {
     "end": [0x0B],
     "i32.ne": [0x47],
@@ -36,23 +36,24 @@ _PLAIN = {
     "f32x4.mul": [0xFD, 0xE6, 0x01],
     "f32x4.convert_i32x4_s": [0xFD, 0xFA, 0x01],
 }
-"""Instructions that stand alone."""
+# Instructions that take a variable.
 _OF_LOCAL = {"local.get": 0x20, "local.set": 0x21, "local.tee": 0x22}
+# Instructions that take an offset, 0 if none is written; the last byte is the logarithm of their alignment.
 _OF_MEMORY = {
     "f32.load": [0x2A, 2],
     "f32.store": [0x38, 2],
     "v128.load": [0xFD, 0x00, 4],
     "v128.load8x8_s": [0xFD, 0x01, 3],
 }
-"""Instructions that take an offset, 0 if none is written; the last byte is the logarithm of their alignment."""
 
 
 def assemble(text: str) -> bytes:
     """Return the binary module of `text`.
 
     Raises:
-        ValueError: an instruction is none of those above.
+        ValueError: an instruction is not one of those above.
     """
+    # (module (import NAMESPACE MEMORY (memory PAGES)) (func (export NAME) parameters, variables and instructions))
     ((_, (_, namespace, memory, (_, pages)), (_, (_, export), *parts)),) = _parse(_tokens(text))
     parameters = [(part[1], _TYPES[part[2]]) for part in parts if part[0] == "param"]
     variables = [(part[1], _TYPES[part[2]]) for part in parts if part[0] == "local"]
@@ -79,13 +80,14 @@ def _tokens(text: str) -> Iterator[str]:
 
 
 def _parse(tokens: Iterator[str]) -> list[Any]:
-    """Words and lists of them, up to the parenthesis that closes."""
+    """Return words, and lists of words for parentheses, up to the closing parenthesis."""
     words = itertools.takewhile(lambda word: word != ")", tokens)
     return [_parse(tokens) if word == "(" else word for word in words]
 
 
 def _instructions(words: deque[str], names: Sequence[str]) -> Iterator[bytes]:
-    """The code of a function; a branch counts loops from the innermost one outwards."""
+    """Yield the code of a function."""
+    # Names of the open loops: a branch names its target by the number of loops between, from the innermost outwards.
     loops: list[str] = []
     while words:
         word = words.popleft()
@@ -113,7 +115,7 @@ def _instructions(words: deque[str], names: Sequence[str]) -> Iterator[bytes]:
 
 
 def _vector(items: Iterable[bytes]) -> bytes:
-    """Items after their number."""
+    """Return the items, preceded by their number."""
     listed = list(items)
     return _unsigned(len(listed)) + b"".join(listed)
 
@@ -123,7 +125,8 @@ def _string(text: str) -> bytes:
 
 
 def _unsigned(number: int) -> bytes:
-    """LEB128: seven bits a byte, the lowest first."""
+    """Encode a number as LEB128: seven bits per byte, the lowest first."""
+    # The eighth bit says that more bytes follow.
     content = bytearray()
     while number > 0x7F:
         content.append(number & 0x7F | 0x80)

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from picogpt.cli import common, generate, plot, train
+from picogpt.cli import common, export, generate, plot, train
 from picogpt.cli import eval as evaluation
 from picogpt.cli.bar import DownloadBar
 from picogpt.cli.parser import Parser
@@ -516,7 +516,7 @@ class TestHelp:
 
         assert done.returncode == (2 if flags == ["--no-such-flag"] else 0), done.stderr
 
-    @pytest.mark.parametrize("module", [train, generate, evaluation, plot], ids=lambda module: module.__name__)
+    @pytest.mark.parametrize("module", [train, generate, evaluation, plot, export], ids=lambda module: module.__name__)
     def test_fits_in_80_columns(self, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """No line of the help is longer than a terminal of 80 columns is wide."""
         monkeypatch.setenv("COLUMNS", "80")

@@ -15,7 +15,7 @@ from picogpt.inference import Engine, EngineBackend, Ids, NativeWindow
 from picogpt.inference.engine import NUMPY
 from picogpt.inference.tensors import Floats
 from picogpt.model.gpt import GPT
-from tests.conftest import TINY, needs_any_compiler
+from tests.conftest import TINY, needs_any_compiler, one_window
 
 WINDOWS = 3
 N = TINY.context_len
@@ -93,7 +93,7 @@ def test_other_takes_the_vectors_of_the_partner(model: GPT, sequences: EvalSeque
         contexts = [context for _, context in model.roll(row(sequences, partner)[:, :-1])]
         for window in range(1, WINDOWS):
             idx = row(sequences, i)[:, window * N : (window + 1) * N + 1]
-            logits = model.lm_head(model.transformer(idx[:, :-1], contexts[window - 1]))[0, 1:]
+            logits = model.lm_head(one_window(model, idx[:, :-1], contexts[window - 1]))[0, 1:]
             np.testing.assert_allclose(losses["other"][i, window], nats(logits, idx[0, 1:]), atol=1e-5)
     np.testing.assert_array_equal(losses["other"][:, 0], losses["as_is"][:, 0])
 
@@ -116,7 +116,7 @@ def by_torch(model: GPT, sequences: EvalSequences) -> dict[str, Losses]:
     zero = torch.zeros(R, model.config.n_embd)
 
     def read(start: int, context: Tensor) -> Losses:
-        logits = model.lm_head(model.transformer(ids[:, start : start + n], context)[:, 1:])
+        logits = model.lm_head(one_window(model, ids[:, start : start + n], context)[:, 1:])
         return nats(logits.flatten(0, 1), ids[:, start + 1 : start + n + 1].flatten()).reshape(R, n)
 
     starts = range(0, T, n)

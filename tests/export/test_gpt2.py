@@ -172,10 +172,10 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("folder", "message"),
         [
-            ("full", "FOLDER: full exists and is not an empty folder; name another one"),
-            ("full/x", "FOLDER: full/x exists and is not an empty folder; name another one"),
-            ("nowhere/x", "FOLDER: there is no folder nowhere; make it first"),
-            ("/", "FOLDER: / exists and is not an empty folder; name another one"),
+            ("full", "FOLDER: full exists and is not an empty folder; choose another name"),
+            ("full/x", "FOLDER: full/x exists and is not an empty folder; choose another name"),
+            ("nowhere/x", "FOLDER: there is no folder nowhere; create it first"),
+            ("/", "FOLDER: / exists and is not an empty folder; choose another name"),
         ],
     )
     def test_wrong_folder(
@@ -194,7 +194,7 @@ class TestCommand:
         monkeypatch.setattr("os.access", lambda *_: False)
 
         assert export.main(["--format", "gpt2", str(tmp_path / "x")]) == 2
-        assert capsys.readouterr().err == f"picogpt-export: FOLDER: {tmp_path} cannot be written to; name another folder\n"
+        assert capsys.readouterr().err == f"picogpt-export: FOLDER: {tmp_path} cannot be written; choose another folder\n"
 
     def test_full_disk(
         self, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -95,7 +95,7 @@ def test_curve() -> None:
     log = LossLog(train=[3.0, 2.0], val=[2.9, 2.1], chars=[10, 20], seconds=[1.0, 2.0])
 
     assert 'class="curve val"' in render_model_page(view(log=log))
-    assert "was not at hand" in render_model_page(view())
+    assert "There is no loss log" in render_model_page(view())
 
 
 WRITE_GREEDILY = """
@@ -228,8 +228,8 @@ class TestCommand:
         ("page", "message"),
         [
             ("x.txt", "PAGE must end in .html, got 'x.txt'"),
-            ("nowhere/x.html", "PAGE: there is no folder nowhere; make it first"),
-            ("folder.html", "PAGE: folder.html cannot be written; name another file"),
+            ("nowhere/x.html", "PAGE: there is no folder nowhere; create it first"),
+            ("folder.html", "PAGE: folder.html cannot be written; choose another file"),
         ],
     )
     def test_wrong_page(

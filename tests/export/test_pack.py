@@ -34,7 +34,7 @@ def test_pack(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert target.read_log() == source.read_log()
     assert sorted(path.name for path in target.path.iterdir()) == ["config.json", "log.jpg", "log.pkl", "model.safetensors"]
     assert export.main(["-m", "a", "--format", "pack", "b"]) == 2
-    assert capsys.readouterr().err == "picogpt-export: FOLDER: b exists and is not an empty folder; name another one\n"
+    assert capsys.readouterr().err == "picogpt-export: FOLDER: b exists and is not an empty folder; choose another name\n"
 
 
 def test_half_a_run(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

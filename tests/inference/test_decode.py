@@ -29,7 +29,7 @@ from picogpt.rng import sample_generator
 from picogpt.runs.find import PRETRAINED
 from picogpt.runs.folder import load_model
 from picogpt.tokenizer import CharTokenizer
-from tests.conftest import needs_any_compiler
+from tests.conftest import needs_any_compiler, one_window
 from tests.inference.test_engine import engine_of, rough_model
 
 pytestmark = needs_any_compiler
@@ -181,7 +181,7 @@ def test_losses(compiled_backend: EngineBackend) -> None:
     """Losses and context vectors of many windows are those of the torch model, in C and in numpy."""
     model = rough_model(SMALL, 0.1)
     ids, contexts = some_ids(13, 7), np.random.default_rng(0).normal(size=(7, 32)).astype(np.float32)
-    h = model.transformer(torch.from_numpy(ids[:, :-1]), torch.from_numpy(contexts))
+    h = one_window(model, torch.from_numpy(ids[:, :-1]), torch.from_numpy(contexts))
     expected = F.cross_entropy(model.lm_head(h[:, 1:]).transpose(1, 2), torch.from_numpy(ids[:, 1:]), reduction="none")
     for engine in (engine_of(model, compiled_backend), Engine(SMALL, model.arrays())):
         losses, means = engine.score(ids, contexts)
@@ -333,7 +333,7 @@ def logits_by_windows(model: GPT, ids: npt.NDArray[np.int64], hop: int) -> npt.N
     rows: list[npt.NDArray[np.float32]] = []
 
     def outputs(start: int, end: int) -> torch.Tensor:
-        h: torch.Tensor = model.transformer(torch.from_numpy(ids[None, start:end]), contexts[start])
+        h: torch.Tensor = one_window(model, torch.from_numpy(ids[None, start:end]), contexts[start])
         return h
 
     start = 0

@@ -19,7 +19,7 @@ from picogpt.inference.engine import NUMPY
 from picogpt.inference.generate import RollingDecoder
 from picogpt.inference.tensors import Tensors
 from picogpt.model.gpt import GPT
-from tests.conftest import needs_any_compiler
+from tests.conftest import needs_any_compiler, one_window
 
 Vectors = dict[str, npt.NDArray[Any]]
 SMALL = GPTConfig(n_layer=2, n_head=4, n_embd=32, context_len=16)
@@ -111,7 +111,7 @@ def hop_by_definition(model: GPT, ids: list[int], hop: int) -> list[npt.NDArray[
     contexts: dict[int, torch.Tensor] = {0: torch.zeros(1, model.config.n_embd)}
 
     def run(start: int, end: int) -> torch.Tensor:
-        h: torch.Tensor = model.transformer(torch.tensor([ids[start:end]]), contexts[start])
+        h: torch.Tensor = one_window(model, torch.tensor([ids[start:end]]), contexts[start])
         return h
 
     rows = []

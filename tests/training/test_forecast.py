@@ -324,7 +324,7 @@ class TestCommand:
         assert train.main(["--text", str(text_file), *TINY_FLAGS, "--dry-run", "--recipe", "seed"]) == 0
         err = capsys.readouterr().err
         assert (
-            "150,000 steps of 8 x 24 characters, 500 an epoch, 300 epochs, 5,333 passes over the text, enough to learn it by"
+            "150,000 steps of 8 x 24 characters, 500 an epoch, 300 epochs, 5,333 passes over the text, enough to memorize it"
             in err
         )
         assert "no length given" not in err
