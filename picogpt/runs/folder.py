@@ -8,6 +8,7 @@
 | `checkpoint.previous.safetensors` | the checkpoint before that                                               |
 | `validation.safetensors`          | a stream's validation text, drawn once                                   |
 | `log.pkl`                         | the loss log, plain values only                                          |
+| `log.csv`                         | the same as a table, one row per epoch                                   |
 | `log.jpg`                         | plot of the loss log                                                     |
 | `log.html`                        | live page: curve, samples, an excerpt shaded by probability              |
 | `epochs.json`                     | samples and probabilities of the page, one entry per epoch               |
@@ -20,10 +21,13 @@ reading a model does not import torch.
 from __future__ import annotations
 
 import contextlib
+import csv
 import enum
 import errno
 import hashlib
+import io
 import json
+import math
 import os
 import pickle
 import struct
@@ -71,6 +75,7 @@ _DAMAGED = "checkpoint.damaged.safetensors"  # kept for inspection, never read
 _VALIDATION = "validation.safetensors"
 _CONFIG = "config.json"
 LOG_FILE = "log.pkl"
+CSV_FILE = "log.csv"
 _BFLOAT16 = "BF16"  # name of the dtype in a safetensors header
 # errno values of a file system without flock, such as some network mounts.
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
@@ -90,13 +95,22 @@ class LossLog:
     """Characters trained on by the end of each epoch."""
     seconds: list[float] = field(default_factory=list)
     """Seconds spent training by the end of each epoch."""
+    steps: list[int | None] = field(default_factory=list)
+    """Optimizer steps by the end of each epoch; None in logs that are older than this list."""
+    rates: list[float | None] = field(default_factory=list)
+    """Learning rate of the last step of each epoch; None in logs that are older than this list."""
     best_loss: float | None = None
     """Lowest validation loss so far: the loss of the weights in `model.safetensors`."""
     iter_num: int = 0
     """Optimizer steps so far."""
 
+    def __post_init__(self) -> None:
+        # Older logs have fewer lists: their epochs get an entry in the new ones, so that the next epoch is appended in its place.
+        for newer in (self.steps, self.rates):
+            newer[:0] = [None] * (len(self.val) - len(newer))
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the log as plain values under the original project's keys, plus `chars` and `seconds`."""
+        """Return the log as plain values under the original project's keys, plus `chars`, `seconds`, `steps` and `rates`."""
         # Lists are copied, so a later epoch does not change a log that is being written.
         return {
             "losses": {"train": list(self.train), "val": list(self.val)},
@@ -104,6 +118,8 @@ class LossLog:
             "iter_num": self.iter_num,
             "chars": list(self.chars),
             "seconds": list(self.seconds),
+            "steps": list(self.steps),
+            "rates": list(self.rates),
         }
 
     @classmethod
@@ -119,13 +135,35 @@ class LossLog:
             val=[float(x) for x in content["losses"]["val"]],
             chars=[int(x) for x in content["chars"]],
             seconds=[float(x) for x in content["seconds"]],
+            steps=[None if x is None else int(x) for x in content.get("steps", [])],
+            rates=[None if x is None else float(x) for x in content.get("rates", [])],
             best_loss=None if best is None else float(best),
             iter_num=int(content["iter_num"]),
         )
         # Plots and reports zip the lists, so all must have an entry for each epoch.
-        if len({len(log.train), len(log.val), len(log.chars), len(log.seconds)}) != 1:
+        if len({len(x) for x in (log.train, log.val, log.chars, log.seconds, log.steps, log.rates)}) != 1:
             raise ValueError("its lists have different lengths")
         return log
+
+    def to_csv(self) -> str:
+        """Return the log as a table for spreadsheets and pandas: a header and one row per epoch.
+
+        Columns: epoch, step, chars, seconds, train_loss, val_loss and best in nats per character, lr, chars_per_second.
+        Unknown values are empty.
+        """
+        table = io.StringIO()
+        rows = csv.writer(table, lineterminator="\n")
+        rows.writerow(["epoch", "step", "chars", "seconds", "train_loss", "val_loss", "best", "lr", "chars_per_second"])
+        columns = (self.steps, self.chars, self.seconds, self.train, self.val, self.rates)
+        best, before = math.inf, (0, 0.0)
+        for epoch, (step, chars, seconds, train, val, rate) in enumerate(zip(*columns, strict=True), start=1):
+            best = min(best, val)
+            # An imported log has no times.
+            spent = seconds - before[1]
+            speed = round((chars - before[0]) / spent, 1) if spent > 0 else None
+            before = (chars, seconds)
+            rows.writerow([epoch, step, chars, round(seconds, 3), train, val, best, rate, speed])
+        return table.getvalue()
 
 
 @dataclass(kw_only=True)
@@ -355,8 +393,9 @@ class RunFolder:
         return tensors["ids"]
 
     def write_log(self, log: LossLog) -> None:
-        """Write `log.pkl`: a pickle of plain values that the original project's tools can read."""
+        """Write `log.pkl`, a pickle of plain values that the original project's tools can read, and the same as `log.csv`."""
         atomic_write(self.path / LOG_FILE, pickle.dumps(log.to_dict(), protocol=4))
+        atomic_write(self.path / CSV_FILE, log.to_csv().encode())
 
     def read_log(self) -> LossLog:
         """Read `log.pkl`; see `read_log`."""

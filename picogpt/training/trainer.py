@@ -154,7 +154,7 @@ class Trainer(TrainState):
         # validated resumes with the validation.
         while self.step < self.schedule.total_steps or self.epoch_is_open:
             if self.epoch_is_open and self.schedule.ends_epoch(self.step):
-                finished = self._finish_epoch(run, self.schedule.val_steps, stop, notify)
+                finished = self._finish_epoch(run, self.schedule, stop, notify)
                 saved_at = time.perf_counter()
                 # The checkpoint is saved by now, so none of these can cost training.
                 if finished:
@@ -251,7 +251,7 @@ class Trainer(TrainState):
             count += batch.targets.size
         return total / count
 
-    def _finish_epoch(self, run: RunFolder, val_steps: int, stop: Stop, notify: Notify) -> bool:
+    def _finish_epoch(self, run: RunFolder, schedule: Schedule, stop: Stop, notify: Notify) -> bool:
         """Validate, append the epoch to the log and save; return False if stopped before that."""
         if self.local_steps:
             # Validate the weights that all ranks agree on, not rank 0's local ones.
@@ -259,7 +259,7 @@ class Trainer(TrainState):
         if not run.has_checkpoint():
             # Checkpoint first: a folder with only a model looks like a finished run that cannot be resumed.
             self.save(run)
-        val_loss = self.validate(val_steps, stop)
+        val_loss = self.validate(schedule.val_steps, stop)
         if val_loss is None:
             return False
         # All lists grow together: the log is written with one entry per epoch.
@@ -268,6 +268,8 @@ class Trainer(TrainState):
         log.val.append(val_loss)
         log.chars.append(self._chars_before + self.step * self.chars_per_step)
         log.seconds.append(self.seconds)
+        log.steps.append(log.iter_num)
+        log.rates.append(lr_at_step(self.step - 1, schedule, self.config))
         self._epoch_loss, self._epoch_steps = 0.0, 0
         if log.best_loss is None or val_loss < log.best_loss:
             log.best_loss = val_loss
@@ -308,7 +310,7 @@ class Trainer(TrainState):
             notify(f"{found}: restored its weights; cooling down from them in {steps}")
 
     def _write_log(self, run: RunFolder, notify: Notify) -> None:
-        """Write `log.pkl` and `log.jpg`. A failure is only a warning: the checkpoint contains the log too."""
+        """Write `log.pkl`, `log.csv` and `log.jpg`. A failure is only a warning: the checkpoint contains the log too."""
         from picogpt.plot import draw_losses  # imports matplotlib, which is not needed before the first epoch ends
 
         try:

@@ -80,6 +80,7 @@ class TestTrain:
             "model.safetensors",
             "checkpoint.safetensors",
             "checkpoint.previous.safetensors",
+            "log.csv",
             "log.pkl",
             "log.jpg",
             "log.html",

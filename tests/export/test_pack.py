@@ -18,12 +18,13 @@ def test_pack(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.chdir(tmp_path)
     assert train.main(["--text", str(text_file), "--run", "a", *TINY_FLAGS, "--epochs", "1", "--steps-per-epoch", "2"]) == 0
     source, target = RunFolder(Path("logs/a")), RunFolder(Path("b"))
+    names = ["config.json", "log.csv", "log.jpg", "log.pkl", "model.safetensors"]
     capsys.readouterr()
     assert export.main(["-m", "a", "--format", "pack", "b"]) == 0
 
     out, err = capsys.readouterr()
     assert out == "b\n"
-    assert err.startswith("model logs/a/model.safetensors: config.json, log.jpg, log.pkl, model.safetensors (")
+    assert err.startswith(f"model logs/a/model.safetensors: {', '.join(names)} (")
     config, weights = load_model(source.path / MODEL_FILE)
     packed_config, packed = load_model(target.path / MODEL_FILE)
     assert packed_config == config
@@ -32,7 +33,7 @@ def test_pack(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert np.array_equal(packed[name], torch.from_numpy(weight).bfloat16().float().numpy())
     assert target.read_config() == source.read_config()
     assert target.read_log() == source.read_log()
-    assert sorted(path.name for path in target.path.iterdir()) == ["config.json", "log.jpg", "log.pkl", "model.safetensors"]
+    assert sorted(path.name for path in target.path.iterdir()) == names
     assert export.main(["-m", "a", "--format", "pack", "b"]) == 2
     assert capsys.readouterr().err == "picogpt-export: FOLDER: b exists and is not an empty folder; choose another name\n"
 

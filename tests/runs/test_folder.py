@@ -49,6 +49,36 @@ def test_log_round_trip(run: RunFolder) -> None:
     assert (content["best_loss"], content["iter_num"]) == (1.6, 8)
 
 
+def test_log_as_a_table(run: RunFolder) -> None:
+    """One row per epoch, with what is known; the speed is that of the epoch."""
+    log = LossLog(train=[2.0, 1.5], val=[2.1, 1.6], chars=[10, 20], seconds=[1.0, 1.0], best_loss=1.6, iter_num=8)
+    log.train.append(1.25)
+    log.val.append(1.75)
+    log.chars.append(70)
+    log.seconds.append(1.5)
+    log.steps.append(12)
+    log.rates.append(0.001)
+    run.write_log(log)
+
+    assert (run.path / "log.csv").read_text() == (
+        "epoch,step,chars,seconds,train_loss,val_loss,best,lr,chars_per_second\n"
+        "1,,10,1.0,2.0,2.1,2.1,,10.0\n"
+        "2,,20,1.0,1.5,1.6,1.6,,\n"
+        "3,12,70,1.5,1.25,1.75,1.6,0.001,100.0\n"
+    )
+    assert run.read_log() == log
+
+
+def test_log_of_before(run: RunFolder) -> None:
+    """A log without steps and rates is read, its epochs without them."""
+    content = LOG.to_dict()
+    del content["steps"], content["rates"]
+    (run.path / "log.pkl").write_bytes(pickle.dumps(content))
+
+    assert run.read_log() == LOG
+    assert run.read_log().rates == [None, None]
+
+
 def test_log_names_nothing_to_import(run: RunFolder) -> None:
     """No GLOBAL opcode of any kind."""
     import pickletools
@@ -77,9 +107,10 @@ class Attack:
         (pickle.dumps([1]), "no loss log"),
         (pickle.dumps({"losses": {}}), "KeyError"),
         (pickle.dumps({**LOG.to_dict(), "chars": []}), "its lists have different lengths"),
+        (pickle.dumps({**LOG.to_dict(), "rates": [0.1, 0.1, 0.1]}), "its lists have different lengths"),
         (pickle.dumps(LOG.to_dict())[:-9], "no loss log"),
     ],
-    ids=["empty", "text", "list", "keys missing", "lengths differ", "truncated"],
+    ids=["empty", "text", "list", "keys missing", "lengths differ", "too many rates", "truncated"],
 )
 def test_damaged_log(run: RunFolder, content: bytes, message: str) -> None:
     """A file that is no log is one clear error."""

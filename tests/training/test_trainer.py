@@ -76,6 +76,7 @@ def test_log_and_picture_are_written(run: RunFolder) -> None:
     trainer.fit(run, SCHEDULE, Watcher(), lambda: False)
 
     assert read_log(run.path / "log.pkl") == trainer.log
+    assert (run.path / "log.csv").read_text() == trainer.log.to_csv()
     assert run.plot_path.read_bytes().startswith(b"\xff\xd8\xff")
 
 
