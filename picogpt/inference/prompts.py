@@ -34,7 +34,7 @@ class Character:
     text: str
     probability: float
     top: Sequence[tuple[str, float]]
-    """The likeliest characters with their probabilities, the likeliest first."""
+    """The ten likeliest characters with their probabilities, the likeliest first; ids without a character are <?>."""
 
 
 class TextGenerator:

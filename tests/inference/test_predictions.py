@@ -52,9 +52,7 @@ def test_probabilities_are_those_that_were_sampled_from(hop: int, monkeypatch: p
 
     assert len(characters) == len(given) == 40
     for character, probabilities in zip(characters, given, strict=True):
-        names, values = zip(*character.top, strict=True)
-        assert len(names) == len(set(names)) == 10
-        assert values == pytest.approx(sorted(probabilities, reverse=True)[:10], rel=1e-4)
+        assert [value for _, value in character.top] == pytest.approx(sorted(probabilities, reverse=True)[:10], rel=1e-4)
         assert min(abs(probabilities - character.probability)) < 1e-6
 
 
