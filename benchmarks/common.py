@@ -23,7 +23,8 @@ from picogpt.backend import Backend, BackendChoice
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Source
 from picogpt.device import instruction_set
-from picogpt.training.trainer import Trainer, build_trainer
+from picogpt.training.build import build_trainer
+from picogpt.training.trainer import Trainer
 
 __all__ = ["ROOT", "ROUNDS", "backend", "full_trainer", "interleave", "load_source", "machine", "process"]
 

@@ -20,7 +20,8 @@ from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import RandomSource
 from picogpt.device import choose_dtype, flush_denormals, set_threads
 from picogpt.training.distributed import Ranks
-from picogpt.training.trainer import Trainer, time_call
+from picogpt.training.rank_zero import RankZeroTrainer
+from picogpt.training.trainer import time_call
 from picogpt.training.worker import run_worker
 
 __all__ = ["add_arguments", "compare_ranks"]
@@ -139,7 +140,7 @@ def rank(steps: int, sync_every: int, threads: int, dtype: str) -> None:
     model, config = GPTConfig(), TrainConfig(sync_every=sync_every)
     source = RandomSource(sequence_len=config.windows * model.context_len, batch_size=config.batch_size)
     with ranks.propagate_exit_code():
-        trainer = Trainer(model, config, source, choose_dtype(dtype)[0], ranks=ranks)
+        trainer = RankZeroTrainer(model, config, source, choose_dtype(dtype)[0], ranks=ranks)
         for _ in range(2):  # which make buffers and kernels
             trainer.train_step(1e-3)
         print(json.dumps([time_call(lambda: trainer.train_step(1e-3)) for _ in range(steps)]))

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from picogpt.data import TextSource, read_texts
     from picogpt.errors import PicoGPTError
     from picogpt.schedule import learning_rate
-    from picogpt.training.trainer import Trainer, make_trainer
+    from picogpt.training.build import make_trainer
+    from picogpt.training.trainer import Trainer
 
 __version__ = "0.2.0"
 
@@ -48,7 +49,8 @@ _HOMES = {
     "picogpt.data": ("TextSource", "read_texts"),
     "picogpt.errors": ("PicoGPTError",),
     "picogpt.schedule": ("learning_rate",),
-    "picogpt.training.trainer": ("Trainer", "make_trainer"),  # imports torch
+    "picogpt.training.build": ("make_trainer",),  # imports torch
+    "picogpt.training.trainer": ("Trainer",),  # imports torch
 }
 
 

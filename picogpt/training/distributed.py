@@ -242,7 +242,7 @@ class Ranks:
             return DistributedDataParallel(
                 model,
                 process_group=self._group_for(device),
-                # The model's only buffer, the causal mask, is the same everywhere; the weights came in the spec.
+                # The model has no buffers, and its weights came in the spec.
                 forward_sync_buffers=False,
                 # Gradients live in the all-reduce's buckets: no copy of them.
                 gradient_as_bucket_view=True,

@@ -17,6 +17,7 @@ from picogpt.runs.folder import LossLog, RunFolder
 from picogpt.schedule import Pace, Schedule
 from picogpt.training.history import History
 from picogpt.training.memory import peak_memory
+from picogpt.training.rank_zero import RankZeroTrainer
 from picogpt.training.trainer import Observer, StepReport, Trainer, time_call
 from picogpt.wording import Notify, format_bytes, format_passes, format_seconds, say_nothing
 
@@ -138,7 +139,7 @@ def benchmark_steps(
             break
     # Without the warm-up step, unless it was the only one. The median ignores a moment of another program.
     step = statistics.median(seconds[1:] or seconds)
-    if config.sync_every:
+    if isinstance(trainer, RankZeroTrainer) and config.sync_every:
         # An outer step comes after `sync_every` local ones, so each carries its part.
         step += time_call(trainer.outer_step_on_all_ranks) / config.sync_every
     return step, time_epoch_end(trainer, parent, warm_up=limit is None)

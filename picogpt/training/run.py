@@ -19,12 +19,13 @@ from picogpt.runs.folder import LossLog
 from picogpt.runs.settings import RunSettings
 from picogpt.schedule import MAX_SUITABLE_PASSES, Pace, Schedule
 from picogpt.signals import StopRequest
+from picogpt.training.build import build_trainer
 from picogpt.training.disk import DiskNeed, check_disk
 from picogpt.training.forecast import EpochEnd, Forecaster, ForecastingObserver, benchmark_steps, time_epoch_end
 from picogpt.training.import_run import describe_losses
 from picogpt.training.pacing import Pacer
 from picogpt.training.plan import Plan
-from picogpt.training.trainer import Observer, Trainer, build_trainer
+from picogpt.training.trainer import Observer, Trainer
 from picogpt.wording import Notify, format_passes, plural
 
 __all__ = ["Display", "TrainingRun"]

@@ -1,4 +1,4 @@
-"""The training loop of rank 0. Progress displays and signals are attached through `Observer` and `stop`.
+"""The training loop. Progress displays and signals are attached through `Observer` and `stop`.
 
 A run is a pure function of its settings on one machine and thread count: the weights start from the seed, batch k
 depends on k alone, and dropout's seed follows from the run's seed, the step and the rank. So no generator state is saved.
@@ -11,25 +11,22 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
-from picogpt.backend import Backend, BackendChoice
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Source, Stop, WaitInterrupted
 from picogpt.device import CPU
 from picogpt.errors import DataError, TrainingError, file_of_error
 from picogpt.files import atomic_write
 from picogpt.kernels.compiled import Kernels
-from picogpt.runs.folder import MODEL_FILE, Checkpoint, LossLog, RunFolder, Tensors, load_model, pack, unpack
+from picogpt.runs.folder import MODEL_FILE, Checkpoint, LossLog, RunFolder, Tensors, load_model
 from picogpt.schedule import Schedule, cool_down, epochs_since_best, fraction_of_peak, lr_at_step
-from picogpt.training.distributed import SINGLE_PROCESS, Command, Ranks
 from picogpt.training.history import History
 from picogpt.training.pacing import Pacer
-from picogpt.training.state import TrainState, pack_step, strip_prefix
+from picogpt.training.state import TrainState, strip_prefix
 from picogpt.wording import Notify, plural, say_nothing
 
-__all__ = ["Observer", "StepReport", "Trainer", "build_trainer", "make_trainer", "time_call"]
+__all__ = ["Observer", "StepReport", "Trainer", "time_call"]
 
 SAVE_INTERVAL = 300.0
 """Seconds of training after which a checkpoint is written in the middle of an epoch."""
@@ -60,7 +57,9 @@ class Observer(Protocol):
 
 
 class Trainer(TrainState):
-    """The training state of rank 0, with the data, the loss log and checkpoints. Workers run `picogpt.training.worker`.
+    """A training state with its data, loss log and checkpoints.
+
+    Rank 0 of several processes extends this class: see `picogpt.training.rank_zero`.
 
     Args:
         model_config: shape of the model.
@@ -68,7 +67,6 @@ class Trainer(TrainState):
         source: source of the batches.
         dtype: type of the GEMMs; bfloat16 is used through autocast, weights and sums stay float32.
         device: device of the weights.
-        ranks: the group of ranks that train together.
         kernels: native kernels that compute the blocks; None computes them with torch.
     """
 
@@ -80,10 +78,9 @@ class Trainer(TrainState):
         dtype: torch.dtype,
         *,
         device: torch.device = CPU,
-        ranks: Ranks = SINGLE_PROCESS,
         kernels: Kernels | None = None,
     ) -> None:
-        super().__init__(model_config, config, dtype, device=device, ranks=ranks, kernels=kernels)
+        super().__init__(model_config, config, dtype, device=device, kernels=kernels)
         self.source = source
         self.log = LossLog()
         self.history = History()
@@ -104,8 +101,6 @@ class Trainer(TrainState):
         self._steps_before, self._chars_before = 0, 0
         # Sum of the losses and number of steps since the last log entry.
         self._epoch_loss, self._epoch_steps = 0.0, 0
-        # Initial tensors of ranks 1, 2, ... after a resume with DiLoCo; empty where they equal rank 0's.
-        self._worker_states: list[Tensors] = []
 
     @property
     def chars_per_step(self) -> int:
@@ -133,7 +128,6 @@ class Trainer(TrainState):
         Raises:
             TrainingError: loss or gradient are not finite; the state before that step is saved.
             DataError: no more data can be read; the state before that step is saved.
-            RanksError: another rank is gone; the last checkpoint is intact.
             OSError: a file cannot be saved.
         """
         # Here and not in the constructor, which has no folder.
@@ -147,14 +141,14 @@ class Trainer(TrainState):
 
     def _train_to_end(self, run: RunFolder, schedule: Schedule, observer: Observer, stop: Stop, notify: Notify) -> bool:
         self.schedule, pacer = schedule, self.pacer
-        stop = self.ranks.with_heartbeat(pacer.with_clock(stop) if pacer else stop)
+        stop = pacer.with_clock(stop) if pacer else stop
         start, before = time.perf_counter(), self.seconds
         saved_at = start
         # One turn is a step or the end of an epoch. An epoch's end is a turn of its own, so that a run that was stopped while it
         # validated resumes with the validation.
         while self.step < self.schedule.total_steps or self.epoch_is_open:
             if self.epoch_is_open and self.schedule.ends_epoch(self.step):
-                finished = self._finish_epoch(run, self.schedule, stop, notify)
+                finished = self.finish_epoch(run, self.schedule, stop, notify)
                 saved_at = time.perf_counter()
                 # The checkpoint is saved by now, so none of these can cost training.
                 if finished:
@@ -196,7 +190,7 @@ class Trainer(TrainState):
         return StepReport(step=self.step, loss=loss, chars=self.chars_per_step)
 
     def train_step(self, rate: float, stop: Stop = lambda: False) -> float:
-        """Take one training step on all ranks; return the batch's mean loss in nats per character.
+        """Take one training step; return the batch's mean loss in nats per character.
 
         Args:
             rate: learning rate, from 0 to the config's peak `lr`. Parameter groups with a peak of their own, such as Muon's,
@@ -208,39 +202,17 @@ class Trainer(TrainState):
             TrainingError: loss or gradient are not finite; the weights are unchanged.
             DataError: there are no more data; the weights are unchanged.
             WaitInterrupted: `stop` returned True while waiting for data; the weights are unchanged.
-            RanksError: another rank is gone; the weights are unchanged.
         """
-        fraction_of_peak(rate, self.config)  # raises before any worker receives the step
-        if not self.is_wrapped:
-            self._start_workers()
+        fraction_of_peak(rate, self.config)  # raises before a batch is taken
         # A pure function of the step, so a resumed run gets the same batch.
         batch = self.source.train_batch(self.step, stop)
-        # Workers take the same step at the same time: DDP averages the gradients in the backward pass.
-        self.ranks.broadcast_command(Command.STEP, pack_step(batch, rate))
         loss = self.local_step(batch, rate)
         self.log.iter_num = self._steps_before + self.step
         return loss
 
-    def outer_step_on_all_ranks(self) -> None:
-        """Take an outer step on all ranks now, before `sync_every` local steps are done."""
-        self.ranks.broadcast_command(Command.OUTER_STEP)
-        self.outer_step()
-
-    def _start_workers(self) -> None:
-        """Send the training state to all workers, and wrap the model."""
-        own, common = self.state_tensors(), self.outer_tensors()
-        # Only with DiLoCo do ranks have weights of their own; else all start from rank 0's.
-        others = self._worker_states or [own] * (self.ranks.count - 1)
-        self.ranks.broadcast_command(Command.BEGIN)
-        for rank, tensors in enumerate(others, start=1):
-            self.ranks.send(pack(self.to_spec({**common, **tensors})), rank)
-        self._worker_states = []  # from here on the workers have them
-        self.wrap_ddp()
-
     @torch.no_grad()
     def validate(self, val_steps: int, stop: Stop = lambda: False) -> float | None:
         """Return the mean loss over at most `val_steps` validation batches in nats per character; None if stopped."""
-        # On rank 0 alone: validation is short, and the workers answer heartbeats meanwhile.
         self.model.eval()
         total, count = 0.0, 0
         for batch in self.source.val_batches(val_steps):
@@ -251,11 +223,8 @@ class Trainer(TrainState):
             count += batch.targets.size
         return total / count
 
-    def _finish_epoch(self, run: RunFolder, schedule: Schedule, stop: Stop, notify: Notify) -> bool:
+    def finish_epoch(self, run: RunFolder, schedule: Schedule, stop: Stop, notify: Notify) -> bool:
         """Validate, append the epoch to the log and save; return False if stopped before that."""
-        if self.local_steps:
-            # Validate the weights that all ranks agree on, not rank 0's local ones.
-            self.outer_step_on_all_ranks()
         if not run.has_checkpoint():
             # Checkpoint first: a folder with only a model looks like a finished run that cannot be resumed.
             self.save(run)
@@ -351,18 +320,13 @@ class Trainer(TrainState):
                 f"step {self.step}: a weight is no longer finite, nothing is saved; the previous checkpoint is intact: "
                 "start again with a smaller --lr and --fresh, or --dtype float32"
             )
-        others = self._collect_worker_states()
-        tensors = {**self.state_tensors(), **self.outer_tensors()}
-        for rank, held in enumerate(others, start=1):
-            # Names carry their owner: rank1.model.*, rank2.optimizer.*, data.*.
-            tensors |= {f"rank{rank}.{name}": array for name, array in held.items()}
+        tensors, counts = self.trained_state()
         # A stream's pool of sequences is part of the state; a text in memory needs only the step.
         arrays, data = self.source.snapshot()
         tensors |= {f"data.{name}": array for name, array in arrays.items()}
         state: dict[str, Any] = {
             "step": self.step,
-            "local_steps": self.local_steps,
-            "ranks": 1 + len(others),
+            **counts,
             "steps_before": self._steps_before,
             "chars_before": self._chars_before,
             "data": data,
@@ -376,12 +340,9 @@ class Trainer(TrainState):
             state["plan"] = {"schedule": asdict(self.schedule), "pacer": self.pacer.state() if self.pacer else None}
         run.save_checkpoint(Checkpoint(tensors=tensors, state=state))
 
-    def _collect_worker_states(self) -> list[Tensors]:
-        """Return the tensors of ranks 1, 2, ..., which differ from rank 0's between two outer steps (DiLoCo)."""
-        if self.outer is None or not self.is_wrapped:
-            return self._worker_states
-        self.ranks.broadcast_command(Command.COLLECT)
-        return [unpack(self.ranks.receive(rank)).tensors for rank in range(1, self.ranks.count)]
+    def trained_state(self) -> tuple[Tensors, dict[str, int]]:
+        """Return the tensors of a checkpoint, and its counts of local steps and ranks: here those of a single process."""
+        return self.state_tensors(), {"local_steps": 0, "ranks": 1}
 
     def _is_finite(self) -> bool:
         return all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
@@ -407,29 +368,12 @@ class Trainer(TrainState):
         tensors, state = checkpoint.tensors, checkpoint.state
         # First, as it validates all shapes before it changes anything.
         self.load_tensors(tensors)
-        self.step, self.local_steps = int(state["step"]), int(state.get("local_steps", 0))
-        if self.outer is not None:
-            self._worker_states = self._redistribute_states([self.state_tensors(), *_split_by_rank(tensors, int(state["ranks"]))])
+        self.step = int(state["step"])
         self.source.restore(strip_prefix("data.", tensors), state["data"])
         self.log = LossLog.from_dict(state["log"])
         self._steps_before, self._chars_before = int(state["steps_before"]), int(state["chars_before"])
         self._epoch_loss, self._epoch_steps = float(state["epoch_loss"]), int(state["epoch_steps"])
         self.seconds, self.stored_plan = float(state["seconds"]), state.get("plan")
-
-    def _redistribute_states(self, saved: list[Tensors]) -> list[Tensors]:
-        """Return the initial tensors of ranks 1, 2, ..., given the saved tensors of each rank.
-
-        If the number of ranks has changed, an early outer step averages the saved weights, so that no step of any rank is
-        lost; the inner optimizer states are assigned round-robin.
-        """
-        if len(saved) == self.ranks.count:
-            return saved[1:]  # rank 0's is loaded already
-        # Right after an outer step, all ranks hold the same weights, and there is nothing to average.
-        if self.local_steps:
-            names = [f"model.{name}" for name in self.model.arrays()]
-            self.apply_outer_step([self.on_device(np.mean([held[name] for held in saved], axis=0)) for name in names])
-        weights = {f"model.{name}": array for name, array in self.model.arrays().items()}
-        return [{**saved[rank % len(saved)], **weights} for rank in range(1, self.ranks.count)]
 
 
 def _not_written(what: str, error: OSError, run: RunFolder) -> str:
@@ -437,41 +381,8 @@ def _not_written(what: str, error: OSError, run: RunFolder) -> str:
     return f"warning: {file_of_error(error) or run.path}: {what} not written ({error.strerror or error}); training continues"
 
 
-def _split_by_rank(tensors: Tensors, count: int) -> list[Tensors]:
-    """Return a checkpoint's tensors of ranks 1, 2, ..., count - 1."""
-    return [strip_prefix(f"rank{rank}.", tensors) for rank in range(1, count)]
-
-
-def build_trainer(
-    model: GPTConfig, config: TrainConfig, source: Source, backend: Backend, ranks: Ranks = SINGLE_PROCESS
-) -> Trainer:
-    """Return a trainer that computes with `backend`."""
-    trainer = Trainer(model, config, source, backend.dtype, device=backend.device, ranks=ranks, kernels=backend.kernels)
-    trainer.apply(backend)
-    return trainer
-
-
 def time_call(call: Callable[[], object]) -> float:
     """Return the seconds that `call` takes."""
     start = time.perf_counter()  # monotonic, unlike time.time
     call()
     return time.perf_counter() - start
-
-
-def make_trainer(
-    model: GPTConfig, config: TrainConfig, source: Source, choice: BackendChoice | None = None, *, notify: Notify = say_nothing
-) -> Trainer:
-    """Return a trainer for your own training loop, with the backend that `picogpt-train` would select.
-
-    Args:
-        model: shape of the model.
-        config: training settings.
-        source: source of the batches.
-        choice: requested backend; None selects the best one for this machine.
-        notify: receives a line before kernels are compiled.
-
-    Raises:
-        ConfigError, TrainingError: the requested backend is not available.
-    """
-    backend = Backend.select(model, choice or BackendChoice(), sequences=config.batch_size, notify=notify)
-    return build_trainer(model, config, source, backend)

@@ -6,8 +6,8 @@ import contextlib
 
 from picogpt.errors import TrainingError
 from picogpt.runs.folder import Checkpoint, pack, unpack
+from picogpt.training.data_parallel import DataParallelState, unpack_step
 from picogpt.training.distributed import Command, Ranks
-from picogpt.training.state import TrainState, unpack_step
 
 __all__ = ["run_worker"]
 
@@ -23,12 +23,12 @@ def run_worker(ranks: Ranks, threads: int | None) -> int:
         RanksError: rank 0 is gone, or runs another version of picogpt.
         TrainingError: this machine lacks the kind of device that rank 0 computes on.
     """
-    state: TrainState | None = None
+    state: DataParallelState | None = None
     while True:
         command, payload = ranks.recv_command()
         if command is Command.BEGIN:
             # The spec follows by point-to-point, as ranks of a DiLoCo run have weights of their own.
-            state = TrainState.from_spec(unpack(ranks.receive()), ranks, threads)
+            state = DataParallelState.from_spec(unpack(ranks.receive()), ranks, threads)
             state.wrap_ddp()  # takes part in a backward pass, at the same time as rank 0
         elif command in {Command.WAIT, Command.END}:
             # The answer to rank 0's heartbeat; signals travel with it in both directions.
@@ -40,7 +40,7 @@ def run_worker(ranks: Ranks, threads: int | None) -> int:
             _execute(command, payload, state)
 
 
-def _execute(command: Command, payload: bytes, state: TrainState) -> None:
+def _execute(command: Command, payload: bytes, state: DataParallelState) -> None:
     # Each branch makes the same collective calls as rank 0 does after it has sent the command.
     if command is Command.OUTER_STEP:
         state.outer_step()

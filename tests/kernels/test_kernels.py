@@ -28,9 +28,9 @@ from picogpt.model.accelerate import accelerate
 from picogpt.model.gpt import GPT, Block
 from picogpt.runs.folder import RunFolder
 from picogpt.schedule import Schedule
+from picogpt.training.data_parallel import DataParallelState
 from picogpt.training.distributed import SINGLE_PROCESS
 from picogpt.training.optim import Muon, orthogonalize
-from picogpt.training.state import TrainState
 from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, Watcher, needs_compiler, tiny_source
 
@@ -630,8 +630,9 @@ def test_rounding_to_bfloat16(instructions: str | None) -> None:
 def test_other_ranks_have_them_too() -> None:
     """The plan that rank 0 sends has the others compile their own."""
     for kernels in (None, kernels_for("heads of 8")):
-        leader = make_trainer(kernels)
-        follower = TrainState.from_spec(leader.to_spec({**leader.state_tensors(), **leader.outer_tensors()}), SINGLE_PROCESS, 1)
+        leader = DataParallelState(TINY, CONFIG, torch.float32, kernels=kernels)
+        spec = leader.to_spec({**leader.state_tensors(), **leader.outer_tensors()})
+        follower = DataParallelState.from_spec(spec, SINGLE_PROCESS, 1)
 
         assert (follower.fast_blocks.kernels is None) == (kernels is None)
 

@@ -31,9 +31,10 @@ from picogpt.errors import ConfigError, RanksError, TrainingError
 from picogpt.runs.folder import Checkpoint, RunFolder, pack, unpack
 from picogpt.runs.settings import RunSettings
 from picogpt.schedule import learning_rate
+from picogpt.training.data_parallel import DataParallelState, pack_step, unpack_step
 from picogpt.training.distributed import SINGLE_PROCESS, Ranks, translate_dist_errors
 from picogpt.training.optim import OuterOptimizer
-from picogpt.training.state import TrainState, pack_step, unpack_step
+from picogpt.training.rank_zero import RankZeroTrainer
 from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, TINY_FLAGS, tiny_source, write_numbers
 from tests.data.test_stream import parquet
@@ -371,15 +372,15 @@ def test_other_errors_stay_what_they_are() -> None:
 def test_other_version() -> None:
     """A machine with another picogpt is told."""
     with pytest.raises(RanksError, match=r"rank 0 has picogpt 0\.0 and this machine .*; install the same one everywhere"):
-        TrainState.from_spec(Checkpoint(tensors={}, state={"version": "0.0"}), SINGLE_PROCESS, None)
+        DataParallelState.from_spec(Checkpoint(tensors={}, state={"version": "0.0"}), SINGLE_PROCESS, None)
 
 
 @pytest.mark.parametrize("form", ["fused", "products"])
 def test_attention_of_rank_0(form: str) -> None:
     """The other ranks compute attention as rank 0 does, whatever is fast on their machines."""
-    leader = TrainState(TINY, TrainConfig(), torch.float32)
+    leader = DataParallelState(TINY, TrainConfig(), torch.float32)
     leader.fast_blocks.attention = form
-    follower = TrainState.from_spec(leader.to_spec(leader.state_tensors()), SINGLE_PROCESS, 1)
+    follower = DataParallelState.from_spec(leader.to_spec(leader.state_tensors()), SINGLE_PROCESS, 1)
 
     assert follower.fast_blocks.attention == form
 
@@ -412,14 +413,14 @@ def test_outer_step() -> None:
 
 
 @pytest.fixture
-def outer_trainers() -> tuple[Trainer, Trainer]:
+def outer_trainers() -> tuple[RankZeroTrainer, RankZeroTrainer]:
     """A trainer with an outer step every four steps, and one without."""
     configs = [TrainConfig(batch_size=2, windows=3, lr=1e-2, warmup_steps=2, sync_every=every) for every in (4, 0)]
-    with_outer, without = (Trainer(TINY, config, tiny_source(config), torch.float32) for config in configs)
+    with_outer, without = (RankZeroTrainer(TINY, config, tiny_source(config), torch.float32) for config in configs)
     return with_outer, without
 
 
-def test_local_steps(outer_trainers: tuple[Trainer, Trainer]) -> None:
+def test_local_steps(outer_trainers: tuple[RankZeroTrainer, RankZeroTrainer]) -> None:
     """Steps are the usual ones until the outer step, which goes 0.7 x 1.9 of their way."""
     with_outer, without = outer_trainers
     before = {name: array.copy() for name, array in without.model.arrays().items()}
@@ -437,7 +438,7 @@ def test_local_steps(outer_trainers: tuple[Trainer, Trainer]) -> None:
         assert array == pytest.approx(before[name] + 0.7 * 1.9 * way, abs=1e-5)
 
 
-def test_outer_step_before_its_time(outer_trainers: tuple[Trainer, Trainer], tmp_path: Path) -> None:
+def test_outer_step_before_its_time(outer_trainers: tuple[RankZeroTrainer, RankZeroTrainer], tmp_path: Path) -> None:
     """With another number of ranks in the middle of a round, an outer step brings the weights together: no step is lost."""
     alone, _ = outer_trainers
     before = {name: array.copy() for name, array in alone.model.arrays().items()}
@@ -445,7 +446,7 @@ def test_outer_step_before_its_time(outer_trainers: tuple[Trainer, Trainer], tmp
         alone.train_step(1e-3)
     run = RunFolder(tmp_path)
     alone.save(run)
-    two = Trainer(TINY, alone.config, tiny_source(alone.config), torch.float32, ranks=Ranks(0, 2))
+    two = RankZeroTrainer(TINY, alone.config, tiny_source(alone.config), torch.float32, ranks=Ranks(0, 2))
     two.restore(run.load_checkpoint()[0])
     two.save(run)
     again = run.load_checkpoint()[0]

@@ -24,6 +24,7 @@ from picogpt.schedule import Pace, Schedule
 from picogpt.training.disk import DiskNeed, check_disk
 from picogpt.training.forecast import EpochEnd, Forecast, Forecaster, ForecastingObserver, benchmark_steps, seconds_to_finish
 from picogpt.training.memory import peak_memory
+from picogpt.training.rank_zero import RankZeroTrainer
 from picogpt.training.trainer import StepReport, Trainer
 from picogpt.wording import format_passes
 from tests.conftest import TINY, TINY_FLAGS, tiny_source
@@ -223,7 +224,8 @@ def test_disk_need(tmp_path: Path, config: TrainConfig) -> None:
     """What a run's files take is known before the first step, to a few kilobytes of names."""
     config = replace(config, batch_size=2, windows=3)
     shape = GPTConfig(n_layer=2, n_head=2, n_embd=64, context_len=8)
-    trainer = Trainer(shape, config, tiny_source(config, shape), torch.float32)
+    made = RankZeroTrainer if config.sync_every else Trainer
+    trainer = made(shape, config, tiny_source(config, shape), torch.float32)
     need = trainer.checkpoint_bytes()
     for _ in range(4):
         trainer.train_step(1e-3)
