@@ -553,6 +553,7 @@ class TestHelp:
                 "--chat",
                 "--no-echo",
                 "--json",
+                "--show-probs",
             }:
                 assert "default:" in (action.help or ""), flag
 
