@@ -21,6 +21,7 @@ from typing import IO
 
 __all__ = [
     "TEMPORARY_SUFFIX",
+    "atomic_folder",
     "atomic_write",
     "can_flush",
     "existing_folder",
@@ -49,6 +50,27 @@ def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> None:
         # Before the rename: otherwise a power failure could leave the new name with old or empty content.
         _flush(descriptor, path)
         replace(temporary, path)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes `path` at the end; where the body fails, nothing is left of it.
+
+    Args:
+        path: a free name, or an empty folder.
+
+    Raises:
+        OSError: the disk is full, read-only or broken, or `path` is a file or a folder that holds something.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
+    with _naming(path):
+        os.mkdir(temporary)
+    try:
+        yield temporary
+        sync_folder(temporary)
+        replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from picogpt.files import atomic_write, can_flush, remove_leftovers, unnamed_file
+from picogpt.files import atomic_folder, atomic_write, can_flush, remove_leftovers, unnamed_file
 
 
 def test_writes_bytes_and_chunks(tmp_path: Path) -> None:
@@ -160,3 +160,32 @@ def test_full_disk_names_file_and_need(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError, match=r"the file needs 2.5 MB") as caught:
         atomic_write(tmp_path / "a", bytes(2_500_000))
     assert caught.value.filename == str(tmp_path / "a")
+
+
+def test_folder_appears_whole(tmp_path: Path) -> None:
+    """A folder takes its name at the end of the body, a new one or an empty one's, with nothing left beside it."""
+    for name in ("new", "empty"):
+        path = tmp_path / name
+        if name == "empty":
+            path.mkdir()
+        with atomic_folder(path) as folder:
+            (folder / "a").write_bytes(b"1")
+            assert not path.exists() or not any(path.iterdir())
+
+        assert (path / "a").read_bytes() == b"1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]
+
+
+def test_failing_folder_leaves_nothing(tmp_path: Path) -> None:
+    """An error in the body comes out, and so does that of a folder that holds something, which stays as it is."""
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "new") as folder:
+        (folder / "nowhere" / "a").touch()
+    assert list(tmp_path.iterdir()) == []
+
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "b").touch()
+    with pytest.raises(OSError, match="not empty") as caught, atomic_folder(full) as folder:
+        (folder / "a").touch()
+    assert caught.value.filename2 == str(full)
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "b"]

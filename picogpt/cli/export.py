@@ -1,9 +1,12 @@
-"""`picogpt-export`: write one HTML file that runs a trained model in a browser."""
+"""`picogpt-export`: a trained model as a page for a browser, as a folder for transformers, or packed to be given away."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from picogpt.cli.common import check_writable, notice, run_command
@@ -17,12 +20,18 @@ def build_parser() -> Parser:
     """Return the parser of the command."""
     parser = Parser(
         "picogpt-export",
-        "Export a trained model as one HTML file that runs it in a browser, offline.\n"
-        "The page continues a prompt and shows probabilities, attention and the context\n"
-        "roll. Prints the path of the file.",
-        "Example: picogpt-export -m wikipedia wikipedia.html",
+        "Export a trained model. Prints the path of what was written.\n\n"
+        "  html   one HTML file that runs the model in a browser, offline: it generates,\n"
+        "         and shows probabilities, attention and the context roll\n"
+        "  gpt2   a folder that transformers loads: the model without its context roll,\n"
+        "         within one window\n"
+        "  pack   a run folder to give away: weights in bfloat16, settings, log and\n"
+        "         plot, no checkpoint",
+        "Examples: picogpt-export -m wikipedia wikipedia.html\n"
+        "          picogpt-export -m wikipedia --format gpt2 wikipedia-gpt2",
     )
-    parser.add_argument("page", metavar="PAGE", type=Path, help="file to write, .html")
+    parser.add_argument("target", metavar="PAGE|FOLDER", type=Path, help="file to write, .html; for gpt2 and pack a new folder")
+    parser.add_argument("--format", choices=_FORMATS, default="html", help="html, gpt2 or pack (default: html)")
     add_model(parser)
     return parser
 
@@ -33,17 +42,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    page: Path = arguments.page
-    if page.suffix.lower() != ".html":
-        raise ConfigError(f"PAGE must end in .html, got {str(page)!r}")
-    check_writable(page, "PAGE")
+    target: Path = arguments.target
+    if arguments.format != "html":
+        _check_folder(target)
+    elif target.suffix.lower() != ".html":
+        raise ConfigError(f"PAGE must end in .html, got {str(target)!r}")
+    else:
+        check_writable(target, "PAGE")
     # Imported after the checks, so that a wrong argument answers at once.
-    from picogpt.export.model_page import ModelView, render_model_page
-    from picogpt.files import atomic_write
     from picogpt.runs.find import find_model
-    from picogpt.runs.folder import LOG_FILE, load_text_config, open_model, read_log
 
     path, chosen = find_model(arguments.model, arguments.logs_dir)
+    _FORMATS[arguments.format](path, chosen, target)
+    print(target)
+    return 0
+
+
+def _write_page(path: Path, chosen: str, page: Path) -> None:
+    from picogpt.export.model_page import ModelView, render_model_page
+    from picogpt.files import atomic_write
+    from picogpt.runs.folder import LOG_FILE, load_text_config, open_model, read_log
+
     log = path.with_name(LOG_FILE)
     with open_model(path) as (config, arrays):
         view = ModelView(
@@ -57,8 +76,58 @@ def _export(arguments: argparse.Namespace) -> int:
         content = render_model_page(view).encode("utf-8", "replace")
     atomic_write(page, content)
     notice(f"{chosen}: {len(content) / 1e6:.2f} MB written; open it in a browser")
-    print(page)
-    return 0
+
+
+def _write_gpt2(path: Path, chosen: str, folder: Path) -> None:
+    from picogpt.export.gpt2 import Gpt2Model, write_gpt2
+    from picogpt.files import atomic_folder
+    from picogpt.runs.folder import load_model, load_text_config
+
+    config, weights = load_model(path)
+    model = Gpt2Model(path.resolve().parent.name, config, weights, load_text_config(path))
+    with atomic_folder(folder) as new:
+        write_gpt2(model, new)
+    notice(
+        f"{chosen}: {_describe_files(folder)} written in GPT-2's layout\n"
+        f"this is the model without its context roll, within one window of {config.context_len} characters; "
+        "picogpt-eval measures what that costs\n"
+        f"to upload it under a name of yours: hf upload NAME {shlex.quote(str(folder))}"
+    )
+
+
+def _write_pack(path: Path, chosen: str, folder: Path) -> None:
+    from picogpt.export.pack import write_pack
+    from picogpt.files import atomic_folder, atomic_write
+    from picogpt.plot import draw_losses
+    from picogpt.runs.folder import RunFolder
+
+    with atomic_folder(folder) as new:
+        log = write_pack(path, new)
+        atomic_write(RunFolder(new).plot_path, draw_losses({folder.name: log}))
+    notice(f"{chosen}: {_describe_files(folder)} written; picogpt-train --init-from trains on from it")
+
+
+_FORMATS: Mapping[str, Callable[[Path, str, Path], None]] = {"html": _write_page, "gpt2": _write_gpt2, "pack": _write_pack}
+"""Writers by format; each takes the model's file, its description, and the target."""
+
+
+def _describe_files(folder: Path) -> str:
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return f"{', '.join(sizes)} ({sum(sizes.values()) / 1e6:.2f} MB)"
+
+
+def _check_folder(folder: Path) -> None:
+    """Check before the work starts that a folder can be written.
+
+    Raises:
+        ConfigError: the folder exists and is not empty, or its parent is missing or not writable.
+    """
+    if not folder.name or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
+        raise ConfigError(f"FOLDER: {folder} exists and is not an empty folder; choose another name")
+    if not folder.parent.is_dir():
+        raise ConfigError(f"FOLDER: there is no folder {folder.parent}; create it first")
+    if not os.access(folder.parent, os.W_OK):
+        raise ConfigError(f"FOLDER: {folder.parent} cannot be written; choose another folder")
 
 
 if __name__ == "__main__":

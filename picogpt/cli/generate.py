@@ -9,13 +9,14 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from picogpt.checks import ENGINE_DTYPES, check_threads, parse_new_tokens
 from picogpt.cli.common import notice, run_command
 from picogpt.cli.parser import Parser, add_model, add_setting
+from picogpt.cli.shades import LEGEND, can_shade, shade
 from picogpt.config import GenerateConfig, SampleConfig
 from picogpt.encodings import decode_text, normalize_newlines
 from picogpt.errors import ConfigError, DataError
@@ -28,6 +29,7 @@ __all__ = ["build_parser", "main"]
 
 _STDIN = "-"
 _SEPARATOR = "---\n"  # between the texts of --num-samples
+_DECIMALS = 6  # of a probability in JSON
 
 
 def build_parser() -> Parser:
@@ -81,6 +83,12 @@ def build_parser() -> Parser:
     output.add_argument("--stop", metavar="TEXT", nargs="+", default=[], help="end before any of these texts (default: none)")
     output.add_argument("--no-echo", action="store_true", help="print the new text only, without the prompt")
     output.add_argument("--json", action="store_true", help="print one line of JSON per sample")
+    output.add_argument(
+        "--show-probs",
+        action="store_true",
+        help="shade each character by its probability, on a terminal and without NO_COLOR; with --json add the probabilities and "
+        "the ten likeliest characters",
+    )
     return parser
 
 
@@ -127,21 +135,60 @@ def _generate(arguments: argparse.Namespace) -> int:
     # Everything that is needed to repeat the text.
     notice(f"{chosen}, seed {draw.seed}, {engine.dtype}, threads {engine.threads}")
     generator = TextGenerator(engine, load_text_config(path), draw, make, chat=arguments.chat, notify=notice)
+    shades = arguments.show_probs and not arguments.json and can_shade(sys.stdout)
+    if shades:
+        notice(LEGEND)
     if at_terminal:
-        return _loop(generator)
-    prompt, echoes = _read_prompt(arguments), not arguments.no_echo and not arguments.chat
+        return _loop(generator, shades=shades)
+    prompt = _read_prompt(arguments)
     if arguments.json:
-        for i, (text, is_stopped) in enumerate(generator.samples(prompt)):
-            sample = {"sample": i, "prompt": prompt, "text": text, "finish_reason": "stop" if is_stopped else "length"}
-            print(json.dumps({"model": str(path), "seed": draw.seed, **sample}), flush=True)
-    # Several texts are generated as a batch and printed once all are complete; a single one is printed as it grows.
-    elif make.num_samples > 1:
-        echo = generator.normalize(prompt) if echoes else ""
-        print(_SEPARATOR.join(f"{echo}{text}\n" for text, _ in generator.samples(prompt)), end="", flush=True)
-    else:
-        pieces = generator.stream(prompt)
-        _write(itertools.chain([generator.normalize(prompt)], pieces) if echoes else pieces)
+        for i, sample in enumerate(_json_samples(generator, prompt, show_probs=arguments.show_probs)):
+            print(json.dumps({"model": str(path), "seed": draw.seed, "sample": i, "prompt": prompt, **sample}), flush=True)
+        return 0
+    echo = "" if arguments.no_echo or arguments.chat else generator.normalize(prompt)
+    _print_texts(generator, prompt, echo, several=make.num_samples > 1, shades=shades)
     return 0
+
+
+def _print_texts(generator: TextGenerator, prompt: str, echo: str, *, several: bool, shades: bool) -> None:
+    """Print the texts that continue `prompt`, each after `echo`."""
+    # Several texts are generated as a batch and printed once all are complete; a single one is printed as it grows.
+    if not several:
+        pieces = _stream(generator, prompt, shades=shades)
+        _write(itertools.chain([echo], pieces))
+    else:
+        print(_SEPARATOR.join(f"{echo}{text}\n" for text in _samples(generator, prompt, shades=shades)), end="", flush=True)
+
+
+def _json_samples(generator: TextGenerator, prompt: str, *, show_probs: bool) -> Iterator[dict[str, object]]:
+    """Yield the fields of each sample, with `show_probs` those of its characters too."""
+    if not show_probs:
+        for text, is_stopped in generator.samples(prompt):
+            yield {"text": text, "finish_reason": _reason(is_stopped)}
+        return
+    for characters, is_stopped in generator.sample_characters(prompt):
+        yield {
+            "text": "".join(character.text for character in characters),
+            "finish_reason": _reason(is_stopped),
+            "probabilities": [round(character.probability, _DECIMALS) for character in characters],
+            "top": [[(text, round(p, _DECIMALS)) for text, p in character.top] for character in characters],
+        }
+
+
+def _reason(is_stopped: bool) -> str:
+    return "stop" if is_stopped else "length"
+
+
+def _samples(generator: TextGenerator, prompt: str, *, shades: bool) -> list[str]:
+    """Return several texts, shaded or plain."""
+    if shades:
+        return [shade(characters) for characters, _ in generator.sample_characters(prompt)]
+    return [text for text, _ in generator.samples(prompt)]
+
+
+def _stream(generator: TextGenerator, prompt: str, stop: Callable[[], bool] = lambda: False, *, shades: bool) -> Iterator[str]:
+    """Return the pieces of one text, shaded or plain."""
+    return map(shade, generator.stream_characters(prompt, stop)) if shades else generator.stream(prompt, stop)
 
 
 def _write(pieces: Iterable[str]) -> None:
@@ -195,7 +242,7 @@ def _enable_line_editing() -> None:
             readline.parse_and_bind("set enable-bracketed-paste on")
 
 
-def _loop(generator: TextGenerator) -> int:
+def _loop(generator: TextGenerator, *, shades: bool) -> int:
     """Read prompts from the terminal until Ctrl-D, and answer each; a chat keeps the conversation."""
     _enable_line_editing()
     while True:
@@ -211,7 +258,7 @@ def _loop(generator: TextGenerator) -> int:
         # While text is generated, Ctrl-C ends the text and not the command.
         stop = StopRequest(["SIGINT"])
         with stop.listen():
-            _write(generator.stream(prompt, stop))
+            _write(_stream(generator, prompt, stop, shades=shades))
 
 
 if __name__ == "__main__":

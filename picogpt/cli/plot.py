@@ -1,15 +1,23 @@
-"""`picogpt-plot`: draw the loss curves of one or several runs."""
+"""`picogpt-plot`: draw the loss curves of one or several runs, as a picture or as a page."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from picogpt.checks import X_AXES, check_choice
-from picogpt.cli.common import check_picture, run_command
+from picogpt.cli.common import check_picture, check_writable, run_command
 from picogpt.cli.parser import Parser
 from picogpt.config import LOGS_DIR
+from picogpt.errors import ConfigError, PicoGPTError
+
+if TYPE_CHECKING:
+    from picogpt.export.log_page import RunView
+    from picogpt.runs.folder import LossLog
 
 __all__ = ["build_parser", "main"]
 
@@ -18,16 +26,24 @@ def build_parser() -> Parser:
     """Return the parser of the command."""
     parser = Parser(
         "picogpt-plot",
-        "Draw the loss curve of a run, or of several runs in one plot, as JPG or PNG.\nPrints the path of the plot.",
+        "Draw the loss curve of a run, or of several runs in one plot, as JPG or PNG,\n"
+        "or as an HTML page with their samples. Prints the path of the plot.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's name, its folder, or a log.pkl")
     parser.add_argument("--logs-dir", metavar="DIR", type=Path, default=LOGS_DIR, help="folder of all runs (default: logs)")
-    parser.add_argument(
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument(
         "-o",
         "--output",
         metavar="FILE",
         type=Path,
         help="file of the plot, .jpg or .png (default: log.jpg in the run's folder, or compare.jpg in the logs folder)",
+    )
+    output.add_argument(
+        "--html",
+        metavar="FILE",
+        type=Path,
+        help="write a page instead: of one run what training writes as log.html, of several runs a comparison",
     )
     # No choices=: `check_choice` gives the message that all commands have.
     parser.add_argument(
@@ -46,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
 def _plot(arguments: argparse.Namespace) -> int:
     check_picture(arguments.output)
     x = check_choice("x", arguments.x, X_AXES)
+    if arguments.html:
+        _check_page(arguments.html, x)
     # Imported after the checks: numpy and matplotlib load slowly, and a wrong flag should answer at once.
     from picogpt.files import atomic_write
     from picogpt.runs.find import find_log
@@ -54,6 +72,10 @@ def _plot(arguments: argparse.Namespace) -> int:
     # All logs are found before the first is read: a mistyped last name is reported at once.
     paths = {run: find_log(run, arguments.logs_dir) for run in arguments.runs}
     logs = {run: read_log(path) for run, path in paths.items()}
+    if arguments.html:
+        atomic_write(arguments.html, _render(paths, logs).encode("utf-8", "replace"))
+        print(arguments.html)
+        return 0
     # Later still: a missing run is reported before matplotlib is loaded.
     from picogpt.plot import draw_losses
 
@@ -63,6 +85,46 @@ def _plot(arguments: argparse.Namespace) -> int:
     atomic_write(output, draw_losses(logs, x=x, suffix=output.suffix))
     print(output)  # the only output, so that it can be passed to another command
     return 0
+
+
+def _check_page(page: Path, x: str | None) -> None:
+    """Check before the work starts that a page can be written.
+
+    Raises:
+        ConfigError: the name does not end in .html, the file cannot be written, or there is an `x`.
+    """
+    if page.suffix.lower() != ".html":
+        raise ConfigError(f"html must end in .html, got {str(page)!r}", "html")
+    if x is not None:
+        raise ConfigError("x is for a picture, as the page counts characters; leave it out with --html", "x")
+    check_writable(page, "html")
+
+
+def _render(paths: Mapping[str, Path], logs: Mapping[str, LossLog]) -> str:
+    """Return the page of the runs; see `picogpt.export.log_page`."""
+    from picogpt.export.log_page import render_page
+
+    if len(paths) == 1:
+        ((name, path),) = paths.items()
+        return render_page([_view(path.resolve().parent.name, path, logs[name])])
+    # By the names that the user gave, which differ where those of the folders may not.
+    return render_page([_view(name, path, logs[name]) for name, path in paths.items()])
+
+
+def _view(name: str, path: Path, log: LossLog) -> RunView:
+    """Return the content of the page of the run in the folder of the log at `path`."""
+    from picogpt.runs.folder import RunFolder
+    from picogpt.runs.settings import RunSettings
+    from picogpt.training.history import History, describe_recipe
+
+    view = History.read(path.parent).view(name, log)
+    if view.settings:
+        return view
+    try:
+        settings = RunSettings.from_dict(RunFolder(path.parent).read_config())
+    except PicoGPTError:
+        return view  # a log without its run
+    return replace(view, settings=describe_recipe(settings.model, settings.train))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,6 @@ class Gpt2Model:
         """Return the content of `README.md`, the model card; the hub reads its front matter."""
         window = self.config.context_len
         return f"""---
-license: mit
 library_name: transformers
 pipeline_tag: text-generation
 tags:
@@ -120,15 +119,16 @@ lower-cased, all other characters are unknown.
 
 **This is the model without its context roll.** picogpt hands the mean output of each window of {window} characters to the next
 one. GPT-2 has no place for that, so this folder predicts within one window: at most {window} characters, which start from a
-zero context vector.
+zero context vector. `picogpt-eval` measures what that costs, as the context vector zeroed.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{self.name}")
-model = AutoModelForCausalLM.from_pretrained("{self.name}")
+folder = "."  # or the name of this model on the hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
 inputs = tokenizer("the history of", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs)[0]))
+print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 ```
 """
 
@@ -183,4 +183,4 @@ def write_gpt2(model: Gpt2Model, folder: Path) -> None:
         atomic_write(folder / name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     # transformers rejects a file without this metadata.
     atomic_write(folder / "model.safetensors", serialize_tensors(model.tensors(), {"format": "pt"}))
-    atomic_write(folder / "README.md", model.card().encode())
+    atomic_write(folder / "README.md", model.card().encode("utf-8", "replace"))

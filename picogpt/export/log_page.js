@@ -60,3 +60,15 @@ if (slider && data.epochs.length) {
   });
   showEpoch(Number(slider.value));
 }
+
+// A run in training: the page reloads itself until there has been no news for too long, as after the process was killed.
+if (data.reload) {
+  const age = Date.now() / 1000 - data.reload.written;
+  if (age < data.reload.patience) {
+    setTimeout(() => location.reload(), 1000 * data.reload.every);
+  } else {
+    const time = age < 7200 ? `${Math.round(age / 60)} minutes` : `${Math.round(age / 3600)} hours`;
+    document.getElementById("state").textContent =
+      `No news for ${time}, so this page no longer reloads itself. Start the run again, or reload the page.`;
+  }
+}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,12 +22,25 @@ __all__ = ["EpochView", "RunView", "render_curve", "render_page"]
 
 RELOAD_SECONDS = 15
 """Seconds after which the page of a run in training reloads itself."""
+PATIENCE_EPOCHS = 10
+"""Number of epochs without news after which it stops to reload itself: the process has been killed."""
+MIN_PATIENCE_SECONDS = 300
+"""Seconds without news that are always waited for."""
 
 # Size of the chart and its margins, in units of the SVG's view box.
 _WIDTH, _HEIGHT = 880, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 56, 16, 40
-# Colours of the runs, repeated after six. Labels name the runs too, so that colour is not needed to read the chart.
+# Colours of the runs, and outlines of their points: circle, square, triangle, diamond, cross. Colour is not needed to tell runs
+# apart, and thirty runs have different pairs.
 _COLOURS = ("var(--blue)", "var(--red)", "#2c8a57", "#8a5fb0", "#b08a1f", "#4a7f8a")
+_SHAPES = (
+    "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
+    "M-4-4h8v8h-8z",
+    "M0-5L5 4h-10z",
+    "M0-6L6 0 0 6-6 0z",
+    "M-4-4L4 4M-4 4L4-4",
+)
+_MAX_POINTS = 15  # of a run in a comparison
 _LABEL_GAP = 14  # minimum vertical distance of two labels
 
 
@@ -56,29 +70,33 @@ class RunView:
     """Settings of the run as text, by name."""
     in_training: bool = False
     """Whether the run is training, so that the page should reload itself."""
+    written: float = 0.0
+    """Unix time at which the page of a run in training is written."""
 
 
 def render_page(runs: Sequence[RunView]) -> str:
     """Return the page of one run, or of several to compare: a single HTML file that needs no network."""
-    # Only the page of a single run has samples and a cursor.
+    # Only the page of a single run has a slider and a cursor.
     single = runs[0] if len(runs) == 1 else None
     title = " and ".join(run.name for run in runs)
-    in_training = any(run.in_training for run in runs)
     chart = _Chart(runs)
     # Read by the script.
     data = {
         "points": chart.points(single) if single else [],
         "epochs": _epoch_data(single) if single else [],
         "excerpt": single.excerpt if single else "",
+        "reload": _reload(single) if single and single.in_training else None,
     }
     parts = {
-        "refresh": f'<meta http-equiv="refresh" content="{RELOAD_SECONDS}">' if in_training else "",
+        # The script reloads the page, as it can stop; without JavaScript the page reloads itself forever.
+        "refresh": f'<noscript><meta http-equiv="refresh" content="{RELOAD_SECONDS}"></noscript>' if data["reload"] else "",
         "title": html.escape(title),
-        "status": html.escape(_status(runs)),
+        "status": _status(runs),
         "chart": chart.svg(),
+        "legend": "" if single else _legend(runs),
         "hint": " Move over the curve, or use the arrow keys on it, to read an epoch." if single else "",
         "table": _table(runs),
-        "watch": _watch(single) if single and single.epochs else "",
+        "watch": _samples(runs) if not single else _watch(single) if single.epochs else "",
         "settings": "".join(_settings(run, named=not single) for run in runs),
         # Without "<", no text can contain "</script>" and end the element early.
         "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
@@ -100,16 +118,25 @@ def _resource(kind: str) -> str:
 
 
 def _status(runs: Sequence[RunView]) -> str:
-    """Return the line below the title."""
+    """Return the line below the title, as HTML."""
     if len(runs) > 1:
         return f"{len(runs)} runs, by their loss logs."
     (run,) = runs
     log = run.log
     if not log.val:
         return "No epoch has ended yet."
-    state = f"In training; this page reloads itself every {RELOAD_SECONDS} seconds." if run.in_training else "Not in training."
+    state = f"In training; this page reloads itself every {RELOAD_SECONDS} seconds." if run.in_training else ""
     best = f"best validation loss {log.best_loss:.4f} nats per character. " if log.best_loss else ""
-    return f"{len(log.val)} epochs, {log.chars[-1]:,} characters in {format_seconds(log.seconds[-1])}; {best}{state}"
+    summary = f"{len(log.val)} epochs, {log.chars[-1]:,} characters in {format_seconds(log.seconds[-1])}; {best}"
+    return f'{summary}<span id="state" role="status">{state}</span>'
+
+
+def _reload(run: RunView) -> dict[str, float]:
+    """Return when a page reloads itself, and for how many seconds it does so without news."""
+    starts = [0.0, *run.log.seconds]
+    longest = max((end - start for start, end in itertools.pairwise(starts)), default=0.0)
+    patience = max(MIN_PATIENCE_SECONDS, PATIENCE_EPOCHS * longest)
+    return {"every": RELOAD_SECONDS, "written": round(run.written), "patience": round(patience)}
 
 
 def _epoch_data(run: RunView) -> list[dict[str, str]]:
@@ -156,6 +183,33 @@ def _watch(run: RunView) -> str:
     )
 
 
+def _samples(runs: Sequence[RunView]) -> str:
+    """Return the section with the last sample of each run that has one."""
+    samples = "".join(
+        f"<h3>{html.escape(run.name)}</h3>\n<p>{_epoch_label(run.log, len(run.log.val))}</p>\n"
+        f'<pre lang="">{html.escape(run.epochs[-1].sample)}</pre>\n'
+        for run in runs
+        if run.epochs
+    )
+    return f'<section aria-labelledby="writes">\n<h2 id="writes">What they write</h2>\n{samples}</section>' if samples else ""
+
+
+def _legend(runs: Sequence[RunView]) -> str:
+    """Return the list of the runs with their lines."""
+    items = []
+    for i, run in enumerate(runs):
+        line = f'<line x2="40" y1="8" y2="8" style="stroke: {_COLOURS[i % len(_COLOURS)]}"/>{_point(20, 8, i)}'
+        loss = f": validation {run.log.val[-1]:.4f}" if run.log.val else ""
+        items.append(f'<li><svg viewBox="0 0 40 16" aria-hidden="true">{line}</svg>{html.escape(run.name)}{loss}</li>')
+    return f'<ul class="runs">{"".join(items)}</ul>'
+
+
+def _point(x: float, y: float, run: int) -> str:
+    """Return a point of a run, counted from 0, in its colour and shape."""
+    colour, shape = _COLOURS[run % len(_COLOURS)], _SHAPES[run % len(_SHAPES)]
+    return f'<path class="point" style="fill: {colour}; stroke: {colour}" transform="translate({x:g} {y:g})" d="{shape}"/>'
+
+
 def _table(runs: Sequence[RunView]) -> str:
     """Return a collapsed table of all losses, for readers who cannot see the chart."""
     rows = []
@@ -189,8 +243,12 @@ class _Chart:
 
     def __init__(self, runs: Sequence[RunView]) -> None:
         self._runs = runs
+        # Baselines of another text would say nothing about a run.
+        marks = [run.marks for run in runs]
+        self._baselines = marks[0] if all(other == marks[0] for other in marks) else {}
         # A diverged run may have infinite losses, which cannot be drawn; the rest of its curve can.
-        losses = [loss for run in runs for loss in (*run.log.train, *run.log.val, *run.marks.values()) if math.isfinite(loss)]
+        values = [*self._baselines.values(), *(loss for run in runs for loss in (*run.log.train, *run.log.val))]
+        losses = [loss for loss in values if math.isfinite(loss)]
         # At least 1: before the first epoch there is nothing to scale by.
         self._most = max([1, *(chars for run in runs for chars in run.log.chars)])
         low, high = min(losses, default=0.0), max(losses, default=1.0)
@@ -247,8 +305,7 @@ class _Chart:
     def _marks(self) -> Iterator[str]:
         # From top to bottom; a label that would cover the one above moves down.
         above = -math.inf
-        marks = sorted(((name, value) for run in self._runs for name, value in run.marks.items()), key=lambda mark: -mark[1])
-        for name, value in marks:
+        for name, value in sorted(self._baselines.items(), key=lambda mark: -mark[1]):
             y = self._y(value)
             label = max(y - 4, above + _LABEL_GAP)
             above = label
@@ -269,10 +326,14 @@ class _Chart:
                     yield f'<circle cx="{x}" cy="{y}" r="{4 if kind == "val" else 2}" style="fill: {colour}"/>'
                 elif places:
                     yield f'<polyline class="curve {kind}" style="stroke: {colour}" points="{" ".join(places)}"/>'
-            if len(self._runs) > 1 and run.log.val:
-                label = f"{html.escape(run.name)} {run.log.val[-1]:.4f}"
-                place = f'x="{_WIDTH - _RIGHT - 8}" y="{_TOP + 16 * (i + 1)}"'
-                yield f'<text {place} text-anchor="end" style="fill: {colour}">{label}</text>'
+            if len(self._runs) > 1:
+                yield from self._points_of(run.log, i)
+
+    def _points_of(self, log: LossLog, run: int) -> Iterator[str]:
+        """Yield points on the validation curve of a run: the last epoch, and others at equal distances before it."""
+        places = [(self._x(chars), self._y(loss)) for chars, loss in zip(log.chars, log.val, strict=True) if math.isfinite(loss)]
+        for x, y in places[:: -max(1, math.ceil(len(places) / _MAX_POINTS))]:
+            yield _point(round(x, 1), round(y, 1), run)
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -30,6 +30,7 @@ __all__ = [
     "continue_prompt",
     "generate",
     "min_p_filter",
+    "softmax",
     "suppressed_ids",
     "temperature_filter",
     "top_k_filter",
@@ -222,7 +223,7 @@ def top_p_filter(scores: Scores, p: float) -> Scores:
     if p >= 1:
         return scores
     order = np.argsort(-scores, axis=-1, kind="stable")
-    ranked = np.take_along_axis(_softmax(scores), order, axis=-1)  # probabilities, largest first
+    ranked = np.take_along_axis(softmax(scores), order, axis=-1)  # probabilities, largest first
     # An id is kept if the probability of those ranked before it is below p, so the one that reaches p is kept too.
     before = ranked.cumsum(axis=-1) - ranked
     kept = np.where(before < p, np.take_along_axis(scores, order, axis=-1), -np.inf)
@@ -246,7 +247,8 @@ def _without(scores: Scores, indices: npt.NDArray[np.intp]) -> Scores:
     return kept
 
 
-def _softmax(scores: Scores) -> Scores:
+def softmax(scores: Scores) -> Scores:
+    """Return the probabilities (..., V) of logits."""
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     probabilities: Scores = weights / weights.sum(axis=-1, keepdims=True)
     return probabilities

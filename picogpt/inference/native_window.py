@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from picogpt.inference.layout import CacheType, DecodeStruct, PrefillStruct, SamplingStruct, ScoringStruct, WindowsStruct
 from picogpt.inference.native import NativeModel, aligned, padded
-from picogpt.inference.tensors import Floats
+from picogpt.inference.tensors import Floats, to_bfloat16
 from picogpt.inference.tuner import ThreadTuner
 from picogpt.inference.window import Ids
 
@@ -83,7 +82,7 @@ class NativeWindow:
         other = NativeWindow(self._model, self._threads, batch)
         # Assignment broadcasts the one text over the batch. The larger batch may store its cache in bfloat16.
         for target, source in ((other._keys, self._keys), (other._values, self._values)):
-            target[...] = source if target.dtype == source.dtype else _bfloat16(source)
+            target[...] = source if target.dtype == source.dtype else to_bfloat16(source)
         other._contexts[...], other._sums[...] = self._contexts, self._sums
         other._struct.filled = self._struct.filled
         return other
@@ -163,14 +162,6 @@ class NativeWindow:
             "workspace": self._workspace.ctypes.data,
             "threads": threads,
         }
-
-
-def _bfloat16(array: Floats) -> npt.NDArray[np.integer[Any]]:
-    """Round `array` to bfloat16, the upper half of float32: to nearest, ties to even."""
-    bits = array.view(np.uint32)
-    # Adding 0x7FFF rounds ties down; the lowest bit that is kept adds 1 where that makes the result even.
-    rounded: npt.NDArray[np.integer[Any]] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return rounded
 
 
 def score_windows(model: NativeModel, threads: int, ids: Ids, contexts: Floats) -> tuple[Floats, Floats]:

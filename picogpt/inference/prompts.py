@@ -6,17 +6,35 @@ This module prints nothing and reads no files; `picogpt.inference.generate` belo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from picogpt.config import GenerateConfig, SampleConfig, TextConfig
 from picogpt.inference import Engine
 from picogpt.inference.generate import MAX_PROMPT_WINDOWS, Sampler, continue_prompt, suppressed_ids
+from picogpt.inference.predictions import Predictor
 from picogpt.rng import sample_generator
 from picogpt.tokenizer import SPECIAL_IDS, CharTokenizer, Tally, TextEncoder, encode_stop
 from picogpt.wording import Notify, say_nothing
 
-__all__ = ["TextGenerator"]
+__all__ = ["Character", "TextGenerator"]
+
+_TOP = 10
+"""Number of likeliest characters that are given with a character."""
+
+
+@dataclass(frozen=True)
+class Character:
+    """A generated character, or special token, and what the model expected in its place.
+
+    Probabilities are the model's own, at temperature 1 and before any filter of sampling.
+    """
+
+    text: str
+    probability: float
+    top: Sequence[tuple[str, float]]
+    """The ten likeliest characters with their probabilities, the likeliest first; ids without a character are <?>."""
 
 
 class TextGenerator:
@@ -67,13 +85,19 @@ class TextGenerator:
     def stream(self, prompt: str, stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Continue `prompt` by one text, until its end or until `stop` returns true; yield the text in pieces."""
         # Encoded now and not at the first piece, so that notices come before a caller prints the prompt.
-        return self._stream(self._prompt_ids(prompt), stop)
+        return map(self._tokenizer.decode, self._stream(self._prompt_ids(prompt), stop))
 
-    def _stream(self, prompt: Sequence[int], stop: Callable[[], bool]) -> Iterator[str]:
+    def stream_characters(self, prompt: str, stop: Callable[[], bool] = lambda: False) -> Iterator[list[Character]]:
+        """Like `stream`, and yield each character with its probability."""
+        ids = self._prompt_ids(prompt)
+        predictor = self._predictor(ids, 1)
+        return (self._characters(predictor, 0, new) for new in self._stream(ids, stop))
+
+    def _stream(self, prompt: Sequence[int], stop: Callable[[], bool]) -> Iterator[list[int]]:
         answer: list[int] = []
         for (ids,), _ in self._continue(prompt, 1):
             answer += ids
-            yield self._tokenizer.decode(ids)
+            yield ids
             if stop():
                 break
         if self._chat:
@@ -82,11 +106,33 @@ class TextGenerator:
 
     def samples(self, prompt: str) -> list[tuple[str, bool]]:
         """Continue `prompt` by `num_samples` texts; return each with whether a stop sequence ended it."""
-        steps = list(self._continue(self._prompt_ids(prompt), self._make.num_samples))
+        return [(self._tokenizer.decode(ids), ended) for ids, ended in self._samples(self._prompt_ids(prompt))]
+
+    def sample_characters(self, prompt: str) -> list[tuple[list[Character], bool]]:
+        """Like `samples`, and return each character with its probability."""
+        ids = self._prompt_ids(prompt)
+        predictor = self._predictor(ids, self._make.num_samples)
+        return [(self._characters(predictor, i, new), ended) for i, (new, ended) in enumerate(self._samples(ids))]
+
+    def _samples(self, prompt: Sequence[int]) -> list[tuple[list[int], bool]]:
+        steps = list(self._continue(prompt, self._make.num_samples))
         _, stopped = steps[-1]  # the state after the last step
         # Each step has a few ids for every sample: concatenate them by sample.
         texts = [[token for parts, _ in steps for token in parts[i]] for i in range(self._make.num_samples)]
-        return [(self._tokenizer.decode(text), ended) for text, ended in zip(texts, stopped, strict=True)]
+        return list(zip(texts, stopped, strict=True))
+
+    def _predictor(self, prompt: Sequence[int], texts: int) -> Predictor:
+        return Predictor(self._engine, np.array(prompt, np.uint8), self._hop, texts)
+
+    def _characters(self, predictor: Predictor, text: int, ids: Sequence[int]) -> list[Character]:
+        """Return the next characters of a text with their probabilities."""
+        probabilities = predictor.read(text, ids)  # (n, V)
+        order = np.argsort(-probabilities, axis=-1, kind="stable")[:, :_TOP]  # (n, 10)
+        names = [self._tokenizer.decode([i]) for i in range(probabilities.shape[1])]
+        return [
+            Character(names[token], float(row[token]), [(names[i], float(row[i])) for i in likeliest])
+            for token, row, likeliest in zip(ids, probabilities, order.tolist(), strict=True)
+        ]
 
     def _continue(self, prompt: Sequence[int], count: int) -> Iterator[tuple[list[list[int]], list[bool]]]:
         """Generate `count` texts after `prompt`; yield the new ids of each as they become final, and which have stopped."""

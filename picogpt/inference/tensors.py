@@ -12,7 +12,7 @@ from picogpt.config import GPTConfig
 from picogpt.errors import RunError
 from picogpt.tokenizer import VOCAB_SIZE
 
-__all__ = ["Floats", "Tensors", "check_largest"]
+__all__ = ["Floats", "Tensors", "check_largest", "to_bfloat16"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -39,6 +39,14 @@ def check_largest(fc: Floats, bias: Floats) -> float:
     if not largest <= _GELU_CEILING:  # true for NaN as well
         raise RunError(f"the weights have diverged: activations may reach {largest:.3g}; train with a smaller --lr")
     return largest
+
+
+def to_bfloat16(array: Floats) -> npt.NDArray[np.uint16]:
+    """Round `array` to bfloat16, the upper half of float32: to nearest, ties to even."""
+    bits = array.view(np.uint32)
+    # Adding 0x7FFF rounds ties down; the lowest bit that is kept adds 1 where that makes the result even.
+    rounded: npt.NDArray[np.uint16] = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return rounded
 
 
 class Tensors:

@@ -559,7 +559,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def serialize_tensors(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
-    """Serialize tensors and metadata as safetensors, deterministically: equal content gives equal bytes.
+    """Serialize tensors and metadata as safetensors, deterministically: equal content gives equal bytes; uint16 holds bfloat16.
 
     The library writes metadata in an order that differs between processes. Layout: length of the header (8 bytes), header in
     JSON padded with spaces to a multiple of 8, tensors.
@@ -569,6 +569,9 @@ def serialize_tensors(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    for entry in header.values():
+        if entry["dtype"] == "U16":  # numpy lacks bfloat16
+            entry["dtype"] = _BFLOAT16
     text = json.dumps(ordered, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     # The memoryview avoids a copy of the tensors.

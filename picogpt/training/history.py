@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import json
 import math
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Source, TextSource
 from picogpt.device import instruction_set
 from picogpt.evaluation.baselines import NGRAM_ORDER, NGram, compressed_bits
@@ -29,7 +31,7 @@ from picogpt.training.sample import sample_text
 from picogpt.training.state import TrainState
 from picogpt.wording import Notify, plural
 
-__all__ = ["History", "describe_settings"]
+__all__ = ["History", "describe_recipe", "describe_settings"]
 
 EXCERPT_CHARS = 400
 """Characters of the validation text that the page shades."""
@@ -53,6 +55,8 @@ class History:
     """Number of the first entry of `epochs`, counted from 1: a run of an older version has no entries for its first epochs."""
     epochs: list[EpochView] = field(default_factory=list)
     """Epochs in order, without gaps."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """Settings of the run as text, by name, with the speed of the last epoch; a run of an older version has none."""
 
     @classmethod
     def read(cls, folder: Path) -> History:
@@ -62,7 +66,8 @@ class History:
             content = json.loads((folder / _FILE).read_bytes())
             epochs = [EpochView(str(entry["sample"]), _unpack(entry["probabilities"])) for entry in content["epochs"]]
             marks = {str(name): float(value) for name, value in content["marks"].items()}
-            return cls(str(content["excerpt"]), marks, int(content["first"]), epochs)
+            settings = {str(name): str(value) for name, value in content.get("settings", {}).items()}
+            return cls(str(content["excerpt"]), marks, int(content["first"]), epochs, settings)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls()
 
@@ -84,6 +89,7 @@ class History:
         if not before:
             self.first = len(log.val)
         self.epochs = [*before, view]
+        self.settings = describe_settings(state, log)
 
     def _epochs_until(self, last: int) -> list[EpochView]:
         """Return the epochs up to number `last`, or an empty list if they do not reach it."""
@@ -112,6 +118,7 @@ class History:
             "excerpt": self.excerpt,
             "marks": self.marks,
             "first": self.first,
+            "settings": self.settings,
             "epochs": [{"sample": view.sample, "probabilities": _pack(view.probabilities)} for view in self.epochs],
         }
         # The whole file at each epoch: it has about a kilobyte per epoch.
@@ -119,16 +126,24 @@ class History:
 
     def page(self, name: str, state: TrainState, log: LossLog, *, in_training: bool) -> str:
         """Return the content of the run's `log.html`."""
-        view = RunView(
+        self.settings = describe_settings(state, log)
+        return render_page([replace(self.view(name, log), in_training=in_training, written=time.time())])
+
+    def view(self, name: str, log: LossLog) -> RunView:
+        """Return the content of the page of a run that is not in training.
+
+        Args:
+            name: the run's name.
+            log: its loss log.
+        """
+        return RunView(
             name=name,
             log=log,
             epochs=self._epochs_until(len(log.val)),
             excerpt=self.excerpt,
             marks=self.marks,
-            settings=describe_settings(state, log),
-            in_training=in_training,
+            settings=self.settings,
         )
-        return render_page([view])
 
 
 def _pack(probabilities: Any) -> str:
@@ -161,9 +176,17 @@ def describe_settings(state: TrainState, log: LossLog) -> dict[str, str]:
     kernels = kernels_name(state.fast_blocks.kernels)
     threads = plural(torch.get_num_threads(), "thread")
     return {
+        **describe_recipe(model, train),
         "model": f"{state.model.num_params():,} parameters: {model.describe()}",
-        "step": f"{plural(train.batch_size, 'sequence')} of {train.windows} windows",
-        "recipe": f"{train.recipe}: {train.optimizer}, learning rate {train.lr:g}, seed {train.seed}",
         "computed with": f"{str(state.dtype).removeprefix('torch.')}, {threads}, kernels {kernels}, {instruction_set()}",
         "speed": f"{speed:,.0f} characters/s in the last epoch",
+    }
+
+
+def describe_recipe(model: GPTConfig, train: TrainConfig) -> dict[str, str]:
+    """Return the settings that are known of every run, also of one without a history."""
+    return {
+        "model": model.describe(),
+        "step": f"{plural(train.batch_size, 'sequence')} of {train.windows} windows",
+        "recipe": f"{train.recipe}: {train.optimizer}, learning rate {train.lr:g}, seed {train.seed}",
     }

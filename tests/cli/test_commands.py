@@ -8,6 +8,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -552,6 +553,7 @@ class TestHelp:
                 "--chat",
                 "--no-echo",
                 "--json",
+                "--show-probs",
             }:
                 assert "default:" in (action.help or ""), flag
 
@@ -893,6 +895,39 @@ class TestPlot:
         assert "--output: there is no folder nowhere; create it first" in capsys.readouterr().err
         assert plot.main(["numbers", "-o", "x.gif"]) == 2
         assert "--output must end in .jpg or .png, got 'x.gif'" in capsys.readouterr().err
+
+    def test_page(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Of one run: the page that training wrote; of several: each with its sample and its settings."""
+        assert plot.main(["numbers", "--html", "x.html"]) == 0
+        assert capsys.readouterr().out == "x.html\n"
+        assert Path("x.html").read_text() == (trained / "log.html").read_text()
+
+        (trained / "epochs.json").unlink()
+        Path("elsewhere").mkdir()
+        shutil.copy(trained / "log.pkl", "elsewhere")
+        assert plot.main(["numbers", "elsewhere", "--html", "x.html"]) == 0
+        page = Path("x.html").read_text()
+        assert "<h3>numbers</h3><dl><dt>model</dt><dd>" in page
+        assert "<h3>elsewhere</h3><p>Not recorded.</p>" in page
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["x.htm"], "--html must end in .html, got 'x.htm'"),
+            (["nowhere/x.html"], "--html: there is no folder nowhere; create it first"),
+            (["x.html", "--x", "epochs"], "--x is for a picture, as the page counts characters; leave it out with --html"),
+        ],
+    )
+    def test_wrong_page(self, trained: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+        """A page that cannot be written is one line, before the work."""
+        assert plot.main(["numbers", "--html", *flags]) == 2
+        assert capsys.readouterr().err == f"picogpt-plot: {message}\n"
+
+    def test_page_or_picture(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """One of both is written, so asking for both is one line."""
+        with pytest.raises(SystemExit):
+            plot.main(["numbers", "--html", "x.html", "-o", "x.png"])
+        assert "argument -o/--output: not allowed with argument --html" in capsys.readouterr().err
 
     def test_unknown_run(self, capsys: pytest.CaptureFixture[str]) -> None:
         """A run that is not there is one line."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import re
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 import picogpt
+from picogpt.cli import export
 from picogpt.config import GPTConfig, TextConfig
 from picogpt.errors import RunError
 from picogpt.export.gpt2 import BOS_ID, Gpt2Model, write_gpt2
@@ -64,10 +67,15 @@ def test_generated_ids(model: Gpt2Model) -> None:
 
 
 def test_card(model: Gpt2Model) -> None:
-    """It has front matter, and says that the roll is left out and how far the model sees."""
+    """The hub can read its front matter; it says that the roll is left out and how far the model sees."""
     card = model.card()
 
-    assert card.startswith("---\nlicense: mit\n")
+    data: Any = ModelCard(card).data
+    assert data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["character-level", "picogpt"],
+    }
     assert "at most 8 characters" in card
     assert "without its context roll" in card
 
@@ -142,3 +150,62 @@ def test_full_model(tmp_path: Path) -> None:
 
     assert len(tensors) == 100
     assert tensors["transformer.h.7.mlp.c_fc.weight"].shape == (256, 1024)
+
+
+class TestCommand:
+    def test_writes_a_folder(self, run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The path goes to stdout; stderr names the files, the limit and the line to upload them with."""
+        folder = tmp_path / "to share"
+        assert export.main(["-m", str(run.path), "--format", "gpt2", str(folder)]) == 0
+
+        out, err = capsys.readouterr()
+        assert out == f"{folder}\n"
+        first, second, third = err.splitlines()
+        assert first.startswith(f"model {run.path}/model.safetensors: README.md, config.json, ")
+        assert second.startswith("this is the model without its context roll, within one window of 8 characters; ")
+        assert third.endswith(f": hf upload NAME '{folder}'")
+        written = {path.name: path.read_bytes() for path in folder.iterdir()}
+        torch.manual_seed(2)
+        write_gpt2(Gpt2Model("tiny", TINY, GPT(TINY).arrays(), TEXT), tmp_path / "library")
+        assert written == {path.name: path.read_bytes() for path in (tmp_path / "library").iterdir()}
+
+    @pytest.mark.parametrize(
+        ("folder", "message"),
+        [
+            ("full", "FOLDER: full exists and is not an empty folder; choose another name"),
+            ("full/x", "FOLDER: full/x exists and is not an empty folder; choose another name"),
+            ("nowhere/x", "FOLDER: there is no folder nowhere; create it first"),
+            ("/", "FOLDER: / exists and is not an empty folder; choose another name"),
+        ],
+    )
+    def test_wrong_folder(
+        self, folder: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A folder that cannot be written is one line, before the work."""
+        monkeypatch.chdir(tmp_path)
+        Path("full").mkdir()
+        Path("full/x").touch()
+
+        assert export.main(["--format", "gpt2", folder]) == 2
+        assert capsys.readouterr().err == f"picogpt-export: {message}\n"
+
+    def test_read_only_place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        """A place that cannot be written to is one line, before the work."""
+        monkeypatch.setattr("os.access", lambda *_: False)
+
+        assert export.main(["--format", "gpt2", str(tmp_path / "x")]) == 2
+        assert capsys.readouterr().err == f"picogpt-export: FOLDER: {tmp_path} cannot be written; choose another folder\n"
+
+    def test_full_disk(
+        self, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Where the last file fails, nothing is left of the folder."""
+        before = sorted(tmp_path.iterdir())
+
+        def fail(_: Gpt2Model) -> str:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Gpt2Model, "card", fail)
+        assert export.main(["-m", str(run.path), "--format", "gpt2", str(tmp_path / "x")]) == 1
+        assert "No space left on device; free some space" in capsys.readouterr().err
+        assert sorted(tmp_path.iterdir()) == before

@@ -6,14 +6,18 @@ import base64
 import json
 import math
 import re
+import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from picogpt.export.log_page import EpochView, RunView, render_page
+from picogpt.files import atomic_write
 from picogpt.runs.folder import LossLog
-from tests.browser import needs_chromium, open_page
+from tests.browser import Browser, needs_chromium, open_page
 
 HOSTILE = "</script><script>document.title = 'run'</script> \"quotes\" & 'more' <b>\u202eright to left \U0001f600"
 LOG = LossLog(
@@ -28,7 +32,7 @@ def view(**changes: object) -> RunView:
     return RunView(**fields)  # type: ignore[arg-type]
 
 
-def data_of(page: str) -> dict[str, list[dict[str, Any]]]:
+def data_of(page: str) -> dict[str, Any]:
     """What the script reads."""
     (content,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     return json.loads(content)  # type: ignore[no-any-return]
@@ -52,9 +56,21 @@ def test_no_network() -> None:
 
 
 def test_reloads_in_training_alone() -> None:
-    """The page of a run in training loads itself again; that of one that has ended does not."""
+    """The page of a run in training loads itself again, without a script too; that of one that has ended does not."""
     assert '<meta http-equiv="refresh" content="15">' in render_page([view(in_training=True)])
     assert 'http-equiv="refresh"' not in render_page([view()])
+    assert data_of(render_page([view()]))["reload"] is None
+
+
+def test_patience() -> None:
+    """News are waited for ten times as long as the longest epoch took, and five minutes at least."""
+    slow = replace(LOG, seconds=[10.0, 70.0, 110.0])
+    pages = [render_page([view(in_training=True, written=1234.5, log=log)]) for log in (LOG, slow)]
+
+    assert [data_of(page)["reload"] for page in pages] == [
+        {"every": 15, "written": 1234, "patience": 300},
+        {"every": 15, "written": 1234, "patience": 600},
+    ]
 
 
 def test_probabilities_of_an_epoch() -> None:
@@ -93,12 +109,46 @@ def test_odd_logs() -> None:
 
 
 def test_several_runs() -> None:
-    """Two runs are two pairs of curves with their names; there is no slider, and each has its settings."""
-    page = render_page([view(name="one"), view(name="two")])
+    """Two runs are two pairs of curves; there is no slider, and each has its last sample and its settings."""
+    page = render_page([view(name="one"), view(name="two", epochs=[])])
 
     assert page.count('class="curve val"') == 2
+    assert page.count("<pre") == 1
+    assert "<h3>one</h3>\n<p>epoch 3, 3,000 characters, val 2.1000</p>\n" in page
+    assert "sample 3" in page
+    assert "sample 2" not in page
     assert 'type="range"' not in page
-    assert page.count("<h3>") == 2
+    assert page.count("<h3>") == 3
+    assert "What they write" not in render_page([view(name="one", epochs=[]), view(name="two", epochs=[])])
+
+
+def test_runs_are_told_apart_without_colour() -> None:
+    """Each run has its own shape of points, on its curve and in the legend, and pairs of shape and colour differ up to thirty."""
+    page = render_page([view(name=f"run {i}") for i in range(30)])
+    points = re.findall(r'<path class="point" style="([^"]*)" transform="[^"]*" d="([^"]*)"/>', page)
+    legend = re.findall(
+        r'<li><svg.*?<path class="point" style="([^"]*)"[^>]* d="([^"]*)"/></svg>(run \d+): validation 2.1000</li>', page
+    )
+
+    assert [name for *_, name in legend] == [f"run {i}" for i in range(30)]
+    assert len({(style, shape) for style, shape, _ in legend}) == 30
+    assert len({shape for _, shape, _ in legend[:5]}) == 5
+    assert Counter(points) == {(style, shape): 4 for style, shape, _ in legend}  # three epochs and the legend
+
+
+def test_points_of_a_long_run() -> None:
+    """A long run has at most fifteen points, the last epoch among them."""
+    log = LossLog(train=[2.0] * 100, val=[2.0] * 100, chars=[*range(1, 101)], seconds=[1.0] * 100, best_loss=2.0)
+    page = render_page([view(log=log), view()])
+    points = re.findall(r'class="point" style="fill: var\(--blue\)[^"]*" transform="translate\(([\d.]+) ', page)
+
+    assert len(points) == 15 + 1
+
+
+def test_baselines_of_several_runs() -> None:
+    """They are drawn where the runs share them."""
+    assert "lzma 2.50" in render_page([view(marks={"lzma": 2.5}), view(marks={"lzma": 2.5})])
+    assert "lzma" not in render_page([view(marks={"lzma": 2.5}), view(marks={"lzma": 2.6})])
 
 
 def test_size() -> None:
@@ -121,3 +171,53 @@ def test_in_a_browser(tmp_path: Path, fragment: str, epoch: int) -> None:
     assert f">sample {epoch} &lt;/script&gt;" in document
     assert document.count('style="--p: 0.502;"') == len(HOSTILE) - 1
     assert "<title>a&lt;b&gt;</title>" in document
+
+
+FAST_CLOCK = "window.name = Number(window.name || 0) + 1; const wait = setTimeout; window.setTimeout = (call, time) => wait(call, time / 100);"
+"""Counts how often a tab has loaded its page, and lets timers run a hundred times as fast."""
+
+
+@needs_chromium
+def test_reloads_until_there_is_no_news(tmp_path: Path) -> None:
+    """While news come the page loads itself again; where a killed process left it, it says so in words and stays."""
+    page = tmp_path / "log.html"
+
+    def write(age: float) -> None:
+        atomic_write(page, render_page([view(in_training=True, written=time.time() - age)]).encode())
+
+    def wait_for_state(text: str) -> None:
+        tab.wait_for(f"document.getElementById('state')?.textContent === {json.dumps(text)}")  # none while the page loads
+
+    write(240)
+    with Browser(tmp_path / "profile") as browser, browser.tab(script=FAST_CLOCK) as tab:
+        tab.open(page)
+        tab.wait_for("Number(window.name) >= 4")  # 15 seconds are 150 milliseconds here
+        wait_for_state("In training; this page reloads itself every 15 seconds.")
+
+        write(1500)
+        wait_for_state("No news for 25 minutes, so this page no longer reloads itself. Start the run again, or reload the page.")
+        loaded = tab.evaluate("window.name")
+        time.sleep(1)
+        assert tab.evaluate("window.name") == loaded
+
+        write(86400)
+        tab.evaluate("location.reload()")
+        wait_for_state("No news for 24 hours, so this page no longer reloads itself. Start the run again, or reload the page.")
+        assert tab.complaints() == []
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1280, 360])
+def test_comparison_in_a_browser(tmp_path: Path, width: int) -> None:
+    """Two runs fit the window, with both names beside their lines, and the console stays empty."""
+    page = tmp_path / "compare.html"
+    page.write_text(render_page([view(name="one"), view(name="x" * 64)]))
+    with Browser(tmp_path / "profile") as browser, browser.tab(width=width) as tab:
+        tab.open(page)
+
+        assert tab.evaluate("[...document.querySelectorAll('.runs li')].map(item => item.textContent)") == [
+            "one: validation 2.1000",
+            f"{'x' * 64}: validation 2.1000",
+        ]
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.complaints() == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_history_is_kept(tmp_path: Path) -> None:
     history.write(tmp_path)
     again = History.read(tmp_path)
 
-    assert (again.excerpt, again.marks) == (history.excerpt, history.marks)
+    assert (again.excerpt, again.marks, again.settings) == (history.excerpt, history.marks, history.settings)
     assert again.epochs[0].sample == history.epochs[0].sample
     np.testing.assert_allclose(again.epochs[0].probabilities, history.epochs[0].probabilities, atol=0.5 / 255 + 1e-9)
 
@@ -146,6 +147,9 @@ def test_page() -> None:
     page = history.page("a run", trainer, log, in_training=True)
 
     assert "<title>a run</title>" in page
+    assert json.loads(page.split('id="data">')[1].split("</script>")[0])["reload"]["written"] == pytest.approx(
+        time.time(), abs=60
+    )
     assert "20 characters/s in the last epoch" in page
     assert "2 sequences of 3 windows" in page
     assert describe_settings(trainer, log)["model"].endswith("parameters: 2 layers, 2 heads, width 16, windows of 8")

@@ -1,0 +1,49 @@
+"""A run small enough to be given away: what made it, its log, and its best weights in bfloat16.
+
+No checkpoint comes along, so only `picogpt-train --init-from` trains on from it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from picogpt.files import atomic_write
+from picogpt.inference.tensors import to_bfloat16
+from picogpt.runs.folder import (
+    MODEL_FILE,
+    LossLog,
+    RunFolder,
+    load_model,
+    load_text_config,
+    model_metadata,
+    serialize_tensors,
+)
+from picogpt.runs.settings import RunSettings
+
+__all__ = ["write_pack"]
+
+
+def write_pack(model: Path, folder: Path) -> LossLog:
+    """Write what is worth giving away of a run into `folder`, which exists.
+
+    Args:
+        model: the run's model; its settings and its log lie beside it.
+        folder: where to.
+
+    Returns:
+        The loss log, to be drawn.
+
+    Raises:
+        RunError: something of the run is missing or damaged.
+        ConfigError: its settings are not valid.
+        OSError: something cannot be written.
+    """
+    source, target = RunFolder(model.parent), RunFolder(folder)
+    settings, log = source.read_config(), source.read_log()
+    RunSettings.from_dict(settings)
+    config, weights = load_model(model)
+    rounded = {name: to_bfloat16(array) for name, array in weights.items()}
+    atomic_write(folder / MODEL_FILE, serialize_tensors(rounded, model_metadata(config, load_text_config(model))))
+    target.write_config(settings)
+    target.write_log(log)
+    return log
