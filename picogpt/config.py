@@ -294,7 +294,7 @@ class TextRequest:
     paths: tuple[str, ...] = ()
     """Files and folders, as absolute paths; `-` is standard input."""
     dataset: str | None = None
-    """A corpus, a stream from the hub, or a folder with a hub data set's layout."""
+    """A corpus, a stream from the hub, a folder with a hub data set's layout, or a single data file."""
     column: str | None = None
     """Column of a stream that contains the text."""
     fold: bool | None = None

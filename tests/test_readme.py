@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import picogpt
 from picogpt.cli import eval as evaluation
 from picogpt.cli import export, generate, plot, train
 from picogpt.cli.parser import Parser
@@ -96,6 +99,37 @@ def test_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) -> Non
     pages = [{path.name for path in (place / "picogpt" / "export").glob("log_page.*")} for place in (site, ROOT)]
     assert sources[0] == sources[1] > {"block.c", "simd.h"}
     assert pages[0] == pages[1] > {"log_page.html", "log_page.css", "log_page.js"}
+
+
+@pytest.mark.slow
+def test_wheel_has_the_wikipedia_model(wheel: Path, tmp_path: Path) -> None:
+    """Unpacked elsewhere, it writes in an empty folder, from the shell and from Python; no command writes into the package."""
+    site, model = tmp_path / "site", ROOT / "logs" / "wikipedia" / "model.safetensors"
+    zipfile.ZipFile(wheel).extractall(site)
+    before = set(site.rglob("*"))
+    here = tmp_path / "empty"
+    here.mkdir()
+
+    def run(*command: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=here, env=environment)
+        return done.stdout.rstrip("\n")
+
+    prompt = "the history of"
+    text = prompt + picogpt.load(model).generate(prompt, max_new_tokens=40, seed=1)
+    code = f"import picogpt; print({prompt!r} + picogpt.load('wikipedia').generate({prompt!r}, max_new_tokens=40, seed=1))"
+    play = str(ROOT / "dataset" / "sample.txt")
+    assert run(*program("run_from", str(site), "generate", "-p", prompt, "-n", "40", "-s", "1")) == text
+    assert run(sys.executable, "-c", code) == text
+    scored = ["-m", "wikipedia", "--text", play, "--chars", "2560", "--json"]
+    assert json.loads(run(*program("run_from", str(site), "eval", *scored)))["picture"] == "wikipedia-eval.jpg"
+    assert run(*program("run_from", str(site), "plot", "wikipedia")) == "wikipedia-log.jpg"
+    assert run(*program("run_from", str(site), "export", "-m", "wikipedia", "page.html")) == "page.html"
+    assert {path.name for path in here.iterdir()} == {"wikipedia-eval.jpg", "wikipedia-log.jpg", "page.html"}
+    assert set(site.rglob("*")) == before
+    packaged = site / "picogpt" / "pretrained" / "wikipedia"
+    assert (packaged / "model.safetensors").read_bytes() == model.read_bytes()
+    assert {path.name for path in packaged.iterdir()} == {"README.md", "config.json", "log.jpg", "log.pkl", "model.safetensors"}
 
 
 @pytest.mark.parametrize("script", ["train.py", "infer.py", "eval.py"])

@@ -70,7 +70,11 @@ def build_parser() -> Parser:
     # Results: the table or JSON on stdout, and a plot.
     output = parser.add_argument_group("output")
     output.add_argument(
-        "-o", "--output", metavar="FILE", type=Path, help="file of the plot, .jpg or .png (default: eval.jpg next to the model)"
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="file of the plot, .jpg or .png (default: eval.jpg next to the model; wikipedia-eval.jpg for a wheel's model)",
     )
     output.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
     return parser
@@ -96,7 +100,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from picogpt.data.resolve import Console
     from picogpt.evaluation.run import Evaluation
     from picogpt.files import atomic_write
-    from picogpt.runs.find import find_model
+    from picogpt.runs.find import find_model, picture_path
 
     path, chosen = find_model(arguments.model, arguments.logs_dir)
     notice(chosen)  # without --model, the choice was ours
@@ -111,7 +115,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         console=Console(notice, DownloadBar),
         progress=_progress,
     ).report()
-    output = arguments.output or path.with_name("eval.jpg")
+    output = arguments.output or picture_path(path, "eval.jpg")
     # The table before the plot: it is out even if the plot cannot be written.
     print(json.dumps({**report.to_json(), "picture": str(output)}) if arguments.json else report.table(), flush=True)
     from picogpt.plot import draw_scores

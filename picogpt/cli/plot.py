@@ -37,7 +37,8 @@ def build_parser() -> Parser:
         "--output",
         metavar="FILE",
         type=Path,
-        help="file of the plot, .jpg or .png (default: log.jpg in the run's folder, or compare.jpg in the logs folder)",
+        help="file of the plot, .jpg or .png (default: log.jpg in the run's folder, or compare.jpg in the logs folder; "
+        "wikipedia-log.jpg for a wheel's model)",
     )
     output.add_argument(
         "--html",
@@ -66,7 +67,7 @@ def _plot(arguments: argparse.Namespace) -> int:
         _check_page(arguments.html, x)
     # Imported after the checks: numpy and matplotlib load slowly, and a wrong flag should answer at once.
     from picogpt.files import atomic_write
-    from picogpt.runs.find import find_log
+    from picogpt.runs.find import find_log, picture_path
     from picogpt.runs.folder import read_log
 
     # All logs are found before the first is read: a mistyped last name is reported at once.
@@ -80,7 +81,7 @@ def _plot(arguments: argparse.Namespace) -> int:
     from picogpt.plot import draw_losses
 
     # One run's plot belongs to the run, a comparison to none of them.
-    default = next(iter(paths.values())).with_name("log.jpg") if len(logs) == 1 else arguments.logs_dir / "compare.jpg"
+    default = picture_path(next(iter(paths.values())), "log.jpg") if len(logs) == 1 else arguments.logs_dir / "compare.jpg"
     output = arguments.output or default
     atomic_write(output, draw_losses(logs, x=x, suffix=output.suffix))
     print(output)  # the only output, so that it can be passed to another command

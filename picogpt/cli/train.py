@@ -42,8 +42,8 @@ def build_parser() -> Parser:
         "--dataset",
         metavar="NAME",
         help="auto (Tiny Shakespeare if it is on this machine or downloads within seconds, else sample), sample (a bundled "
-        "play), tinyshakespeare; streamed from the hub: wikipedia, tinytextbook, openorca, ORG/NAME[:CONFIG]; or a "
-        "folder with the layout of a hub data set (default: auto)",
+        "play), tinyshakespeare; streamed from the hub: wikipedia, tinytextbook, openorca, ORG/NAME[:CONFIG]; a "
+        "folder with the layout of a hub data set; or a file: .jsonl, .csv, .parquet, ... (default: auto)",
     )
     text.add_argument("--text", metavar="PATH", nargs="+", help="your own text: files, folders of .txt and .md, or - for stdin")
     parser.add_argument("--text-column", metavar="NAME", help="text column of a streamed data set (default: text)")

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, and local folders in the same layout (`picogpt.data.local`).
+"""Data sets of the Hugging Face hub, and local folders in the same layout or single files (`picogpt.data.local`).
 
 This is the only module that imports `datasets`. Nothing is downloaded as a whole: a commit, stored in the run, pins the list of
 files, and each file is streamed on its own. So this package controls file order and resume position, not the library.
@@ -13,15 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from picogpt.data.layout import COMPRESSIONS, FORMATS, format_of, stem_of
 from picogpt.data.local import find_local, read_local
 from picogpt.data.network import check_environment, disable_retries, explain, first_line, hint, is_transient
 from picogpt.data.outage import START_PATIENCE, Outage, run_in_thread
 from picogpt.data.shards import Row, Shards, as_row
 from picogpt.errors import ConfigError, DataError
+from picogpt.wording import plural
 
 __all__ = ["NAMED_STREAMS", "StreamSpec", "find_shards", "read_rows", "resolve_stream"]
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_FILES = f"a file of {', '.join(FORMATS)}, which may be packed ({', '.join(COMPRESSIONS)})"
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 
@@ -32,27 +35,39 @@ class StreamSpec:
     name: str
     """Name as the user wrote it."""
     path: str
-    """ORG/NAME on the hub, or an absolute folder."""
+    """ORG/NAME on the hub, or the absolute path of a folder or file."""
     config: str | None = None
     """Configuration (subset) of the data set; None for the default."""
     columns: tuple[str, ...] = ("text",)
     """Text column, or the question and answer columns."""
+    is_file: bool = False
+    """Whether `path` is a single file."""
 
     @property
-    def is_folder(self) -> bool:
-        """Whether the data set is a local folder."""
+    def is_local(self) -> bool:
+        """Whether the data set is a local folder or file."""
         return Path(self.path).is_absolute()
 
     @property
     def address(self) -> str:
         """Name stored in the run: valid from any working directory."""
-        return (self.path + (f":{self.config}" if self.config else "")) if self.is_folder else self.name
+        return (self.path + (f":{self.config}" if self.config else "")) if self.is_local else self.name
 
     @property
     def short_name(self) -> str:
-        """Last part of the name, reduced to characters that a run name allows."""
-        last = Path(self.path).name if self.is_folder else self.name.partition(":")[0].rpartition("/")[2]
+        """Last part of the name, without the suffixes of a file, reduced to characters that a run name allows."""
+        if self.is_local:
+            last = stem_of(Path(self.path)) if self.is_file else Path(self.path).name
+        else:
+            last = self.name.partition(":")[0].rpartition("/")[2]
         return re.sub(r"[^A-Za-z0-9._-]", "-", last).lstrip("._-")[:64] or "stream"
+
+    def describe(self, shards: Shards) -> str:
+        """Return a phrase for the user: the path, and how many files at which commit."""
+        if self.is_file:
+            return f"{self.path}: one file"
+        where = f"at commit {shards.commit[:12]}" if shards.commit else "in this folder"
+        return f"{self.path}: {plural(len(shards.files), 'file')} {where}"
 
 
 NAMED_STREAMS = {
@@ -64,7 +79,7 @@ NAMED_STREAMS = {
 
 
 def resolve_stream(name: str, text_column: str | None) -> StreamSpec:
-    """Resolve `name`: one of `NAMED_STREAMS`, a folder, FOLDER:CONFIG, or ORG/NAME[:CONFIG] on the hub.
+    """Resolve `name`: one of `NAMED_STREAMS`, a folder, FOLDER:CONFIG, a file, or ORG/NAME[:CONFIG] on the hub.
 
     Raises:
         ConfigError: `name` is none of these.
@@ -79,22 +94,28 @@ def resolve_stream(name: str, text_column: str | None) -> StreamSpec:
     for path, config in ((name, None), (folder, part)):
         if path and Path(path).is_dir():
             return StreamSpec(name=name, path=str(Path(path).absolute()), config=config, columns=columns)
+    has_format = format_of(Path(name)) is not None
+    if has_format and Path(name).is_file():
+        return StreamSpec(name=name, path=str(Path(name).absolute()), columns=columns, is_file=True)
     # From here on only errors and hub names; catch likely mistakes before they become a failed request.
     if Path(name).exists():
-        raise ConfigError(f"dataset {name} is a file; name its folder, or give a plain text with --text", "dataset")
-    if Path(name).is_absolute() or name.startswith((".", "~")):
-        raise ConfigError(f"dataset {name}: there is no such folder", "dataset")
+        raise ConfigError(f"dataset {name}: not {_FILES}; give a plain text with --text", "dataset")
+    # A data set of the hub whose name ends like a file needs its CONFIG.
+    if has_format or Path(name).is_absolute() or name.startswith((".", "~")):
+        what = f"ORG/NAME[:CONFIG] on the hub, a folder, or {_FILES}"
+        raise ConfigError(f"dataset {name}: there is no such folder or file; name {what}", "dataset")
     if _HUB_NAME.fullmatch(name):
         path, _, config = name.partition(":")
         return StreamSpec(name=name, path=path, config=config or None, columns=columns)
     raise ConfigError(
-        f"dataset must be auto, sample, tinyshakespeare, {', '.join(NAMED_STREAMS)}, ORG/NAME[:CONFIG] or a folder, got {name!r}",
+        f"dataset must be auto, sample, tinyshakespeare, {', '.join(NAMED_STREAMS)}, ORG/NAME[:CONFIG], a folder, or {_FILES}, "
+        f"got {name!r}",
         "dataset",
     )
 
 
 def find_shards(spec: StreamSpec, notify: Callable[[str], None] = lambda _: None) -> Shards:
-    """List the files of the train split, on the hub at its newest commit or in a folder.
+    """List the files of the train split, on the hub at its newest commit or on the disk.
 
     Requests to a hub that does not answer are retried for `picogpt.data.outage.START_PATIENCE` seconds.
 
@@ -106,7 +127,7 @@ def find_shards(spec: StreamSpec, notify: Callable[[str], None] = lambda _: None
         DataError: the data set, its train split or its column does not exist, a local file cannot be read, an environment
             variable is malformed, or the hub does not answer.
     """
-    if spec.is_folder:
+    if spec.is_local:
         return find_local(Path(spec.path), spec.config, spec.columns)
     # In a thread, so that Ctrl-C ends the wait at once.
     return run_in_thread(lambda pause: _find_on_hub(spec, Outage(notify, pause, patience=START_PATIENCE)))
@@ -219,7 +240,7 @@ def read_rows(shards: Shards, file: str, start: int) -> Iterator[Row]:
         DataError: a column contains something other than text, or a local file cannot be read.
         Exception: any error of the libraries while reading from the hub.
     """
-    # No commit: a local folder.
+    # No commit: a local folder or file.
     if shards.commit is None:
         yield from read_local(shards, file, start)
         return

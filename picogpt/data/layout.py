@@ -16,7 +16,7 @@ from typing import Any
 
 from picogpt.errors import DataError
 
-__all__ = ["COMPRESSIONS", "FORMATS", "format_of", "training_files"]
+__all__ = ["COMPRESSIONS", "FORMATS", "format_of", "stem_of", "training_files"]
 
 FORMATS: Mapping[str, str] = {
     ".parquet": "parquet",
@@ -66,9 +66,17 @@ def training_files(folder: Path, config: str | None) -> tuple[str, list[Path]]:
 
 def format_of(file: Path) -> str | None:
     """Return the format of a file by its name, or None."""
-    # x.jsonl.gz is a compressed x.jsonl.
-    name = file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
-    return FORMATS.get(name.suffix.lower())
+    return FORMATS.get(_unpacked(file).suffix.lower())
+
+
+def stem_of(file: Path) -> str:
+    """Return the name of a data file without its suffixes."""
+    return _unpacked(file).stem
+
+
+def _unpacked(file: Path) -> Path:
+    """Return the path without a compression suffix: x.jsonl.gz is a compressed x.jsonl."""
+    return file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
 
 
 def _find_splits(folder: Path, config: str | None) -> dict[str, list[Path]]:

@@ -1,4 +1,4 @@
-"""Data sets in a local folder: files found by name, checked before training starts, read row by row.
+"""Local data sets, a folder or a single file: files found by name, checked before training starts, read row by row.
 
 Files are read here and not by the library `datasets`, which expands patterns in names, needs a cache folder and retries damaged
 files like network failures. Nothing here is retried: any problem with a file is one `DataError` that names the file.
@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from pathlib import Path
 from typing import IO, Any
 
-from picogpt.data.layout import training_files
+from picogpt.data.layout import format_of, training_files
 from picogpt.data.shards import Row, Shards, as_row
 from picogpt.errors import DataError
 
@@ -41,18 +41,23 @@ _LONGEST_FIELD = (1 << 31) - 1
 _LAST_BYTES = 1 << 20
 
 
-def find_local(folder: Path, config: str | None, columns: tuple[str, ...]) -> Shards:
-    """List the training files of `folder`, and check that each opens and has the columns.
+def find_local(path: Path, config: str | None, columns: tuple[str, ...]) -> Shards:
+    """List the training files at `path`, and check that each opens and has the columns.
 
     Args:
-        folder: a folder in the hub's layout.
+        path: a folder in the hub's layout, or a file of one of its formats.
         config: a configuration listed in its README.md, or None.
         columns: columns to read.
 
     Raises:
         DataError: there is no training file, or one of them cannot be read or lacks a column.
     """
-    name, files = training_files(folder.resolve(), config)
+    if path.is_file():
+        # Only the folder is resolved: the target of a link may have a name without the suffix.
+        files, name = [path.parent.resolve() / path.name], format_of(path)
+        assert name is not None, path
+    else:
+        name, files = training_files(path.resolve(), config)
     shards = Shards(files=tuple(file.as_posix() for file in files), format=name, columns=columns, commit=None)
     # Check now: a bad file would otherwise end the run hours later, when its turn comes.
     for file in shards.files:

@@ -25,7 +25,7 @@ from picogpt.data.shards import Shards
 from picogpt.data.stream import StreamSource
 from picogpt.data.text import Corpus, check_unknown, read_texts
 from picogpt.files import existing_folder
-from picogpt.wording import Notify, plural
+from picogpt.wording import Notify
 
 __all__ = ["Console", "FoundText", "find_text", "stored_shards", "text_name"]
 
@@ -108,7 +108,7 @@ class _LocalText:
 
 
 class _HubStream:
-    """A streamed data set, on the hub or in a folder.
+    """A streamed data set, on the hub or on the disk.
 
     Args:
         spec: the data set.
@@ -148,9 +148,7 @@ class _HubStream:
 
     def source(self, model: GPTConfig, config: TrainConfig, val_ids: Ids | None) -> Source:
         """Make batches drawn from a pool; the validation text is drawn here, or comes from the resumed run."""
-        where = f"at commit {self._shards.commit[:12]}" if self._shards.commit else "in this folder"
-        files = plural(len(self._shards.files), "file")
-        self._notify(f"{self._spec.path}: {files} {where}, streamed; one article in twenty is held out for validation")
+        self._notify(f"{self._spec.describe(self._shards)}, streamed; one article in twenty is held out for validation")
         sequence_len = config.windows * model.context_len
         if val_ids is None:
             # A new run reads the start of the stream once for validation, and again for training.
@@ -185,7 +183,7 @@ def stored_shards(spec: StreamSpec, stored: DataConfig | None) -> Shards | None:
     Raises:
         DataError: the environment variables for the hub are malformed.
     """
-    # A folder has no commit: its files are listed again, and its fingerprint compared.
+    # A folder or file has no commit: its files are listed again, and its fingerprint compared.
     if stored is None or stored.commit is None or stored.format is None or stored.dataset != spec.name:
         return None
     check_environment()

@@ -1,4 +1,4 @@
-"""Metadata of a streamed data set, on the hub or in a folder: its files, format, columns and commit."""
+"""Metadata of a streamed data set, on the hub or on the disk: its files, format, columns and commit."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Shards:
     columns: tuple[str, ...]
     """Columns to read."""
     commit: str | None
-    """Commit on the hub; None for a local folder."""
+    """Commit on the hub; None for local files."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the columns and file names; for a folder also of the file sizes."""
+        """SHA-256 of the columns and file names; for local files also of their sizes."""
         # A commit pins the content on the hub. Local files can change; hashing them whole would read the whole data set.
         sizes = [Path(file).stat().st_size if self.commit is None else 0 for file in self.files]
         return hashlib.sha256(repr((self.columns, list(zip(self.files, sizes, strict=True)))).encode()).hexdigest()

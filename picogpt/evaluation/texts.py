@@ -30,7 +30,7 @@ from picogpt.evaluation.baselines import NGRAM_CHARS
 from picogpt.evaluation.scores import cut_stretches
 from picogpt.runs.folder import RunFolder, load_text_config
 from picogpt.runs.settings import RunSettings
-from picogpt.wording import Notify, plural
+from picogpt.wording import Notify
 
 __all__ = ["EvalText", "TrainedRun", "find_eval_text", "find_ngram_text", "validation_articles"]
 
@@ -246,9 +246,7 @@ def _find_shards(trained: TrainedRun, dataset: str, column: str | None, notify: 
         run_spec = replace(spec, columns=(stored.text_column,) if stored.text_column else spec.columns)
         shards = stored_shards(run_spec, stored)
     shards = shards or find_shards(spec, notify)
-    where = f"at commit {shards.commit[:12]}" if shards.commit else "in this folder"
-    files = plural(len(shards.files), "file")
-    notify(f"{spec.path}: {files} {where}; scoring validation articles, the one in twenty that no run is trained on")
+    notify(f"{spec.describe(shards)}; scoring validation articles, the one in twenty that no run is trained on")
     return _Stream(spec.path, spec.short_name, shards), own
 
 

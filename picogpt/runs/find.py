@@ -8,10 +8,12 @@ from pathlib import Path
 from picogpt.errors import RunError
 from picogpt.runs.folder import LOG_FILE, MODEL_FILE, RunFolder
 
-__all__ = ["find_log", "find_model", "resumable_runs"]
+__all__ = ["find_log", "find_model", "picture_path", "resumable_runs"]
 
-PRETRAINED = Path(__file__).resolve().parents[2] / "logs"
-"""Folder of the bundled models; only a clone of the repository has it."""
+# A wheel has the Wikipedia model inside the package; a clone has all bundled models in its `logs` folder.
+_PACKAGED = Path(__file__).resolve().parents[1] / "pretrained"
+PRETRAINED = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parents[1] / "logs"
+"""Folder of the bundled models."""
 
 _FIRST_CHOICE = "wikipedia"  # the default among the bundled models
 
@@ -52,6 +54,12 @@ def find_log(name: str, logs_dir: Path) -> Path:
         RunError: there is no such log.
     """
     return _find(name, logs_dir, LOG_FILE)
+
+
+def picture_path(found: Path, filename: str) -> Path:
+    """Return the default path of a run's picture: next to the file `found`, but outside of the installed package."""
+    # Files of a package belong to pip, and its folder is often read-only.
+    return Path(f"{found.parent.name}-{filename}") if _PACKAGED in found.parents else found.with_name(filename)
 
 
 def resumable_runs(logs_dir: Path) -> list[str]:

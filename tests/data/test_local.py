@@ -1,4 +1,4 @@
-"""Data sets in local folders: literal names, the hub's layout, every format, and one line for whatever is damaged."""
+"""Data sets in local folders and files: literal names, the hub's layout, every format, and one line for whatever is damaged."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from picogpt.cli import eval as evaluation
 from picogpt.cli import train
 from picogpt.data import ArticleReader, StreamSpec, articles, find_shards, local, resolve_stream
 from picogpt.data.articles import Cursor
@@ -85,7 +86,7 @@ def test_names_are_literal(here: Path, name: str) -> None:
     spec = resolve_stream(name if name != "~" else "./~", None)
     shards = find_shards(spec)
 
-    assert spec.is_folder
+    assert spec.is_local
     assert shards.files == (f"{here.resolve().as_posix()}/{name}/train-{name}.jsonl",)
     assert [row for file in shards.files for row in read_rows(shards, file, 0)] == [("mine",), ("mine too",)]
     assert next(ArticleReader(shards, 0, print).articles(Cursor(0, 0, 0))).empty_before == 0
@@ -117,17 +118,33 @@ def test_a_folder_before_a_part(here: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("file.jsonl", "dataset file.jsonl is a file; name its folder"),
-        ("./gone", r"dataset ./gone: there is no such folder"),
-        ("/nowhere/gone", "dataset /nowhere/gone: there is no such folder"),
+        (
+            "notes.md",
+            r"^dataset notes.md: not a file of .parquet, .*, .txt, which may be packed \(.gz, .bz2, .xz\); give a plain text",
+        ),
+        ("packed.gz", "^dataset packed.gz: not a file of .parquet, .arrow, .jsonl"),
+        (".jsonl", "^dataset .jsonl: not a file of .parquet, .arrow, .jsonl"),
+        ("pipe.jsonl", "^dataset pipe.jsonl: not a file of .parquet, .arrow, .jsonl"),
+        (
+            "./gone",
+            r"^dataset ./gone: there is no such folder or file; name ORG/NAME\[:CONFIG\] on the hub, a folder, or a file of .par",
+        ),
+        ("/nowhere/gone", "^dataset /nowhere/gone: there is no such folder or file"),
+        ("gone.csv", "^dataset gone.csv: there is no such folder or file"),
+        ("data/gone.jsonl.gz", "^dataset data/gone.jsonl.gz: there is no such folder or file"),
     ],
 )
-def test_no_folder(here: Path, name: str, message: str) -> None:
-    """A file, and a path to nothing, are no names of the hub."""
-    (here / "file.jsonl").write_text("{}\n")
+def test_no_data_set(here: Path, name: str, message: str) -> None:
+    """A file of another kind, and a path to nothing, are no names of the hub: one line says what is possible."""
+    for other in ("notes.md", "packed.gz", ".jsonl"):
+        (here / other).write_text("{}\n")
+    os.mkfifo(here / "pipe.jsonl")
 
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         resolve_stream(name, None)
+    assert "\n" not in str(caught.value)
+    assert caught.value.field == "dataset"
+    assert resolve_stream("org/name.csv:default", None).path == "org/name.csv"
 
 
 LAYOUTS = [
@@ -280,6 +297,48 @@ def test_every_format(here: Path) -> None:
         assert texts_of(folder, "id")[:0] == [] if file.suffix in {".csv", ".tsv"} else True
 
 
+def test_a_file_alone(here: Path) -> None:
+    """A file of any format is a data set with the same texts as its folder, from any row on, whatever else lies beside it."""
+    write_all(here / "all")
+    for file in sorted((here / "all").iterdir()):
+        spec = resolve_stream(f"all/{file.name}", None)
+        shards = find_shards(spec)
+
+        assert spec.address == str(file)
+        assert shards.files == (file.resolve().as_posix(),)
+        assert [row[0] for row in read_rows(shards, shards.files[0], 3)] == TEXTS[3:]
+
+
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [
+        ("articles.jsonl", "articles"),
+        ("my.articles.JSONL", "my.articles"),
+        ("a b.jsonl.gz", "a-b"),
+        ("notes?.jsonl", "notes-"),
+        ("-dash.jsonl", "dash"),
+        ("维基.jsonl", "stream"),
+    ],
+)
+def test_name_of_a_files_run(here: Path, name: str, run: str) -> None:
+    """A run is called after its file, without the suffixes; of a folder the whole name counts."""
+    (here / name).write_text("{}\n")
+    (here / "my.folder.csv").mkdir()
+
+    assert resolve_stream(name, None).short_name == run
+    assert resolve_stream("my.folder.csv", None).short_name == "my.folder.csv"
+
+
+def test_a_link_to_a_file(here: Path) -> None:
+    """A link counts by its own name: caches keep files under names without a suffix."""
+    write_jsonl(here / "blobs" / "3f2a", ["x"])
+    (here / "train.jsonl").symlink_to(here / "blobs" / "3f2a")
+    shards = find_shards(resolve_stream("train.jsonl", None))
+
+    assert shards.files == ((here.resolve() / "train.jsonl").as_posix(),)
+    assert list(read_rows(shards, shards.files[0], 0)) == [("x",)]
+
+
 @pytest.mark.parametrize("text", ['[{"text":"a"},\n{"text":"b"}]', '\ufeff [\n{"text":"a"},\n{"text":"b"}\n]\n'])
 def test_lists_of_objects(here: Path, text: str) -> None:
     """A list of objects is read however its lines are broken."""
@@ -309,6 +368,38 @@ def test_tables_and_texts_are_trained_on(here: Path, name: str, content: str, ca
     assert train.main(["--run", "cs", "--epochs", "2"]) == 0
 
     assert "resuming from step 3" in capsys.readouterr().err
+
+
+FILE_RUNS = [
+    ("talk.jsonl.gz", gzip.compress(b'{"said": "a b c d e f g h i j k l m n o"}\n' * 200), ["--text-column", "said"]),
+    pytest.param(
+        "talk.tsv", b"said\tn\n" + b"a b c d e f g h i j k l m n o\t1\n" * 200, ["--text-column", "said"], marks=pytest.mark.slow
+    ),
+    pytest.param("talk.txt", b"a b c d e f g h i j k l m n o\n" * 200, [], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "flags"), FILE_RUNS, ids=["jsonl.gz", "tsv", "txt"])
+def test_a_file_is_trained_on(
+    here: Path, name: str, content: bytes, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on a file is called after it, resumes from any folder, is evaluated on it, and stops if the file has changed."""
+    file = here / "d" / name
+    file.parent.mkdir()
+    file.write_bytes(content)
+    assert train.main(["--dataset", f"d/{name}", *flags, *FLAGS]) == 0
+    assert f"{file}: one file, streamed; one article in twenty" in capsys.readouterr().err
+    monkeypatch.chdir(here / "d")
+    assert train.main(["--run", "talk", "--logs-dir", str(here / "logs"), "--epochs", "2"]) == 0
+    assert "resuming from step 3" in capsys.readouterr().err
+    monkeypatch.chdir(here)
+    scored = ["-m", "talk", "--dataset", f"d/{name}", *flags, "--windows", "2", "--threads", "1"]
+    assert evaluation.main(scored) == 0
+    assert f"{file}: one file; scoring validation articles" in capsys.readouterr().err
+
+    file.write_bytes(content + b"\n")
+    assert train.main(["--run", "talk", "--epochs", "3"]) == 1
+    assert "text is" in capsys.readouterr().err
 
 
 def parquet_of(column: str) -> bytes:
@@ -365,6 +456,21 @@ def test_damage_is_one_line(
     assert train.main(["--dataset", "d", *FLAGS]) == 1
     err = capsys.readouterr().err
     assert err.splitlines()[-1].startswith(f"picogpt-train: {folder.resolve() / str(position)}{suffix}: ")
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not (here / "logs").exists()
+
+
+@pytest.mark.parametrize(("suffix", "content", "message"), DAMAGED, ids=range(len(DAMAGED)))
+def test_damage_of_a_file_alone(
+    here: Path, suffix: str, content: bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that is named itself has the same checks and messages."""
+    (here / f"a{suffix}").write_bytes(content)
+
+    assert train.main(["--dataset", f"a{suffix}", *FLAGS]) == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith(f"picogpt-train: {here.resolve() / 'a'}{suffix}: ")
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
     assert not (here / "logs").exists()

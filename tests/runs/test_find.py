@@ -11,7 +11,7 @@ import pytest
 from picogpt.config import GPTConfig
 from picogpt.errors import RunError
 from picogpt.runs import find
-from picogpt.runs.find import find_log, find_model
+from picogpt.runs.find import find_log, find_model, picture_path
 from picogpt.runs.folder import MODEL_FILE, Checkpoint, LossLog, RunFolder
 
 LOG = LossLog(train=[2.0], val=[2.1], chars=[10], seconds=[1.0], best_loss=2.1, iter_num=8)
@@ -84,3 +84,12 @@ def test_in_the_clone(pretrained: Path) -> None:
     assert find_model(None, pretrained) == (wikipedia, f"model {wikipedia}, as there is no run of your own under {pretrained}")
     own = add(pretrained / "mine", age=9)
     assert find_model(None, pretrained) == (own, f"model {own}")
+
+
+def test_pictures_stay_out_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture lies next to its run; for a model inside the installed package, in the working directory."""
+    package = tmp_path / "site-packages" / "picogpt" / "pretrained"
+    monkeypatch.setattr(find, "_PACKAGED", package)
+
+    assert picture_path(tmp_path / "logs" / "mine" / "model.safetensors", "eval.jpg") == tmp_path / "logs" / "mine" / "eval.jpg"
+    assert picture_path(package / "wikipedia" / "log.pkl", "log.jpg") == Path("wikipedia-log.jpg")
