@@ -64,7 +64,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
     with _naming(path):
-        os.mkdir(temporary)
+        temporary.mkdir()
     try:
         yield temporary
         sync_folder(temporary)
