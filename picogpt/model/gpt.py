@@ -2,8 +2,8 @@
 
 The blocks are those of GPT-2 in the form of nanoGPT (github.com/karpathy/nanoGPT), whose state-dict names are kept.
 New is the slot in front of each window: it carries the mean output of the window before it, the idea of the PicoGPT
-project. Everything here is plain torch, to be read; training attaches faster ways to compute the same blocks
-(`picogpt.model.accelerate`). Text, files and devices belong to other modules.
+project. Everything here is plain torch, to be read. Training (`picogpt.model.accelerate`) and generation
+(`picogpt.inference`) run faster versions, which are tested against this one. Text, files and devices belong to other modules.
 
 Dimensions: B sequences in a batch, T characters of a sequence, n characters of one window, S = n + 1 slots of a window (the
 context slot and its characters), C = n_embd, H = n_head, D = C / H, V = vocab_size.
@@ -67,8 +67,8 @@ class CausalSelfAttention(nn.Module):
         else:
             scores = q @ k.mT / math.sqrt(k.size(-1))  # (B, H, S, D) @ (B, H, D, S) -> (B, H, S, S)
             # Causal: a slot does not see the slots after it. exp(-inf) is 0, so these get no weight.
-            later = torch.ones(S, S, dtype=torch.bool, device=x.device).triu(1)
-            weights = F.softmax(scores.masked_fill(later, -math.inf), dim=-1)  # (B, H, S, S): each row sums to 1
+            future = torch.ones(S, S, dtype=torch.bool, device=x.device).triu(1)
+            weights = F.softmax(scores.masked_fill(future, -math.inf), dim=-1)  # (B, H, S, S): each row sums to 1
             y = self.attn_dropout(weights) @ v  # (B, H, S, S) @ (B, H, S, D) -> (B, H, S, D)
         y = y.transpose(1, 2).reshape(B, S, C)  # heads side by side again
         out: Tensor = self.resid_dropout(self.c_proj(y))  # (B, S, C)
@@ -215,10 +215,10 @@ class GPT(nn.Module):
         spans = window_spans(idx.size(1), self.config.context_len)
         run_blocks = self.transformer.begin_sequence(idx.size(0), [end - start + 1 for start, end in spans])
         for start, end in spans:
-            h = self.transformer(idx[:, start:end], context, run_blocks)  # (B, S, C)
-            # The context roll: context_{i+1} = mean over S of h_i. Gradients flow back through it into all windows before.
-            context = h.mean(dim=1)  # (B, C)
-            yield h, context
+            hidden = self.transformer(idx[:, start:end], context, run_blocks)  # (B, S, C)
+            # The context roll: context_{i+1} = mean over S of hidden_i. Gradients flow back through it into all windows before.
+            context = hidden.mean(dim=1)  # (B, C)
+            yield hidden, context
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Predict the character after each character of `idx`.
@@ -231,11 +231,11 @@ class GPT(nn.Module):
             With targets, the logits (B, T, V) and the mean cross-entropy in nats over all B x T characters, each
             counted once. Without, the logits of the last character alone (B, 1, V), and None.
         """
-        outputs = [h for h, _ in self.roll(idx)]
+        windows = [hidden for hidden, _ in self.roll(idx)]  # (B, S, C) each
         if targets is None:
-            return self.lm_head(outputs[-1][:, -1:]), None  # (B, 1, V)
+            return self.lm_head(windows[-1][:, -1:]), None  # (B, 1, V)
         # Slot 0 of each window is the context slot, which predicts nothing.
-        hidden = torch.cat([h[:, 1:] for h in outputs], dim=1)  # (B, T, C)
+        hidden = torch.cat([hidden[:, 1:] for hidden in windows], dim=1)  # (B, T, C)
         logits: Tensor = self.lm_head(hidden)  # (B, T, V)
         # In float32 also under autocast: bfloat16 is too coarse for a mean over thousands of characters.
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())  # (B * T, V), (B * T,) -> scalar

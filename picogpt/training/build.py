@@ -23,7 +23,7 @@ def build_trainer(
         trainer = RankZeroTrainer(model, config, source, backend.dtype, device=device, ranks=ranks, kernels=kernels)
     else:
         trainer = Trainer(model, config, source, backend.dtype, device=device, kernels=kernels)
-    trainer.apply(backend)
+    trainer.apply_backend(backend)
     return trainer
 
 

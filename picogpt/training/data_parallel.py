@@ -29,7 +29,7 @@ from picogpt.training.state import TrainState
 
 __all__ = ["DataParallelState", "pack_step", "unpack_step"]
 
-_RATE = struct.Struct("<d")
+_LR = struct.Struct("<d")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class DataParallelState(TrainState):
         choice = BackendChoice(**{**spec.backend, "threads": threads or spec.backend["threads"]})
         backend = Backend.select(model, choice, sequences=train.batch_size // ranks.count, local_rank=ranks.local_rank)
         state = cls(model, train, backend.dtype, device=backend.device, ranks=ranks, kernels=backend.kernels)
-        state.apply(backend)
+        state.apply_backend(backend)
         state.load_tensors(checkpoint.tensors)
         state.step, state.local_steps = spec.step, spec.local_steps
         return state
@@ -180,13 +180,13 @@ class DataParallelState(TrainState):
 
     def mean_over_processes(self, loss: float, norm: float) -> tuple[float, float]:
         """Return the means of loss and gradient norm over the ranks, the same on each: all of them raise or none does."""
-        found = self.ranks.all_gather([loss, norm])
-        mean_loss, mean_norm = (math.fsum(values) / len(found) for values in zip(*found, strict=True))
+        pairs = self.ranks.all_gather([loss, norm])
+        mean_loss, mean_norm = (math.fsum(values) / len(pairs) for values in zip(*pairs, strict=True))
         return mean_loss, mean_norm
 
-    def optimizer_step(self, rate: float, loss: float) -> float:
+    def optimizer_step(self, lr: float, loss: float) -> float:
         """Update the weights as in a single process; with DiLoCo take an outer step after `sync_every` local steps."""
-        mean = super().optimizer_step(rate, loss)
+        mean = super().optimizer_step(lr, loss)
         if self.outer is not None:
             self.local_steps += 1
             if self.local_steps == self.config.sync_every:
@@ -251,17 +251,17 @@ class DataParallelState(TrainState):
                     self.outer.sgd.state[anchor] = {"momentum_buffer": self.on_device(tensors[f"outer.{name}"])}
 
 
-def pack_step(batch: Batch, rate: float) -> bytes:
+def pack_step(batch: Batch, lr: float) -> bytes:
     """Serialize a step for the workers: the learning rate, then the ids of `batch`, a byte each.
 
     Ids are stored sequence by sequence, each with the target of its last character: T + 1 bytes hold inputs and targets.
     """
     # Targets are the inputs shifted by one, so only the last one is new: (B, T) and (B, 1) -> (B, T + 1).
-    return _RATE.pack(rate) + np.concatenate((batch.inputs, batch.targets[:, -1:]), axis=1).astype(np.uint8).tobytes()
+    return _LR.pack(lr) + np.concatenate((batch.inputs, batch.targets[:, -1:]), axis=1).astype(np.uint8).tobytes()
 
 
 def unpack_step(content: bytes, n_sequences: int) -> tuple[Batch, float]:
     """Deserialize a step: the inverse of `pack_step`."""
-    (rate,) = _RATE.unpack_from(content)
-    rows = np.frombuffer(content, np.uint8, offset=_RATE.size).reshape(n_sequences, -1).astype(np.int64)  # (B, T + 1)
-    return Batch(rows[:, :-1], rows[:, 1:]), rate
+    (lr,) = _LR.unpack_from(content)
+    rows = np.frombuffer(content, np.uint8, offset=_LR.size).reshape(n_sequences, -1).astype(np.int64)  # (B, T + 1)
+    return Batch(rows[:, :-1], rows[:, 1:]), lr

@@ -57,22 +57,22 @@ class RankZeroTrainer(DataParallelState, Trainer):
         """
         return super().fit(run, schedule, observer, self.ranks.with_heartbeat(stop), notify=notify)
 
-    def train_step(self, rate: float, stop: Stop = lambda: False) -> float:
+    def train_step(self, lr: float, stop: Stop = lambda: False) -> float:
         """Take one training step on all ranks; see `Trainer.train_step`.
 
         Raises:
             RanksError: another rank is gone; the weights are unchanged.
         """
-        fraction_of_peak(rate, self.config)  # raises before any worker receives the step
+        fraction_of_peak(lr, self.config)  # raises before any worker receives the step
         if not self.is_wrapped:
             self._start_workers()
-        return super().train_step(rate, stop)
+        return super().train_step(lr, stop)
 
-    def local_step(self, batch: Batch, rate: float) -> float:
+    def local_step(self, batch: Batch, lr: float) -> float:
         """Send the step to the workers, and take rank 0's part of it."""
         # Workers take the same step at the same time: DDP averages the gradients in the backward pass.
-        self.ranks.broadcast_command(Command.STEP, pack_step(batch, rate))
-        return super().local_step(batch, rate)
+        self.ranks.broadcast_command(Command.STEP, pack_step(batch, lr))
+        return super().local_step(batch, lr)
 
     def outer_step_on_all_ranks(self) -> None:
         """Take an outer step on all ranks now, before `sync_every` local steps are done."""
@@ -101,9 +101,9 @@ class RankZeroTrainer(DataParallelState, Trainer):
         """Return the tensors of all ranks for a checkpoint, and its counts of local steps and ranks."""
         others = self._collect_worker_states()
         tensors = {**self.state_tensors(), **self.outer_tensors()}
-        for rank, held in enumerate(others, start=1):
+        for rank, rank_tensors in enumerate(others, start=1):
             # Names carry their owner: rank1.model.*, rank2.optimizer.*.
-            tensors |= {f"rank{rank}.{name}": array for name, array in held.items()}
+            tensors |= {f"rank{rank}.{name}": array for name, array in rank_tensors.items()}
         return tensors, {"local_steps": self.local_steps, "ranks": 1 + len(others)}
 
     def _collect_worker_states(self) -> list[Tensors]:
@@ -136,7 +136,7 @@ class RankZeroTrainer(DataParallelState, Trainer):
         # Right after an outer step, all ranks hold the same weights, and there is nothing to average.
         if self.local_steps:
             names = [f"model.{name}" for name in self.model.arrays()]
-            self.apply_outer_step([self.on_device(np.mean([held[name] for held in saved], axis=0)) for name in names])
+            self.apply_outer_step([self.on_device(np.mean([tensors[name] for tensors in saved], axis=0)) for name in names])
         weights = {f"model.{name}": array for name, array in self.model.arrays().items()}
         return [{**saved[rank % len(saved)], **weights} for rank in range(1, self.ranks.count)]
 

@@ -70,7 +70,7 @@ class TrainState:
             # In place: a wrapped module would add a prefix to the names in the state dict.
             block.compile()
 
-    def apply(self, backend: Backend) -> None:
+    def apply_backend(self, backend: Backend) -> None:
         """Apply the parts of `backend` that are not arguments of the constructor."""
         if backend.compile:
             self.compile_blocks()
@@ -81,11 +81,11 @@ class TrainState:
 
     @property
     def sequences_per_step(self) -> int:
-        """Sequences of a batch that this process computes."""
+        """Number of sequences of each batch that this process computes."""
         return self.config.batch_size
 
-    def local_step(self, batch: Batch, rate: float) -> float:
-        """Take one training step on `batch` with learning rate `rate`.
+    def local_step(self, batch: Batch, lr: float) -> float:
+        """Take one training step on `batch` with learning rate `lr`.
 
         Returns:
             The mean loss of the batch in nats per character, before the update.
@@ -97,7 +97,7 @@ class TrainState:
         if self.model.config.dropout:
             self.seed_dropout()
         self.model.zero_grad(set_to_none=True)
-        return self.optimizer_step(rate, self.backward(batch))
+        return self.optimizer_step(lr, self.backward(batch))
 
     def backward(self, batch: Batch) -> float:
         """Compute the gradients of the mean loss over `batch`; return that loss in nats per character."""
@@ -119,7 +119,7 @@ class TrainState:
         shape = self.model.config
         return count_thread_groups(self.sequences_per_step, torch.get_num_threads(), (shape.context_len + 1) * shape.n_embd)
 
-    def optimizer_step(self, rate: float, loss: float) -> float:
+    def optimizer_step(self, lr: float, loss: float) -> float:
         """Clip the gradient and update the weights, unless loss or gradient are not finite; return `loss`."""
         norm = self._clip_gradient(self.config.grad_clip or math.inf)
         loss, norm = self.mean_over_processes(loss, norm)
@@ -128,7 +128,7 @@ class TrainState:
                 f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm}; the last finite state is "
                 "kept; start again with a smaller --lr and --fresh, or --dtype float32"
             )
-        set_learning_rate(self.optimizers, fraction_of_peak(rate, self.config))
+        set_learning_rate(self.optimizers, fraction_of_peak(lr, self.config))
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
@@ -138,16 +138,19 @@ class TrainState:
         """Return the means of loss and gradient norm over all processes that take this step: here there is one."""
         return loss, norm
 
-    def _clip_gradient(self, most: float) -> float:
-        """Clip the global norm of the gradient to `most`; return the norm before clipping."""
+    def _clip_gradient(self, max_norm: float) -> float:
+        """Clip the global norm of the gradient to `max_norm`; return the norm before clipping."""
         norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
         # Below the limit torch would multiply every gradient by 1, a pass over memory for nothing. NaN takes the branch too.
-        if not norm + 1e-6 <= most:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), most, norm)
+        if not norm + 1e-6 <= max_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
         return norm.item()
 
     def seed_dropout(self, rank: int = 0) -> None:
-        """Seed the masks of this step, for each rank anew: a resumed run draws the same ones without saving the generator."""
+        """Seed the dropout masks of this step from the run's seed, the rank and the step.
+
+        A resumed run then draws the same masks, and no generator state is saved.
+        """
         bits = philox(self.config.seed, Stream.DROPOUT, rank, self.step)
         torch.manual_seed(int(bits.random_raw() >> 1))  # 63 bits: torch takes no seed from 2^63 on
 
@@ -157,7 +160,7 @@ class TrainState:
         return self.model
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Return the mean loss over `batch` in nats per character, under autocast where products are in bfloat16."""
+        """Return the mean loss over `batch` in nats per character, under autocast if the GEMMs are in bfloat16."""
         inputs, targets = (torch.from_numpy(np.ascontiguousarray(part)).to(self.device) for part in batch)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             _, loss = self.forward_model(inputs, targets)  # (B, T) each -> scalar
@@ -188,7 +191,7 @@ class TrainState:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    # Muon keeps a mean square for each neuron, AdamW for each weight.
+                    # Muon keeps a mean square for each row or column along the longer side, AdamW one for each weight.
                     squares = max(parameter.shape) if isinstance(optimizer, Muon) else parameter.numel()
                     moments += parameter.numel() + squares + 1
         return 4 * (weights + moments)  # float32
@@ -200,13 +203,15 @@ class TrainState:
             RunError: the weights have another shape; nothing is changed.
         """
         self.model.load_arrays(strip_prefix("model.", tensors))
-        held = strip_prefix("optimizer.", tensors)
+        optimizer_tensors = strip_prefix("optimizer.", tensors)
         for optimizer in self.optimizers:
             for name, parameter in self._parameters_of(optimizer):
                 # Names are optimizer.KEY.PARAMETER, such as optimizer.momentum.transformer.h.0.attn.c_attn.weight.
                 suffix = f".{name}"
                 optimizer.state[parameter] = {
-                    key.removesuffix(suffix): self.on_device(array) for key, array in held.items() if key.endswith(suffix)
+                    key.removesuffix(suffix): self.on_device(array)
+                    for key, array in optimizer_tensors.items()
+                    if key.endswith(suffix)
                 }
 
     def on_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
@@ -215,8 +220,8 @@ class TrainState:
 
     def _parameters_of(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:
         """Return the parameters that `optimizer` holds, with their names."""
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return [(name, parameter) for name, parameter in self.model.named_parameters() if id(parameter) in held]
+        own_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if id(parameter) in own_ids]
 
 
 def strip_prefix(prefix: str, tensors: Tensors) -> Tensors:

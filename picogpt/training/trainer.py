@@ -1,7 +1,9 @@
 """The training loop. Progress displays and signals are attached through `Observer` and `stop`.
 
-A run is a pure function of its settings on one machine and thread count: the weights start from the seed, batch k
-depends on k alone, and dropout's seed follows from the run's seed, the step and the rank. So no generator state is saved.
+No state of a random generator is saved. The initial weights depend on the seed, and dropout's seed on the run's seed, the rank
+and the step. The batch of step k depends on the seed and k, and for a stream also on its pool of sequences, which is part of
+the checkpoint. So with a length in epochs or characters, a resumed run is bit-identical to an uninterrupted one on the same
+machine. With minutes, the number of steps and the learning rates also depend on measured times.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ __all__ = ["Observer", "StepReport", "Trainer", "time_call"]
 
 SAVE_INTERVAL = 300.0
 """Seconds of training after which a checkpoint is written in the middle of an epoch."""
-RISE_EPOCHS = 3
+HINT_EPOCHS = 3
 """Epochs without a better validation loss after which a run without patience prints a hint."""
 
 
@@ -94,7 +96,7 @@ class Trainer(TrainState):
         self.patience: int | None = None
         """Epochs without a better validation loss after which the run cools down and ends; None trains to the end."""
         self.cooling_down = False
-        """Whether patience is exhausted: the run ends soon, and its learning rate decays to the floor."""
+        """Whether patience is exhausted: the learning rate decays to its floor, and the run then ends."""
         self.stored_plan: dict[str, Any] | None = None
         """Plan in the loaded checkpoint if it differs from config.json: a pacer's, or a cool-down's."""
         # Steps and characters of an imported run, which the log counts but the schedule does not.
@@ -174,10 +176,10 @@ class Trainer(TrainState):
                 saved_at = time.perf_counter()
         return True
 
-    def _step_or_save(self, run: RunFolder, rate: float, stop: Stop) -> StepReport | None:
+    def _step_or_save(self, run: RunFolder, lr: float, stop: Stop) -> StepReport | None:
         """Take a step; return None if `stop` came while waiting for data. Errors are raised after saving."""
         try:
-            loss = self.train_step(rate, stop)
+            loss = self.train_step(lr, stop)
         except WaitInterrupted:
             self.save(run)
             return None
@@ -189,24 +191,24 @@ class Trainer(TrainState):
         self._epoch_steps += 1
         return StepReport(step=self.step, loss=loss, chars=self.chars_per_step)
 
-    def train_step(self, rate: float, stop: Stop = lambda: False) -> float:
+    def train_step(self, lr: float, stop: Stop = lambda: False) -> float:
         """Take one training step; return the batch's mean loss in nats per character.
 
         Args:
-            rate: learning rate, from 0 to the config's peak `lr`. Parameter groups with a peak of their own, such as Muon's,
+            lr: learning rate, from 0 to the config's peak `lr`. Parameter groups with a peak of their own, such as Muon's,
                 take the same fraction of it.
             stop: polled while waiting for data.
 
         Raises:
-            ConfigError: `rate` is out of its range.
+            ConfigError: `lr` is out of its range.
             TrainingError: loss or gradient are not finite; the weights are unchanged.
             DataError: there are no more data; the weights are unchanged.
             WaitInterrupted: `stop` returned True while waiting for data; the weights are unchanged.
         """
-        fraction_of_peak(rate, self.config)  # raises before a batch is taken
-        # A pure function of the step, so a resumed run gets the same batch.
+        fraction_of_peak(lr, self.config)  # raises before a batch is taken
+        # Depends on the step, and for a stream on its restored pool: a resumed run gets the same batch.
         batch = self.source.train_batch(self.step, stop)
-        loss = self.local_step(batch, rate)
+        loss = self.local_step(batch, lr)
         self.log.iter_num = self._steps_before + self.step
         return loss
 
@@ -249,23 +251,23 @@ class Trainer(TrainState):
         # Replan before saving, so that the checkpoint contains the plan that a resumed run follows.
         if self.pacer is not None and self.schedule is not None:
             self.schedule = self.pacer.after_validation(self.schedule, self.step)
-        self._watch_validation(run, notify)
+        self._apply_patience(run, notify)
         self.save(run)
         return True
 
-    def _watch_validation(self, run: RunFolder, notify: Notify) -> None:
-        """Start the cool-down if patience is exhausted; without patience, print a hint once if the model is overfitting."""
+    def _apply_patience(self, run: RunFolder, notify: Notify) -> None:
+        """Start the cool-down if patience is exhausted; without patience, print a hint once that the model may be overfitting."""
         val, schedule = self.log.val, self.schedule
         waited = epochs_since_best(val)
-        found = (
+        message = (
             f"validation loss has not improved for {plural(waited, 'epoch')} (best {min(val):.4f}, in epoch {len(val) - waited})"
         )
         if self.patience is None:
             # Only at the first such streak of the run, also over several starts.
-            if waited == RISE_EPOCHS and all(epochs_since_best(val[:n]) < RISE_EPOCHS for n in range(1, len(val))):
+            if waited == HINT_EPOCHS and all(epochs_since_best(val[:n]) < HINT_EPOCHS for n in range(1, len(val))):
                 notify(
-                    f"{found}: the model is overfitting; the best weights are kept, so the run can end now (Ctrl-C); for the "
-                    "next one use more text, --dropout 0.1, a shorter run or --patience"
+                    f"{message}: the model may be overfitting; the best weights are kept, so the run can end now (Ctrl-C); for "
+                    "the next one use more text, --dropout 0.1, a shorter run or --patience"
                 )
         elif waited >= self.patience and not self.cooling_down and schedule is not None and self.step < schedule.total_steps:
             # The log also counts the characters of an imported run, whose steps came before this run's first.
@@ -276,7 +278,7 @@ class Trainer(TrainState):
             _, weights = load_model(run.path / MODEL_FILE)
             self.load_weights(weights)
             steps = plural(self.schedule.total_steps - self.step, "step")
-            notify(f"{found}: restored its weights; cooling down from them in {steps}")
+            notify(f"{message}: restored its weights; cooling down from them in {steps}")
 
     def _write_log(self, run: RunFolder, notify: Notify) -> None:
         """Write `log.pkl`, `log.csv` and `log.jpg`. A failure is only a warning: the checkpoint contains the log too."""

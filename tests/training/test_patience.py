@@ -140,7 +140,7 @@ def test_a_rise_is_said_once(run: RunFolder) -> None:
     _, said = fit(trainer, run, Schedule(total_steps=60, steps_per_epoch=5, val_steps=1))
 
     assert said == [
-        "validation loss has not improved for 3 epochs (best 1.0000, in epoch 3): the model is overfitting; the best weights "
+        "validation loss has not improved for 3 epochs (best 1.0000, in epoch 3): the model may be overfitting; the best weights "
         "are kept, so the run can end now (Ctrl-C); for the next one use more text, --dropout 0.1, a shorter run or --patience"
     ]
     assert trainer.step == 60
