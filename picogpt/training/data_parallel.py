@@ -49,12 +49,7 @@ class DataParallelState(TrainState):
     """The training state of one rank.
 
     Args:
-        model_config: shape of the model.
-        config: training settings.
-        dtype: type of the GEMMs; bfloat16 is used through autocast, weights and sums stay float32.
-        device: device of the weights.
-        ranks: the group of ranks that train together.
-        kernels: native kernels that compute the blocks; None computes them with torch.
+        ranks: the group of ranks that train together. The other arguments are those of `TrainState`.
     """
 
     def __init__(

@@ -24,13 +24,7 @@ class RankZeroTrainer(DataParallelState, Trainer):
     """A trainer whose steps are taken by all ranks. Workers run `picogpt.training.worker`.
 
     Args:
-        model_config: shape of the model.
-        config: training settings.
-        source: source of the batches.
-        dtype: type of the GEMMs; bfloat16 is used through autocast, weights and sums stay float32.
-        device: device of the weights.
-        ranks: the group of ranks that train together.
-        kernels: native kernels that compute the blocks; None computes them with torch.
+        ranks: the group of ranks that train together. The other arguments are those of `Trainer`.
     """
 
     def __init__(
