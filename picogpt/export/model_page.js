@@ -358,7 +358,9 @@ function startRoll() {
   if (ids.length < 2 || !other.length) return say("Both texts need some characters.", "roll-live");
   if (read !== `${ids};${other}`) windows = {};
   read = `${ids};${other}`;
-  delete windows[rollMode()];
+  const count = PicoEngine.windowSpans(ids.length, header.context_len).length;
+  // A reading that was cut short is not kept.
+  for (const mode of Object.keys(windows)) if (mode === rollMode() || windows[mode].length < count) delete windows[mode];
   $("strip").replaceChildren();
   showRollTable();
   say("Reading.", "roll-live");
@@ -373,7 +375,9 @@ function showProgress(mode, index) {
 }
 
 function showWindow(message) {
-  (windows[message.mode] ??= [])[message.index] = message;
+  const list = windows[message.mode] ??= [];
+  if (message.index !== list.length) return; // kept from an earlier reading, or of a reading that was cut short
+  list.push(message);
   showProgress(message.mode, message.index + 1);
   showRollTable();
   if (message.mode === rollMode()) $("strip").append(stripCell(message));

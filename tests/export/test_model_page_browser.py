@@ -313,6 +313,14 @@ def test_readings_last_as_long_as_their_text(tab: Tab) -> None:
     tab.wait_for(ROLLED)
     assert all(len(row) == 4 and all(cell not in {"", "-"} for cell in row) for row in rows(tab, "#roll-table"))
 
+    tab.evaluate("windows.zeroed.length = 2")  # as if another reading had begun before its end
+    tab.click("#roll-go")
+    tab.wait_for(ROLLED)
+    assert all(len(row) == 3 for row in rows(tab, "#roll-table"))
+
+    tab.click("#roll-mode [value=zeroed]")
+    tab.wait_for(ROLLED)
+    tab.click("#roll-mode [value='as is']")
     tab.set_value("#roll-text", "another text")
     tab.click("#roll-go")
     tab.wait_for(ROLLED)
@@ -425,6 +433,21 @@ def test_tour(tab: Tab) -> None:
     assert tab.evaluate("model.text.length") == 0
     tab.click("#stop-back")
     assert tab.text("#stop h3") == titles[6]
+    for hidden in (True, False):
+        tab.click("#stop-hide")
+        assert tab.evaluate("$('stop').hidden") == hidden
+    tab.click("#stop-hide")
+    tab.click("#stop-next")
+    assert not tab.evaluate("$('stop').hidden")
+
+
+def test_the_tour_follows_the_page(tab: Tab) -> None:
+    """Sections come in the order of the page; those about writing are all in the first one."""
+    sections = tab.evaluate(
+        "STOPS.map(([, , place]) => [...document.querySelectorAll('section')].indexOf($(place).closest('section')))"
+    )
+
+    assert sections == [0, 0, 0, 0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -644,6 +667,9 @@ def test_width(width: int, browser: Browser, page: Path, tmp_path: Path) -> None
         tab.click("#roll-mode [value=zeroed]")
         tab.click("#roll-go")
         tab.wait_for(ROLLED)
+        tab.click("#roll-mode [value=other]")
+        tab.wait_for(ROLLED)
+        assert tab.evaluate("$('roll-table').tHead.rows[0].cells.length") == 5
         tab.click("#c40")
         tab.wait_for(INSIDE)
         tab.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
