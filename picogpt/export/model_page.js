@@ -498,7 +498,7 @@ function moveStop(by) {
 
 function hideStop(hidden) {
   $("stop").hidden = hidden;
-  $("stop-hide").textContent = hidden ? "Show text" : "Hide text";
+  $("stop-hide").textContent = hidden ? "Show text" : "Hide";
   $("stop-hide").setAttribute("aria-expanded", !hidden);
 }
 
