@@ -17,13 +17,14 @@ const idOf = new Map(header.characters.map((character, id) => [character, id]).r
 const NAMES = { " ": "space", "\n": "newline", "\t": "tab", "\r": "return", "\v": "vertical tab", "\f": "page break" };
 const nameOf = id => NAMES[header.characters[id]] || header.characters[id];
 const decode = ids => ids.map(id => header.characters[id]).join("");
-const percent = p => p >= 0.0005 ? `${(100 * p).toFixed(1)} %` : "< 0.1 %";
+const percent = p => p >= 0.0005 ? `${(100 * p).toFixed(1)}\u00a0%` : "<\u00a00.1\u00a0%";
 const bits = p => (-Math.log2(Math.max(p, 1e-30))).toFixed(2);
+
+const unifyLines = text => text.replace(/\r\n?/g, "\n");
 
 /** Ids of a text: folded to ASCII as in training, in small letters; what remains is unknown. */
 function encode(text) {
-  const unified = text.replace(/\r\n?/g, "\n");
-  const folded = Array.from(unified, character => header.folding[character] ?? character).join("");
+  const folded = Array.from(unifyLines(text), character => header.folding[character] ?? character).join("");
   return Array.from(folded, character => (character.length === 1 && idOf.get(character.toLowerCase())) || 0);
 }
 
@@ -104,6 +105,8 @@ const receive = message => receivers[message.kind](message);
 
 let pendingAt = null; // the place that a link names, chosen once the text is there
 
+const PANELS = ["expected-about", "expected", "attention-about", "attention", "attention-table", "lens-about", "lens"];
+
 let cameFrom = null; // what had the focus when writing began
 
 /** Buttons that make no sense now are off; the focus goes to the pause and then back, as it would be lost on one of them. */
@@ -118,6 +121,7 @@ function setBusy(busy) {
   if (!busy && focused === $("pause")) (cameFrom.matches("#go, #step") ? cameFrom : $("text")).focus();
   if (!busy) $("pause").disabled = true;
   $("text").setAttribute("aria-busy", busy);
+  for (const id of PANELS) $(id).classList.toggle("stale", busy);
 }
 
 const settings = count => ({
@@ -128,6 +132,14 @@ const settings = count => ({
 function promptIds() {
   const ids = encode($("prompt").value).slice(-header.roll_windows * header.context_len);
   return ids.length ? ids : [idOf.get("\n")];
+}
+
+/** Say how the prompt is read, where that differs from what was typed. */
+function describePrompt() {
+  const typed = unifyLines($("prompt").value), ids = encode(typed), unknown = ids.filter(id => id === 0).length;
+  const folded = keep(ids) === typed ? "" : `Read as: \u201c${decode(ids)}\u201d `;
+  const lost = unknown ? `${unknown} ${unknown === 1 ? "character" : "characters"} became ${header.characters[0]}.` : "";
+  $("prompt-about").textContent = `${folded}${lost}`.trim();
 }
 
 /** Write on, after reading the prompt anew if it is another one. */
@@ -149,6 +161,9 @@ function ask(keep, ids, write) {
 function clearText() {
   cut(0);
   model.prompt = 0;
+  $("expected").hidden = true;
+  $("expected-about").textContent = INVITATION;
+  clearInside(INVITATION);
 }
 
 /** Keep the first `length` characters. */
@@ -202,6 +217,7 @@ function select(at, { speak = false } = {}) {
   keepInView(span);
   showExpected();
   if (model.at > 0) send({ kind: "inspect", length: model.at });
+  else clearInside(describeChosen());
   if (speak) say($("expected-about").textContent);
   remember();
 }
@@ -227,17 +243,16 @@ function showExpected() {
   if (!dist) return;
   const top = ranked(dist).slice(0, 10);
   if (at < text.length && !top.includes(text[at])) top.push(text[at]);
-  $("expected").tBodies[0].replaceChildren(...top.map(id => expectedRow(id, dist[id], at)));
+  $("expected").tBodies[0].replaceChildren(...top.map(id => expectedRow(id, dist[id], at, dist[top[0]])));
 }
 
-function expectedRow(id, p, at) {
+function expectedRow(id, p, at, longest) {
   const taken = id === model.text[at];
   const bar = element("span", "", { className: "bar" });
-  bar.style.width = `${100 * p}%`;
-  const button = element("button", "go on", { type: "button", className: "small", disabled: header.never.includes(id) });
-  button.setAttribute("aria-label", `Go on with ${nameOf(id)}`);
+  bar.style.width = `${100 * p / longest}%`;
+  const button = element("button", `write on with ${nameOf(id)}`, { type: "button", className: "small", disabled: header.never.includes(id) });
   button.onclick = () => !model.busy && goOnWith(at, id);
-  const name = element("th", [element("kbd", nameOf(id)), taken ? " (chosen)" : ""], { scope: "row" });
+  const name = element("th", [element("kbd", nameOf(id)), taken ? " (written here)" : ""], { scope: "row" });
   const cells = [name, element("td", percent(p)), element("td", bits(p)), element("td", bar, { className: "wide" }), element("td", button)];
   return element("tr", cells, { className: taken ? "taken" : "" });
 }
@@ -255,13 +270,39 @@ $("text").addEventListener("click", event => {
 
 // ---- Inside the model: attention and the logit lens ----
 
+const INVITATION = "Click a character of the text.";
 let inside = null;
+let wantsSpread = false; // the tour asks for a head that looks at the text
+
+function clearInside(sentence) {
+  inside = null;
+  for (const id of ["attention-about", "lens-about"]) $(id).textContent = sentence;
+  $("attention").replaceChildren();
+  $("attention-table").tBodies[0].replaceChildren();
+  $("lens").hidden = true;
+}
 
 function showInside(message) {
   if (message.length !== model.at) return;
   inside = message;
+  if (wantsSpread) chooseSpread();
+  wantsSpread = false;
   showAttention();
   showLens();
+}
+
+const looksMostAt = weights => weights.indexOf(Math.max(...weights));
+const entropy = weights => -sum([...weights].map(weight => weight * Math.log2(weight || 1)));
+
+/** If the head shown looks at the context slot, take the one that spreads most over the text. */
+function chooseSpread() {
+  const heads = [...inside.attention.keys()];
+  if (looksMostAt(inside.attention[Number($("layer").value) * header.n_head + Number($("head").value)])) return;
+  const atText = heads.filter(head => looksMostAt(inside.attention[head]));
+  const [best] = (atText.length ? atText : heads).sort((a, b) => entropy(inside.attention[b]) - entropy(inside.attention[a]));
+  $("layer").value = Math.floor(best / header.n_head);
+  $("head").value = best % header.n_head;
+  remember();
 }
 
 function showAttention() {
@@ -271,9 +312,11 @@ function showAttention() {
   const names = [...weights.keys()].map(s => s === 0 ? "context slot" : nameOf(model.text[inside.start + s - 1]));
   const largest = Math.max(...weights);
   $("attention").replaceChildren(...names.map((name, s) => attentionColumn(s, name, weights[s] / largest)));
-  const best = weights.indexOf(largest);
-  $("attention-about").textContent = `${describeChosen()} Layer ${layer + 1}, head ${head + 1} looked most at ${best ? `place ${best}, ${names[best]}` : "the context slot"}: ${percent(largest)}. The tallest bar is that one.`;
-  const rows = names.map((name, s) => element("tr", [element("th", s ? `${s}` : "-", { scope: "row" }), element("td", name), element("td", percent(weights[s]))]));
+  const best = looksMostAt(weights);
+  const where = best ? `looked most at character ${inside.start + best} (${names[best]}), ${model.at + 1 - inside.start - best} back` : "looked most at the context slot";
+  const empty = inside.start ? "" : " This is the first window: its context slot is empty.";
+  $("attention-about").textContent = `${describeChosen()} Layer ${layer + 1}, head ${head + 1} ${where}: ${percent(largest)}.${empty}`;
+  const rows = names.map((name, s) => element("tr", [element("th", s ? `${inside.start + s}` : "-", { scope: "row" }), element("td", name), element("td", percent(weights[s]))]));
   $("attention-table").tBodies[0].replaceChildren(...rows);
 }
 
@@ -298,30 +341,45 @@ function showLens() {
 
 // ---- The roll ----
 
-let windows = {}; // of each mode, what its windows came to
+let windows = {}; // of each mode, what its windows came to; kept until a text changes
+let read = ""; // the texts that `windows` belong to
 
+const COLUMNS = { "as is": "own vector", zeroed: "no vector", other: "other text\u2019s" };
+const AGAIN = { zeroed: ", without the vectors", other: ", with the other text\u2019s vectors", "other's own": " of the other text" };
 const rollMode = () => document.querySelector("[name=mode]:checked").value;
 const sum = values => values.reduce((total, value) => total + value, 0);
-const mean = list => sum(list.flatMap(window => window.losses)) / sum(list.map(window => window.losses.length));
+/** Bits per character over some windows. */
+const mean = list => sum(list.flatMap(window => [...window.losses])) / sum(list.map(window => window.losses.length)) / Math.LN2;
 const signed = change => `${change >= 0 ? "+" : "\u2212"}${Math.abs(change).toFixed(3)}`;
 const rollIds = id => encode($(id).value).slice(0, header.roll_windows * header.context_len);
 
 function startRoll() {
   const ids = rollIds("roll-text"), other = rollIds("roll-other");
   if (ids.length < 2 || !other.length) return say("Both texts need some characters.", "roll-live");
-  windows = {};
+  if (read !== `${ids};${other}`) windows = {};
+  read = `${ids};${other}`;
+  const count = PicoEngine.windowSpans(ids.length, header.context_len).length;
+  // A reading that was cut short is not kept.
+  for (const mode of Object.keys(windows)) if (mode === rollMode() || windows[mode].length < count) delete windows[mode];
   $("strip").replaceChildren();
-  $("roll-table").tBodies[0].replaceChildren();
-  $("roll-table").tFoot.replaceChildren();
-  $("roll-column").textContent = { "as is": "changed", zeroed: "zeroed", other: "of the other text" }[rollMode()];
+  showRollTable();
   say("Reading.", "roll-live");
+  showProgress("as is", 0);
   send({ kind: "roll", ids, other, mode: rollMode() });
 }
 
+/** Say which window is being read, not to a screen reader: there are too many of them. */
+function showProgress(mode, index) {
+  const spans = PicoEngine.windowSpans(rollIds(mode === "other's own" ? "roll-other" : "roll-text").length, header.context_len);
+  say(index < spans.length ? `Reading window ${index + 1} of ${spans.length}${AGAIN[mode] ?? ""}` : "", "roll-progress");
+}
+
 function showWindow(message) {
-  (windows[message.mode] ??= [])[message.index] = message;
-  $("roll-table").hidden = false;
-  if (message.mode === rollMode() || message.mode === "as is") showRollRows();
+  const list = windows[message.mode] ??= [];
+  if (message.index !== list.length) return; // kept from an earlier reading, or of a reading that was cut short
+  list.push(message);
+  showProgress(message.mode, message.index + 1);
+  showRollTable();
   if (message.mode === rollMode()) $("strip").append(stripCell(message));
 }
 
@@ -336,7 +394,7 @@ function startOf(index) {
 function stripCell({ index, losses }) {
   const loss = mean([{ losses }]), plain = mean([windows["as is"][index]]);
   const change = rollMode() === "as is" ? [] : [element("b", signed(loss - plain))];
-  const label = element("figcaption", [`window ${index + 1}`, element("br"), `${loss.toFixed(3)} nats`, ...change]);
+  const label = element("figcaption", [`window ${index + 1}`, element("br"), `${loss.toFixed(3)} bits`, ...change]);
   return element("figure", [picture(startOf(index), `Window ${index + 1} starts from a vector`), label]);
 }
 
@@ -353,29 +411,37 @@ function picture(vector, name) {
   return canvas;
 }
 
-function showRollRows() {
-  const changed = rollMode() === "as is" ? [] : windows[rollMode()] ?? [];
-  const rows = (windows["as is"] ?? []).map(window => rollRow(`${window.index + 1}`, `${window.end - window.start}`, [window], [changed[window.index]].filter(Boolean)));
+/** One column for each reading so far, side by side. */
+function showRollTable() {
+  const own = windows["as is"] ?? [], modes = Object.keys(COLUMNS).filter(mode => windows[mode]);
+  $("roll-table").hidden = !own.length;
+  if (!own.length) return;
+  const heads = ["window", "characters", ...modes.map(mode => COLUMNS[mode])].map(name => element("th", name, { scope: "col" }));
+  $("roll-table").tHead.replaceChildren(element("tr", heads));
+  const rows = own.map(({ index, start, end }) => rollRow(`${index + 1}`, end - start, modes.map(mode => cellOf(mode, index, index + 1))));
   $("roll-table").tBodies[0].replaceChildren(...rows);
-  const ends = Math.max(...(windows["as is"] ?? []).map(window => window.end));
-  // Both sides of the total hold the same windows, also while they are still coming in.
-  const both = changed.length ? windows["as is"].slice(0, changed.length) : windows["as is"];
-  if (rows.length) $("roll-table").tFoot.replaceChildren(rollRow("all", `${ends}`, both, changed));
+  $("roll-table").tFoot.replaceChildren(rollRow("all", own.at(-1).end, modes.map(mode => cellOf(mode, 0, own.length))));
 }
 
-function rollRow(name, count, plain, changed) {
-  const [before, after] = [mean(plain), changed.length ? mean(changed) : NaN];
-  const shown = value => Number.isFinite(value) ? value.toFixed(3) : "-";
-  const difference = Number.isFinite(after) ? signed(after - before) : "-";
-  return element("tr", [element("th", name, { scope: "row" }), ...[count, shown(before), shown(after), difference].map(text => element("td", text))]);
+/** Bits of some windows in a mode, and how far they are from those with the windows' own vectors. */
+function cellOf(mode, from, to) {
+  const part = windows[mode].slice(from, to);
+  if (!part.length) return "";
+  // Both sides of a total hold the same windows, also while they are still coming in.
+  const loss = mean(part), plain = mean(windows["as is"].slice(from, from + part.length));
+  return [loss.toFixed(3), mode === "as is" ? "" : element("small", signed(loss - plain))];
 }
+
+const rollRow = (name, count, cells) => element("tr", [element("th", name, { scope: "row" }), ...[`${count}`, ...cells].map(cell => element("td", cell))]);
 
 function sumUpRoll({ mode }) {
+  say("", "roll-progress");
   const plain = mean(windows["as is"]);
-  if (mode === "as is") return say(`With its own context vectors the text costs ${plain.toFixed(3)} nats per character.`, "roll-live");
+  if (mode === "as is") return say(`With its own context vectors the text costs ${plain.toFixed(3)} bits per character.`, "roll-live");
   const change = mean(windows[mode]) - plain;
-  const how = mode === "zeroed" ? "With zeroed context vectors" : "With another text's context vectors";
-  say(`${how} each character costs ${Math.abs(change).toFixed(3)} nats ${change >= 0 ? "more" : "less"}: ${(plain + change).toFixed(3)} instead of ${plain.toFixed(3)}.`, "roll-live");
+  const how = mode === "zeroed" ? "Without context vectors" : "With the other text\u2019s context vectors";
+  const meaning = change >= 0 ? "The own vectors made the text easier to guess." : "The own vectors were no help here.";
+  say(`${how} each character costs ${Math.abs(change).toFixed(3)} bits ${change >= 0 ? "more" : "less"}: ${(plain + change).toFixed(3)} instead of ${plain.toFixed(3)}. ${meaning}`, "roll-live");
 }
 
 // ---- The tour ----
@@ -386,6 +452,18 @@ function withText(id) {
   $(id).focus();
 }
 
+/** Show attention of a character that has something before it, by a head that looks at the text. */
+function showSpread() {
+  wantsSpread = true;
+  if (!model.text.length) {
+    write(number("count"));
+    pendingAt = model.prompt + number("count") - 1; // the last one
+  } else if (!model.busy) {
+    select(model.at < model.text.length / 2 ? model.text.length - 1 : model.at);
+  }
+  $("layer").focus();
+}
+
 function rollWithOther() {
   document.querySelector("[name=mode][value=other]").checked = true;
   startRoll();
@@ -393,12 +471,13 @@ function rollWithOther() {
 
 const STOPS = [
   ["Characters", `The model reads and writes single characters: small letters, digits and punctuation, ${header.characters.length} ids in all. It knows no words. Whatever it knows of spelling, names or grammar, it has found in sequences of characters.`, "write", () => $("prompt").focus()],
-  ["What it expects", "After every character the model gives each possible next one a probability. Choose a character of the text to see the ten that were most probable there. One bit of surprise is a coin's toss: 50 % is 1 bit, 25 % is 2 bits.", "text-label", () => withText("text")],
+  ["What it expects", "After every character the model gives each possible next one a probability. Click a character of the text to see the ten that were most probable there. One bit of surprise is a coin's toss: 50 % is 1 bit, 25 % is 2 bits.", "text-label", () => withText("text")],
   ["Sampling", "The next character is drawn by chance, by these probabilities. A temperature below 1 favours the probable ones, and 0 always takes the first. Top-k leaves only the k most probable. The same seed draws the same text again.", "write", () => $("temperature").focus()],
-  ["Another choice", "Each draw decides all that follows. Choose a character of the text, press \u201cgo on\u201d beside another one, and the model writes on from there.", "text-label", () => withText("text")],
-  ["Attention", `To predict, each of the ${header.n_layer} layers looks back with ${header.n_head} heads. Each head spreads its attention over what stands before. Some look at the character just read, others at the beginning of the word or at the context slot.`, "attention-label", () => withText("layer")],
-  ["Windows and the roll", `The model sees ${header.context_len} characters at once, a window. What lies further back reaches it through a single vector: the mean of the window before. Zero it, or swap it for another text's, and the losses show what it was worth.`, "roll-label", rollWithOther],
-  ["Layer by layer", "The prediction is built up in steps. The first layers know little more than which characters are common. Read the table downwards to see where the choice is made.", "lens-label", () => withText("lens-label")],
+  ["Another character", "Each draw decides all that follows. Click a character of the text, press \u201cwrite on with\u201d beside another one, and the model writes on from there.", "text-label", () => withText("text")],
+  ["Attention", `To predict, each of the ${header.n_layer} layers looks back with ${header.n_head} heads. Each head spreads its attention over what stands before. Some look at the character just read, others at the beginning of the word or at the context slot.`, "attention-label", showSpread],
+  ["Layer by layer", "The prediction is built up in steps. The first layers know little more than which characters are common. Read the table downwards to see where it settles.", "lens-label", () => withText("lens-label")],
+  ["Windows and the roll", `The model sees ${header.context_len} characters at once, a window. What lies further back reaches it through a single vector: the mean of the window before. Take it away, or swap it for another text's, and the bits show what it was worth.`, "roll-label", rollWithOther],
+  ["On your own", "Three small tasks, and what this model is and is not.", "after-label", () => $("after-label").focus()],
 ];
 let stop = 0;
 
@@ -412,8 +491,15 @@ function showStop(index) {
 
 function moveStop(by) {
   showStop(stop + by);
+  hideStop(false);
   $("stop").focus(); // so that it is read out, and a button that is now disabled keeps no focus
   remember();
+}
+
+function hideStop(hidden) {
+  $("stop").hidden = hidden;
+  $("stop-hide").textContent = hidden ? "Show text" : "Hide";
+  $("stop-hide").setAttribute("aria-expanded", !hidden);
 }
 
 function showMe() {
@@ -441,11 +527,27 @@ function remember() {
   history.replaceState(null, "", `#${kept}`);
 }
 
+/** Copy the address; where the browser forbids that, show it, chosen, so that a key copies it. */
+async function copyLink() {
+  remember();
+  try {
+    await navigator.clipboard.writeText(location.href);
+    $("link-field").hidden = true;
+    say("The link is copied.");
+  } catch {
+    $("link-field").hidden = false;
+    $("link").value = location.href;
+    $("link").select();
+    say("The browser does not let the page copy. The link is selected: copy it with Ctrl+C, or with Cmd+C on a Mac.");
+  }
+}
+
 /** Take the state from the address. Nothing is written until a reader asks for it; a text in the address is only read. */
 function restore() {
   const kept = new URLSearchParams(location.hash.slice(1));
   for (const [key, id] of Object.entries(KEPT)) if (kept.has(key)) setValue($(id), kept.get(key));
   $("prompt").value = kept.get("prompt") ?? "the history of ";
+  describePrompt();
   for (const id of ["roll-text", "roll-other"]) $(id).value = kept.get(id) ?? $(id).defaultValue;
   const radios = [...document.querySelectorAll("[name=mode]")];
   (radios.find(radio => radio.value === kept.get("roll")) ?? radios[0]).checked = true;
@@ -474,15 +576,18 @@ function listen() {
   $("go").onclick = () => write(number("count"));
   $("step").onclick = () => write(1);
   $("pause").onclick = () => send({ kind: "pause" });
-  $("clear").onclick = () => { clearText(); $("expected").hidden = true; say("The text is empty."); remember(); };
+  $("clear").onclick = () => { clearText(); say("The text is empty."); remember(); };
   $("layer").onchange = $("head").onchange = showAttention;
   $("roll-go").onclick = startRoll;
   $("roll-mode").onchange = () => { remember(); if (windows["as is"]) startRoll(); };
-  $("roll-mine").onclick = () => { $("roll-text").value = decode(model.text); remember(); };
+  $("roll-mine").onclick = () => { $("roll-text").value = keep(model.text); remember(); };
+  $("prompt").addEventListener("input", describePrompt);
   for (const id of ["prompt", "roll-text", "roll-other", ...Object.values(KEPT)]) $(id).addEventListener("change", remember);
   $("stop-back").onclick = () => moveStop(-1);
   $("stop-next").onclick = () => moveStop(1);
   $("stop-show").onclick = showMe;
+  $("stop-hide").onclick = () => hideStop(!$("stop").hidden);
+  $("copy").onclick = copyLink;
   addEventListener("hashchange", () => location.hash.includes("prompt=") && !model.busy && restore());
 }
 

@@ -63,6 +63,7 @@ def render_model_page(view: ModelView) -> str:
         "title": html.escape(view.name),
         "parameters": f"{_parameters(view.config, tensors):,}",
         "shape": html.escape(view.config.describe()),
+        "width": str(view.config.n_embd),
         "training": _training(view),
         "header": _json({**_header(view), "tensors": tensors}),
         "weights": base64.b64encode(weights).decode(),
@@ -176,7 +177,8 @@ def _training(view: ModelView) -> str:
     """Return the section with the loss curve."""
     if view.log is None or not view.log.val:
         return "<p>There is no loss log of this run.</p>"
-    return render_curve(RunView(name=view.name, log=view.log))
+    axis = "<p>The axis shows the loss: average surprise per character, in nats. One nat is 1.44 bits.</p>"
+    return axis + render_curve(RunView(name=view.name, log=view.log))
 
 
 def _json(content: Any) -> str:

@@ -87,6 +87,8 @@ def test_introduction() -> None:
         page = render_model_page(view(arrays=kept, config=dataclasses.replace(TINY, bias=bias)))
         count = sum(array.size for array in kept.values())
 
+        assert "<h1>A small writing model: tiny</h1>" in page
+        assert "It knows no facts; it makes up text that looks" in page
         assert f"{count:,} parameters, 2 layers, 2 heads, width 16, windows of 8 characters" in page
 
 
@@ -94,7 +96,9 @@ def test_curve() -> None:
     """The loss curve is there where the run has a log."""
     log = LossLog(train=[3.0, 2.0], val=[2.9, 2.1], chars=[10, 20], seconds=[1.0, 2.0])
 
-    assert 'class="curve val"' in render_model_page(view(log=log))
+    page = render_model_page(view(log=log))
+    assert 'class="curve val"' in page
+    assert "the loss: average surprise per character, in nats" in page
     assert "There is no loss log" in render_model_page(view())
 
 

@@ -33,7 +33,7 @@ addEventListener("DOMContentLoaded", () => {
 """Keeps all that a screen reader would be given to say."""
 IDLE = "document.getElementById('state').textContent === 'Ready.' && !model.busy"
 INSIDE = "inside && inside.length === model.at"
-ROLLED = "/nats per character|nats (more|less)/.test(document.getElementById('roll-live').textContent)"
+ROLLED = "/bits per character|bits (more|less)/.test(document.getElementById('roll-live').textContent)"
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +137,9 @@ def test_probabilities(tab: Tab, content: str) -> None:
     assert shades[1:] == pytest.approx([expected[i - 1][ids[i]] for i in range(1, len(ids))], abs=1e-3)
     found = rows(tab, "#expected")
     best = np.sort(expected[9])[::-1]
-    assert [float(row[1].strip("<% ")) for row in found[:10]] == pytest.approx(100 * best[:10], abs=0.06)
+    assert [float(row[1].strip("<%\u00a0")) for row in found[:10]] == pytest.approx(100 * best[:10], abs=0.06)
     assert [float(row[2]) for row in found[:10]] == pytest.approx(-np.log2(best[:10]), abs=0.01)
-    assert sum("(chosen)" in row[0] for row in found) == 1
+    assert sum("(written here)" in row[0] for row in found) == 1
     assert tab.text("#expected-about").startswith("Character 11, ")
 
 
@@ -149,14 +149,14 @@ def test_goes_on_with_another_character(tab: Tab) -> None:
     before = tab.evaluate("model.text")
     tab.click("#c10")
     tab.evaluate("[...document.querySelectorAll('#expected tr:not(.taken) button:not(:disabled)')][0].id = 'other'")
-    name = tab.evaluate("document.getElementById('other').getAttribute('aria-label')")
+    name = tab.text("#other")
     tab.click("#other")
     tab.wait_for(IDLE)
     after = tab.evaluate("model.text")
 
     assert after[:10] == before[:10]
     assert after[10] != before[10]
-    assert name == f"Go on with {tab.evaluate('nameOf(model.text[10])')}"
+    assert name == f"write on with {tab.evaluate('nameOf(model.text[10])')}"
     assert len(after) == 11 + 20
 
 
@@ -208,7 +208,7 @@ def test_attention(tab: Tab) -> None:
 
     assert [row[1] for row in first] == ["context slot", *tab.evaluate("model.text.slice(0, 6).map(nameOf)")]
     for table in (first, second):
-        assert sum(float(row[2].strip("<% ")) for row in table) == pytest.approx(100, abs=0.8)
+        assert sum(float(row[2].strip("<%\u00a0")) for row in table) == pytest.approx(100, abs=0.8)
     assert first != second
     assert tab.evaluate("document.querySelectorAll('#attention > div').length") == 7
     assert "Layer 1, head 2 looked most at" in tab.text("#attention-about")
@@ -220,7 +220,7 @@ def test_logit_lens(tab: Tab) -> None:
     tab.click("#c6")
     tab.wait_for(INSIDE)
     lens = rows(tab, "#lens")
-    expected = [f"{row[0].removesuffix(' (chosen)')} {row[1]}" for row in rows(tab, "#expected")]
+    expected = [f"{row[0].removesuffix(' (written here)')} {row[1]}" for row in rows(tab, "#expected")]
 
     assert [row[0] for row in lens] == ["the input", "layer 1", "layer 2"]
     assert lens[-1][1:4] == expected[:3]
@@ -240,16 +240,21 @@ def test_roll(tab: Tab, content: str) -> None:
     assert column(tab, 2) == pytest.approx(own, abs=1e-3)
     assert (
         tab.text("#roll-live")
-        == f"With its own context vectors the text costs {np.concatenate(losses).mean():.3f} nats per character."
+        == f"With its own context vectors the text costs {np.concatenate(losses).mean() / np.log(2):.3f} bits per character."
     )
+    headers = ["window", "characters", "own vector"]
     for mode, given in {"zeroed": [np.zeros_like(vector) for vector in contexts], "other": others}.items():
         tab.click(f"#roll-mode [value={mode}]")
         tab.wait_for(ROLLED)
         changed = roll(engine, ids, given)[0]
+        headers.append({"zeroed": "no vector", "other": "other text\u2019s"}[mode])
+        assert tab.evaluate("[...$('roll-table').tHead.rows[0].cells].map(cell => cell.textContent)") == headers
         assert column(tab, 2) == pytest.approx(own, abs=1e-3)
-        assert column(tab, 4) == pytest.approx(np.subtract(changed, own), abs=2e-3)
+        assert column(tab, len(headers) - 1) == pytest.approx(changed, abs=1e-3)
+        assert column(tab, len(headers) - 1, "small") == pytest.approx(np.subtract(changed, own), abs=2e-3)
         assert re.search(
-            r"each character costs \d\.\d{3} nats (more|less): \d\.\d{3} instead of \d\.\d{3}\.", tab.text("#roll-live")
+            r"each character costs \d\.\d{3} bits (more|less): \d\.\d{3} instead of \d\.\d{3}\. The own vectors (made|were) ",
+            tab.text("#roll-live"),
         )
     assert tab.evaluate("[...document.querySelectorAll('#strip canvas')].map(canvas => canvas.ariaLabel)")[1:] == [
         f"Window {i + 2} starts from a vector of length {np.linalg.norm(others[i]):.1f}." for i in range(len(contexts) - 1)
@@ -257,7 +262,7 @@ def test_roll(tab: Tab, content: str) -> None:
 
 
 def roll(engine: Engine, ids: list[int], given: list[Any] | None) -> tuple[list[float], list[Any], list[Any]]:
-    """Return mean losses of the windows, the context vectors after each, and all losses; `given` replaces what a window starts from."""
+    """Return bits per character of the windows, the context vectors after each, and all losses; `given` replaces what a window starts from."""
     remainder = (len(ids) - 1) % TINY.context_len + 1
     ends = range(remainder, len(ids) + 1, TINY.context_len)
     context = np.zeros((1, TINY.n_embd), np.float32)
@@ -273,28 +278,176 @@ def roll(engine: Engine, ids: list[int], given: list[Any] | None) -> tuple[list[
         context = window.context().copy()
         contexts.append(context)
         losses.append(scored[0])
-        means.append(float(scored.mean()))
+        means.append(float(scored.mean() / np.log(2)))
     return means, contexts, losses
 
 
-def column(tab: Tab, number: int) -> list[float]:
-    """Return a column of the roll's table."""
-    return [float(row[number].replace("\u2212", "-")) for row in rows(tab, "#roll-table")]
+def column(tab: Tab, number: int, part: str = "") -> list[float]:
+    """Return a column of the roll's table: its values, or with `part` the differences beside them."""
+    cells = f"[...$('roll-table').tBodies[0].rows].map(row => row.cells[{number}])"
+    pick = f"cell.querySelector('{part}').textContent" if part else "cell.firstChild.textContent"
+    return [float(text.replace("\u2212", "-")) for text in tab.evaluate(f"{cells}.map(cell => {pick})")]
+
+
+def test_progress_of_the_roll(tab: Tab) -> None:
+    """Each window is announced to the eye as it is read, with its number, and nothing remains at the end."""
+    tab.set_value("#roll-text", "a text of four windows, more or less")
+    tab.evaluate(
+        "window.seen = []; new MutationObserver(() => seen.push($('roll-progress').textContent)).observe($('roll-progress'), { childList: true })"
+    )
+    tab.click("#roll-go")
+    tab.wait_for(ROLLED)
+    count = len(rows(tab, "#roll-table"))
+
+    assert f"Reading window {count - 1} of {count}" in tab.evaluate("seen")
+    assert tab.text("#roll-progress") == ""
+
+
+def test_readings_last_as_long_as_their_text(tab: Tab) -> None:
+    """A new reading of the same texts keeps the columns, and a change of a text begins anew; no cell is a dash or empty."""
+    tab.click("#roll-go")
+    tab.wait_for(ROLLED)
+    tab.click("#roll-mode [value=zeroed]")
+    tab.wait_for(ROLLED)
+    tab.click("#roll-mode [value='as is']")
+    tab.wait_for(ROLLED)
+    assert all(len(row) == 4 and all(cell not in {"", "-"} for cell in row) for row in rows(tab, "#roll-table"))
+
+    tab.evaluate("windows.zeroed.length = 2")  # as if another reading had begun before its end
+    tab.click("#roll-go")
+    tab.wait_for(ROLLED)
+    assert all(len(row) == 3 for row in rows(tab, "#roll-table"))
+
+    tab.click("#roll-mode [value=zeroed]")
+    tab.wait_for(ROLLED)
+    tab.click("#roll-mode [value='as is']")
+    tab.set_value("#roll-text", "another text")
+    tab.click("#roll-go")
+    tab.wait_for(ROLLED)
+    assert all(len(row) == 3 for row in rows(tab, "#roll-table"))
+
+
+def test_clear_empties_the_panels(tab: Tab) -> None:
+    """After clearing, no panel shows the old text; while a new one is being written, they are dimmed."""
+    write(tab)
+    tab.click("#c6")
+    tab.wait_for(INSIDE)
+    tab.set_value("#speed", "20")
+    tab.click("#go")
+    assert tab.evaluate("PANELS.every(id => $(id).classList.contains('stale'))")
+    tab.click("#pause")
+    tab.wait_for(IDLE)
+    assert tab.evaluate("document.querySelectorAll('.stale').length") == 0
+    tab.click("#clear")
+
+    for panel in ("expected", "attention", "lens"):
+        assert tab.text(f"#{panel}-about") == "Click a character of the text."
+    assert tab.evaluate("[$('expected').hidden, $('lens').hidden, $('attention').childElementCount]") == [True, True, 0]
+    assert rows(tab, "#attention-table") == []
+
+
+def test_numbers_of_attention(tab: Tab) -> None:
+    """A place is counted in the whole text, with its distance, or it is the context slot; an empty slot is named so."""
+    write(tab)
+    for at in (6, 18):
+        tab.click(f"#c{at}")
+        tab.wait_for(INSIDE)
+        found = rows(tab, "#attention-table")
+        assert found[-1][0] == str(at)
+        best = tab.evaluate("looksMostAt(inside.attention[0])")
+        back = at + 1 - int(found[best][0]) if best else 0
+        where = f"character {found[best][0]} ({found[best][1]}), {back} back" if best else "the context slot"
+        about = tab.text("#attention-about")
+        assert f"looked most at {where}: {found[best][2]}." in about
+        assert about.endswith("This is the first window: its context slot is empty.") == (at == 6)
+
+
+def test_the_attention_stop_shows_a_spread(tab: Tab) -> None:
+    """The tour clicks a late character, and no head that looks at the context slot if another one does not."""
+    write(tab, count=30)
+    tab.evaluate("select(1); showStop(4)")
+    tab.click("#stop-show")
+    tab.wait_for(INSIDE)
+    assert tab.evaluate("model.at") == 31
+
+    tab.evaluate(
+        "inside.attention = inside.attention.map((_, i) => [[1, 0, 0], [0, 1, 0], [0.2, 0.4, 0.4], [0.9, 0.05, 0.05]][i])"
+    )
+    tab.evaluate("$('layer').value = 0; $('head').value = 0; chooseSpread()")
+    assert tab.evaluate("[$('layer').value, $('head').value]") == ["1", "0"]
+    tab.evaluate("$('layer').value = 0; $('head').value = 1; chooseSpread()")
+    assert tab.evaluate("[$('layer').value, $('head').value]") == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "about"),
+    [
+        ("plain", ""),
+        ("Caf\u00e9", "Read as: \u201ccafe\u201d"),
+        ("a\U0001f600", "Read as: \u201ca<?>\u201d 1 character became <?>."),
+        ("\U0001f600\U0001f600", "Read as: \u201c<?><?>\u201d 2 characters became <?>."),
+    ],
+)
+def test_how_a_prompt_is_read(typed: str, about: str, tab: Tab) -> None:
+    """Below the prompt stands how it is read, if that differs, and how many characters are unknown."""
+    tab.set_value("#prompt", typed)
+
+    assert tab.text("#prompt-about") == about
+
+
+def test_unknown_characters_stay_one(tab: Tab) -> None:
+    """The text written above goes to the roll with the same ids."""
+    write(tab, "a\U0001f600b", 5)
+    tab.click("#roll-mine")
+
+    assert tab.evaluate("rollIds('roll-text')") == tab.evaluate("model.text")
+
+
+def test_copies_the_link(tab: Tab) -> None:
+    """The link goes to the clipboard; where that is forbidden, it is shown and selected."""
+    write(tab)
+    clipboard = "Object.defineProperty(navigator, 'clipboard', { configurable: true, value: { writeText: %s } })"
+    tab.evaluate(clipboard % "async text => { window.copied = text; }" + "; 0")
+    tab.click("#copy")
+    tab.wait_for("$('live').textContent === 'The link is copied.'")
+    assert tab.evaluate("copied === location.href && copied.includes('prompt=ab')")
+
+    tab.evaluate(clipboard % "() => Promise.reject(new Error('no'))" + "; 0")
+    tab.click("#copy")
+    tab.wait_for("$('live').textContent.includes('Ctrl+C')")
+    assert tab.evaluate("document.activeElement.id") == "link"
+    assert tab.evaluate("getSelection().toString() === location.href || $('link').selectionEnd === location.href.length")
 
 
 def test_tour(tab: Tab) -> None:
-    """Seven stops one after the other, each read out; nothing moves until a reader asks for it."""
+    """Eight stops one after the other, each read out; nothing moves until a reader asks for it."""
     titles = [tab.text("#stop h3")]
-    for _ in range(6):
+    for _ in range(7):
         tab.click("#stop-next")
+        assert tab.evaluate("$('bar').getBoundingClientRect().bottom <= innerHeight + 1")
         assert tab.evaluate("document.activeElement.id") == "stop"
         titles.append(tab.text("#stop h3"))
 
-    assert [title[:7] for title in titles] == [f"{i} of 7:" for i in range(1, 8)]
+    assert [title[:7] for title in titles] == [f"{i} of 8:" for i in range(1, 9)]
     assert tab.evaluate("document.getElementById('stop-next').disabled")
     assert tab.evaluate("model.text.length") == 0
     tab.click("#stop-back")
-    assert tab.text("#stop h3") == titles[5]
+    assert tab.text("#stop h3") == titles[6]
+    for hidden in (True, False):
+        tab.click("#stop-hide")
+        assert tab.evaluate("$('stop').hidden") == hidden
+    tab.click("#stop-hide")
+    tab.click("#stop-next")
+    assert not tab.evaluate("$('stop').hidden")
+
+
+def test_the_tour_follows_the_page(tab: Tab) -> None:
+    """Sections come in the order of the page; those about writing are all in the first one."""
+    sections = tab.evaluate(
+        "STOPS.map(([, , place]) => [...document.querySelectorAll('section')].indexOf($(place).closest('section')))"
+    )
+
+    assert sections == [0, 0, 0, 0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -305,8 +458,9 @@ def test_tour(tab: Tab) -> None:
         (3, "temperature", "write"),
         (4, "text", "text-label"),
         (5, "layer", "attention-label"),
-        (6, "stop-show", "roll-label"),
-        (7, "lens-label", "lens-label"),
+        (6, "lens-label", "lens-label"),
+        (7, "stop-show", "roll-label"),
+        (8, "after-label", "after-label"),
     ],
 )
 def test_stops_of_the_tour(number: int, focused: str, place: str, browser: Browser, page: Path) -> None:
@@ -314,14 +468,14 @@ def test_stops_of_the_tour(number: int, focused: str, place: str, browser: Brows
     with browser.tab() as tab:
         tab.open(page, f"#prompt=ab&stop={number}")
         tab.wait_for(IDLE)
-        assert tab.text("#stop h3").startswith(f"{number} of 7")
+        assert tab.text("#stop h3").startswith(f"{number} of 8")
         tab.click("#stop-show")
         tab.wait_for(IDLE)
 
         assert tab.evaluate("document.activeElement.id") == focused
         assert tab.evaluate(f"(y => y > -1 && y < innerHeight)($('{place}').getBoundingClientRect().y)")
-        assert (tab.evaluate("model.text.length") > 0) == (number in {2, 4, 5, 7})
-        if number == 6:
+        assert (tab.evaluate("model.text.length") > 0) == (number in {2, 4, 5, 6})
+        if number == 7:
             tab.wait_for(ROLLED)
             assert tab.evaluate("rollMode()") == "other"
         assert tab.complaints() == []
@@ -513,6 +667,9 @@ def test_width(width: int, browser: Browser, page: Path, tmp_path: Path) -> None
         tab.click("#roll-mode [value=zeroed]")
         tab.click("#roll-go")
         tab.wait_for(ROLLED)
+        tab.click("#roll-mode [value=other]")
+        tab.wait_for(ROLLED)
+        assert tab.evaluate("$('roll-table').tHead.rows[0].cells.length") == 5
         tab.click("#c40")
         tab.wait_for(INSIDE)
         tab.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
@@ -521,6 +678,9 @@ def test_width(width: int, browser: Browser, page: Path, tmp_path: Path) -> None
         (tmp_path / "page.png").write_bytes(tab.screenshot())
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert tab.evaluate(wide) == []
+        assert tab.evaluate("$('bar').getBoundingClientRect().height") < 740 * 0.45
+        assert tab.evaluate("document.querySelector('svg').getBoundingClientRect().right <= innerWidth")
+        assert tab.evaluate("[...$('lens').querySelectorAll('th, td')].every(cell => cell.getBoundingClientRect().width > 0)")
         for table in ("expected", "lens", "roll-table"):
             assert tab.evaluate(f"$('{table}').scrollWidth <= $('{table}').closest('.scroll').clientWidth"), table
         assert tab.complaints() == []
