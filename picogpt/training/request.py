@@ -120,6 +120,8 @@ class TrainRequest:
         if self.gives_a_length:
             # A new length replaces the old one whatever its unit; the division into epochs stays.
             fields = {name: value for name, value in fields.items() if name not in LENGTHS}
+        if "minutes" in self.length:
+            fields["patience"] = None  # that of the run, which minutes exclude
         return Budget(**{**fields, **self.length})
 
     def check_origin(self, stored: RunSettings, asked: Path | None) -> None:

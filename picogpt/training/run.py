@@ -152,16 +152,20 @@ class TrainingRun:
 
     def _prepare(self) -> None:
         """Restore or initialize the trainer, and determine the number of steps."""
+        plan = self.plan
         self._check_disk()
         if self.folder.has_checkpoint():
             self._restore()
         else:
             self._begin()
         self.schedule = self.trainer.schedule = self._fix_schedule()
-        self.plan.request.check_length(self.schedule.total_steps, self.trainer.step)
+        plan.request.check_length(self.schedule.total_steps, self.trainer.step)
+        if self.trainer.stored_plan is not None and plan.stored is not None and plan.budget != plan.stored.budget:
+            # Config and checkpoint must name the same length, or the next start would find the old plan.
+            self.trainer.save(self.folder)
         # From here on the folder contains a run that can be resumed, even without a checkpoint.
         self._write_config()
-        origin = self.plan.origin
+        origin = plan.origin
         if origin is not None and origin.log is not None and not self.folder.has_checkpoint():
             self._keep_imported(origin.log)
         self._announce()
@@ -234,18 +238,20 @@ class TrainingRun:
         trainer, budget, stored = self.trainer, self.plan.budget, self.plan.stored
         # The stored schedule holds unless another length was requested.
         kept = stored.schedule if stored is not None and budget == stored.budget else None
-        saved, trainer.patience = trainer.stored_plan, budget.patience
+        # The plan in the checkpoint belongs to the stored budget too, so with another one it is dropped.
+        saved, trainer.patience = trainer.stored_plan if kept else None, budget.patience
         if budget.minutes is None:
-            # A cool-down that has started is finished, unless another length or patience is requested.
-            trainer.cooling_down = kept is not None and saved is not None
-            return Schedule(**saved["schedule"]) if kept and saved else kept or self._new_schedule(None)
+            # A cool-down that has started is finished.
+            trainer.cooling_down = saved is not None
+            return Schedule(**saved["schedule"]) if saved else kept or self._new_schedule(None)
         if kept is not None and saved is None and self.folder.has_checkpoint():
             return kept  # a run that is older than pacers keeps its number of steps
         # Seconds that earlier starts have spent; suspended time is not counted by the pacer.
-        seconds, before = budget.minutes * 60, float(saved["pacer"]["seconds_spent"]) if saved else trainer.seconds
-        if kept is not None and saved is not None:
+        measured = trainer.stored_plan["pacer"] if trainer.stored_plan else None  # a cool-down has no pacer
+        seconds, before = budget.minutes * 60, float(measured["seconds_spent"]) if measured else trainer.seconds
+        if saved is not None and measured is not None:
             # Resumed with the same minutes: continue from the saved plan and measurements, without benchmark steps.
-            schedule, measured = Schedule(**saved["schedule"]), saved["pacer"]
+            schedule = Schedule(**saved["schedule"])
             pace = Pace(
                 seconds_per_step=measured["seconds_per_step"],
                 seconds_per_val_batch=0.0,  # the pacer has measured whole validations

@@ -198,3 +198,39 @@ def test_needs_a_single_process() -> None:
     """Two ranks cannot cool down together."""
     with pytest.raises(ConfigError, match="^patience needs a single process, got 2 ranks; leave --patience out$"):
         _check_patience(Budget(patience=2), TrainConfig(), Ranks(0, 2))
+
+
+@pytest.mark.usefixtures("short_text")
+def test_minutes_after_a_cool_down(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that has cooled down is trained on by the clock, which has no patience."""
+    assert train.main(overfitting("--chars", "20000", "--patience", "2")) == 0
+    step = RunFolder(Path("logs/short")).load_checkpoint()[0].state["step"]
+    assert train.main(["--run", "short", "--minutes", "0.03"]) == 0
+
+    assert RunFolder(Path("logs/short")).load_checkpoint()[0].state["step"] > step
+    assert RunFolder(Path("logs/short")).read_config()["budget"]["patience"] is None
+    assert "cooling down" not in capsys.readouterr().err.rpartition("resuming")[2]
+
+
+@pytest.mark.usefixtures("short_text")
+@pytest.mark.parametrize("first", [["--chars", "20000", "--patience", "2"], ["--minutes", "0.03"]], ids=["patience", "minutes"])
+def test_a_replaced_plan_is_gone(first: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is given another length and dies before its next checkpoint has that length all the same."""
+    assert train.main(overfitting(*first)) == 0
+    before = RunFolder(Path("logs/short")).load_checkpoint()[0].state["step"]
+
+    def lost(*_: object, **__: object) -> bool:
+        raise OSError("the power is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "fit", lost)
+        assert train.main(["--run", "short", "--chars", "40000"]) == 1
+    assert train.main(["--run", "short"]) == 0
+    folder = RunFolder(Path("logs/short"))
+
+    after = folder.load_checkpoint()[0].state["step"]
+
+    assert folder.read_config()["budget"]["chars"] == 40_000
+    assert after > before
+    # Patience may end it before 40,000 characters, in steps of 32.
+    assert "--patience" in first or after == 1250
