@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,26 @@ class Watcher:
 
     def stop(self) -> bool:
         return self.stop_after is not None and len(self.reports) >= self.stop_after
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """Have these lines typed on a terminal, and then Ctrl-D."""
+    typed = iter(lines)
+
+    def line(_: str = "") -> str:
+        for text in typed:
+            return text
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", line)
+    monkeypatch.setattr(sys, "stdin", Terminal())
 
 
 @pytest.fixture(autouse=True)

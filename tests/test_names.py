@@ -74,4 +74,4 @@ def test_export() -> None:
     done = subprocess.run(command, capture_output=True, check=False)
 
     assert (done.returncode, done.stdout) == (0, b"caf\xe9.html\n"), done.stderr
-    assert "<h1>caf?-run</h1>" in Path("caf\udce9.html").read_text("utf-8")
+    assert "<h1>A small writing model: caf?-run</h1>" in Path("caf\udce9.html").read_text("utf-8")

@@ -8,17 +8,16 @@ from __future__ import annotations
 import base64
 import html
 import itertools
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from string import Template
 
+from picogpt.export.page import resource, script_json
 from picogpt.runs.folder import LossLog
 from picogpt.wording import format_seconds
 
-__all__ = ["EpochView", "RunView", "render_curve", "render_page"]
+__all__ = ["EpochView", "RunView", "pack_probabilities", "render_curve", "render_page"]
 
 RELOAD_SECONDS = 15
 """Seconds after which the page of a run in training reloads itself."""
@@ -98,12 +97,11 @@ def render_page(runs: Sequence[RunView]) -> str:
         "table": _table(runs),
         "watch": _samples(runs) if not single else _watch(single) if single.epochs else "",
         "settings": "".join(_settings(run, named=not single) for run in runs),
-        # Without "<", no text can contain "</script>" and end the element early.
-        "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
-        "style": _resource("css"),
-        "script": _resource("js"),
+        "data": script_json(data),
+        "style": resource("log_page.css"),
+        "script": resource("log_page.js"),
     }
-    return Template(_resource("html")).substitute(parts)
+    return Template(resource("log_page.html")).substitute(parts)
 
 
 def render_curve(run: RunView) -> str:
@@ -111,10 +109,6 @@ def render_curve(run: RunView) -> str:
     # That page has no script for the cursor, so the caption explains the lines only.
     hint = "<figcaption>Validation solid, training dashed.</figcaption>"
     return f'<figure class="scroll">{_Chart([run]).svg()}{hint}</figure>{_table([run])}'
-
-
-def _resource(kind: str) -> str:
-    return (files("picogpt.export") / f"log_page.{kind}").read_text("utf-8")
 
 
 def _status(runs: Sequence[RunView]) -> str:
@@ -141,16 +135,20 @@ def _reload(run: RunView) -> dict[str, float]:
 
 def _epoch_data(run: RunView) -> list[dict[str, str]]:
     """Return the data of the slider, one entry per epoch."""
-    # A byte per probability is enough for shades, and keeps the page small.
     return [
         {
             "label": _epoch_label(run.log, number),
             "sample": view.sample,
-            "probabilities": base64.b64encode(bytes(round(255 * p) for p in view.probabilities)).decode(),
+            "probabilities": pack_probabilities(view.probabilities),
         }
         # The last epoch of the log is the last view; earlier epochs may have none.
         for number, view in enumerate(run.epochs, start=len(run.log.val) - len(run.epochs) + 1)
     ]
+
+
+def pack_probabilities(probabilities: Iterable[float]) -> str:
+    """Encode probabilities as base64, a byte each: enough for shades of a colour, and it keeps files small."""
+    return base64.b64encode(bytes(round(255 * p) for p in probabilities)).decode()
 
 
 def _epoch_label(log: LossLog, number: int) -> str:
@@ -264,16 +262,13 @@ class _Chart:
 
     def points(self, run: RunView) -> list[dict[str, float | str]]:
         """Return the x coordinate of each epoch and its text, for the cursor."""
-        log = run.log
         return [
             {
                 "x": round(self._x(chars), 1),
                 "text": f"epoch {i}: {chars:,} characters in {format_seconds(seconds)}, train {train:.4f}, "
                 f"validation {val:.4f} nats per character ({val / math.log(2):.4f} bits)",
             }
-            for i, (chars, seconds, train, val) in enumerate(
-                zip(log.chars, log.seconds, log.train, log.val, strict=True), start=1
-            )
+            for i, chars, seconds, train, val in _rows(run.log)
         ]
 
     def svg(self) -> str:
@@ -316,22 +311,23 @@ class _Chart:
         for i, run in enumerate(self._runs):
             colour = _COLOURS[i % len(_COLOURS)]
             for kind, losses in (("train", run.log.train), ("val", run.log.val)):
-                places = [
-                    f"{self._x(chars):.1f},{self._y(loss):.1f}"
-                    for chars, loss in zip(run.log.chars, losses, strict=True)
-                    if math.isfinite(loss)
-                ]
+                places = self._places(run.log, losses)
                 if len(places) == 1:  # a line of one point is invisible
-                    x, y = places[0].split(",")
-                    yield f'<circle cx="{x}" cy="{y}" r="{4 if kind == "val" else 2}" style="fill: {colour}"/>'
+                    x, y = places[0]
+                    yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{4 if kind == "val" else 2}" style="fill: {colour}"/>'
                 elif places:
-                    yield f'<polyline class="curve {kind}" style="stroke: {colour}" points="{" ".join(places)}"/>'
+                    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+                    yield f'<polyline class="curve {kind}" style="stroke: {colour}" points="{line}"/>'
             if len(self._runs) > 1:
                 yield from self._points_of(run.log, i)
 
+    def _places(self, log: LossLog, losses: Sequence[float]) -> list[tuple[float, float]]:
+        """Return the coordinates of the losses that can be drawn."""
+        return [(self._x(chars), self._y(loss)) for chars, loss in zip(log.chars, losses, strict=True) if math.isfinite(loss)]
+
     def _points_of(self, log: LossLog, run: int) -> Iterator[str]:
         """Yield points on the validation curve of a run: the last epoch, and others at equal distances before it."""
-        places = [(self._x(chars), self._y(loss)) for chars, loss in zip(log.chars, log.val, strict=True) if math.isfinite(loss)]
+        places = self._places(log, log.val)
         for x, y in places[:: -max(1, math.ceil(len(places) / _MAX_POINTS))]:
             yield _point(round(x, 1), round(y, 1), run)
 

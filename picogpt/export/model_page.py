@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from string import Template
 from typing import Any
 
@@ -23,10 +21,11 @@ import numpy.typing as npt
 
 from picogpt.config import GenerateConfig, GPTConfig, TextConfig
 from picogpt.export.log_page import RunView, render_curve
+from picogpt.export.page import resource, script_json
 from picogpt.export.wasm import assemble
 from picogpt.folding import fold_character
 from picogpt.inference.generate import MAX_PROMPT_WINDOWS, suppressed_ids
-from picogpt.inference.tensors import Floats, Tensors
+from picogpt.inference.tensors import Floats, Tensors, to_bfloat16
 from picogpt.runs.folder import LossLog
 from picogpt.tokenizer import VOCAB_SIZE, CharTokenizer
 
@@ -65,14 +64,14 @@ def render_model_page(view: ModelView) -> str:
         "shape": html.escape(view.config.describe()),
         "width": str(view.config.n_embd),
         "training": _training(view),
-        "header": _json({**_header(view), "tensors": tensors}),
+        "header": script_json({**_header(view), "tensors": tensors}),
         "weights": base64.b64encode(weights).decode(),
-        "style": _resource("model_page.css"),
-        "engine": _resource("engine.js"),
-        "service": _resource("model_service.js"),
-        "script": _resource("model_page.js"),
+        "style": resource("model_page.css"),
+        "engine": resource("engine.js"),
+        "service": resource("model_service.js"),
+        "script": resource("model_page.js"),
     }
-    return Template(_resource("model_page.html")).substitute(parts)
+    return Template(resource("model_page.html")).substitute(parts)
 
 
 def quantize_rows(weight: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
@@ -99,7 +98,7 @@ def _pack(tensors: Tensors) -> tuple[dict[str, dict[str, Any]], bytes]:
     # Any order will do: the page looks up offsets by name.
     config = tensors.config
     for name, shape in _tables(config).items():
-        add(name, "bfloat16", shape, _bfloat16(tensors.get(name, *shape)))
+        add(name, "bfloat16", shape, to_bfloat16(tensors.get(name, *shape)).astype("<u2").tobytes())
     for name, size in _vectors(config).items():
         # A model without biases gets zeros, so that the page has one code path.
         vector = tensors.bias(name, size) if name.endswith("bias") else tensors.get(name, size)
@@ -132,13 +131,6 @@ def _matrices(config: GPTConfig) -> dict[str, tuple[int, int]]:
     return {f"h.{i}.{name}.weight": shape for i in range(config.n_layer) for name, shape in shapes.items()}
 
 
-def _bfloat16(table: Floats) -> bytes:
-    """Round to bfloat16, to nearest with ties to even; numpy has no such type."""
-    # A bfloat16 is the upper half of a float32. Adding just under half a unit, plus the lowest bit that stays, rounds.
-    bits = np.ascontiguousarray(table, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
-
-
 def _header(view: ModelView) -> dict[str, Any]:
     """Return everything that the page needs besides the weights."""
     config, tokenizer = view.config, CharTokenizer()
@@ -154,7 +146,7 @@ def _header(view: ModelView) -> dict[str, Any]:
         "never": suppressed_ids(view.text).tolist(),
         "characters": [tokenizer.decode([i]) for i in range(VOCAB_SIZE)],
         # Assembled here, so that the repository contains source and no binary.
-        "products": base64.b64encode(assemble(_resource("products.wat"))).decode(),
+        "products": base64.b64encode(assemble(resource("products.wat"))).decode(),
         "folding": _folding() if view.text is None or view.text.fold else {},
     }
 
@@ -179,12 +171,3 @@ def _training(view: ModelView) -> str:
         return "<p>There is no loss log of this run.</p>"
     axis = "<p>The axis shows the loss: average surprise per character, in nats. One nat is 1.44 bits.</p>"
     return axis + render_curve(RunView(name=view.name, log=view.log))
-
-
-def _json(content: Any) -> str:
-    """Return `content` as JSON for a script element: without "<", no text can contain "</script>" and end it early."""
-    return json.dumps(content, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _resource(name: str) -> str:
-    return (files("picogpt.export") / name).read_text("utf-8")

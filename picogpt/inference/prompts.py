@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -121,6 +122,11 @@ class TextGenerator:
         texts = [[token for parts, _ in steps for token in parts[i]] for i in range(self._make.num_samples)]
         return list(zip(texts, stopped, strict=True))
 
+    @cached_property
+    def _names(self) -> list[str]:
+        """The character of each id."""
+        return [self._tokenizer.decode([i]) for i in range(self._engine.config.vocab_size)]
+
     def _predictor(self, prompt: Sequence[int], texts: int) -> Predictor:
         return Predictor(self._engine, np.array(prompt, np.uint8), self._hop, texts)
 
@@ -128,7 +134,7 @@ class TextGenerator:
         """Return the next characters of a text with their probabilities."""
         probabilities = predictor.read(text, ids)  # (n, V)
         order = np.argsort(-probabilities, axis=-1, kind="stable")[:, :_TOP]  # (n, 10)
-        names = [self._tokenizer.decode([i]) for i in range(probabilities.shape[1])]
+        names = self._names
         return [
             Character(names[token], float(row[token]), [(names[i], float(row[i])) for i in likeliest])
             for token, row, likeliest in zip(ids, probabilities, order.tolist(), strict=True)

@@ -20,18 +20,18 @@ from picogpt.device import speedup
 from picogpt.model.dropout import keep_mask
 from picogpt.model.gpt import Attend
 
-__all__ = ["FORMS", "choose_attention", "fused_attention", "products_attention"]
+__all__ = ["FORMS", "choose_attention"]
 
 _MIN_SPEEDUP = 1.3
 """Speedup from which `products` is chosen: with a margin, so that two starts on one machine choose alike."""
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """Compute attention by torch's fused function: q, k, v (B, H, S, D) -> (B, H, S, D)."""
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
-def products_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+def _products(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """Compute attention by batched matrix products: q, k, v (B, H, S, D) -> (B, H, S, D)."""
     shape, n_slots = q.shape, q.size(2)
     # baddbmm and bmm take one batch dimension, so batch and heads become one.
@@ -46,7 +46,7 @@ def products_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) ->
     return torch.bmm(weights, v).view(shape)  # (B * H, S, D) -> (B, H, S, D)
 
 
-FORMS: dict[str, Attend] = {"fused": fused_attention, "products": products_attention}
+FORMS: dict[str, Attend] = {"fused": _fused, "products": _products}
 """Each form by its name in `picogpt.checks.ATTENTIONS`."""
 
 

@@ -67,7 +67,7 @@ class DataParallelState(TrainState):
 
     def join(self, ranks: Ranks) -> None:
         """Become the state of a rank of `ranks`. Initial weights depend on the seed alone, so all ranks start from the same."""
-        self.ranks = ranks
+        self.ranks, self.rank = ranks, ranks.rank
         self.outer = OuterOptimizer(self.model.parameters()) if self.config.sync_every else None
         self.local_steps = 0
         """Steps since the last outer step (DiLoCo)."""
@@ -164,14 +164,10 @@ class DataParallelState(TrainState):
             RanksError: a rank is gone.
         """
         # Every rank gets the whole batch, and takes its own rows.
-        rows = slice(self.ranks.rank * self.sequences_per_step, (self.ranks.rank + 1) * self.sequences_per_step)
+        rows = slice(self.rank * self.sequences_per_step, (self.rank + 1) * self.sequences_per_step)
         part = Batch(batch.inputs[rows], batch.targets[rows])  # (B / ranks, T) each
         with translate_dist_errors():
             return super().backward(part)
-
-    def seed_dropout(self, rank: int = 0) -> None:  # noqa: ARG002 (the rank is known)
-        """Seed the masks of this step on this rank."""
-        super().seed_dropout(self.ranks.rank)
 
     def mean_over_processes(self, loss: float, norm: float) -> tuple[float, float]:
         """Return the means of loss and gradient norm over the ranks, the same on each: all of them raise or none does."""

@@ -22,7 +22,7 @@ from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Source, TextSource
 from picogpt.device import instruction_set
 from picogpt.evaluation.baselines import NGRAM_ORDER, NGram, compressed_bits
-from picogpt.export.log_page import EpochView, RunView, render_page
+from picogpt.export.log_page import EpochView, RunView, pack_probabilities, render_page
 from picogpt.files import atomic_write
 from picogpt.kernels.compiled import kernels_name
 from picogpt.runs.folder import LossLog
@@ -119,7 +119,7 @@ class History:
             "marks": self.marks,
             "first": self.first,
             "settings": self.settings,
-            "epochs": [{"sample": view.sample, "probabilities": _pack(view.probabilities)} for view in self.epochs],
+            "epochs": [{"sample": view.sample, "probabilities": pack_probabilities(view.probabilities)} for view in self.epochs],
         }
         # The whole file at each epoch: it has about a kilobyte per epoch.
         atomic_write(folder / _FILE, json.dumps(content).encode())
@@ -144,11 +144,6 @@ class History:
             marks=self.marks,
             settings=self.settings,
         )
-
-
-def _pack(probabilities: Any) -> str:
-    """Encode probabilities as base64, a byte each: enough for shades of a colour."""
-    return base64.b64encode(bytes(round(255 * p) for p in probabilities)).decode()
 
 
 def _unpack(text: str) -> list[float]:

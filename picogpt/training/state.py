@@ -61,6 +61,8 @@ class TrainState:
         self.optimizers = build_optimizers(self.model, config, dtype, kernels)
         self.step = 0
         """Optimizer steps taken so far, without the steps of an imported run."""
+        self.rank = 0
+        """Rank of this process among those that train together."""
         self._compiled = False
 
     def compile_blocks(self) -> None:
@@ -95,7 +97,7 @@ class TrainState:
         """
         self.model.train()
         if self.model.config.dropout:
-            self.seed_dropout()
+            self._seed_dropout()
         self.model.zero_grad(set_to_none=True)
         return self.optimizer_step(lr, self.backward(batch))
 
@@ -146,12 +148,12 @@ class TrainState:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
         return norm.item()
 
-    def seed_dropout(self, rank: int = 0) -> None:
+    def _seed_dropout(self) -> None:
         """Seed the dropout masks of this step from the run's seed, the rank and the step.
 
         A resumed run then draws the same masks, and no generator state is saved.
         """
-        bits = philox(self.config.seed, Stream.DROPOUT, rank, self.step)
+        bits = philox(self.config.seed, Stream.DROPOUT, self.rank, self.step)
         torch.manual_seed(int(bits.random_raw() >> 1))  # 63 bits: torch takes no seed from 2^63 on
 
     @property

@@ -38,7 +38,7 @@ from picogpt.signals import StopRequest
 from picogpt.threads import choose_threads
 from picogpt.tokenizer import CharTokenizer
 from picogpt.training.trainer import Trainer
-from tests.conftest import TINY_FLAGS, needs_compiler
+from tests.conftest import TINY_FLAGS, Terminal, needs_compiler, type_lines
 from tests.programs import program
 
 RUN = [sys.executable, "-m", "picogpt.cli.train"]
@@ -619,15 +619,7 @@ class TestGenerate:
             return prefill(self, ids)
 
         monkeypatch.setattr(RollingDecoder, "prefill", spy)
-        lines = iter(["Who?", "Why?"])
-
-        def line(_: str = "") -> str:
-            for text in lines:
-                return text
-            raise EOFError
-
-        monkeypatch.setattr("builtins.input", line)
-        monkeypatch.setattr(sys, "stdin", Terminal())
+        type_lines(monkeypatch, "Who?", "Why?")
         assert generate.main(["--chat", "-n", "4", "-t", "0"]) == 0
         answers = capsys.readouterr().out.splitlines()
 
@@ -807,13 +799,6 @@ class TestGenerate:
 
         assert generate.main(flags) == 2
         assert f"{flags[0]} needs a prompt: give one with -p, -f or through a pipe" in capsys.readouterr().err
-
-
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.mark.parametrize("samples", [1, 4])

@@ -17,14 +17,7 @@ from picogpt.cli.shades import LEGEND, can_shade, shade
 from picogpt.inference.prompts import Character
 from picogpt.model.gpt import GPT
 from picogpt.runs.folder import RunFolder
-from tests.conftest import TINY
-
-
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
+from tests.conftest import TINY, Terminal, type_lines
 
 
 @pytest.fixture
@@ -119,15 +112,7 @@ def test_loop(flags: list[str], on_terminal: Callable[[list[str]], str], monkeyp
     """Typed prompts are answered with shades too, and each answer has the text that it has without."""
 
     def answers(command: list[str]) -> str:
-        lines = iter(["one", "two"])
-
-        def line(_: str = "") -> str:
-            for text in lines:
-                return text
-            raise EOFError
-
-        monkeypatch.setattr("builtins.input", line)
-        monkeypatch.setattr(sys, "stdin", Terminal())
+        type_lines(monkeypatch, "one", "two")
         return on_terminal(command)
 
     shaded, expected = answers([*flags, "--show-probs"]), answers(flags)

@@ -75,6 +75,14 @@ def write(tab: Tab, prompt: str = "ab", count: int = 20) -> None:
     tab.wait_for(IDLE)
 
 
+def pause_after(tab: Tab, length: int) -> None:
+    """Begin to write, and pause once the text is longer than that."""
+    tab.click("#go")
+    tab.wait_for(f"model.text.length > {length}")
+    tab.click("#pause")
+    tab.wait_for(IDLE)
+
+
 def written(tab: Tab) -> str:
     """Return the text on the page."""
     return "".join(tab.evaluate("[...document.querySelectorAll('#text [id^=c]:not(.next)')].map(span => span.textContent)"))
@@ -164,10 +172,7 @@ def test_pauses_and_steps(tab: Tab) -> None:
     """Writing stops when it is told to; a step adds one character, and what comes next is chosen."""
     tab.set_value("#speed", "20")
     tab.set_value("#count", "2000")
-    tab.click("#go")
-    tab.wait_for("model.text.length > 18")
-    tab.click("#pause")
-    tab.wait_for(IDLE)
+    pause_after(tab, 18)
     length = tab.evaluate("model.text.length")
     assert tab.text("#live") == f"Paused after {length} characters."
     assert length < 100
@@ -184,10 +189,7 @@ def test_a_paused_text_is_the_same(tab: Tab) -> None:
     whole = tab.evaluate("model.text")
     tab.click("#clear")
     tab.set_value("#speed", "20")
-    tab.click("#go")
-    tab.wait_for("model.text.length > 20")
-    tab.click("#pause")
-    tab.wait_for(IDLE)
+    pause_after(tab, 20)
     length = tab.evaluate("model.text.length")
     tab.set_value("#speed", "0")
     tab.set_value("#count", str(len(whole) - length))
