@@ -158,13 +158,13 @@ class TrainConfig:
         Raises:
             ConfigError: there is no such recipe, or a value is out of its range.
         """
-        require(recipe in RECIPES, "recipe", f"one of {', '.join(RECIPES)}", recipe)
         # None is a flag that was not given.
         given = {name: value for name, value in overrides.items() if value is not None}
-        settings = {**RECIPES[recipe], **given, "recipe": recipe}
-        if "lr" in given and "min_lr" in RECIPES[recipe]:
+        base = RECIPES.get(recipe, {})  # an unknown name is rejected with the other fields
+        settings = {**base, **given, "recipe": recipe}
+        if "lr" in given and "min_lr" in base:
             # The floor keeps its ratio to the peak.
-            settings["min_lr"] = RECIPES[recipe]["min_lr"] / RECIPES[recipe]["lr"] * given["lr"]
+            settings["min_lr"] = base["min_lr"] / base["lr"] * given["lr"]
         return cls(**settings)
 
 

@@ -174,17 +174,6 @@ class Budget:
         # A budget of minutes is replanned during the run, and its plan always ends with the clock.
         require(self.minutes is None or self.patience is None, "patience", "given without minutes", self.patience)
 
-    @classmethod
-    def from_recipe(cls, recipe: str, given: Mapping[str, Any]) -> Budget:
-        """Return the budget of `recipe`, updated by the `given` fields.
-
-        Raises:
-            ConfigError: a value is out of its range.
-        """
-        # Any length replaces the recipe's: minutes together with its 300 epochs would contradict each other.
-        lengths = {"epochs", "minutes", "chars"}
-        return cls(**({} if lengths & given.keys() else RECIPE_BUDGETS.get(recipe, {})), **given)
-
     @property
     def is_open(self) -> bool:
         """Whether no length is given."""

@@ -11,7 +11,8 @@ from picogpt.checks import DTYPES, check_choice, check_run_name, check_threads, 
 from picogpt.config import DataConfig, GPTConfig, SampleConfig, TrainConfig
 from picogpt.errors import ConfigError
 from picogpt.runs.settings import RunSettings
-from picogpt.schedule import Budget, Pace, Schedule, suitable_chars
+from picogpt.schedule import RECIPE_BUDGETS, Budget, Pace, Schedule, suitable_chars
+from picogpt.training.request import TrainRequest
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ PACE = Pace(seconds_per_step=0.4, seconds_per_val_batch=0.5, seconds_per_epoch_e
 @pytest.mark.parametrize(
     ("budget", "pace", "expected"),
     [
-        (Budget.from_recipe("seed", {}), None, (150_000, 500, 100)),
+        (Budget(**RECIPE_BUDGETS["seed"]), None, (150_000, 500, 100)),
         # A million characters, in 20 epochs.
         (Budget(), None, (100, 5, 1)),
         (Budget(steps_per_epoch=50), None, (100, 50, 10)),
@@ -156,8 +157,11 @@ def test_suitable_length(train_chars: int | None, expected: int) -> None:
 )
 def test_length_of_a_recipe(given: dict[str, int], is_open: bool) -> None:
     """The original's 300 epochs, unless a length is given; recipe fast has none of its own."""
-    assert Budget.from_recipe("fast", given).is_open is is_open
-    assert Budget.from_recipe("seed", given).epochs == (300 if is_open else given.get("epochs"))
+    _, fast = TrainRequest(recipe="fast", length=given).training(None)
+    _, seed = TrainRequest(recipe="seed", length=given).training(None)
+
+    assert fast.is_open is is_open
+    assert seed.epochs == (300 if is_open else given.get("epochs"))
 
 
 @pytest.mark.parametrize(

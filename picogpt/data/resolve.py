@@ -5,11 +5,11 @@ A new run takes the text from the command line; a resumed run takes the text sto
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -227,7 +227,7 @@ def find_text(asked: TextRequest, stored: DataConfig | None, *, scratch: Path, c
         # These texts are ASCII, so folding makes no difference to them.
         # The display appears only if a download happens.
         with console.download("Tiny Shakespeare") as progress:
-            corpus = replace(load_dataset(dataset or "auto", notify=notify, progress=progress), fold=fold)
+            corpus = dataclasses.replace(load_dataset(dataset or "auto", notify=notify, progress=progress), fold=fold)
         return _LocalText(corpus.name, lambda: corpus, (), stored, notify)
     # Neither paths nor a named corpus: a stream.
     column = column or (stored.text_column if stored else None)

@@ -46,6 +46,7 @@ from safetensors.numpy import save as serialize
 from picogpt.config import GPTConfig, TextConfig
 from picogpt.errors import ConfigError, RunError
 from picogpt.files import atomic_write, can_flush, remove_leftovers, replace
+from picogpt.runs.settings import RunSettings
 
 __all__ = [
     "LOG_FILE",
@@ -320,6 +321,26 @@ class RunFolder:
             raise RunError(f"{path}: not a run's config; start over with --fresh, the folder is kept")
         _check_version(path, content.get("format"))
         return content
+
+    def read_settings(self) -> RunSettings | None:
+        """Return the settings of the run to resume, or None if no run has started here.
+
+        Raises:
+            RunError: config.json is damaged, or there is a trained model that cannot be resumed.
+        """
+        # A config without a checkpoint and without a model: the run was killed before its first checkpoint, and starts again.
+        if self.has_checkpoint() or (self.has_config() and not self.has_model()):
+            content = self.read_config()
+            try:
+                return RunSettings.from_dict(content)
+            except ConfigError as error:
+                raise RunError(f"{self.path / _CONFIG}: {error}; start over with --fresh, the folder is kept") from error
+        if self.has_model():
+            raise RunError(
+                f"{self.path}: a trained model without a checkpoint to resume from; choose another --run, "
+                "or --fresh to start over"
+            )
+        return None
 
     def save_model(self, tensors: Mapping[str, npt.NDArray[Any]], config: GPTConfig, text: TextConfig | None = None) -> None:
         """Write `model.safetensors`: the best state dict so far, its model's shape and the properties of its text."""

@@ -20,7 +20,11 @@ _LEGACY_DEFAULTS: Mapping[str, Any] = MappingProxyType({"muon_interval": 1})
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Everything that determines a run's numbers; stored so that a resumed run continues bit for bit."""
+    """Everything that determines a run's numbers; stored so that a resumed run continues bit for bit.
+
+    Raises:
+        ConfigError: kernels or attention are unknown.
+    """
 
     model: GPTConfig
     train: TrainConfig
@@ -45,6 +49,10 @@ class RunSettings:
     origin: str | None = None
     """Absolute path of the initial model, or of the original project's log; None for random weights."""
 
+    def __post_init__(self) -> None:
+        check_choice("kernels", self.kernels, KERNELS)
+        check_choice("attention", self.attention, ATTENTIONS)
+
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> RunSettings:
         """Return the settings from the content of config.json; other keys, such as versions, are ignored.
@@ -67,8 +75,8 @@ class RunSettings:
                 ranks=int(content.get("ranks", 1)),
                 device=str(content.get("device", "cpu")),
                 compile=bool(content.get("compile", False)),
-                kernels=str(check_choice("kernels", content.get("kernels", "torch"), KERNELS)),
-                attention=check_choice("attention", content.get("attention"), ATTENTIONS),
+                kernels=str(content.get("kernels", "torch")),
+                attention=content.get("attention"),
                 origin=content.get("origin"),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # an edited or damaged file

@@ -9,7 +9,7 @@ from picogpt.files import atomic_write
 from picogpt.model.gpt import GPT
 from picogpt.plot import draw_losses
 from picogpt.runs.folder import LossLog, RunFolder
-from picogpt.training.plan import InitFrom
+from picogpt.training.origin import InitFrom
 from picogpt.training.request import TrainRequest
 from picogpt.wording import Notify, plural
 

@@ -2,56 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
 
 from picogpt.backend import Backend, BackendChoice
 from picogpt.config import DataConfig, GPTConfig, TrainConfig
 from picogpt.data import Source
 from picogpt.data.resolve import Console, FoundText, find_text
-from picogpt.errors import ConfigError, RunError, TrainingError
-from picogpt.runs.find import find_model, resumable_runs
-from picogpt.runs.folder import LossLog, RunFolder, load_model
-from picogpt.runs.import_original import read_original
+from picogpt.errors import ConfigError, TrainingError
+from picogpt.runs.find import default_run, named_run
+from picogpt.runs.folder import RunFolder
 from picogpt.runs.settings import RunSettings
 from picogpt.schedule import Budget
 from picogpt.training.distributed import Ranks
+from picogpt.training.origin import InitFrom, find_origin
 from picogpt.training.request import TrainRequest
 from picogpt.wording import Notify
 
-__all__ = ["InitFrom", "Plan"]
-
-
-@dataclass(frozen=True)
-class InitFrom:
-    """The model whose weights a new run starts from."""
-
-    path: Path
-    config: GPTConfig
-    weights: Mapping[str, npt.NDArray[np.generic]]
-    log: LossLog | None
-    """The loss log of an imported run of the original project; None for a model of ours."""
-
-    @classmethod
-    def find(cls, request: TrainRequest) -> InitFrom | None:
-        """Read the requested model or log, or return None.
-
-        Raises:
-            RunError: the model or log is missing, damaged or of another kind.
-        """
-        if request.init_from is not None:
-            path, _ = find_model(request.init_from, request.logs_dir)  # by name, like --model of the other commands
-            return cls(path.absolute(), *load_model(path), None)
-        if request.import_original is not None:
-            # Heads share one matrix, so their number cannot be read from the weights.
-            original = read_original(request.import_original, request.model.get("n_head", GPTConfig().n_head))
-            return cls(request.import_original.absolute(), original.config, original.weights, original.log)
-        return None
+__all__ = ["Plan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +55,13 @@ class Plan:
         Raises:
             PicoGPTError: something requested does not exist, or contradicts the run.
         """
-        # In order of cost: what contradicts the stored run is rejected before a text is read or a backend is timed.
+        # In order of cost: what contradicts the stored run is rejected before attention is timed and kernels are compiled.
         folder, stored, text = _locate(request, console)
+        origin = find_origin(request, folder, stored)
         data = text.describe()
         request.check_changes(stored, data, folder.name, console.notify)
-        origin = _find_origin(request, folder, stored)
         model = request.model_config(stored, origin.config if origin else None)
-        train = request.train_config(stored)
-        budget = request.budget(stored)
+        train, budget = request.training(stored)
         _check_patience(budget, train, ranks)
         # Before the backend: a text too short for the model's shape is rejected here, before attention is timed on that shape.
         source = text.source(model, train, folder.load_validation() if stored and folder.has_validation() else None)
@@ -145,88 +111,22 @@ class Plan:
 
 def _locate(request: TrainRequest, console: Console) -> tuple[RunFolder, RunSettings | None, FoundText]:
     """Find the run's folder, its stored settings, and the text; the run's default name is the text's name."""
-
-    def find(stored: RunSettings | None) -> FoundText:
-        return find_text(request.text, stored.data if stored else None, scratch=request.logs_dir, console=console)
-
-    if request.run is not None:
-        folder = RunFolder(request.logs_dir / request.run)
-        stored = _read_stored(folder, request)
-        if stored is None and not request.names_a_text and not folder.path.exists():
-            _check_new_name(folder, console.notify)
-        return folder, stored, find(stored)
-    # No name was given: the run is named after its text, so the text is found first.
-    text = find(None)
-    folder = _default_run(request.logs_dir / text.name, console.notify)
-    stored = _read_stored(folder, request)
-    # A stream keeps its run's commit, and a text its run's folding, which are known only now. So the text is found again;
-    # so far no request was sent and no file was read.
-    return folder, stored, find(stored) if stored else text
+    if request.run is None:
+        # The text is found first: it is not read yet, and a stream sends no request.
+        text = _find_text(request, None, console)
+        folder = default_run(request.logs_dir / text.name, console.notify)
+    else:
+        text = None
+        folder = named_run(request.logs_dir / request.run, may_be_new=request.names_a_text, notify=console.notify)
+    stored = None if request.fresh else folder.read_settings()
+    if text is None or stored is not None:
+        # A resumed run keeps its folding, and a stream its commit, which are known only now.
+        text = _find_text(request, stored, console)
+    return folder, stored, text
 
 
-def _check_new_name(folder: RunFolder, notify: Notify) -> None:
-    """Reject an unknown run name given without a text, unless there is no run that could be meant.
-
-    Raises:
-        ConfigError: other runs exist; the name is probably mistyped.
-    """
-    # A new run named like a mistyped old one would train for hours before anyone notices.
-    others = resumable_runs(folder.path.parent)
-    if not others:
-        notify(
-            f"{folder.path}: a new run, as there is none to resume; neither --dataset nor --text is given, so the text is auto"
-        )
-        return
-    nearest = difflib.get_close_matches(folder.name, others, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"the runs there are {', '.join(others)}."
-    raise ConfigError(
-        f"run {folder.name}: no such run under {folder.path.parent}; {hint} For a new run, give --dataset or --text too",
-        "run",
-    )
-
-
-def _default_run(path: Path, notify: Notify) -> RunFolder:
-    """Return the run `path`, or `path`-2, -3, ... where a finished model that cannot be resumed has that name."""
-    # The bundled models have the names of texts: training on `wikipedia` must not replace the bundled `wikipedia`.
-    folder, number = RunFolder(path), 1
-    while folder.is_weights_only():
-        number += 1
-        folder = RunFolder(path.with_name(f"{path.name}-{number}"))
-    if number > 1:
-        notify(f"{path}: a trained model without a checkpoint to resume from; this run is called {folder.name}")
-    return folder
-
-
-def _read_stored(folder: RunFolder, request: TrainRequest) -> RunSettings | None:
-    """Return the stored settings of the run to resume, or None for a new run."""
-    if request.fresh:
-        return None
-    # A config without a checkpoint and without a model: the run was killed before its first checkpoint, and starts again.
-    if folder.has_checkpoint() or (folder.has_config() and not folder.has_model()):
-        try:
-            return RunSettings.from_dict(folder.read_config())
-        except ConfigError as error:
-            raise RunError(f"{folder.path / 'config.json'}: {error}; start over with --fresh, the folder is kept") from error
-    # Only reached with a name given by the user: a default name skips finished models.
-    if folder.has_model():
-        raise RunError(
-            f"{folder.path}: a trained model without a checkpoint to resume from; choose another --run, or --fresh to start over"
-        )
-    return None
-
-
-def _find_origin(request: TrainRequest, folder: RunFolder, stored: RunSettings | None) -> InitFrom | None:
-    """Return the model that the run starts from, or None once the run has a checkpoint."""
-    asked = InitFrom.find(request)
-    if stored is None:
-        return asked
-    request.check_origin(stored, asked.path if asked else None)
-    # With a checkpoint, the initial weights are no longer needed, and the flag is accepted again.
-    if folder.has_checkpoint():
-        return None
-    if stored.origin is not None and asked is None:
-        raise RunError(f"{folder.path}: the run is to start from {stored.origin} and has not begun; give that flag again")
-    return asked
+def _find_text(request: TrainRequest, stored: RunSettings | None, console: Console) -> FoundText:
+    return find_text(request.text, stored.data if stored else None, scratch=request.logs_dir, console=console)
 
 
 def _check_patience(budget: Budget, train: TrainConfig, ranks: Ranks) -> None:

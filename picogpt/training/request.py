@@ -10,7 +10,7 @@ from typing import Any
 from picogpt.config import LOGS_DIR, DataConfig, GPTConfig, TextRequest, TrainConfig
 from picogpt.errors import RunError
 from picogpt.runs.settings import RunSettings
-from picogpt.schedule import Budget
+from picogpt.schedule import RECIPE_BUDGETS, Budget
 from picogpt.wording import Notify, plural
 
 __all__ = ["LENGTHS", "TrainRequest"]
@@ -60,14 +60,11 @@ class TrainRequest:
 
     def __post_init__(self) -> None:
         # Build the configs once, so that a value out of range raises here and not after the text was read.
-        self.model_config(None), self.train_config(None)
-        if not self.imports_only:
-            self.budget(None)
+        self.model_config(None), self.training(None)
 
     @property
     def imports_only(self) -> bool:
         """Whether a run of the original project is imported without training."""
-        # --epochs 0 is no valid budget; it is the way to say that nothing is trained.
         return self.import_original is not None and self.length.get("epochs") == 0
 
     @property
@@ -102,41 +99,32 @@ class TrainRequest:
                 raise RunError(f"the model to start from has another shape: {listed}; leave these flags out")
         return config
 
-    def train_config(self, stored: RunSettings | None) -> TrainConfig:
-        """Return the training settings: the run's or the recipe's, with the requested fields."""
-        overrides = dict(self.train)
+    def training(self, stored: RunSettings | None) -> tuple[TrainConfig, Budget]:
+        """Return the training settings and the budget: the run's or the recipe's, with the requested fields."""
         if stored is not None:
-            if "lr" in overrides:
-                # The floor keeps its ratio to the peak.
-                overrides["min_lr"] = stored.train.min_lr / stored.train.lr * overrides["lr"]
-            return TrainConfig(**{**asdict(stored.train), **overrides})
-        return TrainConfig.from_recipe(self.recipe or "fast", overrides)
+            return self._resumed_train_config(stored), self._resumed_budget(stored.budget)
+        recipe = self.recipe or "fast"
+        # --epochs 0 is no valid budget; it is the way to say that nothing is trained.
+        length = {} if self.imports_only else self.length
+        # Any length replaces the recipe's: minutes together with its 300 epochs would contradict each other.
+        budget = Budget(**{**({} if self.gives_a_length else RECIPE_BUDGETS.get(recipe, {})), **length})
+        return TrainConfig.from_recipe(recipe, self.train), budget
 
-    def budget(self, stored: RunSettings | None) -> Budget:
-        """Return the budget: the run's stored one, unless another length is requested."""
-        if stored is None:
-            return Budget.from_recipe(self.recipe or "fast", self.length)
-        fields = asdict(stored.budget)
+    def _resumed_train_config(self, stored: RunSettings) -> TrainConfig:
+        overrides = dict(self.train)
+        if "lr" in overrides:
+            # The floor keeps its ratio to the peak.
+            overrides["min_lr"] = stored.train.min_lr / stored.train.lr * overrides["lr"]
+        return TrainConfig(**{**asdict(stored.train), **overrides})
+
+    def _resumed_budget(self, stored: Budget) -> Budget:
+        fields = asdict(stored)
         if self.gives_a_length:
             # A new length replaces the old one whatever its unit; the division into epochs stays.
             fields = {name: value for name, value in fields.items() if name not in LENGTHS}
         if "minutes" in self.length:
             fields["patience"] = None  # that of the run, which minutes exclude
         return Budget(**{**fields, **self.length})
-
-    def check_origin(self, stored: RunSettings, asked: Path | None) -> None:
-        """Check that a run which has started is not requested to start from another model.
-
-        Args:
-            stored: the run's settings.
-            asked: the requested model or log, as an absolute path.
-
-        Raises:
-            RunError: the run started from another model, or from none.
-        """
-        if asked is not None and str(asked) != stored.origin:
-            began = stored.origin or "nothing"
-            raise RunError(f"the run began from {began}, not {asked}; choose another --run, or --fresh to start over")
 
     def check_length(self, total_steps: int, steps_done: int) -> None:
         """Check that a requested length is not shorter than the run already is.
@@ -162,7 +150,7 @@ class TrainRequest:
         if stored is None:
             return
         # Compared with the run's own settings, so that repeating a flag with the stored value is accepted.
-        now = {**asdict(self.train_config(stored)), "recipe": self.recipe or stored.train.recipe}
+        now = {**asdict(self._resumed_train_config(stored)), "recipe": self.recipe or stored.train.recipe}
         changes = [
             *_differences(asdict(stored.model), asdict(self.model_config(stored))),
             *_differences(asdict(stored.train), now),
