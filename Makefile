@@ -2,12 +2,13 @@
 
 C_FILES := $(wildcard picogpt/kernels/csrc/*.[ch] benchmarks/*.c tests/native/*.[ch])
 
-.PHONY: help check test bench
+.PHONY: help check test bench measure
 
 help:
 	@echo "make check   ruff, mypy and clang-format: lint, format, types"
 	@echo "make test    pytest, without the tests marked slow or timing"
 	@echo "make bench   training and generation against plain baselines, on a quiet machine"
+	@echo "make measure all figures of a quiet machine, written to docs/measurements"
 
 check:
 	ruff check .
@@ -26,3 +27,6 @@ test:
 bench:
 	python scripts/benchmark.py train
 	python scripts/benchmark.py generate
+
+measure:
+	python scripts/benchmark.py measure docs/measurements/$$(date +%Y-%m-%d)-all-figures.md

@@ -7,6 +7,8 @@ python scripts/benchmark.py kernels [--batch-size N]
 python scripts/benchmark.py ranks [--link RATE]
 python scripts/benchmark.py learn --text FILE... | --folder DIR --loss X [--chars N] [--only fast|seed]
 python scripts/benchmark.py sweep --text FILE... | --folder DIR [--chars N] [--seeds N...] ARM...
+python scripts/benchmark.py commands [--quick]
+python scripts/benchmark.py measure PAGE.md [--sections NAME...]
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.commands import add_arguments as add_commands_arguments
+from benchmarks.commands import compare_commands
 from benchmarks.common import machine
 from benchmarks.generate import add_arguments as add_generate_arguments
 from benchmarks.generate import generation
@@ -25,6 +29,8 @@ from benchmarks.kernels import compare_kernels
 from benchmarks.learn import add_arguments as add_learn_arguments
 from benchmarks.learn import learning
 from benchmarks.load import loading
+from benchmarks.measure import add_arguments as add_measure_arguments
+from benchmarks.measure import measure
 from benchmarks.ranks import add_arguments as add_ranks_arguments
 from benchmarks.ranks import compare_ranks
 from benchmarks.sweep import add_arguments as add_sweep_arguments
@@ -58,6 +64,12 @@ def main() -> None:
     sweep_parser = commands.add_parser("sweep", help="settings of the recipe compared at equal characters")
     add_sweep_arguments(sweep_parser)
     sweep_parser.set_defaults(run=sweep)
+    commands_parser = commands.add_parser("commands", help="time and memory of whole commands")
+    add_commands_arguments(commands_parser)
+    commands_parser.set_defaults(run=compare_commands)
+    measure_parser = commands.add_parser("measure", help="all figures of this machine on one page, about 40 minutes")
+    add_measure_arguments(measure_parser)
+    measure_parser.set_defaults(run=measure)
     arguments = parser.parse_args()
     print(machine())
     arguments.run(arguments)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import datetime
+import importlib
+import platform
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import common
+from benchmarks.commands import COMMANDS, Command, Usage, compare_commands, run_once
 from benchmarks.common import interleave, machine
 from benchmarks.kernels import compare_kernels
 from benchmarks.learn import train_until
+from benchmarks.measure import SECTIONS, measure, page
 from benchmarks.peaks import compile_source, disturbances, measure_peaks, peak_flops
 from benchmarks.plain import NanoGPTLoop, PlainLoop
 from benchmarks.ranks import launch
@@ -212,3 +219,91 @@ def test_kernels_are_compared(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
     rows = re.findall(r"^\| ([a-z ]+) \| ([\d.]+) \| ([\d.]+) \|$", capsys.readouterr().out, re.M)
     assert [row[0] for row in rows] == ["forward", "forward and backward"]
+
+
+class TestCommands:
+    """Whole commands, timed."""
+
+    def test_a_run_is_measured(self) -> None:
+        """Time from start to end, and memory of the command itself: not that of the process that starts it."""
+        usage = run_once(Command("holds 50 MB", ("-c", "import time; b = b'x' * 50_000_000; time.sleep(0.2)"), {}))
+
+        assert 0.2 < usage.seconds < 30
+        assert 50 < usage.peak < 100
+
+    def test_a_failure_is_not_measured(self) -> None:
+        """A command that fails raises, with what it said."""
+        with pytest.raises(subprocess.CalledProcessError) as failed:
+            run_once(Command("fails", ("-c", "raise SystemExit('no')"), {}))
+
+        assert failed.value.stderr == b"no\n"
+
+    def test_the_environment_is_passed_on(self) -> None:
+        """What the command changes in it, beside all that is there."""
+        code = "import os; assert os.environ['CC'] == 'false' and 'PATH' in os.environ"
+
+        assert run_once(Command("looks", ("-c", code), {"CC": "false"})).peak >= 0
+
+    def test_all_commands_are_valid(self) -> None:
+        """Each one names a module and flags that exist."""
+        for command in COMMANDS:
+            if command.arguments[0] == "-m":
+                module = importlib.import_module(command.arguments[1])
+                if "--help" not in command.arguments:
+                    module.build_parser().parse_args(command.arguments[2:])
+
+    def test_the_table(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        """Medians and minima over the rounds, the highest peak; evaluations only without --quick."""
+        seconds = iter(float(i) for i in range(1000))
+        monkeypatch.setattr("benchmarks.commands.run_once", lambda _: Usage(next(seconds), 7.4))
+        compare_commands(argparse.Namespace(quick=True))
+        quick = capsys.readouterr().out.splitlines()
+        compare_commands(argparse.Namespace(quick=False))
+
+        assert quick[3] == "| python that does nothing | 14.00 | 0.00 | 7 |"
+        assert len(quick) == 3 + len(COMMANDS) - 2  # a blank line, the head, and all but the two evaluations
+        assert "picogpt-eval" in capsys.readouterr().out
+
+
+class TestMeasure:
+    """The page of all figures."""
+
+    def test_page(self) -> None:
+        """The machine first, then each section below its heading."""
+        text = page({"training": "| a |", "generation": "| b |"})
+
+        assert text.startswith(f"# Figures of {datetime.date.today().isoformat()}\n")
+        assert machine() in text
+        assert text.endswith("\n## Training\n\n| a |\n\n## Generation\n\n| b |\n")
+
+    def test_the_page_so_far_is_kept(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """A section that fails does not lose those before it."""
+        ran: list[str] = []
+
+        def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+            if "scripts/benchmark.py" in command:
+                ran.append(" ".join(command[2:]))
+                if len(ran) == 2:
+                    raise subprocess.CalledProcessError(1, command)
+            return subprocess.CompletedProcess(command, 0, "the machine\nfigures\n")
+
+        monkeypatch.setattr("benchmarks.measure.subprocess.run", run)
+        with pytest.raises(subprocess.CalledProcessError):
+            measure(argparse.Namespace(page=tmp_path / "all.md", sections=list(SECTIONS)))
+
+        written = (tmp_path / "all.md").read_text()
+        assert ran == list(SECTIONS.values())[:2]
+        assert "`python scripts/benchmark.py train --profile both`, 0 minutes; load before it " in written
+        assert written.endswith("\n\nfigures\n")
+
+    def test_outside_of_a_clone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without git and without a compiler, the page says so."""
+
+        def missing(*_: object, **__: object) -> None:
+            raise FileNotFoundError
+
+        monkeypatch.setattr("benchmarks.measure.subprocess.run", missing)
+
+        text = page({})
+        assert "commit unknown (not a clone)" in text
+        assert f"{platform.python_version()}, none |" in text

@@ -62,7 +62,7 @@ def test_script_runs_every_test() -> None:
         ("check", ["ruff check .", "ruff format --check .", "mypy", "clang-format --dry-run --Werror"]),
         ("test", ["pytest"]),
         ("bench", ["python scripts/benchmark.py train", "python scripts/benchmark.py generate"]),
-        ("", ["make check", "make test", "make bench"]),
+        ("", ["make check", "make test", "make bench", "make measure"]),
     ],
     ids=["check", "test", "bench", "default"],
 )
