@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from picogpt.checks import require, require_between, require_whole
+from picogpt.errors import ConfigError
 from picogpt.wording import plural
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Decay",
     "EngineDType",
     "EvalConfig",
+    "Fold",
     "GPTConfig",
     "GenerateConfig",
     "SampleConfig",
@@ -36,6 +38,8 @@ LOGS_DIR = Path("logs")
 Decay = Literal["linear", "cosine"]
 OptimizerName = Literal["muon", "adamw"]
 EngineDType = Literal["auto", "float32", "bfloat16", "int8"]
+Fold = bool | Literal["latin"]
+"""Replacement of characters outside ASCII (`picogpt.folding`): none, folding, or folding and transliteration to Latin letters."""
 
 MAX_MUON_INTERVAL = 100
 # 33 and 50 times the defaults. A larger value is a mistake, such as a fraction of the peak instead of a rate.
@@ -278,13 +282,20 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Encoding of a model's texts, and the ids that it was trained on. Stored in the model file."""
+    """Encoding of a model's texts, and the ids that it was trained on. Stored in the model file.
+
+    Raises:
+        ConfigError: `fold` has no such value.
+    """
 
     # Needed for generation: the prompt is encoded like the training text, and only characters that occur in it are sampled.
-    fold: bool
-    """Whether characters outside ASCII are folded (`picogpt.folding`)."""
+    fold: Fold
+    """Replacement of characters outside ASCII."""
     ids: tuple[int, ...]
     """Ids that occur in the training text, sorted; for a stream, which is not read beforehand, all that can occur."""
+
+    def __post_init__(self) -> None:
+        _require_fold(self.fold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,8 +308,8 @@ class TextRequest:
     """A corpus, a stream from the hub, a folder with a hub data set's layout, or a single data file."""
     column: str | None = None
     """Column of a stream that contains the text."""
-    fold: bool | None = None
-    """Whether characters outside ASCII are folded; None takes the run's setting."""
+    fold: Fold | None = None
+    """Replacement of characters outside ASCII; None takes the run's setting."""
 
     @property
     def is_named(self) -> bool:
@@ -308,7 +319,11 @@ class TextRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Exact identity of a run's training text; stored with the run, so that a resumed run can find and verify it."""
+    """Exact identity of a run's training text; stored with the run, so that a resumed run can find and verify it.
+
+    Raises:
+        ConfigError: `fold` has no such value.
+    """
 
     dataset: str | None = None
     """Name of the data set, or None for files."""
@@ -328,5 +343,14 @@ class DataConfig:
     """URLs of a stream's files at that commit."""
     format: str | None = None
     """Format of a stream's files: parquet, json, ..."""
-    fold: bool = False  # the value of runs that are older than folding
-    """Whether characters outside ASCII are folded."""
+    fold: Fold = False  # the value of runs that are older than folding
+    """Replacement of characters outside ASCII."""
+
+    def __post_init__(self) -> None:
+        _require_fold(self.fold)
+
+
+def _require_fold(value: Fold) -> None:
+    # A file of a newer version could have another one, which must not be read as True.
+    if value not in {False, True, "latin"}:
+        raise ConfigError(f"fold must be false, true or latin, got {value!r}")

@@ -12,19 +12,21 @@ The first rule that applies decides; a character without a rule stays unchanged:
 | whose compatibility decomposition (Unicode's NFKD) can be folded | its parts, folded          | é, ligatures, full width  |
 | other Latin letter, modifier letter                              | the spelling of `anyascii` | ß ss, æ ae, ø o, þ th     |
 
-Other scripts are not transliterated: Greek, Cyrillic and Chinese letters stay. So does U+FFFD, which stands for damage.
+Other scripts stay, as does U+FFFD, which stands for damage. Transliteration is folding with one more rule at the end: letters,
+marks and numbers of other scripts take the spelling of `anyascii`, one character at a time. Emoji and other symbols stay.
 """
 
 from __future__ import annotations
 
 import functools
 import unicodedata
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 from anyascii import anyascii
 
-__all__ = ["N_CODE_POINTS", "Folding", "fold_character", "to_code_points"]
+__all__ = ["N_CODE_POINTS", "Folding", "fold_character", "to_code_points", "transliterate_character"]
 
 N_CODE_POINTS = 0x110000
 """Number of Unicode code points."""
@@ -38,6 +40,8 @@ _INVISIBLE = frozenset({"BN", "LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "
 """Bidirectional classes of invisible format characters; the visible ones, like the Arabic number sign, have other classes."""
 # Invisible too, but in the same bidirectional classes as visible characters.
 _DIRECTION_MARKS = frozenset("\u061c\u200e\u200f")
+# `anyascii` spells all alphabets before this block, CJK radicals. An empty spelling there is a silent letter, like Arabic alef.
+_FIRST_CJK = "\u2e80"
 _CHUNK = 1 << 18
 """Characters folded at a time, so that the arrays stay in the cache."""
 
@@ -70,6 +74,17 @@ def fold_character(character: str) -> str:
     return spelling if is_latin and spelling else character
 
 
+@functools.cache
+def transliterate_character(character: str) -> str:
+    """Return the folded character, or the Latin spelling of a letter, mark or number, or `character` itself if there is none."""
+    folded, category = fold_character(character), unicodedata.category(character)
+    if folded != character or category[0] not in "LMN":
+        return folded
+    spelling = anyascii(character)
+    # Vowel points and tone marks without a spelling, and silent letters, become nothing; rare ideographs stay.
+    return spelling if spelling or category[0] == "M" or character < _FIRST_CJK else character
+
+
 def _is_faithful(character: str, category: str, spelling: str) -> bool:
     """Whether the spelling stands for the same mark: currency codes and signs without letters do, `:grinning:` does not."""
     if category == "Sc" or character in _SPELLED_WITH_LETTERS:
@@ -85,9 +100,14 @@ def _is_invisible(character: str, category: str) -> bool:
 
 
 class Folding:
-    """`fold_character` for whole texts, by lookup tables that are filled when a character first occurs. Not thread-safe."""
+    """`fold_character` for whole texts, by lookup tables that are filled when a character first occurs. Not thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        replace: replacement of one character, ASCII or the character itself; the identity on ASCII.
+    """
+
+    def __init__(self, replace: Callable[[str], str] = fold_character) -> None:
+        self._replace = replace
         # One entry per code point. Untouched zero pages take no memory, so the tables cost only what the text uses.
         self._length = np.zeros(N_CODE_POINTS, np.uint8)  # length of the replacement
         self._start = np.zeros(N_CODE_POINTS, np.int32)  # where it starts in the pool
@@ -120,7 +140,7 @@ class Folding:
 
     def _learn(self, characters: str) -> None:
         """Add `characters`, all distinct and new, to the tables."""
-        replacements = [fold_character(character) for character in characters]
+        replacements = [self._replace(character) for character in characters]
         lengths = np.array([len(replacement) for replacement in replacements])
         points = to_code_points(characters)
         self._length[points] = lengths

@@ -23,8 +23,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from picogpt.config import Fold
 from picogpt.errors import ConfigError
-from picogpt.folding import N_CODE_POINTS, Folding, fold_character, to_code_points
+from picogpt.folding import N_CODE_POINTS, Folding, fold_character, to_code_points, transliterate_character
 
 __all__ = [
     "SPECIAL_IDS",
@@ -106,6 +107,8 @@ class Tally:
     """Number of ids."""
     folded: Counter[str] = field(default_factory=Counter)
     """Counts of the characters that were folded to ASCII."""
+    transliterated: Counter[str] = field(default_factory=Counter)
+    """Counts of the characters of other scripts that were written in Latin letters."""
     unknown: Counter[str] = field(default_factory=Counter)
     """Counts of the characters without an id, which became `<?>`."""
     capitals: bool = False
@@ -117,7 +120,7 @@ class Tally:
         return self.unknown.total() / max(1, self.characters)  # an empty text has none
 
     def __str__(self) -> str:
-        """Return one line: capitals, folded and unknown characters, with the most common ones."""
+        """Return one line: capitals, folded, transliterated and unknown characters, with the most common ones."""
         parts = [*(["capitals become small letters"] if self.capitals else []), *self.losses()]
         # Said explicitly: a missing phrase could also mean that nothing was checked.
         if not self.unknown:
@@ -125,8 +128,9 @@ class Tally:
         return "; ".join(parts)
 
     def losses(self) -> list[str]:
-        """Return phrases about folded and unknown characters; empty if there are none."""
-        parts = [f"folded to ASCII: {self.folded.total():,} ({list_commonest(self.folded)})"] if self.folded else []
+        """Return phrases about folded, transliterated and unknown characters; empty if there are none."""
+        replaced = {"folded to ASCII": self.folded, "transliterated": self.transliterated}
+        parts = [f"{name}: {counts.total():,} ({list_commonest(counts)})" for name, counts in replaced.items() if counts]
         if self.unknown:
             share = f"{self.unknown_share:.2%}: {list_commonest(self.unknown)}"
             parts.append(f"unknown, read as <?>: {self.unknown.total():,} ({share})")
@@ -140,19 +144,20 @@ def list_commonest(counts: Counter[str], most: int = 5) -> str:
 
 
 class TextEncoder:
-    """Encoder for the texts of one model: folds them, if the model's texts are folded, and looks up the ids. Not thread-safe.
+    """Encoder for the texts of one model: folds them as the model's texts are, and looks up the ids. Not thread-safe.
 
     Args:
-        fold: whether characters outside ASCII are folded (`picogpt.folding`).
+        fold: replacement of characters outside ASCII.
 
     Attributes:
         tally: counts over all texts so far.
     """
 
-    def __init__(self, *, fold: bool) -> None:
+    def __init__(self, *, fold: Fold) -> None:
         self.tally = Tally()
         self._tokenizer = CharTokenizer()
-        self._folding = Folding() if fold else None
+        self._replace = transliterate_character if fold == "latin" else fold_character
+        self._folding = Folding(self._replace) if fold else None
 
     def fold(self, text: str) -> str:
         """Return the text to which `encode` assigns one id per character."""
@@ -168,8 +173,10 @@ class TextEncoder:
             if self._folding:
                 # Folding leaves a character that it does not know; those stay unknown.
                 folded = Counter({c: n for c, n in counts.items() if fold_character(c) != c})
+                transliterated = Counter({c: n for c, n in (counts - folded).items() if self._replace(c) != c})
                 tally.folded += folded
-                counts -= folded
+                tally.transliterated += transliterated
+                counts -= folded + transliterated
                 ids = self._tokenizer.encode(self.fold(text))
             tally.unknown += counts  # those that folding does not know
         tally.characters += len(ids)

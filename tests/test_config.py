@@ -221,6 +221,14 @@ def test_settings_of_an_unknown_attention() -> None:
         RunSettings.from_dict({**asdict(run_settings()), "attention": "flash"})
 
 
+def test_settings_of_an_unknown_folding() -> None:
+    """A rule of folding that a newer version may have is named, and not read as another one."""
+    content = asdict(run_settings())
+    content["data"]["fold"] = "greek"
+    with pytest.raises(ConfigError, match="fold must be false, true or latin, got 'greek'"):
+        RunSettings.from_dict(content)
+
+
 @pytest.mark.parametrize("content", [{}, {"model": {"n_layers": 3}}, {"model": 5}], ids=["empty", "unknown field", "no dict"])
 def test_settings_refused(content: dict[str, Any]) -> None:
     """A config that is damaged is one clear error."""

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from picogpt.folding import Folding, fold_character
+from picogpt.folding import N_CODE_POINTS, Folding, fold_character, transliterate_character
 from picogpt.tokenizer import CharTokenizer, TextEncoder
 
 ANY_TEXT = st.text(alphabet=st.characters(exclude_categories=()))
 FOLD = Folding()
+TRANSLITERATE = Folding(transliterate_character)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,60 @@ def test_no_fold_is_the_plain_table(text: str) -> None:
     assert encoder.encode(text).tolist() == CharTokenizer().encode(text).tolist()
     assert encoder.fold(text) == text
     assert not encoder.tally.folded
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Съешь ещё этих булок, да выпей чаю.", "S'esh' eshche etikh bulok, da vypey chayu."),
+        ("Ξεσκεπάζω την ψυχοφθόρα βδελυγμία.", "Xeskepazo tin psychofthora vdelygmia."),
+        ("আমার সোনার বাংলা।", "amar sonar bamla,"),
+        ("नमस्ते दुनिया १२", "nmste duniya 12"),
+        ("שלום", "slvm"),
+        ("القمر", "lqmr"),
+        ("모든 인간", "MoDeun InGan"),
+        ("世界 かな", "ShiJie kana"),
+        ("“café” — Straße ½", '"cafe" - Strasse 1/2'),
+    ],
+    ids=["Russian", "Greek", "Bengali", "Hindi", "Hebrew", "Arabic", "Korean", "Chinese and kana", "folded"],
+)
+def test_transliterated(text: str, expected: str) -> None:
+    """A sentence of each script; what folding spells keeps that spelling."""
+    assert TRANSLITERATE(text) == expected
+
+
+@pytest.mark.parametrize("text", ["😀", "∑", "\U00012000", "\U0002b820", "\ufffd", "\x07", "\ue000"])
+def test_not_transliterated(text: str) -> None:
+    """Pictures, signs, characters that the library cannot spell, and what is no character stay as they are."""
+    assert TRANSLITERATE(text) == text
+
+
+def test_every_code_point_is_transliterated() -> None:
+    """Each one becomes ASCII or stays; whatever folds is spelled as folding has it; a second time changes nothing."""
+    for point in range(N_CODE_POINTS):
+        character = chr(point)
+        spelling, folded = transliterate_character(character), fold_character(character)
+        assert spelling == character or spelling.isascii(), hex(point)
+        assert folded in {character, spelling}, hex(point)
+        assert len(spelling) < 256, hex(point)  # a table of bytes holds the lengths
+    everything = "".join(map(chr, range(N_CODE_POINTS)))
+    once = TRANSLITERATE(everything)
+
+    assert TRANSLITERATE(once) == once
+
+
+@given(ANY_TEXT)
+def test_any_text_encodes_transliterated(text: str) -> None:
+    """One id per character of the transliterated text, and every character counted once: folded, transliterated or unknown."""
+    encoder = TextEncoder(fold="latin")
+    ids = encoder.encode(text)
+    tally = encoder.tally
+
+    assert encoder.fold(text) == "".join(map(transliterate_character, text))
+    assert ids.tolist() == CharTokenizer().encode(encoder.fold(text)).tolist()
+    assert tally.unknown.total() == (ids == 0).sum()
+    assert tally.folded.total() == sum(fold_character(c) != c for c in text)
+    assert tally.transliterated.total() == sum(transliterate_character(c) != fold_character(c) for c in text)
 
 
 def test_long_texts_are_folded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

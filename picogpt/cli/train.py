@@ -47,13 +47,21 @@ def build_parser() -> Parser:
     )
     text.add_argument("--text", metavar="PATH", nargs="+", help="your own text: files, folders of .txt and .md, or - for stdin")
     parser.add_argument("--text-column", metavar="NAME", help="text column of a streamed data set (default: text)")
-    parser.add_argument(
+    fold = parser.add_mutually_exclusive_group()
+    fold.add_argument(
         "--no-fold",
         dest="fold",
         action="store_const",  # and not store_false, whose default is True: None keeps the run's setting
         const=False,
         help="read all characters outside ASCII as <?>, as the original project does (default: curly quotes become straight, "
         "dashes -, letters lose their accents; docs/texts.md)",
+    )
+    fold.add_argument(
+        "--transliterate",
+        dest="fold",
+        action="store_const",
+        const="latin",
+        help="also write other scripts in Latin letters: Cyrillic, Greek, Bengali, Chinese, ... (default: they are read as <?>)",
     )
     # A run's name is the name of a folder and not a path; --logs-dir is for paths.
     run = parser.add_argument_group("run")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from picogpt.config import TextConfig
+from picogpt.config import Fold, TextConfig
 from picogpt.data.batches import Stop, WaitInterrupted
 from picogpt.data.hub import read_rows
 from picogpt.data.network import explain, hint, is_transient
@@ -83,7 +83,7 @@ class ArticleReader:
         seed: seed of the file order.
         notify: receives one line per wait.
         read: iterates over the rows of a file from a given row.
-        fold: whether to fold characters outside ASCII (`picogpt.folding`).
+        fold: replacement of characters outside ASCII.
         patience: seconds of failures before giving up; None for `picogpt.data.outage.PATIENCE`.
     """
 
@@ -94,7 +94,7 @@ class ArticleReader:
         notify: Notify,
         read: Read | None = None,
         *,
-        fold: bool = True,
+        fold: Fold = True,
         patience: float | None = None,
     ) -> None:
         self._shards, self._seed, self._fold = shards, seed, fold

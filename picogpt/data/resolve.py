@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from picogpt.checks import check_text_column
-from picogpt.config import DataConfig, GPTConfig, TextRequest, TrainConfig
+from picogpt.config import DataConfig, Fold, GPTConfig, TextRequest, TrainConfig
 from picogpt.data.articles import ArticleReader, Ids, draw_validation
 from picogpt.data.batches import Source, TextSource
 from picogpt.data.corpora import DATASETS, Progress, load_dataset
@@ -114,12 +114,12 @@ class _HubStream:
         spec: the data set.
         text_column: the column named by the user, or None.
         stored: config entry of the run that is resumed; None for a new run.
-        fold: whether to fold characters outside ASCII.
+        fold: replacement of characters outside ASCII.
         notify: receives lines about the stream, and about every wait for the network.
     """
 
     def __init__(
-        self, spec: StreamSpec, text_column: str | None, stored: DataConfig | None, *, fold: bool, notify: Notify
+        self, spec: StreamSpec, text_column: str | None, stored: DataConfig | None, *, fold: Fold, notify: Notify
     ) -> None:
         self.name = spec.short_name
         self._spec, self._text_column, self._stored, self._fold, self._notify = spec, text_column, stored, fold, notify
@@ -217,7 +217,7 @@ def find_text(asked: TextRequest, stored: DataConfig | None, *, scratch: Path, c
         paths, dataset = stored.text, stored.dataset
     check_text_column(column, streamed=not paths and dataset is not None and dataset not in DATASETS)
     # A run keeps its folding for life, as another one would change the ids of its text.
-    fold = stored.fold if stored else asked.fold is not False
+    fold = stored.fold if stored else True if asked.fold is None else asked.fold
     if paths:
         # The logs folder may not exist yet; its nearest existing parent is on the same disk.
         name, scratch = text_name(paths), existing_folder(scratch)

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from picogpt.config import Fold
 from picogpt.data.paths import STDIN, find_files
 from picogpt.encodings import decode_stream
 from picogpt.errors import DataError
@@ -51,8 +52,8 @@ class Corpus:
     """Token ids of the whole text, shape (characters,)."""
     tally: Tally = field(default_factory=Tally)
     """Counts of the characters that encoding changed."""
-    fold: bool = True
-    """Whether characters outside ASCII were folded (`picogpt.folding`)."""
+    fold: Fold = True
+    """Replacement of characters outside ASCII."""
     mapped: mmap.mmap | None = None
     """Mapping that `ids` points into, for a text that is too long for memory; else None."""
 
@@ -91,7 +92,8 @@ def check_unknown(name: str, tally: Tally, notify: Notify, *, reject: bool = Tru
     if reject and share > MAX_UNKNOWN_SHARE:
         raise DataError(
             f"{name}: {share:.0%} of its characters are unknown ({list_commonest(tally.unknown)}), so there is hardly anything "
-            "to learn; the model knows ASCII and the characters that fold to it (docs/texts.md)"
+            "to learn; the model knows ASCII and the characters that fold to it, and --transliterate writes other scripts in "
+            "Latin letters (docs/texts.md)"
         )
     if share > WARN_UNKNOWN_SHARE:
         notify(
@@ -101,7 +103,7 @@ def check_unknown(name: str, tally: Tally, notify: Notify, *, reject: bool = Tru
 
 
 def read_texts(
-    paths: Sequence[str], *, name: str, scratch: Path = Path(), fold: bool = True, notify: Notify = say_nothing
+    paths: Sequence[str], *, name: str, scratch: Path = Path(), fold: Fold = True, notify: Notify = say_nothing
 ) -> Corpus:
     """Read text files, folders of texts (`picogpt.data.paths`) and stdin (`-`), in whatever encoding (`picogpt.encodings`).
 
@@ -111,7 +113,7 @@ def read_texts(
         paths: files, folders, or `-` for stdin.
         name: name of the corpus.
         scratch: folder for the ids of a text longer than `MAX_CHARS_IN_MEMORY`.
-        fold: whether to fold characters outside ASCII (`picogpt.folding`).
+        fold: replacement of characters outside ASCII.
         notify: receives lines about the files found or skipped, and about encodings other than UTF-8.
 
     Raises:

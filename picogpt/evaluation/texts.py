@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from picogpt.checks import check_text_column
-from picogpt.config import TextConfig, TextRequest
+from picogpt.config import Fold, TextConfig, TextRequest
 from picogpt.data import (
     DATASETS,
     ArticleReader,
@@ -58,12 +58,12 @@ class TrainedRun:
         return self.settings.schedule.total_steps * train.batch_size * train.windows * self.settings.model.context_len
 
     @property
-    def fold(self) -> bool:
-        """Whether texts are folded to ASCII, as in training."""
+    def fold(self) -> Fold:
+        """Replacement of characters outside ASCII, as in training."""
         # Models older than folding have neither entry, and are scored without it, as they were trained.
         if self.text is not None:
             return self.text.fold
-        return self.settings is not None and self.settings.data.fold
+        return self.settings.data.fold if self.settings else False
 
     @property
     def seed(self) -> int:

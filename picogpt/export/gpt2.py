@@ -115,7 +115,7 @@ tags:
 # {self.name}
 
 A character-level GPT trained with picogpt, in GPT-2's layout. It knows small letters, digits and ASCII punctuation. Capitals are
-lower-cased, all other characters are unknown.
+lower-cased, all other characters are unknown. Unlike picogpt, this tokenizer does not fold accents or transliterate.
 
 **This is the model without its context roll.** picogpt hands the mean output of each window of {window} characters to the next
 one. GPT-2 has no place for that, so this folder predicts within one window: at most {window} characters, which start from a
@@ -172,8 +172,15 @@ def write_gpt2(model: Gpt2Model, folder: Path) -> None:
         OSError: the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # The generic class reads everything from tokenizer.json.
-    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": _BOS_TOKEN, "unk_token": "<?>"}
+    # The generic class reads everything from tokenizer.json. By default its version 4 also returns token types, whose embeddings
+    # GPT-2 would add to those of the characters.
+    inputs = ["input_ids", "attention_mask"]
+    tokenizer = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": _BOS_TOKEN,
+        "unk_token": "<?>",
+        "model_input_names": inputs,
+    }
     for name, content in (
         ("config.json", model.model_config()),
         ("generation_config.json", model.generation_config()),

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from picogpt.config import GenerateConfig, GPTConfig, TextConfig
+from picogpt.config import Fold, GenerateConfig, GPTConfig, TextConfig
 from picogpt.export.log_page import RunView, render_curve
 from picogpt.export.page import resource, script_json
 from picogpt.export.wasm import assemble
-from picogpt.folding import fold_character
+from picogpt.folding import fold_character, transliterate_character
 from picogpt.inference.generate import MAX_PROMPT_WINDOWS, suppressed_ids
 from picogpt.inference.tensors import Floats, Tensors, to_bfloat16
 from picogpt.runs.folder import LossLog
@@ -33,6 +33,8 @@ __all__ = ["ModelView", "quantize_rows", "render_model_page"]
 
 # Code points whose folding is part of the page: Latin letters, punctuation, symbols and ligatures.
 _FOLDED = (range(0x80, 0x250), range(0x2000, 0x2200), range(0xFB00, 0xFB07))
+# Of a transliterating model: all that one UTF-16 unit can hold, which makes the page a tenth larger.
+_TRANSLITERATED = (range(0x80, 0xD800), range(0xE000, 0x10000))
 _ALIGNMENT = 4  # bytes: JavaScript's typed arrays need aligned offsets
 
 
@@ -147,16 +149,19 @@ def _header(view: ModelView) -> dict[str, Any]:
         "characters": [tokenizer.decode([i]) for i in range(VOCAB_SIZE)],
         # Assembled here, so that the repository contains source and no binary.
         "products": base64.b64encode(assemble(resource("products.wat"))).decode(),
-        "folding": _folding() if view.text is None or view.text.fold else {},
+        "folding": _folding(view.text is None or view.text.fold),
     }
 
 
 @cache
-def _folding() -> dict[str, str]:
+def _folding(fold: Fold) -> dict[str, str]:
     """Return the ASCII spelling of each character outside ASCII that has one."""
+    if not fold:
+        return {}
+    replace, ranges = (transliterate_character, _TRANSLITERATED) if fold == "latin" else (fold_character, _FOLDED)
     # A table instead of the rules: a browser has no `anyascii`.
-    characters = (chr(point) for points in _FOLDED for point in points)
-    return {character: fold_character(character) for character in characters if fold_character(character) != character}
+    characters = (chr(point) for points in ranges for point in points)
+    return {character: spelling for character in characters if (spelling := replace(character)) != character}
 
 
 def _parameters(config: GPTConfig, tensors: Mapping[str, Mapping[str, Any]]) -> int:

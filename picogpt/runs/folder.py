@@ -441,8 +441,8 @@ def load_text_config(path: Path) -> TextConfig | None:
         return None
     try:
         content = json.loads(stored)
-        return TextConfig(fold=bool(content["fold"]), ids=tuple(int(i) for i in content["ids"]))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        return TextConfig(fold=content["fold"], ids=tuple(int(i) for i in content["ids"]))
+    except (ConfigError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: damaged (the text in its metadata is not valid)") from error
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from picogpt.config import LOGS_DIR, DataConfig, GPTConfig, TextRequest, TrainConfig
+from picogpt.config import LOGS_DIR, DataConfig, Fold, GPTConfig, TextRequest, TrainConfig
 from picogpt.errors import RunError
 from picogpt.runs.settings import RunSettings
 from picogpt.schedule import RECIPE_BUDGETS, Budget
@@ -156,7 +156,7 @@ class TrainRequest:
             *_differences(asdict(stored.train), now),
         ]
         if self.text.fold not in {None, stored.data.fold}:
-            changes.append(("folding", _on_off(stored.data.fold), _on_off(self.text.fold)))
+            changes.append(("folding", _describe_fold(stored.data.fold), _describe_fold(self.text.fold)))
         # The hash decides: a moved or renamed file with the same characters is the same text.
         if data.sha256 != stored.data.sha256:
             changes.append(("text", _describe(stored.data), _describe(data)))
@@ -168,8 +168,8 @@ class TrainRequest:
             notify(f"{name} is {value} from here on and was {before}")
 
 
-def _on_off(value: bool | None) -> str:
-    return "on" if value else "off"
+def _describe_fold(fold: Fold | None) -> str:
+    return "on with --transliterate" if fold == "latin" else "on" if fold else "off"
 
 
 def _describe(data: DataConfig) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from picogpt.config import TrainConfig
+from picogpt.config import Fold, TrainConfig
 from picogpt.data import Corpus, TextSource, check_unknown, corpora, load_dataset, read_texts
 from picogpt.errors import ConfigError, DataError
 from picogpt.tokenizer import CharTokenizer
@@ -118,14 +118,19 @@ class TestText:
         [
             ("ééé日abcdef", True, "folded to ASCII: 3 ('é' 3); unknown, read as <?>: 1 (10.00%: '日' 1)"),
             ("ééé日abcdef", False, "unknown, read as <?>: 4 (40.00%: 'é' 3, '日' 1)"),
+            (
+                "éПриПи😀😀",
+                "latin",
+                "folded to ASCII: 1 ('é' 1); transliterated: 5 ('П' 2, 'и' 2, 'р' 1); unknown, read as <?>: 2 (25.00%: '😀' 2)",
+            ),
             ("It’s", True, "capitals become small letters; folded to ASCII: 1 ('’' 1); no character unknown"),
             ("Abc", True, "capitals become small letters; no character unknown"),
             ("abc", True, "every character known"),
         ],
-        ids=["both", "no fold", "folded alone", "capitals", "all known"],
+        ids=["both", "no fold", "transliterated", "folded alone", "capitals", "all known"],
     )
-    def test_what_becomes_of_characters(self, tmp_path: Path, text: str, fold: bool, expected: str) -> None:
-        """Folded and unknown characters are counted, the commonest named; lost capitals are no "every character known"."""
+    def test_what_becomes_of_characters(self, tmp_path: Path, text: str, fold: Fold, expected: str) -> None:
+        """Folded, transliterated and unknown characters are counted, the commonest named; lost capitals are no "every character known"."""
         (tmp_path / "a").write_text(text, encoding="utf-8")
 
         assert str(read_texts([str(tmp_path / "a")], name="x", fold=fold).tally) == expected

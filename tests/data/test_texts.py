@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from picogpt import plot
+from picogpt import load, plot
 from picogpt.cli import eval as evaluation
-from picogpt.cli import generate, train
+from picogpt.cli import export, generate, train
 from picogpt.config import GPTConfig, TextConfig
 from picogpt.data import ArticleReader, Shards
 from picogpt.data.articles import Cursor
@@ -28,6 +28,8 @@ Capture = pytest.CaptureFixture[str]
 
 MODEL = GPTConfig(n_layer=1, n_head=2, n_embd=16, context_len=8)
 NOVEL = "“It’s so,” said the café’s owner — and a gull cried…\n"
+RUSSIAN = "Всё смешалось в доме Облонских: “да”, — кричала чайка…\n"
+LATIN = 'vse smeshalos\' v dome oblonskikh: "da", - krichala chayka...\n'
 FOLDED = "\"it's so,\" said the cafe's owner - and a gull cried...\n"
 
 
@@ -96,6 +98,60 @@ class TestTraining:
         assert train.main(["--run", "novel", "--epochs", "2", "--no-fold"]) == 1
         assert "run novel: folding is off and was on; choose another --run, or --fresh" in capsys.readouterr().err
 
+    def test_transliterate(self, capsys: Capture) -> None:
+        """Other scripts in Latin letters: said with counts, kept with the run and its model, and on resume; prompts and scores too."""
+        write("anna.txt", RUSSIAN * 60)
+        assert begin("--text", "anna.txt", *TINY_FLAGS, "--transliterate") == 0
+        said = capsys.readouterr().err
+        assert "folded to ASCII: 240 (" in said
+        assert "; transliterated: 2,400 ('" in said
+        assert "; no character unknown" in said
+        assert data_of("anna")["fold"] == "latin"
+        assert text_of("anna") == TextConfig(fold="latin", ids=tuple(sorted(set(CharTokenizer().encode(LATIN).tolist()))))
+
+        assert train.main(["--run", "anna", "--epochs", "2"]) == 0
+        assert train.main(["--text", "anna.txt", "--epochs", "3", "--transliterate"]) == 0
+        assert data_of("anna")["fold"] == "latin"
+        capsys.readouterr()
+
+        assert generate.main(["-m", "anna", "-p", "Чайка é", "-n", "0"]) == 0
+        out, err = capsys.readouterr()
+        assert out == "chayka e\n"
+        assert "prompt: folded to ASCII: 1 ('é' 1); transliterated: 5 (" in err
+        assert evaluation.main(["-m", "anna", "--windows", "2", "--threads", "1"]) == 0
+        assert evaluation.main(["-m", "anna", "--windows", "2", "--threads", "1", "--text", "anna.txt"]) == 0
+        assert "transliterated: 2,400 (" in capsys.readouterr().err
+        assert export.main(["-m", "anna", "--format", "pack", "logs/small"]) == 0
+        assert text_of("small") == text_of("anna")
+        assert load("anna", logs_dir="logs").encode("Да").tolist() == CharTokenizer().encode("da").tolist()
+
+    def test_without_transliterate_other_scripts_are_unknown(self, capsys: Capture) -> None:
+        """A text in another script is rejected, and the flag is named."""
+        write("anna.txt", RUSSIAN * 60)
+        assert begin("--text", "anna.txt", *TINY_FLAGS) == 1
+        assert "and --transliterate writes other scripts in Latin letters (docs/texts.md)" in capsys.readouterr().err
+
+        with pytest.raises(SystemExit):
+            begin("--text", "anna.txt", "--transliterate", "--no-fold")
+        assert "argument --no-fold: not allowed with argument --transliterate" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("first", "then", "said"),
+        [
+            ([], "--transliterate", "folding is on with --transliterate and was on;"),
+            (["--no-fold"], "--transliterate", "folding is on with --transliterate and was off;"),
+            (["--transliterate"], "--no-fold", "folding is off and was on with --transliterate;"),
+        ],
+        ids=["folded", "not folded", "transliterated"],
+    )
+    def test_transliteration_does_not_change(self, capsys: Capture, first: list[str], then: str, said: str) -> None:
+        """A run does not resume with another rule, in either direction."""
+        write("novel.txt", NOVEL * 60)
+        begin("--text", "novel.txt", *TINY_FLAGS, *first)
+
+        assert train.main(["--run", "novel", "--epochs", "2", then]) == 1
+        assert f"run novel: {said} choose another --run, or --fresh" in capsys.readouterr().err
+
     def test_a_run_of_before_resumes_as_it_was(self, capsys: Capture) -> None:
         """A run whose config knows no folding, mostly unknown even, resumes on the ids that it began with."""
         write("old.txt", "日本語 " * 500)
@@ -163,6 +219,15 @@ class TestStreams:
         assert ArticleReader(texts, 0, print).text == TextConfig(fold=True, ids=tuple(TEXT_IDS))
         tokens = [SPECIAL_IDS[token] for token in ("<Q>", "</Q>", "<A>", "</A>")]
         assert ArticleReader(talks, 0, print, fold=False).text == TextConfig(fold=False, ids=(*TEXT_IDS, *tokens))
+
+    def test_articles_are_transliterated(self) -> None:
+        """The articles of a stream too, which the model's file then says."""
+        shards = Shards(files=("a",), format="parquet", columns=("text",), commit=None)
+        reader = ArticleReader(shards, 0, lambda _: None, rows(("Да, café",)), fold="latin")
+
+        assert CharTokenizer().decode(next(reader.articles(Cursor(0, 0, 0))).ids) == "da, cafe"
+        assert reader.tally.transliterated == {"Д": 1, "а": 1}
+        assert reader.text.fold == "latin"
 
     @pytest.mark.parametrize(("word", "code"), [("Привет мир", 1), ("naïve “gulls”", 0)], ids=["unknown", "folded"])
     def test_a_stream_is_judged_when_it_begins(self, capsys: Capture, word: str, code: int) -> None:
@@ -297,12 +362,15 @@ class TestEvaluation:
 
 
 class TestModelFile:
-    def test_damaged_text_is_said(self, model: RunFolder) -> None:
+    @pytest.mark.parametrize(
+        "text", ['{"fold": 1}', '{"fold": "greek", "ids": []}', '{"fold": [], "ids": []}'], ids=["no ids", "unknown", "a list"]
+    )
+    def test_damaged_text_is_said(self, model: RunFolder, text: str) -> None:
         """Metadata that is no text config is damage, not an older file."""
         from safetensors.numpy import save_file
 
         path = model.path / "model.safetensors"
-        save_file({"w": np.zeros(1, np.float32)}, path, {"format": "1", "config": "{}", "text": '{"fold": 1}'})
+        save_file({"w": np.zeros(1, np.float32)}, path, {"format": "1", "config": "{}", "text": text})
 
         with pytest.raises(RunError, match="damaged .the text in its metadata is not valid"):
             load_text_config(path)

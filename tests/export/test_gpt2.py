@@ -25,6 +25,8 @@ from picogpt.runs.folder import RunFolder
 from picogpt.tokenizer import SPECIAL_IDS, CharTokenizer
 from tests.conftest import TINY
 
+WIKIPEDIA = Path(__file__).parents[2] / "logs" / "wikipedia" / "model.safetensors"
+needs_wikipedia = pytest.mark.skipif(not WIKIPEDIA.exists(), reason="needs the bundled model")
 TEXT = TextConfig(fold=True, ids=tuple(range(1, 60)))
 
 
@@ -103,6 +105,8 @@ def test_files(model: Gpt2Model, tmp_path: Path) -> None:
     }
     assert len(tokenizer) < 6000
     assert json.loads((tmp_path / "out" / "config.json").read_text())["n_positions"] == 9
+    inputs = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_input_names"]
+    assert inputs == ["input_ids", "attention_mask"]
 
 
 def loaded(folder: Path) -> tuple[Any, Any]:
@@ -124,6 +128,7 @@ def test_tokenizer_is_ours(model: Gpt2Model, tmp_path: Path) -> None:
         text = "".join(chr(generator.randrange(*span)) for span in points)
 
         assert tokenizer(text)["input_ids"] == [BOS_ID, *ours.encode(text).tolist()], repr(text)
+    assert list(tokenizer("a")) == ["input_ids", "attention_mask"]  # what GPT-2 takes: it would add token types' embeddings
     assert tokenizer.decode(tokenizer("a <Q> b\n c")["input_ids"], skip_special_tokens=True) == "a <q> b\n c"
 
 
@@ -141,6 +146,42 @@ def test_logits_are_ours(run: RunFolder, model: Gpt2Model, tmp_path: Path) -> No
     ids = gpt2.generate(**tokenizer("a", return_tensors="pt"), max_length=9)[0].tolist()
     assert set(ids[2:]) <= set(TEXT.ids)
     assert re.fullmatch(r".{8}", tokenizer.decode(ids, skip_special_tokens=True), re.DOTALL)
+
+
+@needs_wikipedia
+@pytest.mark.filterwarnings("ignore")
+def test_logits_of_a_full_window(tmp_path: Path) -> None:
+    """Over all 128 characters of a window the bundled model's logits are within 1e-4 of the engine's."""
+    text = ("The history of the city begins with a bridge of wood over the river. " * 2)[:128]
+    assert export.main(["-m", str(WIKIPEDIA), "--format", "gpt2", str(tmp_path / "out")]) == 0
+    tokenizer, gpt2 = loaded(tmp_path / "out")
+    with torch.no_grad():
+        found = gpt2(**tokenizer(text, return_tensors="pt")).logits[0, 1:].numpy()  # (128, 88)
+    expected = picogpt.load(WIKIPEDIA, dtype="float32").logits(text)
+    others = [i for i in range(88) if i != BOS_ID]
+
+    np.testing.assert_allclose(found[:, others], expected[:, others], atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx(model: Gpt2Model, tmp_path: Path) -> None:
+    """The lines of docs/export.md write an ONNX model, which has the same logits for a text of any length in the window."""
+    for library in ("onnx", "onnxscript"):
+        pytest.importorskip(library)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    write_gpt2(model, tmp_path / "out")
+    tokenizer, gpt2 = loaded(tmp_path / "out")
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    (lines,) = (block for block in re.findall("```python\n(.*?)```", page, re.DOTALL) if "torch.onnx" in block)
+    program = lines.replace('"wikipedia', f'"{tmp_path}/wikipedia').replace("129", "9")
+    (tmp_path / "out").rename(tmp_path / "wikipedia-gpt2")
+    exec(compile(program, "docs/export.md", "exec"), {})
+    session = onnxruntime.InferenceSession(tmp_path / "wikipedia.onnx")
+
+    for text in ("a", "a window"):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        (found,) = session.run(["logits"], {"input_ids": ids.numpy()})
+        np.testing.assert_allclose(found, gpt2(ids).logits.detach().numpy(), atol=1e-4)
 
 
 def test_full_model(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from picogpt.cli import export
-from picogpt.config import GPTConfig
+from picogpt.config import Fold, GPTConfig, TextConfig
 from picogpt.export.model_page import ModelView, quantize_rows, render_model_page
 from picogpt.inference import Engine
 from picogpt.inference.generate import RollingDecoder
@@ -67,6 +67,20 @@ def test_size_of_a_tiny_model() -> None:
 def test_size_of_the_full_model(wikipedia: str) -> None:
     """It is below 9 MB."""
     assert len(wikipedia.encode()) < 9_000_000
+
+
+@pytest.mark.parametrize(
+    ("fold", "spelled"),
+    [(False, {}), (True, {"é": "e", "—": "-"}), ("latin", {"é": "e", "—": "-", "Щ": "Shch", "中": "Zhong", "ا": ""})],
+    ids=["not folded", "folded", "transliterated"],
+)
+def test_folding(fold: Fold, spelled: dict[str, str]) -> None:
+    """The page reads a prompt as the model's texts were read; of a transliterating model the table is below 1 MB."""
+    page = render_model_page(view(text=TextConfig(fold=fold, ids=(1,))))
+    table = content_of(page)[0]["folding"]
+
+    assert {character: table[character] for character in "é—Щ中ا" if character in table} == spelled
+    assert len(page.encode()) < (120_000 if fold != "latin" else 1_000_000)
 
 
 def test_safety() -> None:
