@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -85,9 +86,14 @@ def _is_invisible(character: str, category: str) -> bool:
 
 
 class Folding:
-    """`fold_character` for whole texts, by lookup tables that are filled when a character first occurs. Not thread-safe."""
+    """Folding of whole texts, by lookup tables that are filled when a character first occurs. Not thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        fold: folds one character; it must not change ASCII.
+    """
+
+    def __init__(self, fold: Callable[[str], str] = fold_character) -> None:
+        self._fold = fold
         # One entry per code point. Untouched zero pages take no memory, so the tables cost only what the text uses.
         self._length = np.zeros(N_CODE_POINTS, np.uint8)  # length of the replacement
         self._start = np.zeros(N_CODE_POINTS, np.int32)  # where it starts in the pool
@@ -120,7 +126,7 @@ class Folding:
 
     def _learn(self, characters: str) -> None:
         """Add `characters`, all distinct and new, to the tables."""
-        replacements = [fold_character(character) for character in characters]
+        replacements = [self._fold(character) for character in characters]
         lengths = np.array([len(replacement) for replacement in replacements])
         points = to_code_points(characters)
         self._length[points] = lengths

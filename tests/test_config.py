@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -196,7 +195,7 @@ def run_settings() -> RunSettings:
 
 def test_settings_round_trip() -> None:
     """Settings come back from their dict as they were, versions and the like beside them."""
-    content = {**asdict(run_settings()), "versions": {}}
+    content = {**run_settings().to_dict(), "versions": {}}
     content["data"] = {**content["data"], "text": list(content["data"]["text"])}
 
     assert RunSettings.from_dict(content) == run_settings()
@@ -204,7 +203,7 @@ def test_settings_round_trip() -> None:
 
 def test_settings_of_an_older_run() -> None:
     """What was not there when a run was begun stays out of it."""
-    content = asdict(run_settings())
+    content = run_settings().to_dict()
     del content["train"]["muon_interval"], content["attention"]
     settings = RunSettings.from_dict(content)
 
@@ -214,7 +213,7 @@ def test_settings_of_an_older_run() -> None:
 def test_settings_of_an_unknown_attention() -> None:
     """A form of attention that is none is named, with those there are."""
     with pytest.raises(ConfigError, match="attention must be one of fused, products, got 'flash'"):
-        RunSettings.from_dict({**asdict(run_settings()), "attention": "flash"})
+        RunSettings.from_dict({**run_settings().to_dict(), "attention": "flash"})
 
 
 @pytest.mark.parametrize("content", [{}, {"model": {"n_layers": 3}}, {"model": 5}], ids=["empty", "unknown field", "no dict"])

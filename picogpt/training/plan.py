@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from picogpt.alphabet import PICOGPT, Alphabet
 from picogpt.backend import Backend, BackendChoice
 from picogpt.config import DataConfig, GPTConfig, TrainConfig
 from picogpt.data import Source
 from picogpt.data.resolve import Console, FoundText, find_text
 from picogpt.errors import ConfigError, RunError, TrainingError
 from picogpt.runs.find import find_model, resumable_runs
-from picogpt.runs.folder import LossLog, RunFolder, load_model
+from picogpt.runs.folder import MODEL_FILE, LossLog, RunFolder, load_alphabet, load_model
 from picogpt.runs.import_original import read_original
 from picogpt.runs.settings import RunSettings
 from picogpt.schedule import Budget
@@ -36,6 +37,7 @@ class InitFrom:
     weights: Mapping[str, npt.NDArray[np.generic]]
     log: LossLog | None
     """The loss log of an imported run of the original project; None for a model of ours."""
+    alphabet: Alphabet = PICOGPT
 
     @classmethod
     def find(cls, request: TrainRequest) -> InitFrom | None:
@@ -46,7 +48,7 @@ class InitFrom:
         """
         if request.init_from is not None:
             path, _ = find_model(request.init_from, request.logs_dir)  # by name, like --model of the other commands
-            return cls(path.absolute(), *load_model(path), None)
+            return cls(path.absolute(), *load_model(path), None, load_alphabet(path))
         if request.import_original is not None:
             # Heads share one matrix, so their number cannot be read from the weights.
             original = read_original(request.import_original, request.model.get("n_head", GPTConfig().n_head))
@@ -92,8 +94,10 @@ class Plan:
         folder, stored, text = _locate(request, console)
         data = text.describe()
         request.check_changes(stored, data, folder.name, console.notify)
+        if stored is not None:
+            _check_alphabet(folder, data.alphabet)
         origin = _find_origin(request, folder, stored)
-        model = request.model_config(stored, origin.config if origin else None)
+        model = request.model_config(stored, origin.config if origin else None, data.alphabet.vocab_size)
         train = request.train_config(stored)
         budget = request.budget(stored)
         _check_patience(budget, train, ranks)
@@ -145,9 +149,11 @@ class Plan:
 
 def _locate(request: TrainRequest, console: Console) -> tuple[RunFolder, RunSettings | None, FoundText]:
     """Find the run's folder, its stored settings, and the text; the run's default name is the text's name."""
+    inherited = _inherited_alphabet(request)
 
     def find(stored: RunSettings | None) -> FoundText:
-        return find_text(request.text, stored.data if stored else None, scratch=request.logs_dir, console=console)
+        data = stored.data if stored else None
+        return find_text(request.text, data, scratch=request.logs_dir, console=console, inherited=inherited)
 
     if request.run is not None:
         folder = RunFolder(request.logs_dir / request.run)
@@ -162,6 +168,33 @@ def _locate(request: TrainRequest, console: Console) -> tuple[RunFolder, RunSett
     # A stream keeps its run's commit, and a text its run's folding, which are known only now. So the text is found again;
     # so far no request was sent and no file was read.
     return folder, stored, find(stored) if stored else text
+
+
+def _inherited_alphabet(request: TrainRequest) -> Alphabet:
+    """Return the alphabet of a new run that is requested to have none: that of the model it starts from."""
+    if request.init_from is None:
+        return PICOGPT
+    path, _ = find_model(request.init_from, request.logs_dir)
+    return load_alphabet(path)
+
+
+def _check_alphabet(folder: RunFolder, alphabet: Alphabet) -> None:
+    """Check that the model in the folder of a resumed run is the run's own.
+
+    Raises:
+        RunError: it has another alphabet.
+    """
+    if not folder.has_model():
+        return
+    try:
+        found = load_alphabet(folder.path / MODEL_FILE)
+    except RunError:  # a damaged model is no error here: the run resumes from its checkpoint, and writes the model again
+        return
+    if found != alphabet:
+        raise RunError(
+            f"{folder.path / MODEL_FILE}: a model with the alphabet {found.describe()}, and the run has {alphabet.describe()}; "
+            "move it away, or start over with --fresh"
+        )
 
 
 def _check_new_name(folder: RunFolder, notify: Notify) -> None:

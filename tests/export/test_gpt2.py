@@ -19,7 +19,7 @@ import picogpt
 from picogpt.cli import export
 from picogpt.config import GPTConfig, TextConfig
 from picogpt.errors import RunError
-from picogpt.export.gpt2 import BOS_ID, Gpt2Model, write_gpt2
+from picogpt.export.gpt2 import Gpt2Model, write_gpt2
 from picogpt.model.gpt import GPT
 from picogpt.runs.folder import RunFolder
 from picogpt.tokenizer import SPECIAL_IDS, CharTokenizer
@@ -55,8 +55,8 @@ def test_layout(model: Gpt2Model) -> None:
     )
     np.testing.assert_array_equal(tensors["transformer.h.1.ln_1.weight"], model.weights["transformer.h.1.ln_1.weight"])
     rows = np.abs(tensors["transformer.wte.weight"]).sum(axis=1)
-    assert np.flatnonzero(rows == 0).tolist() == [BOS_ID]
-    assert BOS_ID not in SPECIAL_IDS.values()
+    assert np.flatnonzero(rows == 0).tolist() == [model.bos_id]
+    assert model.bos_id not in SPECIAL_IDS.values()
 
 
 def test_generated_ids(model: Gpt2Model) -> None:
@@ -123,7 +123,7 @@ def test_tokenizer_is_ours(model: Gpt2Model, tmp_path: Path) -> None:
         points = (generator.choice(((0, 128), (32, 0xD800), (0xE000, 0x110000))) for _ in range(generator.randrange(30)))
         text = "".join(chr(generator.randrange(*span)) for span in points)
 
-        assert tokenizer(text)["input_ids"] == [BOS_ID, *ours.encode(text).tolist()], repr(text)
+        assert tokenizer(text)["input_ids"] == [model.bos_id, *ours.encode(text).tolist()], repr(text)
     assert tokenizer.decode(tokenizer("a <Q> b\n c")["input_ids"], skip_special_tokens=True) == "a <q> b\n c"
 
 
@@ -135,7 +135,7 @@ def test_logits_are_ours(run: RunFolder, model: Gpt2Model, tmp_path: Path) -> No
     with torch.no_grad():
         found = gpt2(**tokenizer("a window", return_tensors="pt")).logits[0, 1:].numpy()  # (8, 88)
     expected = picogpt.load(run.path, dtype="float32").logits("a window")
-    others = [i for i in range(88) if i != BOS_ID]
+    others = [i for i in range(88) if i != model.bos_id]
 
     np.testing.assert_allclose(found[:, others], expected[:, others], atol=1e-5)
     ids = gpt2.generate(**tokenizer("a", return_tensors="pt"), max_length=9)[0].tolist()
