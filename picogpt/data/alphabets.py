@@ -14,7 +14,7 @@ __all__ = ["COVERAGE", "Counts", "TextCharacters", "count_characters"]
 
 Counts = npt.NDArray[np.int64]
 
-COVERAGE = 0.9995
+COVERAGE = 0.9999
 """Share of a text that its own characters cover at least: rarer ones would have too few examples to learn."""
 
 _SURROGATES = slice(0xD800, 0xE000)  # no characters: UTF-8 cannot encode them
