@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from picogpt.alphabet import PICOGPT, Alphabet
 from picogpt.config import LOGS_DIR, EngineDType, GenerateConfig, GPTConfig, SampleConfig, TextConfig
 from picogpt.errors import DataError
+from picogpt.ids import Ids
 from picogpt.inference import Engine
 from picogpt.inference.prompts import TextGenerator
 from picogpt.model.roll import window_spans
@@ -60,9 +62,14 @@ class Model:
     def __init__(self, engine: Engine, text: TextConfig | None, path: Path) -> None:
         self.path = path  # public: which model was chosen for None
         self._engine, self._text = engine, text
-        self._tokenizer = CharTokenizer()
+        self._tokenizer = CharTokenizer(self.alphabet)
         # A model that is older than folding has seen <?> for accented letters, but it knows the plain letters.
-        self._encoder = TextEncoder(fold=text is None or text.fold)
+        self._encoder = TextEncoder(fold=text is None or text.fold, alphabet=self.alphabet)
+
+    @property
+    def alphabet(self) -> Alphabet:
+        """The characters that the model knows."""
+        return PICOGPT if self._text is None else self._text.alphabet
 
     @property
     def config(self) -> GPTConfig:
@@ -77,8 +84,8 @@ class Model:
     def __repr__(self) -> str:
         return f"Model({str(self.path)!r}, {self.dtype})"
 
-    def encode(self, text: str) -> npt.NDArray[np.uint8]:
-        """Return the token ids (T,) of a text, lower-cased and folded to the characters that the model knows."""
+    def encode(self, text: str) -> Ids:
+        """Return the token ids (T,) of a text, one for each of its characters, lower-cased and folded as in training."""
         return self._encoder.encode(text)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> str:
@@ -166,7 +173,7 @@ class Model:
             losses.append(found[0])  # (n,)
         return Score(np.concatenate(losses))
 
-    def _read(self, text: str, *, at_least: int) -> npt.NDArray[np.uint8]:
+    def _read(self, text: str, *, at_least: int) -> Ids:
         ids = self.encode(text)
         if len(ids) < at_least:
             raise DataError(f"the text has {len(ids)} characters, and at least {at_least} are needed")

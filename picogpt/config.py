@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from picogpt.alphabet import PICOGPT, Alphabet
 from picogpt.checks import require, require_between, require_whole
 from picogpt.errors import ConfigError
 from picogpt.wording import plural
@@ -63,7 +64,7 @@ class GPTConfig:
     context_len: int = 128  # short and cheap; the context vector carries what lies before
     """Characters in a window; the position table has one more row, for the context vector in front."""
     vocab_size: int = 88  # a multiple of 8 for the GEMMs
-    """Token ids: 82 in use, 6 spare."""
+    """Token ids; they follow from the alphabet. The original's: 82 in use, 6 spare."""
     dropout: float = 0.0  # most texts are longer than a run, so there is nothing to overfit
     """Probability of dropping an activation in training, in [0, 1)."""
     bias: bool = True
@@ -290,7 +291,9 @@ class TextConfig:
 
     # Needed for generation: the prompt is encoded like the training text, and only characters that occur in it are sampled.
     fold: Fold
-    """Replacement of characters outside ASCII."""
+    """Replacement of characters outside the alphabet."""
+    alphabet: Alphabet = PICOGPT
+    """Characters of the model."""
     ids: tuple[int, ...]
     """Ids that occur in the training text, sorted; for a stream, which is not read beforehand, all that can occur."""
 
@@ -309,7 +312,9 @@ class TextRequest:
     column: str | None = None
     """Column of a stream that contains the text."""
     fold: Fold | None = None
-    """Replacement of characters outside ASCII; None takes the run's setting."""
+    """Replacement of characters outside the alphabet; None takes the run's setting."""
+    alphabet: str | None = None
+    """`picogpt`, `text` (the text's own characters) or a file of characters; None takes the run's."""
 
     @property
     def is_named(self) -> bool:
@@ -344,7 +349,9 @@ class DataConfig:
     format: str | None = None
     """Format of a stream's files: parquet, json, ..."""
     fold: Fold = False  # the value of runs that are older than folding
-    """Replacement of characters outside ASCII."""
+    """Replacement of characters outside the alphabet."""
+    alphabet: Alphabet = PICOGPT
+    """Characters of the run."""
 
     def __post_init__(self) -> None:
         _require_fold(self.fold)

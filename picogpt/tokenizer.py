@@ -1,4 +1,6 @@
-"""The character tokenizer: 88 ids, lower case, encoded by one table lookup for a text of any length.
+"""The character tokenizer of an alphabet, encoding by one table lookup for a text of any length.
+
+The ids of the original project's alphabet, 88 in all; `picogpt.alphabet` has the rule for any other:
 
 | ids   | meaning                                                                                     |
 |-------|---------------------------------------------------------------------------------------------|
@@ -7,9 +9,9 @@
 | 75-81 | the special tokens `<P> <S> </S> <Q> </Q> <A> </A>`                                            |
 | 82-87 | spare                                                                                        |
 
-A capital A-Z has the id of its small letter. Encoding gives one id per character, so lengths and positions agree. Folding, which
-may change a text's length, comes first: `TextEncoder` does both. Special tokens are never parsed from text: `<Q>` in a text is
-three characters, so a text cannot fake a question. Programs use `SPECIAL_IDS`.
+There a capital A-Z has the id of its small letter. Encoding gives one id per character, so lengths and positions agree. Folding,
+which may change a text's length, comes first: `TextEncoder` does both. Special tokens are never parsed from text: `<Q>` in a text
+is three characters, so a text cannot fake a question. Programs use `Alphabet.special_ids`.
 """
 
 from __future__ import annotations
@@ -17,15 +19,18 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from picogpt.alphabet import PICOGPT, UNKNOWN_ID, Alphabet
 from picogpt.config import Fold
 from picogpt.errors import ConfigError
 from picogpt.folding import N_CODE_POINTS, Folding, fold_character, to_code_points, transliterate_character
+from picogpt.ids import Ids, id_dtype
 
 __all__ = [
     "SPECIAL_IDS",
@@ -37,58 +42,54 @@ __all__ = [
     "TextEncoder",
     "encode_stop",
     "list_commonest",
+    "replacement",
 ]
 
-VOCAB_SIZE: Final = 88
-UNKNOWN_ID: Final = 0
-# Ids follow from the order of these characters and are part of every model on disk: never change it.
-_CHARACTERS: Final = "".join(c for c in string.printable if c not in string.ascii_uppercase)
-# Special tokens of the original project's vocabulary; training texts with questions and answers use the last four.
-_SPECIALS: Final = ("<P>", "<S>", "</S>", "<Q>", "</Q>", "<A>", "</A>")
-SPECIAL_IDS: Final = {token: i for i, token in enumerate(_SPECIALS, start=len(_CHARACTERS) + 1)}
-"""Ids of the special tokens, by their spelling."""
-TEXT_IDS: Final = range(1, len(_CHARACTERS) + 1)
-"""Ids of the characters that a text can contain."""
+# Those of the original project's alphabet.
+VOCAB_SIZE: Final = PICOGPT.vocab_size
+SPECIAL_IDS: Final = PICOGPT.special_ids
+TEXT_IDS: Final = PICOGPT.text_ids
 
 _CAPITAL: Final = re.compile("[A-Z]")
 
 
 class CharTokenizer:
-    """The table of characters, in both directions."""
+    """The table of an alphabet's characters, in both directions."""
 
-    def __init__(self) -> None:
+    def __init__(self, alphabet: Alphabet = PICOGPT) -> None:
+        self.alphabet = alphabet
         # One entry per code point, so that encoding is a single gather without a branch. Untouched zero pages take no memory.
-        self._id_of = np.full(N_CODE_POINTS, UNKNOWN_ID, dtype=np.uint8)
-        for i, character in enumerate(_CHARACTERS, start=1):
-            self._id_of[ord(character)] = i
+        assert UNKNOWN_ID == 0
+        self._id_of = np.zeros(N_CODE_POINTS, id_dtype(alphabet.vocab_size))
+        self._id_of[to_code_points(alphabet.characters)] = alphabet.text_ids
+        if alphabet.lowercase:
             # Lower-casing is part of the table, so that it costs nothing.
-            if character in string.ascii_lowercase:
-                self._id_of[ord(character.upper())] = i
+            small = to_code_points(string.ascii_lowercase)
+            self._id_of[to_code_points(string.ascii_uppercase)] = self._id_of[small]
         # A model may sample a spare id before it has learned not to; it decodes like an unknown character.
-        spare = ["<?>"] * (VOCAB_SIZE - 1 - len(_CHARACTERS) - len(_SPECIALS))
-        self._text_of = np.array(["<?>", *_CHARACTERS, *_SPECIALS, *spare], dtype=object)
+        spare = ["<?>"] * len(alphabet.spare_ids)
+        self._text_of = np.array(["<?>", *alphabet.characters, *alphabet.special_ids, *spare], dtype=object)
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """The 82 ids in use, by their spelling."""
-        used = len(_CHARACTERS) + len(_SPECIALS) + 1
-        return {str(text): i for i, text in enumerate(self._text_of[:used])}
+        """The ids in use, by their spelling: all but the spare ones."""
+        return {str(text): i for i, text in enumerate(self._text_of[: self.alphabet.spare_ids.start])}
 
-    def encode(self, text: str) -> npt.NDArray[np.uint8]:
+    def encode(self, text: str) -> Ids:
         """Return the ids of `text`, one per character, shape (len(text),). Any string is valid, also with lone surrogates."""
-        ids: npt.NDArray[np.uint8] = self._id_of[to_code_points(text)]
+        ids: Ids = self._id_of[to_code_points(text)]
         return ids
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """Return the text of a sequence of ids. Unknown and spare ids become `<?>`.
 
         Raises:
-            IndexError: an id is outside 0..87.
+            IndexError: an id is outside the vocabulary.
         """
         indices = np.asarray(ids, dtype=np.intp)
         # numpy would count a negative index from the end, silently; a large one raises by itself.
         if indices.size and indices.min() < 0:
-            raise IndexError(f"token id {indices.min()} is outside 0..{VOCAB_SIZE - 1}")
+            raise IndexError(f"token id {indices.min()} is outside 0..{self.alphabet.vocab_size - 1}")
         return "".join(self._text_of[indices])
 
     def unknown_characters(self, text: str) -> Counter[str]:
@@ -112,7 +113,7 @@ class Tally:
     unknown: Counter[str] = field(default_factory=Counter)
     """Counts of the characters without an id, which became `<?>`."""
     capitals: bool = False
-    """Whether capitals A-Z occurred."""
+    """Whether capitals A-Z were read as small letters."""
 
     @property
     def unknown_share(self) -> float:
@@ -143,27 +144,44 @@ def list_commonest(counts: Counter[str], most: int = 5) -> str:
     return ", ".join(f"{character!r} {count:,}" for character, count in counts.most_common(most))
 
 
+def replacement(alphabet: Alphabet, fold: Fold) -> Callable[[str], str]:
+    """Return the replacement of one character for an alphabet: a character that the alphabet has, or cannot spell, stays."""
+    replace = transliterate_character if fold == "latin" else fold_character
+    if alphabet == PICOGPT:
+        return replace
+    known = frozenset(alphabet.characters)
+
+    def replace_unknown(character: str) -> str:
+        spelling = character if character in known else replace(character)
+        return spelling if known.issuperset(spelling) else character
+
+    return replace_unknown
+
+
 class TextEncoder:
     """Encoder for the texts of one model: folds them as the model's texts are, and looks up the ids. Not thread-safe.
 
     Args:
-        fold: replacement of characters outside ASCII.
+        fold: replacement of characters outside the alphabet.
+        alphabet: the model's alphabet.
 
     Attributes:
         tally: counts over all texts so far.
     """
 
-    def __init__(self, *, fold: Fold) -> None:
+    def __init__(self, *, fold: Fold, alphabet: Alphabet = PICOGPT) -> None:
         self.tally = Tally()
-        self._tokenizer = CharTokenizer()
-        self._replace = transliterate_character if fold == "latin" else fold_character
+        self.alphabet = alphabet
+        self._tokenizer = CharTokenizer(alphabet)
+        self._fold_character = replacement(alphabet, True)
+        self._replace = replacement(alphabet, fold)
         self._folding = Folding(self._replace) if fold else None
 
     def fold(self, text: str) -> str:
         """Return the text to which `encode` assigns one id per character."""
         return self._folding(text) if self._folding else text
 
-    def encode(self, text: str) -> npt.NDArray[np.uint8]:
+    def encode(self, text: str) -> Ids:
         """Return the ids of the folded text, shape (len(fold(text)),)."""
         ids = self._tokenizer.encode(text)
         tally = self.tally
@@ -172,7 +190,7 @@ class TextEncoder:
             counts = self._tokenizer.unknown_characters(text)
             if self._folding:
                 # Folding leaves a character that it does not know; those stay unknown.
-                folded = Counter({c: n for c, n in counts.items() if fold_character(c) != c})
+                folded = Counter({c: n for c, n in counts.items() if self._fold_character(c) != c})
                 transliterated = Counter({c: n for c, n in (counts - folded).items() if self._replace(c) != c})
                 tally.folded += folded
                 tally.transliterated += transliterated
@@ -181,7 +199,7 @@ class TextEncoder:
             tally.unknown += counts  # those that folding does not know
         tally.characters += len(ids)
         # Searched only until the first capital of all texts is found.
-        tally.capitals = tally.capitals or _CAPITAL.search(text) is not None
+        tally.capitals = tally.capitals or (self.alphabet.lowercase and _CAPITAL.search(text) is not None)
         return ids
 
 

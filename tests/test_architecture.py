@@ -14,7 +14,8 @@ import picogpt
 PACKAGE = Path(picogpt.__file__).parent
 LAYERS = [
     {"errors", "signals", "stdio", "threads", "uptime", "wording"},
-    {"checks", "device", "encodings", "files", "folding", "rng"},
+    {"checks", "device", "encodings", "files", "folding", "ids", "rng"},
+    {"alphabet"},
     {"config"},
     {"schedule"},
     {"kernels", "tokenizer"},

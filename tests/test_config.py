@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -200,7 +199,7 @@ def run_settings() -> RunSettings:
 
 def test_settings_round_trip() -> None:
     """Settings come back from their dict as they were, versions and the like beside them."""
-    content = {**asdict(run_settings()), "versions": {}}
+    content = {**run_settings().to_dict(), "versions": {}}
     content["data"] = {**content["data"], "text": list(content["data"]["text"])}
 
     assert RunSettings.from_dict(content) == run_settings()
@@ -208,7 +207,7 @@ def test_settings_round_trip() -> None:
 
 def test_settings_of_an_older_run() -> None:
     """What was not there when a run was begun stays out of it."""
-    content = asdict(run_settings())
+    content = run_settings().to_dict()
     del content["train"]["muon_interval"], content["attention"]
     settings = RunSettings.from_dict(content)
 
@@ -218,12 +217,12 @@ def test_settings_of_an_older_run() -> None:
 def test_settings_of_an_unknown_attention() -> None:
     """A form of attention that is none is named, with those there are."""
     with pytest.raises(ConfigError, match="attention must be one of fused, products, got 'flash'"):
-        RunSettings.from_dict({**asdict(run_settings()), "attention": "flash"})
+        RunSettings.from_dict({**run_settings().to_dict(), "attention": "flash"})
 
 
 def test_settings_of_an_unknown_folding() -> None:
     """A rule of folding that a newer version may have is named, and not read as another one."""
-    content = asdict(run_settings())
+    content = run_settings().to_dict()
     content["data"]["fold"] = "greek"
     with pytest.raises(ConfigError, match="fold must be false, true or latin, got 'greek'"):
         RunSettings.from_dict(content)

@@ -66,6 +66,7 @@ def request_of(arguments: argparse.Namespace) -> TrainRequest:
             dataset=arguments.dataset,
             column=arguments.text_column,
             fold=arguments.fold,
+            alphabet=arguments.alphabet,
         ),
         threads=check_threads(arguments.threads),
         # Validated here and not by argparse, so that the message has the same form as for all other settings.

@@ -47,14 +47,18 @@ def build_parser() -> Parser:
     )
     text.add_argument("--text", metavar="PATH", nargs="+", help="your own text: files, folders of .txt and .md, or - for stdin")
     parser.add_argument("--text-column", metavar="NAME", help="text column of a streamed data set (default: text)")
+    parser.add_argument(
+        "--alphabet",
+        metavar="NAME",
+        help="characters that the model knows: picogpt (ASCII in small letters), text (the text's own, capitals included), or "
+        "a UTF-8 file with the characters in it; with the last two nothing is lower-cased (default: picogpt)",
+    )
     fold = parser.add_mutually_exclusive_group()
     fold.add_argument(
-        "--no-fold",
-        dest="fold",
-        action="store_const",  # and not store_false, whose default is True: None keeps the run's setting
-        const=False,
-        help="read all characters outside ASCII as <?>, as the original project does (default: curly quotes become straight, "
-        "dashes -, letters lose their accents; docs/texts.md)",
+        "--fold",
+        action=argparse.BooleanOptionalAction,  # None without either: it keeps the run's setting
+        help="fold characters outside the alphabet to it: curly quotes become straight, dashes -, letters lose their accents; "
+        "--no-fold reads them as <?> (default: --fold with the alphabet picogpt, --no-fold with another; docs/texts.md)",
     )
     fold.add_argument(
         "--transliterate",

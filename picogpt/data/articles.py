@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from picogpt.alphabet import PICOGPT, Alphabet
 from picogpt.config import Fold, TextConfig
+from picogpt.data.alphabets import Counts, count_characters
 from picogpt.data.batches import Stop, WaitInterrupted
 from picogpt.data.hub import read_rows
 from picogpt.data.network import explain, hint, is_transient
@@ -26,24 +27,38 @@ from picogpt.data.outage import Outage, ReaderClosed
 from picogpt.data.shards import Row, Shards
 from picogpt.encodings import normalize_newlines
 from picogpt.errors import DataError
+from picogpt.folding import to_code_points
+from picogpt.ids import Ids, id_dtype
 from picogpt.rng import Stream, stream_generator
-from picogpt.tokenizer import SPECIAL_IDS, TEXT_IDS, CharTokenizer, Tally, TextEncoder
+from picogpt.tokenizer import Tally, TextEncoder
 from picogpt.wording import Notify
 
-__all__ = ["SEPARATOR", "Article", "ArticleReader", "Cursor", "Ids", "PassLengthCheck", "draw_validation", "join_articles"]
+__all__ = [
+    "ALPHABET_CHARS",
+    "Article",
+    "ArticleReader",
+    "Cursor",
+    "PassLengthCheck",
+    "count_first_articles",
+    "draw_validation",
+    "join_articles",
+]
 
-Ids = npt.NDArray[np.uint8]
 Read = Callable[[str, int], Iterator[Row]]
 
 VALIDATION_CHARS = 256_000
 """Characters of validation text, drawn once per run."""
 VALIDATION_DIVISOR = 20
 """One article in this many is held out for validation."""
+ALPHABET_CHARS = 2_000_000
+"""Characters of the first articles that a stream's own alphabet is taken from."""
 READ_AHEAD = 1 << 24
-"""Bytes of encoded text (one per character) buffered ahead of training; they bridge short network outages."""
+"""Bytes of encoded text buffered ahead of training; they bridge short network outages."""
 
 _QUESTION_TOKENS = ("<Q>", "</Q>", "<A>", "</A>")
 """Special tokens that wrap a question and its answer."""
+_SEPARATOR_CHARS = 2
+"""Newlines between two articles: an empty line."""
 _ARTICLE_OVERHEAD = 500
 """Bytes charged per article for its Python objects; without it, millions of tiny articles would fit into the buffer."""
 _SHORT_READ_AHEAD = 1 << 20
@@ -83,7 +98,8 @@ class ArticleReader:
         seed: seed of the file order.
         notify: receives one line per wait.
         read: iterates over the rows of a file from a given row.
-        fold: replacement of characters outside ASCII.
+        fold: replacement of characters outside the alphabet.
+        alphabet: the model's alphabet; None to read code points instead of ids.
         patience: seconds of failures before giving up; None for `picogpt.data.outage.PATIENCE`.
     """
 
@@ -95,12 +111,13 @@ class ArticleReader:
         read: Read | None = None,
         *,
         fold: Fold = True,
+        alphabet: Alphabet | None = PICOGPT,
         patience: float | None = None,
     ) -> None:
         self._shards, self._seed, self._fold = shards, seed, fold
         # Tests pass their own `read`, so that no file or network is needed.
         self._read: Read = read or (lambda file, row: read_rows(shards, file, row))
-        self._encoder = TextEncoder(fold=fold)
+        self._encoder = None if alphabet is None else TextEncoder(fold=fold, alphabet=alphabet)
         self._buffer = _Buffer()
         self._closed = threading.Event()
         # Event.wait is the pause between retries: it returns early, with True, as soon as `close` sets the event.
@@ -111,12 +128,25 @@ class ArticleReader:
     def text(self) -> TextConfig:
         """Encoding of the articles and the ids they can contain; two-column articles contain the question tokens too."""
         # Known before any article is read, as generation must know which ids a model has seen.
-        specials = [] if len(self._shards.columns) == 1 else [SPECIAL_IDS[token] for token in _QUESTION_TOKENS]
-        return TextConfig(fold=self._fold, ids=(*TEXT_IDS, *specials))
+        special_ids = self.alphabet.special_ids
+        specials = [] if len(self._shards.columns) == 1 else [special_ids[token] for token in _QUESTION_TOKENS]
+        return TextConfig(fold=self._fold, alphabet=self.alphabet, ids=(*self.alphabet.text_ids, *specials))
+
+    @property
+    def alphabet(self) -> Alphabet:
+        """The alphabet of the ids."""
+        assert self._encoder is not None
+        return self._encoder.alphabet
+
+    @property
+    def separator(self) -> Ids:
+        """Ids between two articles: an empty line."""
+        return np.full(_SEPARATOR_CHARS, self.alphabet.newline_id, id_dtype(self.alphabet.vocab_size))
 
     @property
     def tally(self) -> Tally:
         """Counts of the characters that encoding changed in the articles read so far."""
+        assert self._encoder is not None
         return self._encoder.tally
 
     @property
@@ -248,14 +278,19 @@ class ArticleReader:
 
     def _encode(self, columns: Row) -> Ids:
         """Encode a row: one column is a text; two are a question and its answer, wrapped in special tokens."""
-        texts = [self._encoder.encode(normalize_newlines(column)) for column in columns]
+        columns = tuple(map(normalize_newlines, columns))
+        if self._encoder is None:
+            return to_code_points("".join(columns))
+        texts = [self._encoder.encode(column) for column in columns]
         if len(texts) == 1:
             return texts[0]
         question, answer = texts
         # Special ids are inserted as arrays: a text cannot spell them, so a data set cannot fake a turn.
-        mark = {token: np.array([SPECIAL_IDS[token]], np.uint8) for token in _QUESTION_TOKENS}
+        dtype, special_ids = id_dtype(self.alphabet.vocab_size), self.alphabet.special_ids
+        mark = {token: np.array([special_ids[token]], dtype) for token in _QUESTION_TOKENS}
+        newline = np.array([self.alphabet.newline_id], dtype)
         # <Q>question</Q>\n<A>answer</A>
-        return np.concatenate((mark["<Q>"], question, mark["</Q>"], _NEWLINE_IDS, mark["<A>"], answer, mark["</A>"]))
+        return np.concatenate((mark["<Q>"], question, mark["</Q>"], newline, mark["<A>"], answer, mark["</A>"]))
 
 
 class _Buffer:
@@ -306,7 +341,7 @@ class _Buffer:
 
 def _size(item: Article | Exception) -> int:
     """Return the bytes that an item counts for in the buffer; an exception is free, so that it can always be delivered."""
-    return _ARTICLE_OVERHEAD + len(item.ids) if isinstance(item, Article) else 0
+    return _ARTICLE_OVERHEAD + item.ids.nbytes if isinstance(item, Article) else 0
 
 
 def _is_for_validation(file: str, row: int) -> bool:
@@ -329,9 +364,26 @@ def join_articles(reader: ArticleReader, characters: int, *, for_validation: boo
             if article.cursor.epoch > 0 or total >= characters:
                 break
             if article.for_validation is for_validation:
-                parts += [article.ids, SEPARATOR]
-                total += len(article.ids) + len(SEPARATOR)
-    return np.concatenate(parts)[:characters] if parts else np.zeros(0, np.uint8)
+                parts += [article.ids, reader.separator]
+                total += len(article.ids) + _SEPARATOR_CHARS
+    return np.concatenate(parts)[:characters] if parts else np.zeros(0, id_dtype(reader.alphabet.vocab_size))
+
+
+def count_first_articles(reader: ArticleReader) -> Counts:
+    """Count the characters of the first articles, of both sides of the split, up to `ALPHABET_CHARS` characters.
+
+    Args:
+        reader: source of the articles, of code points; not yet started, and closed afterwards.
+    """
+    parts = [np.zeros(0, np.uint32)]
+    total = 0
+    with contextlib.closing(reader.from_start()) as articles:
+        for article in articles:
+            if article.cursor.epoch > 0 or total >= ALPHABET_CHARS:
+                break
+            parts.append(article.ids.astype(np.uint32))
+            total += len(article.ids)
+    return count_characters(np.concatenate(parts)[:ALPHABET_CHARS])
 
 
 def draw_validation(reader: ArticleReader, characters: int | None = None, *, sequence_len: int = 0) -> Ids:
@@ -357,8 +409,8 @@ def draw_validation(reader: ArticleReader, characters: int | None = None, *, seq
                 break
             if article.for_validation:
                 # Articles keep their stream order, so the same seed gives the same validation text.
-                parts += [article.ids, SEPARATOR]
-                drawn += len(article.ids) + len(SEPARATOR)
+                parts += [article.ids, reader.separator]
+                drawn += len(article.ids) + _SEPARATOR_CHARS
     # A prediction needs an input and a target character.
     if drawn < 2:
         raise DataError(f"{reader.name}: too small, no article is held out for validation; use --text for small texts")
@@ -396,9 +448,4 @@ class PassLengthCheck:
                 )
             self._epoch, self._from_start, self._chars = article.cursor.epoch, True, 0
         if not article.for_validation:
-            self._chars += len(article.ids) + len(SEPARATOR)
-
-
-_NEWLINE_IDS = CharTokenizer().encode("\n")
-SEPARATOR = np.concatenate((_NEWLINE_IDS, _NEWLINE_IDS))
-"""Ids between two articles: an empty line."""
+            self._chars += len(article.ids) + _SEPARATOR_CHARS

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from picogpt.alphabet import PICOGPT, Alphabet
 from picogpt.config import TextConfig
 from picogpt.data.text import Corpus
 from picogpt.errors import DataError
+from picogpt.ids import Ids, id_dtype
 from picogpt.rng import Stream, stream_generator
-from picogpt.tokenizer import VOCAB_SIZE
 
 __all__ = [
     "Batch",
@@ -54,14 +55,14 @@ class WaitInterrupted(Exception):
 class ValidationStore(Protocol):
     """Storage for the validation text of a run."""
 
-    def save_validation(self, ids: npt.NDArray[np.uint8]) -> None:
+    def save_validation(self, ids: Ids) -> None:
         """Save the ids (N,)."""
 
 
 class Source(Protocol):
     """Interface between training and its data."""
 
-    val_ids: npt.NDArray[np.uint8]
+    val_ids: Ids
     """The validation text (characters,)."""
 
     @property
@@ -94,7 +95,7 @@ class Source(Protocol):
         """Continue from a snapshot."""
 
 
-def split_text(ids: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+def split_text(ids: Ids) -> tuple[Ids, Ids]:
     """Split a text (N,) into its training part and its validation part."""
     # A contiguous tail, not random pieces: neighbouring text would leak into the validation.
     n_train = int(TRAIN_FRACTION * len(ids))
@@ -142,13 +143,15 @@ class TextSource:
     @functools.cached_property
     def text(self) -> TextConfig:
         """Encoding of the text and the ids that occur in its training part."""
-        counts = np.zeros(VOCAB_SIZE, np.int64)
+        vocab_size = self._corpus.alphabet.vocab_size
+        counts = np.zeros(vocab_size, np.int64)
         for start in range(0, len(self.train_ids), _COUNT_BLOCK):
             # minlength gives every block the same length, so the counts add up.
-            counts += np.bincount(self.train_ids[start : start + _COUNT_BLOCK], minlength=VOCAB_SIZE)
+            counts += np.bincount(self.train_ids[start : start + _COUNT_BLOCK], minlength=vocab_size)
             # Keep a memory-mapped text from growing into memory while it is scanned.
             self._corpus.release_pages()
-        return TextConfig(fold=self._corpus.fold, ids=tuple(np.flatnonzero(counts).tolist()))
+        ids = tuple(np.flatnonzero(counts).tolist())
+        return TextConfig(fold=self._corpus.fold, alphabet=self._corpus.alphabet, ids=ids)
 
     @property
     def train_chars(self) -> int:
@@ -201,15 +204,17 @@ class TextSource:
 class RandomSource(TextSource):
     """Batches of random characters, for timing steps without data."""
 
-    def __init__(self, *, sequence_len: int, batch_size: int) -> None:
+    def __init__(self, *, sequence_len: int, batch_size: int, alphabet: Alphabet = PICOGPT) -> None:
         # Ten times a batch: the last tenth then holds a whole batch of validation sequences.
         size = 10 * (batch_size * sequence_len + 2)
         # Fixed seed: timings of two runs see the same batches.
-        ids = np.random.Generator(np.random.Philox(0)).integers(1, 75, size, dtype=np.uint8)
-        super().__init__(Corpus(name="noise", ids=ids), sequence_len=sequence_len, batch_size=batch_size, seed=0)
+        known, dtype = alphabet.text_ids, id_dtype(alphabet.vocab_size)
+        ids = np.random.Generator(np.random.Philox(0)).integers(known.start, known.stop, size, dtype=dtype.type)
+        corpus = Corpus(name="noise", ids=ids, alphabet=alphabet)
+        super().__init__(corpus, sequence_len=sequence_len, batch_size=batch_size, seed=0)
 
 
-def evenly_spaced_batches(ids: npt.NDArray[np.uint8], sequence_len: int, batch_size: int, most: int) -> Iterator[Batch]:
+def evenly_spaced_batches(ids: Ids, sequence_len: int, batch_size: int, most: int) -> Iterator[Batch]:
     """Yield at most `most` batches of sequences spread evenly over `ids` (N,).
 
     There are fewer batches if they cover all of `ids`; the last batch can be smaller. A text shorter than a sequence becomes one
@@ -225,7 +230,7 @@ def evenly_spaced_batches(ids: npt.NDArray[np.uint8], sequence_len: int, batch_s
         yield _cut(ids, starts[first : first + batch_size], sequence_len)
 
 
-def _cut(ids: npt.NDArray[np.uint8], starts: list[int], sequence_len: int) -> Batch:
+def _cut(ids: Ids, starts: list[int], sequence_len: int) -> Batch:
     """Cut T + 1 characters at each start; the targets are the inputs shifted by one."""
     rows = np.stack([ids[start : start + sequence_len + 1] for start in starts]).astype(np.int64)  # (B, T + 1)
     return Batch(rows[:, :-1], rows[:, 1:])  # (B, T) each

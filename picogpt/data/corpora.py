@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
+from picogpt.alphabet import PICOGPT, Alphabet
 from picogpt.data.text import Corpus, read_texts
 from picogpt.errors import ConfigError, DataError
 from picogpt.files import atomic_write
@@ -36,11 +37,12 @@ AUTO_TIMEOUT = 8.0
 Progress = Callable[[int, int], None]
 
 
-def load_dataset(name: str, *, notify: Notify, progress: Progress) -> Corpus:
+def load_dataset(name: str, *, alphabet: Alphabet | None = PICOGPT, notify: Notify, progress: Progress) -> Corpus:
     """Load one of `DATASETS`.
 
     Args:
         name: one of the names; `auto` is Tiny Shakespeare if it is on disk or downloads within seconds, else the sample.
+        alphabet: the characters to know; None takes the text's own (`read_texts`).
         notify: receives one line about the choice or the download, and the reason.
         progress: called during an explicitly requested download with the bytes received and the total.
 
@@ -49,29 +51,29 @@ def load_dataset(name: str, *, notify: Notify, progress: Progress) -> Corpus:
         DataError: the text is not available.
     """
     if name == "sample":
-        return _sample()
+        return _sample(alphabet, notify)
     if name == "tinyshakespeare":
-        return _tiny_shakespeare(notify, lambda: _download(PATIENCE, progress))
+        return _tiny_shakespeare(alphabet, notify, lambda: _download(PATIENCE, progress))
     # The default of picogpt-train.
     if name == "auto":
         try:
             # A first run must not hang or fail for want of a network: fall back to the included text.
-            return _tiny_shakespeare(notify, lambda: _download_within(AUTO_TIMEOUT))
+            return _tiny_shakespeare(alphabet, notify, lambda: _download_within(AUTO_TIMEOUT))
         except DataError as error:
             notify(f"{error}; using the sample play instead")
-            return _sample()
+            return _sample(alphabet, notify)
     raise ConfigError(f"dataset must be one of {', '.join(DATASETS)} (--text takes your own files), got {name!r}", "dataset")
 
 
-def _sample() -> Corpus:
+def _sample(alphabet: Alphabet | None, notify: Notify) -> Corpus:
     """Read the included play, from the installed package or from a clone."""
     # The wheel carries the file inside the package; a clone has it in its `dataset` folder.
     packaged = Path(str(files("picogpt.data"))) / "sample.txt"
     in_clone = Path(__file__).parents[2] / "dataset" / "sample.txt"
-    return read_texts([str(packaged if packaged.is_file() else in_clone)], name="sample")
+    return read_texts([str(packaged if packaged.is_file() else in_clone)], name="sample", alphabet=alphabet, notify=notify)
 
 
-def _tiny_shakespeare(notify: Notify, download: Callable[[], bytes]) -> Corpus:
+def _tiny_shakespeare(alphabet: Alphabet | None, notify: Notify, download: Callable[[], bytes]) -> Corpus:
     """Read Tiny Shakespeare, downloading it first if it is not on disk."""
     # The file is kept, so that only the first run needs a network.
     path = DATASET_FOLDER / "tinyshakespeare.txt"
@@ -85,7 +87,7 @@ def _tiny_shakespeare(notify: Notify, download: Callable[[], bytes]) -> Corpus:
             raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
         notify(f"downloaded Tiny Shakespeare to {path}")
     _check(path)
-    return read_texts([str(path)], name="tinyshakespeare")
+    return read_texts([str(path)], name="tinyshakespeare", alphabet=alphabet, notify=notify)
 
 
 def _check(path: Path) -> None:

@@ -13,9 +13,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from picogpt.alphabet import PICOGPT, Alphabet, resolve_alphabet
 from picogpt.checks import check_text_column
 from picogpt.config import DataConfig, Fold, GPTConfig, TextRequest, TrainConfig
-from picogpt.data.articles import ArticleReader, Ids, draw_validation
+from picogpt.data.alphabets import TextCharacters
+from picogpt.data.articles import ArticleReader, count_first_articles, draw_validation
 from picogpt.data.batches import Source, TextSource
 from picogpt.data.corpora import DATASETS, Progress, load_dataset
 from picogpt.data.hub import StreamSpec, find_shards, resolve_stream
@@ -25,6 +27,7 @@ from picogpt.data.shards import Shards
 from picogpt.data.stream import StreamSource
 from picogpt.data.text import Corpus, check_unknown, read_texts
 from picogpt.files import existing_folder
+from picogpt.ids import Ids
 from picogpt.wording import Notify
 
 __all__ = ["Console", "FoundText", "find_text", "stored_shards", "text_name"]
@@ -86,6 +89,7 @@ class _LocalText:
             characters=len(corpus.ids),
             sha256=corpus.fingerprint,
             fold=corpus.fold,
+            alphabet=corpus.alphabet,
         )
 
     def source(self, model: GPTConfig, config: TrainConfig, val_ids: Ids | None) -> Source:  # noqa: ARG002 (cut from the text)
@@ -98,7 +102,7 @@ class _LocalText:
             f"to validate; {corpus.tally}{self._advice(len(source.train_ids))}"
         )
         # Earlier versions accepted texts that are rejected now; their runs can still be resumed.
-        check_unknown(corpus.name, corpus.tally, self._notify, reject=self._stored is None)
+        check_unknown(corpus.name, corpus.tally, self._notify, alphabet=corpus.alphabet, reject=self._stored is None)
         return source
 
     @staticmethod
@@ -114,21 +118,42 @@ class _HubStream:
         spec: the data set.
         text_column: the column named by the user, or None.
         stored: config entry of the run that is resumed; None for a new run.
-        fold: replacement of characters outside ASCII.
+        fold: replacement of characters outside the alphabet.
+        alphabet: the characters to know; None takes those of the first articles.
         notify: receives lines about the stream, and about every wait for the network.
     """
 
     def __init__(
-        self, spec: StreamSpec, text_column: str | None, stored: DataConfig | None, *, fold: Fold, notify: Notify
+        self,
+        spec: StreamSpec,
+        text_column: str | None,
+        stored: DataConfig | None,
+        *,
+        fold: Fold,
+        alphabet: Alphabet | None,
+        notify: Notify,
     ) -> None:
         self.name = spec.short_name
         self._spec, self._text_column, self._stored, self._fold, self._notify = spec, text_column, stored, fold, notify
+        self._asked_alphabet = alphabet
 
     @functools.cached_property
     def _shards(self) -> Shards:
         """Files at the commit of the resumed run, or at the newest commit."""
         # A stored list of files needs no request, so a resume can start while the hub is down.
         return stored_shards(self._spec, self._stored) or find_shards(self._spec, self._notify)
+
+    @functools.cached_property
+    def _alphabet(self) -> Alphabet:
+        """The alphabet, for which the first articles may be read."""
+        if self._asked_alphabet is not None:
+            return self._asked_alphabet
+        # Seed 0, so that the alphabet does not depend on the order in which the run reads its files.
+        reader = ArticleReader(self._shards, 0, self._notify, alphabet=None, patience=START_PATIENCE)
+        counts = count_first_articles(reader)
+        chosen = TextCharacters.of(counts)
+        self._notify(f"{self._spec.path}: of its first {counts.sum():,} characters: {chosen.describe()}")
+        return chosen.alphabet
 
     def describe(self) -> DataConfig:
         """Return commit, files and fingerprint; the commit pins the content, so a resume is bit-identical."""
@@ -144,6 +169,7 @@ class _HubStream:
             files=shards.files,
             format=shards.format,
             fold=self._fold,
+            alphabet=self._alphabet,
         )
 
     def source(self, model: GPTConfig, config: TrainConfig, val_ids: Ids | None) -> Source:
@@ -156,7 +182,7 @@ class _HubStream:
         # Later starts load the stored validation text, so the validation losses of a run stay comparable.
         self._notify(f"validation text: {len(val_ids):,} characters, the same for the whole run")
         return StreamSource(
-            ArticleReader(self._shards, config.seed, self._notify, fold=self._fold),
+            ArticleReader(self._shards, config.seed, self._notify, fold=self._fold, alphabet=self._alphabet),
             val_ids,
             sequence_len=sequence_len,
             batch_size=config.batch_size,
@@ -170,10 +196,12 @@ class _HubStream:
             DataError: no article is held out, the stream is too short, or most characters of these articles are unknown.
         """
         # A reader of its own: the training reader starts at the first article again. The user is watching, so it gives up soon.
-        reader = ArticleReader(self._shards, seed, self._notify, fold=self._fold, patience=START_PATIENCE)
+        reader = ArticleReader(
+            self._shards, seed, self._notify, fold=self._fold, alphabet=self._alphabet, patience=START_PATIENCE
+        )
         ids = draw_validation(reader, sequence_len=sequence_len)
         self._notify(f"{self._spec.path}: of its first {reader.tally.characters:,} characters: {reader.tally}")
-        check_unknown(self._spec.path, reader.tally, self._notify)
+        check_unknown(self._spec.path, reader.tally, self._notify, alphabet=self._alphabet)
         return ids
 
 
@@ -198,7 +226,16 @@ def text_name(paths: Sequence[str]) -> str:
     return letters.lstrip("._-")[:64] or "text"
 
 
-def find_text(asked: TextRequest, stored: DataConfig | None, *, scratch: Path, console: Console) -> FoundText:
+def _resolve_characters(asked: TextRequest, inherited: Alphabet) -> tuple[Alphabet | None, Fold]:
+    """Return the alphabet of a new run, None for the text's own characters, and the replacement of others."""
+    alphabet = inherited if asked.alphabet is None else resolve_alphabet(asked.alphabet)
+    # A model with an alphabet of its own is to know the text as it is.
+    return alphabet, alphabet == PICOGPT if asked.fold is None else asked.fold
+
+
+def find_text(
+    asked: TextRequest, stored: DataConfig | None, *, scratch: Path, console: Console, inherited: Alphabet = PICOGPT
+) -> FoundText:
     """Find the requested text, or the text of a stored run.
 
     Args:
@@ -206,9 +243,10 @@ def find_text(asked: TextRequest, stored: DataConfig | None, *, scratch: Path, c
         stored: config entry of the run that is resumed; None for a new run.
         scratch: folder whose disk takes a text that is too long for memory.
         console: receives lines about the text, and the progress of a download.
+        inherited: alphabet of a new run that is requested to have no other.
 
     Raises:
-        ConfigError: unknown data set, or a column is named without a streamed data set.
+        ConfigError: unknown data set or alphabet, or a column is named without a streamed data set.
         DataError: the text is not available.
     """
     paths, dataset, column, notify = asked.paths, asked.dataset, asked.column, console.notify
@@ -216,19 +254,20 @@ def find_text(asked: TextRequest, stored: DataConfig | None, *, scratch: Path, c
     if not asked.is_named and stored is not None:
         paths, dataset = stored.text, stored.dataset
     check_text_column(column, streamed=not paths and dataset is not None and dataset not in DATASETS)
-    # A run keeps its folding for life, as another one would change the ids of its text.
-    fold = stored.fold if stored else True if asked.fold is None else asked.fold
+    # A run keeps its alphabet and its folding for life, as others would change the ids of its text.
+    alphabet, fold = (stored.alphabet, stored.fold) if stored else _resolve_characters(asked, inherited)
     if paths:
         # The logs folder may not exist yet; its nearest existing parent is on the same disk.
         name, scratch = text_name(paths), existing_folder(scratch)
-        read = functools.partial(read_texts, paths, name=name, scratch=scratch, fold=fold, notify=notify)
+        read = functools.partial(read_texts, paths, name=name, scratch=scratch, fold=fold, alphabet=alphabet, notify=notify)
         return _LocalText(name, read, paths, stored, notify)
     if dataset is None or dataset in DATASETS:
         # These texts are ASCII, so folding makes no difference to them.
         # The display appears only if a download happens.
         with console.download("Tiny Shakespeare") as progress:
-            corpus = dataclasses.replace(load_dataset(dataset or "auto", notify=notify, progress=progress), fold=fold)
+            corpus = load_dataset(dataset or "auto", alphabet=alphabet, notify=notify, progress=progress)
+        corpus = dataclasses.replace(corpus, fold=fold)
         return _LocalText(corpus.name, lambda: corpus, (), stored, notify)
     # Neither paths nor a named corpus: a stream.
     column = column or (stored.text_column if stored else None)
-    return _HubStream(resolve_stream(dataset, column), column, stored, fold=fold, notify=notify)
+    return _HubStream(resolve_stream(dataset, column), column, stored, fold=fold, alphabet=alphabet, notify=notify)

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.config import TextConfig
-from picogpt.data.articles import READ_AHEAD, SEPARATOR, VALIDATION_DIVISOR, Article, ArticleReader, Cursor, Ids, PassLengthCheck
+from picogpt.data.articles import READ_AHEAD, VALIDATION_DIVISOR, Article, ArticleReader, Cursor, PassLengthCheck
 from picogpt.data.batches import Batch, Stop, ValidationStore, evenly_spaced_batches
+from picogpt.ids import Ids, id_dtype
 from picogpt.rng import Stream, stream_generator
 from picogpt.wording import plural
 
@@ -89,11 +90,12 @@ class StreamSource:
         self._reader, self._sequence_len, self._batch_size, self._seed = reader, sequence_len, batch_size, seed
         self._first_fill = max(POOL, 2 * batch_size)  # at least two batches, or there would be little to shuffle
         size = POOL_GROWTH * self._first_fill
-        self._pool = np.zeros((size, sequence_len + 1), np.uint8)  # (P, T + 1)
+        self._dtype = id_dtype(reader.alphabet.vocab_size)
+        self._pool = np.zeros((size, sequence_len + 1), self._dtype)  # (P, T + 1)
         self._article_of = np.zeros(size, np.int64)  # (P,) number of the article in which each sequence starts
         self._filled = 0  # rows of the pool in use, from its start
         self._fresh: list[tuple[Ids, int]] = []  # sequences cut, but not yet in the pool
-        self._carry = np.zeros(0, np.uint8)  # rest of the text, too short for a sequence
+        self._carry: Ids = np.zeros(0, self._dtype)  # rest of the text, too short for a sequence
         self._cursor = Cursor(0, 0, 0)  # where a resumed run starts to read
         self._usage = Usage()
 
@@ -178,7 +180,7 @@ class StreamSource:
             self._usage.count(article)
             # Validation articles are counted above, and skipped.
             if not article.for_validation:
-                self._carry = np.concatenate((self._carry, article.ids, SEPARATOR))
+                self._carry = np.concatenate((self._carry, article.ids, self._reader.separator))
         # Sequences overlap by one character: the last target of one is the first input of the next, so each is predicted once.
         self._fresh.append((self._carry[: self._sequence_len + 1].copy(), self._usage.train_articles))
         self._carry = self._carry[self._sequence_len :]
@@ -199,7 +201,7 @@ class StreamSource:
             "pool": self._pool[: self._filled].copy(),
             "article_of": self._article_of[: self._filled].copy(),
             "carry": self._carry.copy(),
-            "fresh": np.stack(rows) if rows else np.zeros((0, self._sequence_len + 1), np.uint8),
+            "fresh": np.stack(rows) if rows else np.zeros((0, self._sequence_len + 1), self._dtype),
         }
         # The keys are a file format: "place" is the cursor.
         plain = {

@@ -1,6 +1,6 @@
 """Reading of texts (files, folders, stdin) into one array of token ids, block by block.
 
-One character is one id is one byte. A text that is too long for memory is written to an unnamed file and memory-mapped.
+One character is one id, of one byte or two. A text that is too long for memory is written to an unnamed file and memory-mapped.
 """
 
 from __future__ import annotations
@@ -9,26 +9,29 @@ import contextlib
 import hashlib
 import itertools
 import mmap
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
+from picogpt.alphabet import PICOGPT, Alphabet
 from picogpt.config import Fold
+from picogpt.data.alphabets import Counts, TextCharacters, count_characters
 from picogpt.data.paths import STDIN, find_files
 from picogpt.encodings import decode_stream
 from picogpt.errors import DataError
 from picogpt.files import unnamed_file
+from picogpt.folding import N_CODE_POINTS, to_code_points
+from picogpt.ids import Ids, id_dtype
 from picogpt.tokenizer import Tally, TextEncoder, list_commonest
-from picogpt.wording import Notify, say_nothing
+from picogpt.wording import Notify, plural, say_nothing
 
 __all__ = ["Corpus", "check_unknown", "read_texts"]
-
-Ids = npt.NDArray[np.uint8]
 
 MAX_CHARS_IN_MEMORY = 1 << 26
 """Longest text held in memory; the ids of a longer one are mapped from a file in the logs folder."""
@@ -48,12 +51,14 @@ class Corpus:
 
     name: str
     """Short name; the default name of a run on it."""
-    ids: npt.NDArray[np.uint8]
+    ids: Ids
     """Token ids of the whole text, shape (characters,)."""
     tally: Tally = field(default_factory=Tally)
     """Counts of the characters that encoding changed."""
     fold: Fold = True
-    """Replacement of characters outside ASCII."""
+    """Replacement of characters outside the alphabet."""
+    alphabet: Alphabet = PICOGPT
+    """The characters that `ids` stand for."""
     mapped: mmap.mmap | None = None
     """Mapping that `ids` points into, for a text that is too long for memory; else None."""
 
@@ -75,13 +80,14 @@ class Corpus:
             self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def check_unknown(name: str, tally: Tally, notify: Notify, *, reject: bool = True) -> None:
+def check_unknown(name: str, tally: Tally, notify: Notify, *, alphabet: Alphabet = PICOGPT, reject: bool = True) -> None:
     """Reject a text of mostly unknown characters, and warn about one with many of them.
 
     Args:
         name: name of the text, for messages.
         tally: counts of the text, or of its beginning.
         notify: receives the warning.
+        alphabet: the model's alphabet.
         reject: whether to reject; False only warns.
 
     Raises:
@@ -90,10 +96,11 @@ def check_unknown(name: str, tally: Tally, notify: Notify, *, reject: bool = Tru
     # Two thresholds: above the higher one training is pointless, above the lower one the loss misleads.
     share = tally.unknown_share
     if reject and share > MAX_UNKNOWN_SHARE:
+        known = "ASCII and the characters that fold to it" if alphabet == PICOGPT else f"the alphabet {alphabet.describe()}"
         raise DataError(
             f"{name}: {share:.0%} of its characters are unknown ({list_commonest(tally.unknown)}), so there is hardly anything "
-            "to learn; the model knows ASCII and the characters that fold to it, and --transliterate writes other scripts in "
-            "Latin letters (docs/texts.md)"
+            f"to learn; the model knows {known}. Use --alphabet text for the text's own characters, or --transliterate to write "
+            "other scripts in Latin letters (docs/texts.md)"
         )
     if share > WARN_UNKNOWN_SHARE:
         notify(
@@ -103,7 +110,13 @@ def check_unknown(name: str, tally: Tally, notify: Notify, *, reject: bool = Tru
 
 
 def read_texts(
-    paths: Sequence[str], *, name: str, scratch: Path = Path(), fold: Fold = True, notify: Notify = say_nothing
+    paths: Sequence[str],
+    *,
+    name: str,
+    scratch: Path = Path(),
+    fold: Fold = True,
+    alphabet: Alphabet | None = PICOGPT,
+    notify: Notify = say_nothing,
 ) -> Corpus:
     """Read text files, folders of texts (`picogpt.data.paths`) and stdin (`-`), in whatever encoding (`picogpt.encodings`).
 
@@ -113,16 +126,49 @@ def read_texts(
         paths: files, folders, or `-` for stdin.
         name: name of the corpus.
         scratch: folder for the ids of a text longer than `MAX_CHARS_IN_MEMORY`.
-        fold: replacement of characters outside ASCII.
-        notify: receives lines about the files found or skipped, and about encodings other than UTF-8.
+        fold: replacement of characters outside the alphabet.
+        alphabet: the characters to know; None takes the text's own (`TextCharacters`), for which it is read twice.
+        notify: receives lines about the files found or skipped, about encodings other than UTF-8, and the text's own alphabet.
 
     Raises:
         DataError: a path is missing or unreadable, a folder contains no text, a file is not text, all text is empty, or the
             disk has no space for the ids of a long text.
     """
-    # Encoding is lazy: a block is read, decoded and encoded when the loop below asks for it.
-    encoder = TextEncoder(fold=fold)
-    blocks = _encoded(find_files(paths, notify), encoder, notify)
+    files = find_files(paths, notify)
+    with contextlib.ExitStack() as stack:
+        # Standard input can be read only once.
+        stdin = stack.enter_context(_copy_of_stdin()) if alphabet is None and STDIN in files else None
+        if alphabet is None:
+            chosen = TextCharacters.of(_count(files, stdin))
+            alphabet = chosen.alphabet
+            notify(f"{name}: {chosen.describe()}")
+        # Encoding is lazy: a block is read, decoded and encoded when it is asked for.
+        encoder = TextEncoder(fold=fold, alphabet=alphabet)
+        ids, mapped = _collect(_encoded(files, encoder, notify, stdin), id_dtype(alphabet.vocab_size), scratch)
+    # Empty files produce no blocks at all.
+    if not len(ids):
+        raise DataError(f"{' '.join(paths)}: no text in it; give a file with at least a few thousand characters")
+    return Corpus(name=name, ids=ids, tally=encoder.tally, fold=fold, alphabet=alphabet, mapped=mapped)
+
+
+@contextlib.contextmanager
+def _copy_of_stdin() -> Iterator[BinaryIO]:
+    with tempfile.TemporaryFile() as copy, _open(STDIN) as stream:
+        shutil.copyfileobj(stream, copy)
+        yield copy
+
+
+def _count(files: Sequence[str], stdin: BinaryIO | None) -> Counts:
+    """Count the characters of all files."""
+    counts = np.zeros(N_CODE_POINTS, np.int64)
+    for path in files:
+        for block in _blocks(path, say_nothing, stdin):  # notices come when the file is read again
+            counts += count_characters(to_code_points(block))
+    return counts
+
+
+def _collect(blocks: Iterator[Ids], dtype: np.dtype[Any], scratch: Path) -> tuple[Ids, mmap.mmap | None]:
+    """Join blocks of ids, in memory or in a file, whose mapping is returned too."""
     parts: list[Ids] = []
     # Collect blocks in memory; a text that outgrows the limit continues in a file (the else branch).
     while sum(map(len, parts)) <= MAX_CHARS_IN_MEMORY:
@@ -132,31 +178,28 @@ def read_texts(
         parts.append(ids)
     else:
         # The blocks so far go first, then the rest of the stream.
-        mapped = _memory_map(itertools.chain(parts, blocks), scratch)
-        return Corpus(name=name, ids=np.frombuffer(mapped, np.uint8), tally=encoder.tally, fold=fold, mapped=mapped)
-    # Empty files produce no blocks at all.
-    if not parts:
-        raise DataError(f"{' '.join(paths)}: no text in it; give a file with at least a few thousand characters")
-    return Corpus(name=name, ids=np.concatenate(parts), tally=encoder.tally, fold=fold)
+        mapped = _memory_map(itertools.chain(parts, blocks), plural(dtype.itemsize, "byte"), scratch)
+        return np.frombuffer(mapped, dtype), mapped
+    return np.concatenate([np.zeros(0, dtype), *parts]), None
 
 
-def _encoded(files: Sequence[str], encoder: TextEncoder, notify: Notify) -> Iterator[Ids]:
+def _encoded(files: Sequence[str], encoder: TextEncoder, notify: Notify, stdin: BinaryIO | None) -> Iterator[Ids]:
     """Yield the ids of all texts, block by block."""
     for i, path in enumerate(files):
         # Every file but the first starts with a newline, so that words do not run together.
-        blocks = _blocks(path, notify)
+        blocks = _blocks(path, notify, stdin)
         yield from map(encoder.encode, blocks if i == 0 else _after_newline(blocks))
 
 
-def _memory_map(blocks: Iterable[Ids], scratch: Path) -> mmap.mmap:
-    """Write ids to an unnamed file in `scratch`, and map it into memory."""
+def _memory_map(blocks: Iterable[Ids], size: str, scratch: Path) -> mmap.mmap:
+    """Write ids of `size` each to an unnamed file in `scratch`, and map it into memory."""
     try:
         # The file has no name, so it vanishes with the process, even after a kill; the mapping outlives `stream`.
         with unnamed_file(scratch, (ids.tobytes() for ids in blocks)) as stream:
             return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise DataError(
-            f"{scratch.absolute()}: no space for the ids of a long text, 1 byte each ({error.strerror or error}); free "
+            f"{scratch.absolute()}: no space for the ids of a long text, {size} each ({error.strerror or error}); free "
             "some, or choose another --logs-dir"
         ) from error
 
@@ -167,10 +210,10 @@ def _after_newline(blocks: Iterator[str]) -> Iterator[str]:
         yield "\n" + block if i == 0 else block
 
 
-def _blocks(path: str, notify: Notify) -> Iterator[str]:
-    """Yield the text of one file in blocks."""
+def _blocks(path: str, notify: Notify, stdin: BinaryIO | None) -> Iterator[str]:
+    """Yield the text of one file in blocks; `stdin` is a copy of standard input, or None to read it itself."""
     try:
-        with _open(path) as stream:
+        with _open(path, stdin) as stream:
             # The encoding is detected per file.
             yield from decode_stream(stream, name=path, notify=notify, block_bytes=_BLOCK_BYTES)
     except OSError as error:
@@ -178,11 +221,15 @@ def _blocks(path: str, notify: Notify) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _open(path: str) -> Iterator[BinaryIO]:
-    """Open a file or stdin as bytes; stdin stays open afterwards."""
+def _open(path: str, stdin: BinaryIO | None = None) -> Iterator[BinaryIO]:
+    """Open a file or stdin as bytes, or rewind its copy; stdin stays open afterwards."""
     if path != STDIN:
         with Path(path).open("rb") as stream:
             yield stream
+        return
+    if stdin is not None:
+        stdin.seek(0)
+        yield stdin
         return
     # Python sets sys.stdin to None if the descriptor was closed at the start.
     if sys.stdin is None:

@@ -43,6 +43,8 @@ class Report:
     """Bits per character, by name."""
     ngram: str
     """The text that the n-gram was counted on, or why there is none."""
+    ngram_order: int = NGRAM_ORDER
+    """Characters in an n-gram."""
 
     @property
     def n_articles(self) -> int:
@@ -138,7 +140,7 @@ class Report:
         if _FLOAT32 in self.scores.losses:
             yield _FLOAT32, "context vector as it is, in float32"
         if _NGRAM in self.scores.losses:
-            yield _NGRAM, f"{NGRAM_ORDER}-gram"
+            yield _NGRAM, f"{self.ngram_order}-gram"
 
     def _overall(self) -> list[str]:
         rows = [f"{'':{_WIDTH}}  {'nats/char':>18}  {'bits/char':>18}  {'more than as it is*':>20}"]

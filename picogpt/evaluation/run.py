@@ -7,14 +7,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from picogpt.alphabet import Alphabet
 from picogpt.config import EngineDType, EvalConfig, TextRequest
-from picogpt.data.articles import Ids
 from picogpt.data.resolve import Console
-from picogpt.evaluation.baselines import NGRAM_CHARS, NGram, compressed_bits
+from picogpt.evaluation.baselines import NGRAM_CHARS, NGram, compressed_bits, ngram_order
 from picogpt.evaluation.evaluate import Advance, chars_to_read, evaluate, evaluate_as_is
 from picogpt.evaluation.report import Report
 from picogpt.evaluation.scores import EvalSequences, Losses, Scores, cut_sequences
 from picogpt.evaluation.texts import EvalText, TrainedRun, find_eval_text, find_ngram_text
+from picogpt.ids import Ids
 from picogpt.inference import Engine
 from picogpt.threads import choose_threads
 from picogpt.wording import Notify, plural
@@ -61,7 +62,7 @@ class Evaluation:
         # Found before the long part of the work, so that a wrong path is reported at once.
         ngram_text = find_ngram_text(trained, text, self.ngram_paths, self.console)
         losses = self._score(engine, sequences)
-        ngram, ngram_losses = _count_ngram(ngram_text, sequences)
+        ngram, ngram_losses = _count_ngram(ngram_text, sequences, trained.alphabet)
         self.console.notify(ngram)
         # Baselines see the same characters, so that their differences to the model are paired.
         if ngram_losses is not None:
@@ -73,8 +74,9 @@ class Evaluation:
             unit=text.unit,
             dtype=engine.dtype,
             scores=Scores(losses, sequences.article_of),
-            compressors=compressed_bits(sequences.ids[:, 1:].reshape(-1)),  # (R x T,), the scored characters
+            compressors=compressed_bits(sequences.ids[:, 1:].reshape(-1), trained.alphabet),  # (R x T,), the scored characters
             ngram=ngram,
+            ngram_order=ngram_order(trained.alphabet.vocab_size),
         )
 
     def _load_engine(self, dtype: EngineDType) -> Engine:
@@ -97,12 +99,12 @@ class Evaluation:
         return losses
 
 
-def _count_ngram(text: tuple[str, Ids] | str, sequences: EvalSequences) -> tuple[str, Losses | None]:
+def _count_ngram(text: tuple[str, Ids] | str, sequences: EvalSequences, alphabet: Alphabet) -> tuple[str, Losses | None]:
     """Return a line about the n-gram and its losses (R, T), given a text's name and ids; or, given a reason, None for losses."""
     if isinstance(text, str):  # the reason why there is no text
         return f"no n-gram: {text}", None
     name, ids = text
-    counted = NGram(ids)
+    counted = NGram(ids, alphabet.vocab_size)
     # A long text is counted in part only, which has to be said next to the score.
     cap = f", the first {NGRAM_CHARS:,} of {len(ids):,}" if len(ids) > NGRAM_CHARS else ""
     return f"n-gram counted on {name}: {counted.n_chars:,} characters{cap}", counted.losses(sequences.ids)

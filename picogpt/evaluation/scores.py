@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.errors import DataError
+from picogpt.ids import Ids
 
 __all__ = [
     "CONDITIONS",
@@ -29,7 +30,6 @@ __all__ = [
     "position_bins",
 ]
 
-Ids = npt.NDArray[np.uint8]
 Losses = npt.NDArray[np.float32]
 
 CONDITIONS: Mapping[str, str] = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from picogpt.alphabet import PICOGPT, Alphabet
 from picogpt.checks import check_text_column
 from picogpt.config import Fold, TextConfig, TextRequest
 from picogpt.data import (
@@ -22,12 +23,13 @@ from picogpt.data import (
     resolve_stream,
     split_text,
 )
-from picogpt.data.articles import Ids, join_articles
+from picogpt.data.articles import join_articles
 from picogpt.data.corpora import DATASET_FOLDER
 from picogpt.data.resolve import Console, stored_shards
 from picogpt.errors import ConfigError, DataError, RunError
 from picogpt.evaluation.baselines import NGRAM_CHARS
 from picogpt.evaluation.scores import cut_stretches
+from picogpt.ids import Ids
 from picogpt.runs.folder import RunFolder, load_text_config
 from picogpt.runs.settings import RunSettings
 from picogpt.wording import Notify
@@ -49,6 +51,11 @@ class TrainedRun:
     """The text that the model was trained on, if the model file describes it."""
 
     @property
+    def alphabet(self) -> Alphabet:
+        """The alphabet of the model."""
+        return PICOGPT if self.text is None else self.text.alphabet
+
+    @property
     def chars(self) -> int | None:
         """Characters that the whole run trains on; None if unknown."""
         if self.settings is None:
@@ -59,7 +66,7 @@ class TrainedRun:
 
     @property
     def fold(self) -> Fold:
-        """Replacement of characters outside ASCII, as in training."""
+        """Replacement of characters outside the alphabet, as in training."""
         # Models older than folding have neither entry, and are scored without it, as they were trained.
         if self.text is not None:
             return self.text.fold
@@ -76,15 +83,22 @@ class TrainedRun:
         """Return the run of the model at `path`.
 
         Raises:
-            RunError: the run's config is damaged.
+            RunError: the run's config is damaged, or names another alphabet than the model.
         """
         run, text = RunFolder(path.parent), load_text_config(path)
         if not run.has_config():  # a model file of its own, outside of any run
             return cls(run, None, text)
         try:
-            return cls(run, RunSettings.from_dict(run.read_config()), text)
+            trained = cls(run, RunSettings.from_dict(run.read_config()), text)
         except ConfigError as error:
             raise RunError(f"{run.path / 'config.json'}: {error}; move it away and name a text with --text") from error
+        assert trained.settings is not None
+        if trained.settings.data.alphabet != trained.alphabet:
+            raise RunError(
+                f"{path}: the model has the alphabet {trained.alphabet.describe()}, and its run "
+                f"{trained.settings.data.alphabet.describe()}; put the run's own model back"
+            )
+        return trained
 
 
 @dataclass(frozen=True)
@@ -129,10 +143,7 @@ def find_eval_text(trained: TrainedRun, asked: TextRequest, *, sequence_len: int
         stream, is_own = _find_shards(trained, dataset, asked.column, notify)
         return _streamed_text(trained, stream, is_own=is_own, sequence_len=sequence_len, chars=chars, notify=notify)
     # Files are folded like the texts of the model.
-    if asked.paths:
-        corpus = read_texts(asked.paths, name=_name(asked.paths), scratch=trained.run.path, fold=trained.fold, notify=notify)
-    else:
-        corpus = _load(dataset or "auto", console)
+    corpus = _read(trained, asked.paths, notify) if asked.paths else _load(dataset or "auto", trained.alphabet, console)
     _announce(corpus, notify)
     # The fingerprint recognises the run's own text under any file name.
     known = trained.settings is not None and corpus.fingerprint == trained.settings.data.sha256
@@ -154,7 +165,7 @@ def find_ngram_text(trained: TrainedRun, evaluated: EvalText, paths: Sequence[st
     """
     # In order of precedence: a text that the user names, the stream, the run's own text.
     if paths:
-        corpus = read_texts(paths, name=_name(paths), scratch=trained.run.path, fold=trained.fold, notify=console.notify)
+        corpus = _read(trained, paths, console.notify)
         return corpus.name, corpus.ids
     if evaluated.shards is not None:
         ids = _streamed_training(trained, evaluated.shards, console.notify)
@@ -168,6 +179,18 @@ def find_ngram_text(trained: TrainedRun, evaluated: EvalText, paths: Sequence[st
         return str(error)
     # As in training, so that neither the n-gram nor the model has seen the validation text.
     return f"the first nine tenths of {corpus.name}", split_text(corpus.ids)[0]
+
+
+def _read(trained: TrainedRun, paths: Sequence[str], notify: Notify) -> Corpus:
+    """Read files as the model reads its texts."""
+    return read_texts(
+        paths,
+        name=_name(paths),
+        scratch=trained.run.path,
+        fold=trained.fold,
+        alphabet=trained.alphabet,
+        notify=notify,
+    )
 
 
 def _name(paths: Sequence[str]) -> str:
@@ -194,16 +217,16 @@ def _own_text(trained: TrainedRun, sequence_len: int, console: Console) -> EvalT
     return EvalText(corpus.name, "the last tenth, which the run was not trained on", articles, "stretches", corpus)
 
 
-def _load(name: str, console: Console) -> Corpus:
+def _load(name: str, alphabet: Alphabet, console: Console) -> Corpus:
     """Load a corpus by name, showing the progress of its download."""
     with console.download("Tiny Shakespeare") as progress:
-        return load_dataset(name, notify=console.notify, progress=progress)
+        return load_dataset(name, alphabet=alphabet, notify=console.notify, progress=progress)
 
 
 def _announce(corpus: Corpus, notify: Notify) -> None:
     """Print a text's length and tally, and warn if many characters are unknown."""
     notify(f"{corpus.name}: {len(corpus.ids):,} characters; {corpus.tally}")
-    check_unknown(corpus.name, corpus.tally, notify, reject=False)
+    check_unknown(corpus.name, corpus.tally, notify, alphabet=corpus.alphabet, reject=False)
 
 
 def _read_own(settings: RunSettings, scratch: Path, console: Console, *, local: bool) -> Corpus:
@@ -220,12 +243,14 @@ def _read_own(settings: RunSettings, scratch: Path, console: Console, *, local: 
     if "-" in data.text:
         raise DataError("the run's text came from standard input and was not stored; name it with --text or --ngram-text")
     if data.text:
-        corpus = read_texts(data.text, name=data.name, scratch=scratch, fold=data.fold, notify=console.notify)
+        corpus = read_texts(
+            data.text, name=data.name, scratch=scratch, fold=data.fold, alphabet=data.alphabet, notify=console.notify
+        )
     # Of the named corpora only Tiny Shakespeare may need a download.
     elif local and data.dataset == "tinyshakespeare" and not (DATASET_FOLDER / "tinyshakespeare.txt").exists():
         raise DataError(f"{DATASET_FOLDER / 'tinyshakespeare.txt'} does not exist; name a text with --ngram-text")
     else:
-        corpus = _load(data.dataset or "auto", console)
+        corpus = _load(data.dataset or "auto", data.alphabet, console)
     # In another text the last tenth may be what the run was trained on.
     if corpus.fingerprint != data.sha256:
         raise RunError(f"{data.name}: the text has changed since the run was trained on it; name a text with --text")
@@ -254,12 +279,12 @@ def _streamed_text(
     trained: TrainedRun, stream: _Stream, *, is_own: bool, sequence_len: int, chars: int, notify: Notify
 ) -> EvalText:
     """Return the first validation articles of a stream."""
-    reader = ArticleReader(stream.shards, 0, notify, fold=trained.fold)
+    reader = ArticleReader(stream.shards, 0, notify, fold=trained.fold, alphabet=trained.alphabet)
     # Seed 0 for every run, so that all models are scored on the same articles.
     articles = list(validation_articles(reader, sequence_len, chars))
     notify(f"{stream.path}: first {reader.tally.characters:,} characters: {reader.tally}")
     # A warning only: a text that the model cannot read well still has a loss.
-    check_unknown(stream.path, reader.tally, notify, reject=False)
+    check_unknown(stream.path, reader.tally, notify, alphabet=trained.alphabet, reject=False)
     part = f"the first validation articles of over {sequence_len:,} characters"
     return EvalText(stream.short_name, part, articles, "articles", shards=stream.shards if is_own else None)
 
@@ -268,7 +293,8 @@ def _streamed_training(trained: TrainedRun, shards: Shards, notify: Notify) -> I
     """Return the first training articles of a stream, joined as in training: as many characters as the run reads, if known."""
     chars = min(NGRAM_CHARS, trained.chars or NGRAM_CHARS)  # the n-gram counts no more than that
     notify(f"reading {chars:,} characters of training articles for the n-gram")
-    return join_articles(ArticleReader(shards, trained.seed, notify, fold=trained.fold), chars, for_validation=False)
+    reader = ArticleReader(shards, trained.seed, notify, fold=trained.fold, alphabet=trained.alphabet)
+    return join_articles(reader, chars, for_validation=False)
 
 
 def validation_articles(reader: ArticleReader, sequence_len: int, chars: int) -> Iterator[Ids]:

@@ -16,19 +16,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from picogpt.alphabet import PICOGPT, UNKNOWN_ID, Alphabet
 from picogpt.config import GPTConfig, TextConfig
 from picogpt.errors import RunError
 from picogpt.files import atomic_write
 from picogpt.inference.generate import suppressed_ids
 from picogpt.runs.folder import serialize_tensors
-from picogpt.tokenizer import SPECIAL_IDS, UNKNOWN_ID, VOCAB_SIZE, CharTokenizer
+from picogpt.tokenizer import CharTokenizer
 
-__all__ = ["BOS_ID", "Gpt2Model", "write_gpt2"]
+__all__ = ["Gpt2Model", "write_gpt2"]
 
 Array = npt.NDArray[np.float32]
 
-BOS_ID = max(SPECIAL_IDS.values()) + 1
-"""The first spare id. Its embedding is set to zero, in place of the zero context vector."""
 # Private-use characters, so that no text contains the token.
 _BOS_TOKEN = "\ue000bos\ue000"  # noqa: S105 (no password)
 # GPT-2's Conv1D stores (in, out), torch's Linear (out, in).
@@ -54,6 +53,16 @@ class Gpt2Model:
         if not self.config.bias:
             raise RunError(f"{self.name}: GPT-2 has biases, and this model has none; it cannot be exported as GPT-2")
 
+    @property
+    def alphabet(self) -> Alphabet:
+        """Characters of the model."""
+        return PICOGPT if self.text is None else self.text.alphabet
+
+    @property
+    def bos_id(self) -> int:
+        """The first spare id. Its embedding is set to zero, in place of the zero context vector."""
+        return self.alphabet.spare_ids[0]
+
     def tensors(self) -> dict[str, Array]:
         """Return the state dict with GPT-2's layout; the names are GPT-2's already, through nanoGPT."""
         tensors: dict[str, Array] = {}
@@ -64,7 +73,7 @@ class Gpt2Model:
             tensors[name] = np.ascontiguousarray(values.T if name.endswith(_TRANSPOSED) else values)
         # A copy, as `weights` belongs to the caller. The head is tied, so the logit of this id is 0; generation suppresses it.
         embeddings = tensors["transformer.wte.weight"].copy()
-        embeddings[BOS_ID] = 0.0
+        embeddings[self.bos_id] = 0.0
         return {**tensors, "transformer.wte.weight": embeddings}
 
     def model_config(self) -> dict[str, Any]:
@@ -80,7 +89,7 @@ class Gpt2Model:
             "n_positions": shape.context_len + 1,  # the context slot is position 0
             "vocab_size": shape.vocab_size,
             "layer_norm_epsilon": 1e-5,
-            "bos_token_id": BOS_ID,
+            "bos_token_id": self.bos_id,
             "eos_token_id": None,  # texts have no end token: generation ends by length
             "tie_word_embeddings": True,
             # GPT-2's defaults are 0.1, which would apply if the model were trained further.
@@ -93,7 +102,7 @@ class Gpt2Model:
     def generation_config(self) -> dict[str, Any]:
         """Return the content of `generation_config.json`; ids that the training text lacks are suppressed."""
         return {
-            "bos_token_id": BOS_ID,
+            "bos_token_id": self.bos_id,
             "do_sample": True,
             "temperature": 0.5,
             "top_k": 0,  # no limit; the default of transformers is 50
@@ -104,6 +113,11 @@ class Gpt2Model:
     def card(self) -> str:
         """Return the content of `README.md`, the model card; the hub reads its front matter."""
         window = self.config.context_len
+        known = (
+            "It knows small letters, digits and ASCII punctuation. Capitals are\nlower-cased, all other characters are unknown."
+            if self.alphabet == PICOGPT
+            else f"It knows {len(self.alphabet.characters):,} characters; all others are unknown."
+        )
         return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -114,8 +128,8 @@ tags:
 
 # {self.name}
 
-A character-level GPT trained with picogpt, in GPT-2's layout. It knows small letters, digits and ASCII punctuation. Capitals are
-lower-cased, all other characters are unknown. Unlike picogpt, this tokenizer does not fold accents or transliterate.
+A character-level GPT trained with picogpt, in GPT-2's layout. {known} Unlike picogpt, this tokenizer does not fold accents or
+transliterate.
 
 **This is the model without its context roll.** picogpt hands the mean output of each window of {window} characters to the next
 one. GPT-2 has no place for that, so this folder predicts within one window: at most {window} characters, which start from a
@@ -133,19 +147,21 @@ print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 """
 
 
-def tokenizer_json() -> dict[str, Any]:
+def tokenizer_json(alphabet: Alphabet) -> dict[str, Any]:
     """Return the content of `tokenizer.json`: one token per character, with the BOS token in front."""
-    vocabulary = CharTokenizer().vocabulary
+    vocabulary, bos_id = CharTokenizer(alphabet).vocabulary, alphabet.spare_ids[0]
     # Special tokens are left out, as they are never made from text: their ids become spare ones.
-    characters = {text: i for text, i in vocabulary.items() if i not in SPECIAL_IDS.values()}
+    characters = {text: i for text, i in vocabulary.items() if i not in alphabet.special_ids.values()}
     # WordLevel needs a distinct word for every id.
-    spare = {f"\ue000{i}\ue000": i for i in range(VOCAB_SIZE) if i not in characters.values() and i != BOS_ID}
+    unused = [*alphabet.special_ids.values(), *alphabet.spare_ids[1:]]
+    spare = {f"\ue000{i}\ue000": i for i in unused}
     # A-Z only, like our table: the Lowercase normalizer also changes other scripts, which have to become unknown.
-    lower = [{"type": "Replace", "pattern": {"String": c}, "content": c.lower()} for c in string.ascii_uppercase]
+    capitals = string.ascii_uppercase if alphabet.lowercase else ""
+    lower = [{"type": "Replace", "pattern": {"String": c}, "content": c.lower()} for c in capitals]
     added = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
     return {
         "version": "1.0",
-        "added_tokens": [{"id": BOS_ID, "content": _BOS_TOKEN, **added}],
+        "added_tokens": [{"id": bos_id, "content": _BOS_TOKEN, **added}],
         "normalizer": {"type": "Sequence", "normalizers": lower},
         # Splits into single characters; a dot would not match newlines.
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
@@ -154,12 +170,12 @@ def tokenizer_json() -> dict[str, Any]:
             "type": "TemplateProcessing",
             "single": [{"SpecialToken": {"id": _BOS_TOKEN, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {_BOS_TOKEN: {"id": _BOS_TOKEN, "ids": [BOS_ID], "tokens": [_BOS_TOKEN]}},
+            "special_tokens": {_BOS_TOKEN: {"id": _BOS_TOKEN, "ids": [bos_id], "tokens": [_BOS_TOKEN]}},
         },
         "decoder": {"type": "Fuse"},  # joins characters without spaces
         "model": {
             "type": "WordLevel",
-            "vocab": {**characters, **spare, _BOS_TOKEN: BOS_ID},
+            "vocab": {**characters, **spare, _BOS_TOKEN: bos_id},
             "unk_token": next(text for text, i in characters.items() if i == UNKNOWN_ID),
         },
     }
@@ -184,7 +200,7 @@ def write_gpt2(model: Gpt2Model, folder: Path) -> None:
     for name, content in (
         ("config.json", model.model_config()),
         ("generation_config.json", model.generation_config()),
-        ("tokenizer.json", tokenizer_json()),
+        ("tokenizer.json", tokenizer_json(model.alphabet)),
         ("tokenizer_config.json", {**tokenizer, "model_max_length": model.config.context_len + 1}),
     ):
         atomic_write(folder / name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

@@ -22,10 +22,10 @@ const bits = p => (-Math.log2(Math.max(p, 1e-30))).toFixed(2);
 
 const unifyLines = text => text.replace(/\r\n?/g, "\n");
 
-/** Ids of a text: folded to ASCII as in training, in small letters; what remains is unknown. */
+/** Ids of a text: folded as in training, capitals as small letters if the alphabet has none; what remains is unknown. */
 function encode(text) {
   const folded = Array.from(unifyLines(text), character => header.folding[character] ?? character).join("");
-  return Array.from(folded, character => (character.length === 1 && idOf.get(character.toLowerCase())) || 0);
+  return Array.from(folded, character => idOf.get(header.lowercase ? character.toLowerCase() : character) ?? 0);
 }
 
 function number(id) {
@@ -470,7 +470,7 @@ function rollWithOther() {
 }
 
 const STOPS = [
-  ["Characters", `The model reads and writes single characters: small letters, digits and punctuation, ${header.characters.length} ids in all. It knows no words. Whatever it knows of spelling, names or grammar, it has found in sequences of characters.`, "write", () => $("prompt").focus()],
+  ["Characters", `The model reads and writes single characters: ${header.knows}, ${header.characters.length} ids in all. It knows no words. Whatever it knows of spelling, names or grammar, it has found in sequences of characters.`, "write", () => $("prompt").focus()],
   ["What it expects", "After every character the model gives each possible next one a probability. Click a character of the text to see the ten that were most probable there. One bit of surprise is a coin's toss: 50 % is 1 bit, 25 % is 2 bits.", "text-label", () => withText("text")],
   ["Sampling", "The next character is drawn by chance, by these probabilities. A temperature below 1 favours the probable ones, and 0 always takes the first. Top-k leaves only the k most probable. The same seed draws the same text again.", "write", () => $("temperature").focus()],
   ["Another character", "Each draw decides all that follows. Click a character of the text, press \u201cwrite on with\u201d beside another one, and the model writes on from there.", "text-label", () => withText("text")],

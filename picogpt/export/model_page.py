@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from picogpt.alphabet import PICOGPT, Alphabet
 from picogpt.config import Fold, GenerateConfig, GPTConfig, TextConfig
 from picogpt.export.log_page import RunView, render_curve
 from picogpt.export.page import resource, script_json
 from picogpt.export.wasm import assemble
-from picogpt.folding import fold_character, transliterate_character
 from picogpt.inference.generate import MAX_PROMPT_WINDOWS, suppressed_ids
 from picogpt.inference.tensors import Floats, Tensors, to_bfloat16
 from picogpt.runs.folder import LossLog
-from picogpt.tokenizer import VOCAB_SIZE, CharTokenizer
+from picogpt.tokenizer import CharTokenizer, replacement
 
 __all__ = ["ModelView", "quantize_rows", "render_model_page"]
 
@@ -56,7 +56,7 @@ def render_model_page(view: ModelView) -> str:
     """Return the page: a single HTML file that needs no network.
 
     Raises:
-        RunError: a weight is missing, has another shape or is not finite, or the vocabulary differs.
+        RunError: a weight is missing, has another shape or is not finite.
     """
     # `Tensors` validates each weight when it is read.
     tensors, weights = _pack(Tensors(view.config, view.arrays))
@@ -65,6 +65,7 @@ def render_model_page(view: ModelView) -> str:
         "parameters": f"{_parameters(view.config, tensors):,}",
         "shape": html.escape(view.config.describe()),
         "width": str(view.config.n_embd),
+        "vocabulary": str(view.config.vocab_size),
         "training": _training(view),
         "header": script_json({**_header(view), "tensors": tensors}),
         "weights": base64.b64encode(weights).decode(),
@@ -135,7 +136,11 @@ def _matrices(config: GPTConfig) -> dict[str, tuple[int, int]]:
 
 def _header(view: ModelView) -> dict[str, Any]:
     """Return everything that the page needs besides the weights."""
-    config, tokenizer = view.config, CharTokenizer()
+    config, alphabet = view.config, PICOGPT if view.text is None else view.text.alphabet
+    tokenizer = CharTokenizer(alphabet)
+    knows = f"the {len(alphabet.characters):,} of its alphabet"
+    if alphabet == PICOGPT:
+        knows = "small letters, digits and punctuation"
     return {
         "n_layer": config.n_layer,
         "n_head": config.n_head,
@@ -146,20 +151,22 @@ def _header(view: ModelView) -> dict[str, Any]:
         # As many windows of a prompt as in training.
         "roll_windows": MAX_PROMPT_WINDOWS,
         "never": suppressed_ids(view.text).tolist(),
-        "characters": [tokenizer.decode([i]) for i in range(VOCAB_SIZE)],
+        "characters": [tokenizer.decode([i]) for i in range(alphabet.vocab_size)],
+        "lowercase": alphabet.lowercase,
+        "knows": knows,
         # Assembled here, so that the repository contains source and no binary.
         "products": base64.b64encode(assemble(resource("products.wat"))).decode(),
-        "folding": _folding(view.text is None or view.text.fold),
+        "folding": _folding(alphabet, view.text is None or view.text.fold),
     }
 
 
 @cache
-def _folding(fold: Fold) -> dict[str, str]:
-    """Return the ASCII spelling of each character outside ASCII that has one."""
+def _folding(alphabet: Alphabet, fold: Fold) -> dict[str, str]:
+    """Return the spelling of each character outside the alphabet that has one."""
     if not fold:
         return {}
-    replace, ranges = (transliterate_character, _TRANSLITERATED) if fold == "latin" else (fold_character, _FOLDED)
     # A table instead of the rules: a browser has no `anyascii`.
+    replace, ranges = replacement(alphabet, fold), _TRANSLITERATED if fold == "latin" else _FOLDED
     characters = (chr(point) for points in ranges for point in points)
     return {character: spelling for character in characters if (spelling := replace(character)) != character}
 

@@ -43,7 +43,8 @@ def write_pack(model: Path, folder: Path) -> LossLog:
     RunSettings.from_dict(settings)
     config, weights = load_model(model)
     rounded = {name: to_bfloat16(array) for name, array in weights.items()}
-    atomic_write(folder / MODEL_FILE, serialize_tensors(rounded, model_metadata(config, load_text_config(model))))
+    metadata = model_metadata(config, load_text_config(model))
+    atomic_write(folder / MODEL_FILE, serialize_tensors(rounded, metadata, bfloat16=True))
     target.write_config(settings)
     target.write_log(log)
     return log

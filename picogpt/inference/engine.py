@@ -74,7 +74,7 @@ class Engine:
         dtype: type of the matrices; `auto` is bfloat16 in C. numpy supports float32 only.
 
     Raises:
-        RunError: a weight is missing, has another shape, is not finite or has diverged, or the vocabulary size differs.
+        RunError: a weight is missing, has another shape, is not finite or has diverged.
         ConfigError: `dtype` needs the native kernels, and `backend` has none.
     """
 

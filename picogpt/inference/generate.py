@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from picogpt.config import SampleConfig, TextConfig
+from picogpt.alphabet import PICOGPT, UNKNOWN_ID, Alphabet
+from picogpt.config import GPTConfig, SampleConfig, TextConfig
+from picogpt.ids import id_dtype
 from picogpt.inference import Engine, NativeWindow, Sampling, Window
-from picogpt.tokenizer import SPECIAL_IDS, TEXT_IDS, UNKNOWN_ID, VOCAB_SIZE
 
 __all__ = [
     "Decoder",
@@ -101,7 +102,8 @@ class RollingDecoder:
         assert 1 <= hop <= self._context_len, hop
         self._hop = hop
         self._window: Window = engine.window(batch)
-        self._recent = np.zeros((batch, self._context_len), np.uint8)  # the window's characters, for the next prefill
+        # The window's characters, for the next prefill.
+        self._recent = np.zeros((batch, self._context_len), id_dtype(engine.config.vocab_size))
         self._contexts: deque[Floats] = deque()  # snapshots that later windows start from, oldest first
         # Each window snapshots its mean here, at its last whole hop. The first window does so at every hop, because the
         # windows that start before its end have no other window to start from.
@@ -181,13 +183,14 @@ def suppressed_ids(text: TextConfig | None, *, chat: bool = False) -> npt.NDArra
     The model has learned nothing about an id that never occurred in training.
 
     Args:
-        text: description of the training text; None allows all characters.
+        text: description of the training text; None allows all characters of the original project's alphabet.
         chat: whether to allow the special tokens.
     """
     # The suppressed ids are the complement of the allowed ones.
-    specials = set(SPECIAL_IDS.values())
-    drawn = set(TEXT_IDS if text is None else text.ids) - specials - {UNKNOWN_ID}
-    return np.array(sorted(set(range(VOCAB_SIZE)) - drawn - (specials if chat else set())), np.intp)
+    alphabet: Alphabet = PICOGPT if text is None else text.alphabet
+    specials = set(alphabet.special_ids.values())
+    drawn = set(alphabet.text_ids if text is None else text.ids) - specials - {UNKNOWN_ID}
+    return np.array(sorted(set(range(alphabet.vocab_size)) - drawn - (specials if chat else set())), np.intp)
 
 
 def suppress_filter(scores: Scores, ids: npt.NDArray[np.intp]) -> Scores:
@@ -274,6 +277,7 @@ class Sampler:
         config: the sampling parameters.
         generators: one for each of B texts; see `picogpt.rng.sample_generator`.
         suppressed: ids that are never drawn (`suppressed_ids`).
+        vocab_size: V, number of ids of the model.
     """
 
     def __init__(
@@ -281,11 +285,13 @@ class Sampler:
         config: SampleConfig,
         generators: Sequence[np.random.Generator],
         suppressed: npt.NDArray[np.intp] | None = None,
+        *,
+        vocab_size: int = GPTConfig.vocab_size,
     ) -> None:
         self._filters, self._generators = build_filters(config, suppressed), generators
         self.batch = len(generators)
         """B, texts that are drawn side by side."""
-        allowed = np.zeros(VOCAB_SIZE)
+        allowed = np.zeros(vocab_size)
         allowed[[] if suppressed is None else suppressed] = -np.inf
         self.native = Sampling(config.temperature, config.top_k, config.top_p, config.min_p, allowed)
         """The same parameters for the native kernels, which draw the same ids."""
@@ -362,7 +368,7 @@ def continue_prompt(
         Several times a second: for each text its new ids, and whether a stop sequence has ended it.
     """
     decoder = RollingDecoder(engine, hop)
-    logits = decoder.prefill(np.asarray(ids, np.uint8)[None])  # (1, V)
+    logits = decoder.prefill(np.asarray(ids, id_dtype(engine.config.vocab_size))[None])  # (1, V)
     if sampler.batch > 1:  # the prompt is read once for all texts
         decoder, logits = decoder.fork(sampler.batch), np.repeat(logits, sampler.batch, axis=0)
     stop_filters = [StopSequenceFilter(stops) for _ in range(sampler.batch)]

@@ -134,6 +134,7 @@ class NativeWindow:
             The ids drawn (n, B); the last row has not been read.
         """
         assert 1 <= len(uniforms) <= self.free, (len(uniforms), self.free)
+        assert len(sampling.allowed) == self._model.config.vocab_size, len(sampling.allowed)  # C reads all of it
         if self._struct.filled == 0:
             self._prefill(np.empty((self._batch, 0), np.int32), all_logits=False)  # only the context vector's slot
         ids, drawn = np.ascontiguousarray(ids, np.int32), np.empty(uniforms.shape, np.int32)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from picogpt.ids import id_dtype
 from picogpt.inference import Engine
 from picogpt.inference.generate import Floats, Ids, RollingDecoder, Scores, softmax
 
@@ -30,8 +31,9 @@ class Predictor:
     """
 
     def __init__(self, engine: Engine, prompt: Ids, hop: int, texts: int) -> None:
+        self._dtype = id_dtype(engine.config.vocab_size)
         decoder = RollingDecoder(engine, hop)
-        logits = decoder.prefill(np.asarray(prompt, np.uint8)[None])  # (1, V)
+        logits = decoder.prefill(np.asarray(prompt, self._dtype)[None])  # (1, V)
         # A decoder for each text, as a stop sequence can hold back ids of one text and not of another.
         self._decoders = [decoder.fork(1) for _ in range(texts)]
         self._logits: list[Floats] = [logits] * texts  # after the ids that were read
@@ -40,7 +42,7 @@ class Predictor:
         """Append `ids` to a text, counted from 0; return the probabilities (n, V) that the model gave all ids in their places."""
         if not ids:
             return np.empty((0, self._logits[text].shape[-1]))
-        after = self._decoders[text].prefill_all_logits(np.array(ids, np.uint8)[None])[0]  # (n, V)
+        after = self._decoders[text].prefill_all_logits(np.array(ids, self._dtype)[None])[0]  # (n, V)
         logits: npt.NDArray[np.float32] = np.concatenate((self._logits[text], after))  # (1 + n, V)
         self._logits[text] = logits[-1:]
         return softmax(logits[:-1].astype(np.float64))

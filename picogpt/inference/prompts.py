@@ -11,12 +11,13 @@ from functools import cached_property
 
 import numpy as np
 
+from picogpt.alphabet import PICOGPT
 from picogpt.config import GenerateConfig, SampleConfig, TextConfig
 from picogpt.inference import Engine
 from picogpt.inference.generate import MAX_PROMPT_WINDOWS, Sampler, continue_prompt, suppressed_ids
 from picogpt.inference.predictions import Predictor
 from picogpt.rng import sample_generator
-from picogpt.tokenizer import SPECIAL_IDS, CharTokenizer, Tally, TextEncoder, encode_stop
+from picogpt.tokenizer import CharTokenizer, Tally, TextEncoder, encode_stop
 from picogpt.wording import Notify, say_nothing
 
 __all__ = ["Character", "TextGenerator"]
@@ -65,9 +66,10 @@ class TextGenerator:
     ) -> None:
         self._engine, self._draw, self._make, self._chat, self._notify = engine, draw, make, chat, notify
         self._hop = make.hop_for(engine.config.context_len)
-        self._tokenizer = CharTokenizer()
+        alphabet = PICOGPT if text is None else text.alphabet
+        self._tokenizer, self._special_ids = CharTokenizer(alphabet), alphabet.special_ids
         # A model that is older than folding has seen <?> for accented letters, but it knows the plain letters.
-        self._encoder = TextEncoder(fold=text is None or text.fold)
+        self._encoder = TextEncoder(fold=text is None or text.fold, alphabet=alphabet)
         self._suppressed = suppressed_ids(text, chat=chat)
         self._conversation: list[int] = []  # ids of all questions and answers so far
         self._turns = 0  # prompts so far
@@ -75,12 +77,12 @@ class TextGenerator:
         self._stops = [encode_stop(self._encoder, stop) for stop in make.stop]
         if chat:
             # An answer ends where the model closes its tag.
-            self._stops.append([SPECIAL_IDS["</A>"]])
-            if text is None or SPECIAL_IDS["<A>"] not in text.ids:
+            self._stops.append([self._special_ids["</A>"]])
+            if text is None or self._special_ids["<A>"] not in text.ids:
                 notify("warning: --chat: this model is not known to be trained on questions and answers, so it may not answer")
 
     def normalize(self, prompt: str) -> str:
-        """Return the prompt as the model sees it: lower case, folded, unknown characters as <?>."""
+        """Return the prompt as the model sees it: in its alphabet, with unknown characters as <?>."""
         return self._tokenizer.decode(self._encoder.encode(prompt))
 
     def stream(self, prompt: str, stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
@@ -103,7 +105,7 @@ class TextGenerator:
                 break
         if self._chat:
             # The tag that ended the answer was a stop sequence and so is not part of it, but the next question follows it.
-            self._conversation += [*answer, SPECIAL_IDS["</A>"], *self._newline()]
+            self._conversation += [*answer, self._special_ids["</A>"], *self._newline()]
 
     def samples(self, prompt: str) -> list[tuple[str, bool]]:
         """Continue `prompt` by `num_samples` texts; return each with whether a stop sequence ended it."""
@@ -128,7 +130,7 @@ class TextGenerator:
         return [self._tokenizer.decode([i]) for i in range(self._engine.config.vocab_size)]
 
     def _predictor(self, prompt: Sequence[int], texts: int) -> Predictor:
-        return Predictor(self._engine, np.array(prompt, np.uint8), self._hop, texts)
+        return Predictor(self._engine, np.array(prompt), self._hop, texts)
 
     def _characters(self, predictor: Predictor, text: int, ids: Sequence[int]) -> list[Character]:
         """Return the next characters of a text with their probabilities."""
@@ -146,8 +148,13 @@ class TextGenerator:
         # Each prompt has its own random numbers, or the same prompt would get the same answer again.
         first = self._turns * self._make.num_samples
         self._turns += 1
-        sampler = Sampler(self._draw, [sample_generator(self._draw.seed, first + i) for i in range(count)], self._suppressed)
-        ids = np.array(prompt, np.uint8)  # (k,)
+        sampler = Sampler(
+            self._draw,
+            [sample_generator(self._draw.seed, first + i) for i in range(count)],
+            self._suppressed,
+            vocab_size=self._engine.config.vocab_size,
+        )
+        ids = np.array(prompt)  # (k,)
         return continue_prompt(self._engine, ids, self._make.max_new_tokens, hop=self._hop, sampler=sampler, stops=self._stops)
 
     def _prompt_ids(self, prompt: str) -> Sequence[int]:
@@ -157,7 +164,8 @@ class TextGenerator:
         if losses := self._encoder.tally.losses():
             self._notify(f"prompt: {'; '.join(losses)}")
         if self._chat:
-            self._conversation += [SPECIAL_IDS["<Q>"], *ids, SPECIAL_IDS["</Q>"], *self._newline(), SPECIAL_IDS["<A>"]]
+            special = self._special_ids
+            self._conversation += [special["<Q>"], *ids, special["</Q>"], *self._newline(), special["<A>"]]
             ids = self._conversation
         # As many windows as in a training sequence; the model has not learned to use more.
         longest = MAX_PROMPT_WINDOWS * self._engine.config.context_len

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from picogpt.config import GPTConfig
 from picogpt.errors import RunError
-from picogpt.tokenizer import VOCAB_SIZE
 
 __all__ = ["Floats", "Tensors", "check_largest", "to_bfloat16"]
 
@@ -55,15 +54,9 @@ class Tensors:
     Args:
         config: the model's shape.
         arrays: its state dict as arrays, nanoGPT's names; `lm_head.weight` may be missing, as it is tied to the embedding.
-
-    Raises:
-        RunError: the model has another vocabulary size.
     """
 
     def __init__(self, config: GPTConfig, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        # The tokenizer is fixed, so a model with another vocabulary would read and write the wrong characters.
-        if config.vocab_size != VOCAB_SIZE:
-            raise RunError(f"the weights are of another model: a vocabulary of {config.vocab_size}, expected {VOCAB_SIZE}")
         self.config, self._arrays = config, arrays
 
     def get(self, name: str, *shape: int) -> Floats:

@@ -43,9 +43,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load as tensors_of
 from safetensors.numpy import save as serialize
 
+from picogpt.alphabet import PICOGPT, Alphabet
 from picogpt.config import GPTConfig, TextConfig
 from picogpt.errors import ConfigError, RunError
 from picogpt.files import atomic_write, can_flush, remove_leftovers, replace
+from picogpt.ids import Ids
 from picogpt.runs.settings import RunSettings
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "Checkpoint",
     "LossLog",
     "RunFolder",
+    "load_alphabet",
     "load_model",
     "load_text_config",
     "model_metadata",
@@ -394,13 +397,13 @@ class RunFolder:
             raise RunError(f"{'; '.join(faults)}; nothing to resume: start over with --fresh, the folder is kept")
         raise RunError(f"{self.path}: no checkpoint to resume; start over with --fresh, the folder is kept")
 
-    def save_validation(self, ids: npt.NDArray[np.uint8]) -> None:
+    def save_validation(self, ids: Ids) -> None:
         """Write `validation.safetensors`: a stream's validation text, ids (characters,), drawn once."""
         # Stored, so a resumed run is validated on the same text without reading the stream from its beginning.
         metadata = {"format": str(FORMAT_VERSION), "sha256": _digest({"ids": ids}, "")}
         atomic_write(self.path / _VALIDATION, serialize_tensors({"ids": ids}, metadata))
 
-    def load_validation(self) -> npt.NDArray[np.uint8]:
+    def load_validation(self) -> Ids:
         """Read `validation.safetensors`.
 
         Raises:
@@ -426,7 +429,12 @@ class RunFolder:
 def model_metadata(config: GPTConfig, text: TextConfig | None = None) -> dict[str, str]:
     """Return the metadata of `model.safetensors`: the model's shape, and the properties of its training text if known."""
     metadata = {"format": str(FORMAT_VERSION), "config": json.dumps(asdict(config))}
-    return metadata if text is None else {**metadata, "text": json.dumps(asdict(text))}
+    if text is None:
+        return metadata
+    content: dict[str, Any] = {"fold": text.fold, "ids": text.ids}
+    if text.alphabet != PICOGPT:
+        content["alphabet"] = text.alphabet.to_json()
+    return {**metadata, "text": json.dumps(content)}
 
 
 def load_text_config(path: Path) -> TextConfig | None:
@@ -436,13 +444,30 @@ def load_text_config(path: Path) -> TextConfig | None:
         RunError: the file is missing or damaged.
     """
     with _open_tensors(path) as tensors:
-        stored = tensors.metadata.get("text")
-    if stored is None:
+        return _parse_text_config(path, tensors.metadata)
+
+
+def load_alphabet(path: Path) -> Alphabet:
+    """Return the alphabet of a model file; that of the original project if the file names none, as older files do.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    text = load_text_config(path)
+    return PICOGPT if text is None else text.alphabet
+
+
+def _parse_text_config(path: Path, metadata: Mapping[str, str]) -> TextConfig | None:
+    if "text" not in metadata:
         return None
     try:
-        content = json.loads(stored)
-        return TextConfig(fold=content["fold"], ids=tuple(int(i) for i in content["ids"]))
-    except (ConfigError, KeyError, TypeError, ValueError, RecursionError) as error:
+        content = json.loads(metadata["text"])
+        return TextConfig(
+            fold=content["fold"],
+            alphabet=Alphabet.from_json(content.get("alphabet")),
+            ids=tuple(int(i) for i in content["ids"]),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
         raise RunError(f"{path}: damaged (the text in its metadata is not valid)") from error
 
 
@@ -451,7 +476,7 @@ def open_model(path: Path) -> Iterator[tuple[GPTConfig, Mapping[str, npt.NDArray
     """Open a `.safetensors` model file; yield its config and its weights, each read on access, in float32.
 
     Raises:
-        RunError: the file is missing, damaged or not a picogpt model.
+        RunError: the file is missing, damaged or not a picogpt model, or its alphabet is that of another model.
     """
     with _open_tensors(path) as tensors:
         try:
@@ -461,6 +486,14 @@ def open_model(path: Path) -> Iterator[tuple[GPTConfig, Mapping[str, npt.NDArray
             raise RunError(
                 f"{path}: no picogpt model (its metadata has no valid config); train one with picogpt-train"
             ) from error
+        text = _parse_text_config(path, tensors.metadata)
+        alphabet = PICOGPT if text is None else text.alphabet
+        # With another vocabulary, ids would be read and written as the wrong characters.
+        if config.vocab_size != alphabet.vocab_size:
+            raise RunError(
+                f"{path}: the weights are of another model: a vocabulary of {config.vocab_size:,}, expected "
+                f"{alphabet.vocab_size:,} for the alphabet {alphabet.describe()}"
+            )
         yield config, tensors
 
 
@@ -579,20 +612,21 @@ def _reading(path: Path) -> Iterator[None]:
         raise RunError(f"{path}: cannot be read as safetensors ({error})") from error
 
 
-def serialize_tensors(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
-    """Serialize tensors and metadata as safetensors, deterministically: equal content gives equal bytes; uint16 holds bfloat16.
+def serialize_tensors(tensors: Tensors, metadata: Mapping[str, str], *, bfloat16: bool = False) -> bytes:
+    """Serialize tensors and metadata as safetensors, deterministically: equal content gives equal bytes.
 
-    The library writes metadata in an order that differs between processes. Layout: length of the header (8 bytes), header in
-    JSON padded with spaces to a multiple of 8, tensors.
+    With `bfloat16`, uint16 tensors hold bfloat16 weights, and are marked as such. The library writes metadata in an order that
+    differs between processes. Layout: length of the header (8 bytes), header in JSON padded with spaces to a multiple of 8,
+    tensors.
     """
     content = serialize(tensors, dict(metadata))
     # Rewrite the header with sorted metadata; offsets of tensors count from its end, so they stay valid.
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
-    for entry in header.values():
-        if entry["dtype"] == "U16":  # numpy lacks bfloat16
-            entry["dtype"] = _BFLOAT16
+    if bfloat16:  # numpy lacks the type
+        for entry in header.values():
+            entry["dtype"] = _BFLOAT16 if entry["dtype"] == "U16" else entry["dtype"]
     text = json.dumps(ordered, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     # The memoryview avoids a copy of the tensors.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
-from picogpt.checks import ATTENTIONS, KERNELS, check_choice
+from picogpt.alphabet import Alphabet
+from picogpt.checks import ATTENTIONS, KERNELS, check_choice, require
 from picogpt.config import DataConfig, GPTConfig, TrainConfig
 from picogpt.errors import ConfigError
 from picogpt.schedule import Budget, Schedule
@@ -53,6 +54,12 @@ class RunSettings:
         check_choice("kernels", self.kernels, KERNELS)
         check_choice("attention", self.attention, ATTENTIONS)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values for config.json."""
+        content = asdict(self)
+        content["data"]["alphabet"] = self.data.alphabet.to_json()
+        return content
+
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> RunSettings:
         """Return the settings from the content of config.json; other keys, such as versions, are ignored.
@@ -63,8 +70,11 @@ class RunSettings:
         try:
             # JSON has no tuples; the fields of the frozen config are tuples.
             data: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["data"].items()}
+            data["alphabet"] = Alphabet.from_json(data.get("alphabet"))  # older runs have no entry
+            model, vocab_size = GPTConfig(**content["model"]), data["alphabet"].vocab_size
+            require(model.vocab_size == vocab_size, "vocab_size", f"{vocab_size}, that of the alphabet", model.vocab_size)
             return cls(
-                model=GPTConfig(**content["model"]),
+                model=model,
                 train=TrainConfig(**{**_LEGACY_DEFAULTS, **content["train"]}),
                 budget=Budget(**content["budget"]),
                 schedule=Schedule(**content["schedule"]),

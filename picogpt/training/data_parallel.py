@@ -21,6 +21,7 @@ from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Batch
 from picogpt.device import CPU
 from picogpt.errors import RanksError
+from picogpt.ids import id_dtype
 from picogpt.kernels.compiled import Kernels, kernels_name
 from picogpt.runs.folder import Checkpoint, Tensors
 from picogpt.training.distributed import SINGLE_PROCESS, Ranks, translate_dist_errors
@@ -242,17 +243,18 @@ class DataParallelState(TrainState):
                     self.outer.sgd.state[anchor] = {"momentum_buffer": self.on_device(tensors[f"outer.{name}"])}
 
 
-def pack_step(batch: Batch, lr: float) -> bytes:
-    """Serialize a step for the workers: the learning rate, then the ids of `batch`, a byte each.
+def pack_step(batch: Batch, lr: float, vocab_size: int) -> bytes:
+    """Serialize a step for the workers: the learning rate, then the ids of `batch`, a byte or two each.
 
-    Ids are stored sequence by sequence, each with the target of its last character: T + 1 bytes hold inputs and targets.
+    Ids are stored sequence by sequence, each with the target of its last character: T + 1 ids hold inputs and targets.
     """
     # Targets are the inputs shifted by one, so only the last one is new: (B, T) and (B, 1) -> (B, T + 1).
-    return _LR.pack(lr) + np.concatenate((batch.inputs, batch.targets[:, -1:]), axis=1).astype(np.uint8).tobytes()
+    return _LR.pack(lr) + np.concatenate((batch.inputs, batch.targets[:, -1:]), axis=1).astype(id_dtype(vocab_size)).tobytes()
 
 
-def unpack_step(content: bytes, n_sequences: int) -> tuple[Batch, float]:
+def unpack_step(content: bytes, n_sequences: int, vocab_size: int) -> tuple[Batch, float]:
     """Deserialize a step: the inverse of `pack_step`."""
     (lr,) = _LR.unpack_from(content)
-    rows = np.frombuffer(content, np.uint8, offset=_LR.size).reshape(n_sequences, -1).astype(np.int64)  # (B, T + 1)
+    ids = np.frombuffer(content, id_dtype(vocab_size), offset=_LR.size)
+    rows = ids.reshape(n_sequences, -1).astype(np.int64)  # (B, T + 1)
     return Batch(rows[:, :-1], rows[:, 1:]), lr

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from picogpt.alphabet import PICOGPT, Alphabet
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import RandomSource
 from picogpt.files import TEMPORARY_SUFFIX
@@ -97,7 +98,7 @@ def time_epoch_end(trainer: Trainer, parent: Path, *, warm_up: bool = True) -> E
 
         # The same calls as the trainer's at an epoch's end.
         def end() -> None:
-            folder.save_model(trainer.model.arrays(), trainer.model.config)
+            folder.save_model(trainer.model.arrays(), trainer.model.config, trainer.source.text)
             trainer.save(folder)
             history.record(trainer, trainer.source, log, say_nothing)
             history.write(folder.path)
@@ -115,6 +116,7 @@ def benchmark_steps(
     make: Callable[[RandomSource], Trainer],
     parent: Path,
     *,
+    alphabet: Alphabet = PICOGPT,
     limit: float | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[float, EpochEnd]:
@@ -125,13 +127,15 @@ def benchmark_steps(
         config: training settings.
         make: builds a trainer for a source.
         parent: folder to save into; nothing is left in it.
+        alphabet: characters of the model.
         limit: seconds after which no further step is timed, and no warm-up is done; None for no limit.
         advance: called after each of the 1 + `TIMED_STEPS` steps.
     """
     began = time.perf_counter()
     seconds: list[float] = []
     # Random data, so that no text or download is needed; speed does not depend on the ids.
-    trainer = make(RandomSource(sequence_len=config.windows * model.context_len, batch_size=config.batch_size))
+    sequence_len = config.windows * model.context_len
+    trainer = make(RandomSource(sequence_len=sequence_len, batch_size=config.batch_size, alphabet=alphabet))
     for _ in range(1 + TIMED_STEPS):
         seconds.append(time_call(lambda: trainer.train_step(config.lr)))
         advance()

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Source, TextSource
 from picogpt.device import instruction_set
-from picogpt.evaluation.baselines import NGRAM_ORDER, NGram, compressed_bits
+from picogpt.evaluation.baselines import NGram, compressed_bits, ngram_order
 from picogpt.export.log_page import EpochView, RunView, pack_probabilities, render_page
 from picogpt.files import atomic_write
+from picogpt.ids import Ids
 from picogpt.kernels.compiled import kernels_name
 from picogpt.runs.folder import LossLog
 from picogpt.tokenizer import CharTokenizer
@@ -100,13 +100,13 @@ class History:
 
     def _begin(self, source: Source) -> None:
         """Take the excerpt and compute the losses of the baselines, which do not change during the run."""
-        val_ids = source.val_ids[:PREDICTED_CHARS]
-        self.excerpt = CharTokenizer().decode(val_ids[: EXCERPT_CHARS + 1].tolist())
-        self.marks = {"lzma": compressed_bits(val_ids)["lzma"] * math.log(2)}
+        val_ids, alphabet = source.val_ids[:PREDICTED_CHARS], source.text.alphabet
+        self.excerpt = CharTokenizer(alphabet).decode(val_ids[: EXCERPT_CHARS + 1].tolist())
+        self.marks = {"lzma": compressed_bits(val_ids, alphabet)["lzma"] * math.log(2)}
         # A stream has no training text in memory to count an n-gram on.
         if isinstance(source, TextSource):
-            losses = NGram(source.train_ids[:COUNTED_CHARS]).losses(val_ids[None])
-            self.marks[f"{NGRAM_ORDER}-gram"] = float(losses.mean())
+            losses = NGram(source.train_ids[:COUNTED_CHARS], alphabet.vocab_size).losses(val_ids[None])
+            self.marks[f"{ngram_order(alphabet.vocab_size)}-gram"] = float(losses.mean())
 
     def write(self, folder: Path) -> None:
         """Write `epochs.json`.
@@ -151,7 +151,7 @@ def _unpack(text: str) -> list[float]:
 
 
 @torch.no_grad()
-def excerpt_probabilities(state: TrainState, ids: npt.NDArray[np.uint8]) -> list[float]:
+def excerpt_probabilities(state: TrainState, ids: Ids) -> list[float]:
     """Return the probability of each of ids (T + 1,) after the first, given the ids before it, as T floats."""
     idx = torch.from_numpy(ids.astype(np.int64))[None].to(state.device)  # (1, T + 1)
     state.model.eval()  # no dropout

@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from picogpt.alphabet import PICOGPT, Alphabet
 from picogpt.config import GPTConfig
 from picogpt.errors import RunError
 from picogpt.runs.find import find_model
-from picogpt.runs.folder import LossLog, RunFolder, load_model
+from picogpt.runs.folder import LossLog, RunFolder, load_alphabet, load_model
 from picogpt.runs.import_original import read_original
 from picogpt.runs.settings import RunSettings
 from picogpt.training.request import TrainRequest
 
-__all__ = ["InitFrom", "find_origin"]
+__all__ = ["InitFrom", "find_origin", "initial_alphabet"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class InitFrom:
     weights: Mapping[str, npt.NDArray[np.generic]]
     log: LossLog | None
     """The loss log of an imported run of the original project; None for a model of ours."""
+    alphabet: Alphabet = PICOGPT
+    """Characters of the model."""
 
     @classmethod
     def find(cls, request: TrainRequest) -> InitFrom | None:
@@ -39,7 +42,7 @@ class InitFrom:
         """
         if request.init_from is not None:
             path, _ = find_model(request.init_from, request.logs_dir)  # by name, like --model of the other commands
-            return cls(path.absolute(), *load_model(path), None)
+            return cls(path.absolute(), *load_model(path), None, load_alphabet(path))
         if request.import_original is not None:
             # Heads share one matrix, so their number cannot be read from the weights.
             original = read_original(request.import_original, request.model.get("n_head", GPTConfig().n_head))
@@ -65,3 +68,15 @@ def find_origin(request: TrainRequest, folder: RunFolder, stored: RunSettings | 
     if stored.origin is not None and asked is None:
         raise RunError(f"{folder.path}: the run is to start from {stored.origin} and has not begun; give that flag again")
     return asked
+
+
+def initial_alphabet(request: TrainRequest) -> Alphabet:
+    """Return the alphabet of the model that a new run starts from, or the original project's.
+
+    Raises:
+        RunError: the model is missing or damaged.
+    """
+    if request.init_from is None:
+        return PICOGPT
+    path, _ = find_model(request.init_from, request.logs_dir)
+    return load_alphabet(path)

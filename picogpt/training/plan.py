@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from picogpt.alphabet import Alphabet
 from picogpt.backend import Backend, BackendChoice
 from picogpt.config import DataConfig, GPTConfig, TrainConfig
 from picogpt.data import Source
 from picogpt.data.resolve import Console, FoundText, find_text
-from picogpt.errors import ConfigError, TrainingError
+from picogpt.errors import ConfigError, RunError, TrainingError
 from picogpt.runs.find import default_run, named_run
-from picogpt.runs.folder import RunFolder
+from picogpt.runs.folder import MODEL_FILE, RunFolder, load_alphabet
 from picogpt.runs.settings import RunSettings
 from picogpt.schedule import Budget
 from picogpt.training.distributed import Ranks
-from picogpt.training.origin import InitFrom, find_origin
+from picogpt.training.origin import InitFrom, find_origin, initial_alphabet
 from picogpt.training.request import TrainRequest
 from picogpt.wording import Notify
 
@@ -60,7 +61,9 @@ class Plan:
         origin = find_origin(request, folder, stored)
         data = text.describe()
         request.check_changes(stored, data, folder.name, console.notify)
-        model = request.model_config(stored, origin.config if origin else None)
+        if stored is not None:
+            _check_alphabet(folder, data.alphabet)
+        model = request.model_config(stored, origin.config if origin else None, data.alphabet.vocab_size)
         train, budget = request.training(stored)
         _check_patience(budget, train, ranks)
         # Before the backend: a text too short for the model's shape is rejected here, before attention is timed on that shape.
@@ -111,9 +114,11 @@ class Plan:
 
 def _locate(request: TrainRequest, console: Console) -> tuple[RunFolder, RunSettings | None, FoundText]:
     """Find the run's folder, its stored settings, and the text; the run's default name is the text's name."""
+    # A new run with no alphabet requested has that of the model it starts from.
+    inherited = initial_alphabet(request)
     if request.run is None:
         # The text is found first: it is not read yet, and a stream sends no request.
-        text = _find_text(request, None, console)
+        text = _find_text(request, None, inherited, console)
         folder = default_run(request.logs_dir / text.name, console.notify)
     else:
         text = None
@@ -121,12 +126,32 @@ def _locate(request: TrainRequest, console: Console) -> tuple[RunFolder, RunSett
     stored = None if request.fresh else folder.read_settings()
     if text is None or stored is not None:
         # A resumed run keeps its folding, and a stream its commit, which are known only now.
-        text = _find_text(request, stored, console)
+        text = _find_text(request, stored, inherited, console)
     return folder, stored, text
 
 
-def _find_text(request: TrainRequest, stored: RunSettings | None, console: Console) -> FoundText:
-    return find_text(request.text, stored.data if stored else None, scratch=request.logs_dir, console=console)
+def _find_text(request: TrainRequest, stored: RunSettings | None, inherited: Alphabet, console: Console) -> FoundText:
+    data = stored.data if stored else None
+    return find_text(request.text, data, scratch=request.logs_dir, console=console, inherited=inherited)
+
+
+def _check_alphabet(folder: RunFolder, alphabet: Alphabet) -> None:
+    """Check that the model in the folder of a resumed run is the run's own.
+
+    Raises:
+        RunError: it has another alphabet.
+    """
+    if not folder.has_model():
+        return
+    try:
+        found = load_alphabet(folder.path / MODEL_FILE)
+    except RunError:  # a damaged model is no error here: the run resumes from its checkpoint, and writes the model again
+        return
+    if found != alphabet:
+        raise RunError(
+            f"{folder.path / MODEL_FILE}: a model with the alphabet {found.describe()}, and the run has {alphabet.describe()}; "
+            "move it away, or start over with --fresh"
+        )
 
 
 def _check_patience(budget: Budget, train: TrainConfig, ranks: Ranks) -> None:

@@ -65,7 +65,7 @@ class RankZeroTrainer(DataParallelState, Trainer):
     def local_step(self, batch: Batch, lr: float) -> float:
         """Send the step to the workers, and take rank 0's part of it."""
         # Workers take the same step at the same time: DDP averages the gradients in the backward pass.
-        self.ranks.broadcast_command(Command.STEP, pack_step(batch, lr))
+        self.ranks.broadcast_command(Command.STEP, pack_step(batch, lr, self.model.config.vocab_size))
         return super().local_step(batch, lr)
 
     def outer_step_on_all_ranks(self) -> None:

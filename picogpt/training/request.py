@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from picogpt.alphabet import PICOGPT, alphabet_change
 from picogpt.config import LOGS_DIR, DataConfig, Fold, GPTConfig, TextRequest, TrainConfig
-from picogpt.errors import RunError
+from picogpt.errors import ConfigError, RunError
 from picogpt.runs.settings import RunSettings
 from picogpt.schedule import RECIPE_BUDGETS, Budget
 from picogpt.wording import Notify, plural
@@ -61,6 +62,12 @@ class TrainRequest:
     def __post_init__(self) -> None:
         # Build the configs once, so that a value out of range raises here and not after the text was read.
         self.model_config(None), self.training(None)
+        if self.import_original is not None and self.text.alphabet not in {None, PICOGPT.name}:
+            raise ConfigError(
+                f"alphabet must be {PICOGPT.name} with --import-original, as the original project has no other, "
+                f"got {self.text.alphabet!r}",
+                "alphabet",
+            )
 
     @property
     def imports_only(self) -> bool:
@@ -82,18 +89,27 @@ class TrainRequest:
         """Return the request after a restart by torchrun: `fresh` is dropped, so that the run is resumed."""
         return replace(self, fresh=False)
 
-    def model_config(self, stored: RunSettings | None, origin: GPTConfig | None = None) -> GPTConfig:
+    def model_config(
+        self, stored: RunSettings | None, origin: GPTConfig | None = None, vocab_size: int | None = None
+    ) -> GPTConfig:
         """Return the model config: the run's, the initial model's or the default, with the requested fields.
+
+        Args:
+            stored: the run's settings; None for a new run.
+            origin: the initial model's config, if there is one.
+            vocab_size: number of ids of the run's alphabet; None takes that of the config.
 
         Raises:
             RunError: the request contradicts the model that the run starts from.
         """
         # Later entries win: the default, then the base, then the request.
         base = stored.model if stored else origin
-        config = GPTConfig(**{**(asdict(base) if base else {}), **self.model})
+        vocabulary = {} if vocab_size is None else {"vocab_size": vocab_size}
+        config = GPTConfig(**{**(asdict(base) if base else {}), **self.model, **vocabulary})
         if stored is None and origin is not None:
-            # Dropout is no part of the shape: any value fits the weights.
-            changes = _differences(asdict(origin), {**asdict(config), "dropout": origin.dropout})
+            # Dropout is no part of the shape: any value fits the weights. Embeddings are moved to another alphabet.
+            free = {"dropout": origin.dropout, "vocab_size": origin.vocab_size}
+            changes = _differences(asdict(origin), {**asdict(config), **free})
             if changes:
                 listed = "; ".join(f"{name} is {now} and was {before}" for name, before, now in changes)
                 raise RunError(f"the model to start from has another shape: {listed}; leave these flags out")
@@ -157,6 +173,8 @@ class TrainRequest:
         ]
         if self.text.fold not in {None, stored.data.fold}:
             changes.append(("folding", _describe_fold(stored.data.fold), _describe_fold(self.text.fold)))
+        if (alphabet := alphabet_change(self.text.alphabet, stored.data.alphabet)) is not None:
+            changes.append(("alphabet", stored.data.alphabet.describe(), alphabet))
         # The hash decides: a moved or renamed file with the same characters is the same text.
         if data.sha256 != stored.data.sha256:
             changes.append(("text", _describe(stored.data), _describe(data)))

@@ -7,7 +7,6 @@ import shlex
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Protocol
 
@@ -21,6 +20,7 @@ from picogpt.schedule import MAX_SUITABLE_PASSES, Pace, Schedule
 from picogpt.signals import StopRequest
 from picogpt.training.build import build_trainer
 from picogpt.training.disk import DiskNeed, check_disk
+from picogpt.training.embeddings import transfer_embeddings
 from picogpt.training.forecast import EpochEnd, Forecaster, ForecastingObserver, benchmark_steps, time_epoch_end
 from picogpt.training.import_run import describe_losses
 from picogpt.training.pacing import Pacer
@@ -195,8 +195,12 @@ class TrainingRun:
         self._source.begin(self.folder)
         origin = self.plan.origin
         if origin is not None:
-            self.trainer.init_from_weights(dict(origin.weights), origin.log)
-            self._notify(f"starting from the weights of {origin.path}")
+            weights, alphabet, how = origin.weights, self.plan.data.alphabet, ""
+            if alphabet != origin.alphabet:
+                weights, phrase = transfer_embeddings(weights, origin.alphabet, alphabet, self.trainer.model.arrays())
+                how = f"; alphabet {alphabet.describe()}: {phrase}"
+            self.trainer.init_from_weights(dict(weights), origin.log)
+            self._notify(f"starting from the weights of {origin.path}{how}")
 
     def _keep_imported(self, log: LossLog) -> None:
         """Save an imported run before it is trained, with its loss on this text as the best loss."""
@@ -231,7 +235,7 @@ class TrainingRun:
         )
         # For reading only: results can differ between versions, which helps to explain a difference.
         versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "safetensors")}}
-        self.folder.write_config({**asdict(settings), "versions": versions})
+        self.folder.write_config({**settings.to_dict(), "versions": versions})
 
     def _fix_schedule(self) -> Schedule:
         """Return the run's length: as stored, or computed from the budget. With minutes the trainer gets a pacer."""
@@ -299,7 +303,9 @@ class TrainingRun:
         # In a dry run the folder does not exist: take the nearest parent that does, which is on the same disk.
         parent = existing_folder(self.folder.path)
         with self._timing() as advance:
-            self._benchmarked = benchmark_steps(plan.model, plan.train, self._build, parent, limit=limit, advance=advance)
+            self._benchmarked = benchmark_steps(
+                plan.model, plan.train, self._build, parent, alphabet=plan.data.alphabet, limit=limit, advance=advance
+            )
         return self._benchmarked
 
     def _forecaster(self) -> Forecaster:

@@ -25,14 +25,14 @@ def sample_text(model: GPT, text: TextConfig, notify: Notify) -> str:
         text: properties of the training text; characters that do not occur in it are suppressed.
         notify: receives a line before the engine is compiled.
     """
-    tokenizer = CharTokenizer()
+    tokenizer = CharTokenizer(text.alphabet)
     # The inference engine and not the model: it has a KV cache, and is what the user will generate with.
     try:
         engine = Engine(model.config, model.arrays(), backend=load_engine_backend(notify))
     except PicoGPTError as error:
         return f"(no sample: {error})"  # a sample is no reason to end a run
     hop = GenerateConfig().hop_for(engine.config.context_len)
-    sampler = Sampler(SampleConfig(), [sample_generator(0)], suppressed_ids(text))
+    sampler = Sampler(SampleConfig(), [sample_generator(0)], suppressed_ids(text), vocab_size=engine.config.vocab_size)
     # A newline starts a line of the training text, so the sample does too.
     made = continue_prompt(engine, tokenizer.encode("\n"), SAMPLE_CHARS, hop=hop, sampler=sampler)
     return "".join(tokenizer.decode(ids) for (ids,), _ in made)

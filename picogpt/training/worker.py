@@ -50,4 +50,4 @@ def _execute(command: Command, payload: bytes, state: DataParallelState) -> None
         assert command is Command.STEP
         # A loss that is not finite raises on all ranks alike; rank 0 reports it, saves and ends the run.
         with contextlib.suppress(TrainingError):
-            state.local_step(*unpack_step(payload, state.config.batch_size))
+            state.local_step(*unpack_step(payload, state.config.batch_size, state.model.config.vocab_size))

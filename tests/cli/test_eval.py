@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def run(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 
 def of(run: RunFolder, **data: Any) -> None:
     """Write what text the run is on."""
-    run.write_config(asdict(replace(SETTINGS, data=replace(DATA, **data))))
+    run.write_config(replace(SETTINGS, data=replace(DATA, **data)).to_dict())
 
 
 def evaluate(*flags: str) -> int:
@@ -214,7 +214,7 @@ def test_ngram_of_a_stream(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> N
     class Counter:
         """In place of the n-gram."""
 
-        def __init__(self, ids: npt.NDArray[np.uint8]) -> None:
+        def __init__(self, ids: npt.NDArray[np.uint8], _: int) -> None:
             counted.append(CharTokenizer().decode(ids))
             self.n_chars = len(ids)
 

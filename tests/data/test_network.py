@@ -33,6 +33,7 @@ from picogpt.data.articles import Cursor
 from picogpt.data.network import check_environment
 from picogpt.data.outage import Outage, run_in_thread
 from picogpt.errors import DataError
+from picogpt.tokenizer import CharTokenizer
 from tests.conftest import HUB_PORT
 from tests.data.test_stream import FLAGS, NOWHERE, README, SHARDS, article, decode, parquet
 from tests.hub import Hub, serving
@@ -376,7 +377,7 @@ def test_a_stream_too_short_for_a_sequence() -> None:
     short.close()
 
 
-SHARDS_VALIDATION = articles.SEPARATOR
+SHARDS_VALIDATION = CharTokenizer().encode("\n\n")
 
 
 def test_nothing_but_validation() -> None:

@@ -129,7 +129,7 @@ class TestTraining:
         """A text in another script is rejected, and the flag is named."""
         write("anna.txt", RUSSIAN * 60)
         assert begin("--text", "anna.txt", *TINY_FLAGS) == 1
-        assert "and --transliterate writes other scripts in Latin letters (docs/texts.md)" in capsys.readouterr().err
+        assert "or --transliterate to write other scripts in Latin letters (docs/texts.md)" in capsys.readouterr().err
 
         with pytest.raises(SystemExit):
             begin("--text", "anna.txt", "--transliterate", "--no-fold")

@@ -16,10 +16,11 @@ import torch
 from huggingface_hub import ModelCard
 
 import picogpt
+from picogpt.alphabet import PICOGPT
 from picogpt.cli import export
 from picogpt.config import GPTConfig, TextConfig
 from picogpt.errors import RunError
-from picogpt.export.gpt2 import BOS_ID, Gpt2Model, write_gpt2
+from picogpt.export.gpt2 import Gpt2Model, write_gpt2
 from picogpt.model.gpt import GPT
 from picogpt.runs.folder import RunFolder
 from picogpt.tokenizer import SPECIAL_IDS, CharTokenizer
@@ -57,8 +58,8 @@ def test_layout(model: Gpt2Model) -> None:
     )
     np.testing.assert_array_equal(tensors["transformer.h.1.ln_1.weight"], model.weights["transformer.h.1.ln_1.weight"])
     rows = np.abs(tensors["transformer.wte.weight"]).sum(axis=1)
-    assert np.flatnonzero(rows == 0).tolist() == [BOS_ID]
-    assert BOS_ID not in SPECIAL_IDS.values()
+    assert np.flatnonzero(rows == 0).tolist() == [model.bos_id]
+    assert model.bos_id not in SPECIAL_IDS.values()
 
 
 def test_generated_ids(model: Gpt2Model) -> None:
@@ -127,7 +128,7 @@ def test_tokenizer_is_ours(model: Gpt2Model, tmp_path: Path) -> None:
         points = (generator.choice(((0, 128), (32, 0xD800), (0xE000, 0x110000))) for _ in range(generator.randrange(30)))
         text = "".join(chr(generator.randrange(*span)) for span in points)
 
-        assert tokenizer(text)["input_ids"] == [BOS_ID, *ours.encode(text).tolist()], repr(text)
+        assert tokenizer(text)["input_ids"] == [model.bos_id, *ours.encode(text).tolist()], repr(text)
     assert list(tokenizer("a")) == ["input_ids", "attention_mask"]  # what GPT-2 takes: it would add token types' embeddings
     assert tokenizer.decode(tokenizer("a <Q> b\n c")["input_ids"], skip_special_tokens=True) == "a <q> b\n c"
 
@@ -140,7 +141,7 @@ def test_logits_are_ours(run: RunFolder, model: Gpt2Model, tmp_path: Path) -> No
     with torch.no_grad():
         found = gpt2(**tokenizer("a window", return_tensors="pt")).logits[0, 1:].numpy()  # (8, 88)
     expected = picogpt.load(run.path, dtype="float32").logits("a window")
-    others = [i for i in range(88) if i != BOS_ID]
+    others = [i for i in range(88) if i != model.bos_id]
 
     np.testing.assert_allclose(found[:, others], expected[:, others], atol=1e-5)
     ids = gpt2.generate(**tokenizer("a", return_tensors="pt"), max_length=9)[0].tolist()
@@ -158,7 +159,7 @@ def test_logits_of_a_full_window(tmp_path: Path) -> None:
     with torch.no_grad():
         found = gpt2(**tokenizer(text, return_tensors="pt")).logits[0, 1:].numpy()  # (128, 88)
     expected = picogpt.load(WIKIPEDIA, dtype="float32").logits(text)
-    others = [i for i in range(88) if i != BOS_ID]
+    others = [i for i in range(88) if i != PICOGPT.spare_ids[0]]
 
     np.testing.assert_allclose(found[:, others], expected[:, others], atol=1e-4)
 

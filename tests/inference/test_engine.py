@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from picogpt.inference.engine import NUMPY
 from picogpt.inference.generate import RollingDecoder
 from picogpt.inference.tensors import Tensors
 from picogpt.model.gpt import GPT
+from picogpt.runs.folder import RunFolder
 from tests.conftest import needs_any_compiler, one_window
 
 Vectors = dict[str, npt.NDArray[Any]]
@@ -264,9 +266,10 @@ def test_other_weights_are_refused(
         Engine(SMALL, weights if array is None else {**weights, name: array}, backend=backend)
 
 
-def test_other_vocabulary_is_refused() -> None:
+def test_other_vocabulary_is_refused(tmp_path: Path) -> None:
     """The ids of another vocabulary would mean something else."""
     config = GPTConfig(n_layer=1, n_head=1, n_embd=8, context_len=4, vocab_size=50)
+    RunFolder(tmp_path).save_model(GPT(config).arrays(), config)
 
     with pytest.raises(RunError, match="a vocabulary of 50, expected 88"):
-        Engine(config, GPT(config).arrays())
+        Engine.load(tmp_path / "model.safetensors")

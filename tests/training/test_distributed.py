@@ -385,11 +385,13 @@ def test_attention_of_rank_0(form: str) -> None:
     assert follower.fast_blocks.attention == form
 
 
-def test_messages() -> None:
-    """What is sent is what arrives: a batch, and a state with its tensors."""
+@pytest.mark.parametrize("vocab_size", [88, 1000])
+def test_messages(vocab_size: int) -> None:
+    """What is sent is what arrives: a batch, whose ids take a byte or two, and a state with its tensors."""
     config = TrainConfig(batch_size=2, windows=3)
-    batch = tiny_source(config).train_batch(5)
-    again, rate = unpack_step(pack_step(batch, 0.1), 2)
+    inputs, targets = tiny_source(config).train_batch(5)
+    batch = Batch(inputs + vocab_size - 40, targets + vocab_size - 40)
+    again, rate = unpack_step(pack_step(batch, 0.1, vocab_size), 2, vocab_size)
     assert rate == 0.1
     state = unpack(pack(Checkpoint(tensors={"a": np.arange(3.0)}, state={"b": [1]})))
 

@@ -106,7 +106,7 @@ def test_long_validation_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other predictors read the beginning of a long validation text alone."""
     read: list[int] = []
 
-    def compress(ids: npt.NDArray[np.uint8]) -> dict[str, float]:
+    def compress(ids: npt.NDArray[np.uint8], _: object) -> dict[str, float]:
         read.append(len(ids))
         return {"lzma": 1.0}
 

@@ -18,13 +18,31 @@ static int argmax(const double *scores, int count) {
     return best;
 }
 
-/* Ids by falling score, equal ones by id: insertion sort, which is stable, and short for a vocabulary of
-   characters. */
+/* Whether id `a` comes before id `b` by falling score; equal scores are in the order of ids. */
+static int precedes(const double *scores, int a, int b) {
+    return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
+}
+
+/* Restore the heap below `at`, whose parent comes after its children; `order` has `count` ids. */
+static void sift_down(const double *scores, int *order, int at, int count) {
+    const int id = order[at];
+    for (int child; (child = 2 * at + 1) < count; at = child) {
+        if (child + 1 < count && precedes(scores, order[child], order[child + 1])) child++;
+        if (precedes(scores, order[child], id)) break;
+        order[at] = order[child];
+    }
+    order[at] = id;
+}
+
+/* Ids by falling score, equal ones by id: heapsort, as an alphabet can have thousands of characters. */
 static void argsort_descending(const double *scores, int *order, int count) {
-    for (int v = 0; v < count; v++) {
-        int at = v;
-        for (; at > 0 && scores[order[at - 1]] < scores[v]; at--) order[at] = order[at - 1];
-        order[at] = v;
+    for (int v = 0; v < count; v++) order[v] = v;
+    for (int at = count / 2 - 1; at >= 0; at--) sift_down(scores, order, at, count);
+    for (int last = count - 1; last > 0; last--) {
+        /* The root comes after all others: its place is the last one. */
+        const int id = order[0];
+        order[0] = order[last], order[last] = id;
+        sift_down(scores, order, 0, last);
     }
 }
 
