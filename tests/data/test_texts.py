@@ -133,7 +133,7 @@ class TestTraining:
 
         with pytest.raises(SystemExit):
             begin("--text", "anna.txt", "--transliterate", "--no-fold")
-        assert "argument --no-fold: not allowed with argument --transliterate" in capsys.readouterr().err
+        assert "argument --fold/--no-fold: not allowed with argument --transliterate" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("first", "then", "said"),
