@@ -153,9 +153,9 @@ PLAIN = "globalThis.WebAssembly = undefined;"
 
 @needs_node
 @pytest.mark.parametrize("first", ["", PLAIN], ids=["WebAssembly", "JavaScript"])
-@pytest.mark.parametrize("width", [16, 12])
+@pytest.mark.parametrize("width", [16, 12, 10])
 def test_tiny_model_in_node(first: str, width: int, tmp_path: Path) -> None:
-    """Across many windows of 8 the text is that of the numpy engine, also for a width that is no multiple of 8."""
+    """Across many windows of 8 the text is that of the numpy engine, also for widths that are no multiple of 8 or of 4."""
     config = dataclasses.replace(TINY, n_embd=width)
     page = render_model_page(view(config=config, arrays=arrays_of(config)))
     header, weights = content_of(page)
