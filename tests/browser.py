@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import json
+import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +20,8 @@ __all__ = ["Browser", "Tab", "outside"]
 
 class Browser(abc.ABC):
     """A running browser."""
+
+    process: subprocess.Popen[bytes]
 
     @abc.abstractmethod
     def __init__(self, folder: Path) -> None:

@@ -56,7 +56,7 @@ class Chromium(Browser):
         self._read, write_end = os.pipe()
         # Chromium reads its commands from file 3 and writes its answers to file 4.
         command = ["sh", "-c", 'exec "$@" 3<&0 4>&1 0</dev/null 1>&2', "sh", *_command(folder), "--remote-debugging-pipe"]
-        self._process = subprocess.Popen(command, stdin=read_end, stdout=write_end, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, stdin=read_end, stdout=write_end, stderr=subprocess.DEVNULL)
         os.close(read_end)
         os.close(write_end)
         self._pending = b""
@@ -70,10 +70,10 @@ class Chromium(Browser):
             os.write(self._write, b'{"id": 0, "method": "Browser.close"}\0')
         os.close(self._write)
         try:
-            self._process.wait(timeout=20)
+            self.process.wait(timeout=20)
         finally:
-            self._process.kill()
-            self._process.wait()
+            self.process.kill()
+            self.process.wait()
             os.close(self._read)
 
     def call(self, method: str, parameters: Mapping[str, Any] | None = None, session: str | None = None) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Firefox(Browser):
         preferences = (f"user_pref({json.dumps(name)}, {json.dumps(value)});\n" for name, value in _PREFERENCES.items())
         (folder / "user.js").write_text("".join(preferences))
         command = [FIREFOX, "--headless", "--no-remote", "--profile", str(folder), "--remote-debugging-port=0"]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._number = 0
         self.events: list[dict[str, Any]] = []
         try:
@@ -114,7 +114,7 @@ class Firefox(Browser):
             self.call("session.new", {"capabilities": {}})
             self.call("session.subscribe", {"events": ["log.entryAdded", "network.beforeRequestSent"]})
         except BaseException:
-            self._process.kill()
+            self.process.kill()
             raise
 
     def _address(self, file: Path) -> tuple[str, int]:
@@ -124,7 +124,7 @@ class Firefox(Browser):
             with contextlib.suppress(OSError, ValueError):
                 content = json.loads(file.read_text())
                 return content["ws_host"], content["ws_port"]
-            assert self._process.poll() is None, "Firefox ended"
+            assert self.process.poll() is None, "Firefox ended"
             assert time.monotonic() < end, "Firefox does not answer"
             time.sleep(0.05)
 
@@ -132,10 +132,10 @@ class Firefox(Browser):
         """End the browser."""
         try:
             self.call("browser.close")
-            self._process.wait(timeout=20)
+            self.process.wait(timeout=20)
         finally:
-            self._process.kill()
-            self._process.wait()
+            self.process.kill()
+            self.process.wait()
             self._socket.close()
 
     def call(self, method: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:

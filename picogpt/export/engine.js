@@ -100,23 +100,26 @@ const PicoEngine = (() => {
 
   /**
    * The product out = W x + bias for rows of up to `longest` weights. It reads four weights at a time, as a word, and x in
-   * float64, as JavaScript would convert it at each use. Four sums, as one would wait for each addition before the next.
+   * float64, as JavaScript would convert it at each use. Two rows share what is read of x, with two sums each, as one would
+   * wait for each addition before the next.
    */
   function plainProduct(longest) {
     const wide = new Float64Array(longest + 3); // x, with zeros behind it for the last word of a row
     return ({ words, scales, bias, rows, columns }, x, out) => {
+      const width = (columns + 3) >> 2; // of a row, in words
       wide.set(x);
       wide.fill(0, columns, columns + 3);
-      for (let row = 0, at = 0; row < rows; row++) {
+      for (let row = 0; row < rows; row += 2) {
         let a = 0, b = 0, c = 0, d = 0;
-        for (let k = 0; k < columns; k += 4, at++) {
-          const four = words[at];
-          a += (four << 24 >> 24) * wide[k]; // shifts keep the sign
-          b += (four << 16 >> 24) * wide[k + 1];
-          c += (four << 8 >> 24) * wide[k + 2];
-          d += (four >> 24) * wide[k + 3];
+        for (let i = row * width, j = i + width, k = 0; k < columns; i++, j++, k += 4) {
+          const upper = words[i], lower = words[j], x0 = wide[k], x1 = wide[k + 1], x2 = wide[k + 2], x3 = wide[k + 3];
+          a += (upper << 24 >> 24) * x0 + (upper << 16 >> 24) * x1; // shifts keep the sign
+          b += (upper << 8 >> 24) * x2 + (upper >> 24) * x3;
+          c += (lower << 24 >> 24) * x0 + (lower << 16 >> 24) * x1;
+          d += (lower << 8 >> 24) * x2 + (lower >> 24) * x3;
         }
-        out[row] = (a + b + c + d) * scales[row] + bias[row];
+        out[row] = (a + b) * scales[row] + bias[row];
+        out[row + 1] = (c + d) * scales[row + 1] + bias[row + 1]; // nothing is written behind an odd last row
       }
     };
   }
@@ -309,7 +312,7 @@ const PicoEngine = (() => {
     for (let i = 0; i < to.length; i++) to[i] += what[i];
   }
 
-  /** Products of a query with the keys of four slots: four sums, as in `plainProduct`. */
+  /** Products of a query with the keys of four slots: four sums, as one would wait for each addition before the next. */
   function scoreFour(keys, query, scores, s, from, D, C) {
     let a = 0, b = 0, c = 0, d = 0;
     for (let i = from, at = s * C + from; i < from + D; i++, at++) {

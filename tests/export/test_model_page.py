@@ -153,10 +153,10 @@ PLAIN = "globalThis.WebAssembly = undefined;"
 
 @needs_node
 @pytest.mark.parametrize("first", ["", PLAIN], ids=["WebAssembly", "JavaScript"])
-@pytest.mark.parametrize("width", [16, 12, 10])
-def test_tiny_model_in_node(first: str, width: int, tmp_path: Path) -> None:
-    """Across many windows of 8 the text is that of the numpy engine, also for widths that are no multiple of 8 or of 4."""
-    config = dataclasses.replace(TINY, n_embd=width)
+@pytest.mark.parametrize(("width", "heads"), [(16, 2), (12, 2), (10, 2), (9, 3)])
+def test_tiny_model_in_node(first: str, width: int, heads: int, tmp_path: Path) -> None:
+    """Across many windows of 8 the text is that of the numpy engine, also for widths that are no multiple of 8, 4 or 2."""
+    config = dataclasses.replace(TINY, n_embd=width, n_head=heads)
     page = render_model_page(view(config=config, arrays=arrays_of(config)))
     header, weights = content_of(page)
     (tmp_path / "weights").write_bytes(weights)
