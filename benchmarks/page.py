@@ -7,6 +7,7 @@ import contextlib
 import re
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 from picogpt.cli import export
@@ -22,6 +23,8 @@ WAYS = {
 }
 """What a page finds before its scripts run."""
 CHARS = 300
+PAUSE = 15
+"""Seconds in which a browser frees what it no longer needs."""
 IDLE = "document.getElementById('state').textContent === 'Ready.' && !model.busy"
 
 
@@ -47,25 +50,35 @@ def page_speed(arguments: argparse.Namespace) -> None:
 
 
 def report(name: str, browser: Browser, page: Path, rounds: int) -> None:
-    """Print the speeds in one browser, and the memory that the page needs beyond an empty one."""
-    empty = page.with_name("empty.html")
-    empty.write_text("<!DOCTYPE html>")
+    """Print speed and memory in one browser."""
     speeds: dict[str, list[float]] = {way: [] for way in WAYS}
-    memory: dict[str, list[int]] = {way: [] for way in WAYS}
     for _ in range(rounds):
         for way, script in WAYS.items():
             with browser.tab(script=script) as tab:
-                tab.open(empty)
-                before = memory_of(browser.process.pid)
                 tab.open(page)
                 tab.wait_for(IDLE)
                 speeds[way].append(write(tab))
-                memory[way].append(memory_of(browser.process.pid) - before)
                 version = tab.evaluate("navigator.userAgent")
     print(f"{name}: {version}")
     for way, found in speeds.items():
-        median, best = statistics.median(found), max(found)
-        print(f"  {way}: {median:.0f} characters/s, best {best:.0f}; {statistics.median(memory[way]) / 1e6:.0f} MB")
+        print(f"  {way}: {statistics.median(found):.0f} characters/s, best {max(found):.0f}; {memory_in(browser, way, page)}")
+
+
+def memory_in(browser: Browser, way: str, page: Path) -> str:
+    """Return the megabytes that the page needs beyond an empty one: after loading, and after writing and a pause."""
+    empty = page.with_name("empty.html")
+    empty.write_text("<!DOCTYPE html>")
+    with browser.tab(script=WAYS[way]) as tab:
+        tab.open(empty)
+        time.sleep(PAUSE)
+        before = memory_of(browser.process.pid)
+        tab.open(page)
+        tab.wait_for(IDLE)
+        loaded = memory_of(browser.process.pid) - before
+        write(tab)
+        time.sleep(PAUSE)
+        settled = memory_of(browser.process.pid) - before
+    return f"{loaded / 1e6:.0f} MB loaded, {settled / 1e6:.0f} MB after {PAUSE} s of rest"
 
 
 def write(tab: Tab) -> float:
