@@ -59,7 +59,7 @@ def report(name: str, browser: Browser, page: Path, rounds: int) -> None:
                 tab.wait_for(IDLE)
                 speeds[way].append(write(tab))
                 version = tab.evaluate("navigator.userAgent")
-    print(f"{name}: {version}")
+    print(f"{name}: {version}", flush=True)
     for way, found in speeds.items():
         print(f"  {way}: {statistics.median(found):.0f} characters/s, best {max(found):.0f}; {memory_in(browser, way, page)}")
 

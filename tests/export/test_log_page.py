@@ -213,7 +213,11 @@ def test_comparison_in_a_browser(tmp_path: Path, width: int, browser: Browser) -
     page.write_text(render_page([view(name="one"), view(name="x" * 64)]))
     with browser.tab(width=width) as tab:
         tab.open(page)
+        tab.evaluate("document.querySelector('details').open = true")
 
+        assert tab.evaluate(
+            "(table => table.scrollWidth <= table.closest('.scroll').clientWidth)(document.querySelector('.figures'))"
+        )
         assert tab.evaluate("[...document.querySelectorAll('.runs li')].map(item => item.textContent)") == [
             "one: validation 2.1000",
             f"{'x' * 64}: validation 2.1000",
