@@ -6,6 +6,7 @@ python scripts/benchmark.py train [--profile native|laptop|both] [--batch-size N
 python scripts/benchmark.py kernels [--batch-size N]
 python scripts/benchmark.py ranks [--link RATE]
 python scripts/benchmark.py learn --text FILE... | --folder DIR --loss X [--chars N] [--only fast|seed]
+python scripts/benchmark.py page [--model RUN] [--rounds N]
 python scripts/benchmark.py sweep --text FILE... | --folder DIR [--chars N] [--seeds N...] ARM...
 python scripts/benchmark.py commands [--quick]
 python scripts/benchmark.py measure PAGE.md [--sections NAME...]
@@ -31,6 +32,8 @@ from benchmarks.learn import learning
 from benchmarks.load import loading
 from benchmarks.measure import add_arguments as add_measure_arguments
 from benchmarks.measure import measure
+from benchmarks.page import add_arguments as add_page_arguments
+from benchmarks.page import page_speed
 from benchmarks.ranks import add_arguments as add_ranks_arguments
 from benchmarks.ranks import compare_ranks
 from benchmarks.sweep import add_arguments as add_sweep_arguments
@@ -61,6 +64,9 @@ def main() -> None:
     learn_parser = commands.add_parser("learn", help="both recipes to the same loss")
     add_learn_arguments(learn_parser)
     learn_parser.set_defaults(run=learning)
+    page_parser = commands.add_parser("page", help="the exported page in Chromium and Firefox")
+    add_page_arguments(page_parser)
+    page_parser.set_defaults(run=page_speed)
     sweep_parser = commands.add_parser("sweep", help="settings of the recipe compared at equal characters")
     add_sweep_arguments(sweep_parser)
     sweep_parser.set_defaults(run=sweep)

@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import datetime
 import importlib
+import os
 import platform
 import re
 import subprocess
@@ -22,6 +23,7 @@ from benchmarks.common import interleave, machine
 from benchmarks.kernels import compare_kernels
 from benchmarks.learn import train_until
 from benchmarks.measure import SECTIONS, measure, page
+from benchmarks.page import memory_of
 from benchmarks.peaks import compile_source, disturbances, measure_peaks, peak_flops
 from benchmarks.plain import NanoGPTLoop, PlainLoop
 from benchmarks.ranks import launch
@@ -139,6 +141,22 @@ def test_disturbances() -> None:
     before = {"a": 100.0, "b": 100.0, "c": 100.0}
 
     assert disturbances(before, {"a": 91.0, "b": 89.0, "c": 111.0}) == ["b", "c"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_memory_of_a_family() -> None:
+    """A child's memory counts with its parent's; a process that has ended holds none."""
+    alone = memory_of(os.getpid())
+    child = subprocess.Popen(
+        [sys.executable, "-c", "x = bytes(range(256)) * 400_000; print(flush=True); input()"], stdin=-1, stdout=-1
+    )
+    assert child.stdout is not None
+    child.stdout.readline()
+    together = memory_of(os.getpid())
+    child.communicate(b"\n")
+
+    assert together - alone > 90_000_000
+    assert memory_of(child.pid) == 0
 
 
 def test_report() -> None:

@@ -46,15 +46,15 @@ const PicoEngine = (() => {
     } catch {
       // The plain product needs nothing.
     }
-    return { buffer: new ArrayBuffer(size), multiplyRow: multiplyRowPlainly };
+    return { buffer: new ArrayBuffer(size), multiplyRow: plainProduct(4 * header.n_embd) };
   }
 
   function loadWebAssembly(products, size) {
     const memory = new WebAssembly.Memory({ initial: Math.ceil(size / 65536) });
     const code = Uint8Array.from(atob(products), character => character.charCodeAt(0));
     const { multiply } = new WebAssembly.Instance(new WebAssembly.Module(code), { page: { memory } }).exports;
-    const multiplyRow = ({ values, scales, bias, rows, columns }, x, out) =>
-      multiply(values.byteOffset, scales.byteOffset, bias.byteOffset, x.byteOffset, out.byteOffset, rows, columns);
+    const multiplyRow = ({ words, scales, bias, rows, columns }, x, out) =>
+      multiply(words.byteOffset, scales.byteOffset, bias.byteOffset, x.byteOffset, out.byteOffset, rows, columns);
     return { buffer: memory.buffer, multiplyRow };
   }
 
@@ -76,12 +76,17 @@ const PicoEngine = (() => {
     if (kind === "float32") return new Float32Array(buffer, at, count);
     if (kind === "bfloat16") return widen(new Uint16Array(buffer, at, count));
     const [rows, columns] = shape;
-    return {
-      rows,
-      columns,
-      scales: new Float32Array(buffer, at, rows),
-      values: new Int8Array(buffer, at + 4 * rows, count),
-    };
+    const values = new Int8Array(buffer, at + 4 * rows, count);
+    return { rows, columns, scales: new Float32Array(buffer, at, rows), words: pack(values, rows, columns) };
+  }
+
+  /** int8 weights, four to a 32-bit word, the first one lowest; a row that ends within a word is filled up with zeros. */
+  function pack(values, rows, columns) {
+    const width = (columns + 3) & ~3;
+    if (width === columns) return new Int32Array(values.buffer, values.byteOffset, values.length / 4);
+    const padded = new Int8Array(rows * width);
+    for (let row = 0; row < rows; row++) padded.set(values.subarray(row * columns, (row + 1) * columns), row * width);
+    return new Int32Array(padded.buffer);
   }
 
   /** bfloat16 to float32, of which it is the upper half. */
@@ -93,20 +98,30 @@ const PicoEngine = (() => {
 
   // ---- Products ----
 
-  /** out = W x + bias. Four sums, as one would wait for each addition before the next. */
-  function multiplyRowPlainly({ values, scales, bias, rows, columns }, x, out) {
-    const whole = columns & ~3;
-    for (let row = 0, at = 0; row < rows; row++) {
-      let a = 0, b = 0, c = 0, d = 0, k = 0;
-      for (; k < whole; k += 4, at += 4) {
-        a += values[at] * x[k];
-        b += values[at + 1] * x[k + 1];
-        c += values[at + 2] * x[k + 2];
-        d += values[at + 3] * x[k + 3];
+  /**
+   * The product out = W x + bias for rows of up to `longest` weights. It reads four weights at a time, as a word, and x in
+   * float64, as JavaScript would convert it at each use. Two rows share what is read of x, with two sums each, as one would
+   * wait for each addition before the next.
+   */
+  function plainProduct(longest) {
+    const wide = new Float64Array(longest + 3); // x, with zeros behind it for the last word of a row
+    return ({ words, scales, bias, rows, columns }, x, out) => {
+      const width = (columns + 3) >> 2; // of a row, in words
+      wide.set(x);
+      wide.fill(0, columns, columns + 3);
+      for (let row = 0; row < rows; row += 2) {
+        let a = 0, b = 0, c = 0, d = 0;
+        for (let i = row * width, j = i + width, k = 0; k < columns; i++, j++, k += 4) {
+          const upper = words[i], lower = words[j], x0 = wide[k], x1 = wide[k + 1], x2 = wide[k + 2], x3 = wide[k + 3];
+          a += (upper << 24 >> 24) * x0 + (upper << 16 >> 24) * x1; // shifts keep the sign
+          b += (upper << 8 >> 24) * x2 + (upper >> 24) * x3;
+          c += (lower << 24 >> 24) * x0 + (lower << 16 >> 24) * x1;
+          d += (lower << 8 >> 24) * x2 + (lower >> 24) * x3;
+        }
+        out[row] = (a + b) * scales[row] + bias[row];
+        out[row + 1] = (c + d) * scales[row + 1] + bias[row + 1]; // nothing is written behind an odd last row
       }
-      for (; k < columns; k++, at++) a += values[at] * x[k];
-      out[row] = (a + b + c + d) * scales[row] + bias[row];
-    }
+    };
   }
 
   // ---- What stands between them ----
@@ -297,7 +312,7 @@ const PicoEngine = (() => {
     for (let i = 0; i < to.length; i++) to[i] += what[i];
   }
 
-  /** Products of a query with the keys of four slots: four sums, as in `multiplyRowPlainly`. */
+  /** Products of a query with the keys of four slots: four sums, as one would wait for each addition before the next. */
   function scoreFour(keys, query, scores, s, from, D, C) {
     let a = 0, b = 0, c = 0, d = 0;
     for (let i = from, at = s * C + from; i < from + D; i++, at++) {

@@ -218,10 +218,10 @@ def _table(runs: Sequence[RunView]) -> str:
             # The first column is needed only to tell runs apart.
             name = [f"<td>{html.escape(run.name)}</td>"] if len(runs) > 1 else []
             rows.append("<tr>" + "".join([*name, *(f"<td>{cell}</td>" for cell in cells)]) + "</tr>")
-    names = [*(["run"] if len(runs) > 1 else []), "epoch", "characters", "time", "train", "validation", "bits"]
+    names = [*(["run"] if len(runs) > 1 else []), "epoch", "characters", "time", "train (nats)", "validation (nats)", "in bits"]
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     return (
-        '<details><summary>All figures</summary><div class="scroll"><table><thead><tr>'
+        '<details><summary>All figures</summary><div class="scroll"><table class="figures"><thead><tr>'
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from picogpt.config import GPTConfig, TrainConfig
@@ -23,7 +24,6 @@ from picogpt.device import instruction_set
 from picogpt.evaluation.baselines import NGram, compressed_bits, ngram_order
 from picogpt.export.log_page import EpochView, RunView, pack_probabilities, render_page
 from picogpt.files import atomic_write
-from picogpt.ids import Ids
 from picogpt.kernels.compiled import kernels_name
 from picogpt.runs.folder import LossLog
 from picogpt.tokenizer import CharTokenizer
@@ -31,7 +31,7 @@ from picogpt.training.sample import sample_text
 from picogpt.training.state import TrainState
 from picogpt.wording import Notify, plural
 
-__all__ = ["History", "describe_recipe", "describe_settings"]
+__all__ = ["History", "describe_recipe", "describe_settings", "target_probabilities"]
 
 EXCERPT_CHARS = 400
 """Characters of the validation text that the page shades."""
@@ -82,9 +82,7 @@ class History:
         """
         if not self.excerpt:
             self._begin(source)
-        # One more character than is shaded: the first has no prediction.
-        ids = source.val_ids[: EXCERPT_CHARS + 1]
-        view = EpochView(sample_text(state.model, source.text, notify), excerpt_probabilities(state, ids))
+        view = EpochView(sample_text(state.model, source.text, notify), state.excerpt)
         before = self._epochs_until(len(log.val) - 1)
         if not before:
             self.first = len(log.val)
@@ -101,6 +99,7 @@ class History:
     def _begin(self, source: Source) -> None:
         """Take the excerpt and compute the losses of the baselines, which do not change during the run."""
         val_ids, alphabet = source.val_ids[:PREDICTED_CHARS], source.text.alphabet
+        # One more character than is shaded: the first has no prediction.
         self.excerpt = CharTokenizer(alphabet).decode(val_ids[: EXCERPT_CHARS + 1].tolist())
         self.marks = {"lzma": compressed_bits(val_ids, alphabet)["lzma"] * math.log(2)}
         # A stream has no training text in memory to count an n-gram on.
@@ -150,14 +149,11 @@ def _unpack(text: str) -> list[float]:
     return [byte / 255 for byte in base64.b64decode(text)]
 
 
-@torch.no_grad()
-def excerpt_probabilities(state: TrainState, ids: Ids) -> list[float]:
-    """Return the probability of each of ids (T + 1,) after the first, given the ids before it, as T floats."""
-    idx = torch.from_numpy(ids.astype(np.int64))[None].to(state.device)  # (1, T + 1)
-    state.model.eval()  # no dropout
-    logits, _ = state.model(idx[:, :-1], idx[:, 1:])  # (1, T, V)
-    state.model.train()
-    probabilities = logits.float().softmax(dim=-1).gather(2, idx[:, 1:, None])[0, :, 0]  # (T,)
+def target_probabilities(logits: torch.Tensor, targets: npt.NDArray[np.int64]) -> list[float]:
+    """Return the probabilities of the first `EXCERPT_CHARS` targets (T,) by the logits (T, V)."""
+    targets = targets[:EXCERPT_CHARS]
+    idx = torch.from_numpy(targets).to(logits.device)[:, None]  # (n, 1)
+    probabilities = logits[: len(targets)].float().softmax(dim=-1).gather(1, idx)[:, 0]  # (n,)
     # Rounding may give slightly more than 1, and a diverged model NaN; neither should end the run.
     return [float(p) for p in probabilities.nan_to_num(0.0).clamp(0, 1)]
 

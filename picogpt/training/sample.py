@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from picogpt.config import GenerateConfig, SampleConfig, TextConfig
+from picogpt.config import EngineDType, GenerateConfig, SampleConfig, TextConfig
 from picogpt.errors import PicoGPTError
 from picogpt.inference import Engine, load_engine_backend
 from picogpt.inference.generate import Sampler, continue_prompt, suppressed_ids
@@ -13,8 +13,8 @@ from picogpt.wording import Notify
 
 __all__ = ["sample_text"]
 
-SAMPLE_CHARS = 160
-"""Length of the sample after each epoch."""
+SAMPLE_CHARS = 128
+"""Length of the sample after each epoch: a window of the default model, and 0.3 % of an epoch of a five-minute run."""
 
 
 def sample_text(model: GPT, text: TextConfig, notify: Notify) -> str:
@@ -28,7 +28,10 @@ def sample_text(model: GPT, text: TextConfig, notify: Notify) -> str:
     tokenizer = CharTokenizer(text.alphabet)
     # The inference engine and not the model: it has a KV cache, and is what the user will generate with.
     try:
-        engine = Engine(model.config, model.arrays(), backend=load_engine_backend(notify))
+        backend = load_engine_backend(notify)
+        # int8 is the fastest type, and no worse to the eye. numpy has float32 alone.
+        dtype: EngineDType = "auto" if backend.library is None else "int8"
+        engine = Engine(model.config, model.arrays(), backend=backend, dtype=dtype)
     except PicoGPTError as error:
         return f"(no sample: {error})"  # a sample is no reason to end a run
     hop = GenerateConfig().hop_for(engine.config.context_len)

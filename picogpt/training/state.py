@@ -63,6 +63,8 @@ class TrainState:
         """Optimizer steps taken so far, without the steps of an imported run."""
         self.rank = 0
         """Rank of this process among those that train together."""
+        self.excerpt: list[float] = []
+        """Probabilities of the first characters of the validation text, by the last validation."""
         self._compiled = False
 
     def compile_blocks(self) -> None:
@@ -162,12 +164,16 @@ class TrainState:
         return self.model
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Return the mean loss over `batch` in nats per character, under autocast if the GEMMs are in bfloat16."""
+        """Return the mean loss over `batch` in nats per character."""
+        return self.predict(batch)[1]
+
+    def predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits (B, T, V) and the mean loss, under autocast if the GEMMs are in bfloat16."""
         inputs, targets = (torch.from_numpy(np.ascontiguousarray(part)).to(self.device) for part in batch)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            _, loss = self.forward_model(inputs, targets)  # (B, T) each -> scalar
+            logits, loss = self.forward_model(inputs, targets)  # (B, T) each
         assert isinstance(loss, torch.Tensor)
-        return loss
+        return logits, loss
 
     def load_weights(self, weights: Tensors) -> None:
         """Start from the weights of another model.

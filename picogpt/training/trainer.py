@@ -23,7 +23,7 @@ from picogpt.files import atomic_write
 from picogpt.kernels.compiled import Kernels
 from picogpt.runs.folder import MODEL_FILE, Checkpoint, LossLog, RunFolder, Tensors, load_model
 from picogpt.schedule import Schedule, cool_down, epochs_since_best, fraction_of_peak, lr_at_step
-from picogpt.training.history import History
+from picogpt.training.history import History, target_probabilities
 from picogpt.training.pacing import Pacer
 from picogpt.training.state import TrainState, strip_prefix
 from picogpt.wording import Notify, plural, say_nothing
@@ -220,8 +220,12 @@ class Trainer(TrainState):
         for batch in self.source.val_batches(val_steps):
             if stop():
                 return None
+            logits, loss = self.predict(batch)
+            if count == 0:
+                # The first sequence is the start of the validation text, which the run's page shades.
+                self.excerpt = target_probabilities(logits[0], batch.targets[0])
             # Weighted by characters, as the last batch can be smaller: sum of nats / number of characters.
-            total += self.loss(batch).item() * batch.targets.size
+            total += loss.item() * batch.targets.size
             count += batch.targets.size
         return total / count
 

@@ -17,7 +17,7 @@ import pytest
 from picogpt.export.log_page import EpochView, RunView, render_page
 from picogpt.files import atomic_write
 from picogpt.runs.folder import LossLog
-from tests.browser import Browser, needs_chromium, open_page
+from tests.browser import Browser
 
 HOSTILE = "</script><script>document.title = 'run'</script> \"quotes\" & 'more' <b>\u202eright to left \U0001f600"
 LOG = LossLog(
@@ -159,15 +159,16 @@ def test_size() -> None:
     assert len(render_page([view(log=log, epochs=epochs, excerpt="y" * 401)]).encode()) < 60_000
 
 
-@needs_chromium
 @pytest.mark.parametrize(("fragment", "epoch"), [("", 3), ("#epoch=2", 2), ("#epoch=99", 3), ("#<b>", 3)])
-def test_in_a_browser(tmp_path: Path, fragment: str, epoch: int) -> None:
+def test_in_a_browser(tmp_path: Path, fragment: str, epoch: int, browser: Browser) -> None:
     """From a file, without network: the slider's epoch shows its sample and a shaded excerpt, and the console stays empty."""
     page = tmp_path / "log.html"
     page.write_text(render_page([view()]))
-    document, console = open_page(page, tmp_path, fragment=fragment)
+    with browser.tab() as tab:
+        tab.open(page, fragment)
+        document = tab.evaluate("document.documentElement.outerHTML")
+        assert tab.complaints() == []
 
-    assert console == []
     assert f">sample {epoch} &lt;/script&gt;" in document
     assert document.count('style="--p: 0.502;"') == len(HOSTILE) - 1
     assert "<title>a&lt;b&gt;</title>" in document
@@ -177,8 +178,7 @@ FAST_CLOCK = "window.name = Number(window.name || 0) + 1; const wait = setTimeou
 """Counts how often a tab has loaded its page, and lets timers run a hundred times as fast."""
 
 
-@needs_chromium
-def test_reloads_until_there_is_no_news(tmp_path: Path) -> None:
+def test_reloads_until_there_is_no_news(tmp_path: Path, browser: Browser) -> None:
     """While news come the page loads itself again; where a killed process left it, it says so in words and stays."""
     page = tmp_path / "log.html"
 
@@ -189,7 +189,7 @@ def test_reloads_until_there_is_no_news(tmp_path: Path) -> None:
         tab.wait_for(f"document.getElementById('state')?.textContent === {json.dumps(text)}")  # none while the page loads
 
     write(240)
-    with Browser(tmp_path / "profile") as browser, browser.tab(script=FAST_CLOCK) as tab:
+    with browser.tab(script=FAST_CLOCK) as tab:
         tab.open(page)
         tab.wait_for("Number(window.name) >= 4")  # 15 seconds are 150 milliseconds here
         wait_for_state("In training; this page reloads itself every 15 seconds.")
@@ -206,15 +206,18 @@ def test_reloads_until_there_is_no_news(tmp_path: Path) -> None:
         assert tab.complaints() == []
 
 
-@needs_chromium
 @pytest.mark.parametrize("width", [1280, 360])
-def test_comparison_in_a_browser(tmp_path: Path, width: int) -> None:
+def test_comparison_in_a_browser(tmp_path: Path, width: int, browser: Browser) -> None:
     """Two runs fit the window, with both names beside their lines, and the console stays empty."""
     page = tmp_path / "compare.html"
     page.write_text(render_page([view(name="one"), view(name="x" * 64)]))
-    with Browser(tmp_path / "profile") as browser, browser.tab(width=width) as tab:
+    with browser.tab(width=width) as tab:
         tab.open(page)
+        tab.evaluate("document.querySelector('details').open = true")
 
+        assert tab.evaluate(
+            "(table => table.scrollWidth <= table.closest('.scroll').clientWidth)(document.querySelector('.figures'))"
+        )
         assert tab.evaluate("[...document.querySelectorAll('.runs li')].map(item => item.textContent)") == [
             "one: validation 2.1000",
             f"{'x' * 64}: validation 2.1000",

@@ -16,7 +16,7 @@ from picogpt.config import TrainConfig
 from picogpt.data import TextSource
 from picogpt.evaluation.baselines import compressed_bits
 from picogpt.runs.folder import LossLog
-from picogpt.training.history import EXCERPT_CHARS, History, describe_settings, excerpt_probabilities
+from picogpt.training.history import EXCERPT_CHARS, History, describe_settings, target_probabilities
 from picogpt.training.trainer import Trainer
 from picogpt.wording import say_nothing
 from tests.conftest import TINY, tiny_source
@@ -37,28 +37,38 @@ def log_of(n_epochs: int) -> LossLog:
 
 
 def test_probabilities_of_an_excerpt() -> None:
-    """Their mean logarithm is the model's loss, and the model goes on training."""
+    """Validation keeps the probabilities of the first sequence: their mean logarithm is the model's loss on it."""
     trainer = make_trainer()
-    ids = trainer.source.val_ids[:31]
-    found = excerpt_probabilities(trainer, ids)
+    trainer.validate(2)
+    ids = trainer.source.val_ids[: CONFIG.windows * TINY.context_len + 1]
     inputs, targets = (torch.from_numpy(part.astype(np.int64))[None] for part in (ids[:-1], ids[1:]))
     _, loss = trainer.model(inputs, targets)
     assert loss is not None
 
-    assert len(found) == 30
-    assert -np.log(found).mean() == pytest.approx(loss.item(), rel=1e-5)
-    assert trainer.model.training
+    assert len(trainer.excerpt) == 24
+    assert -np.log(trainer.excerpt).mean() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_target_probabilities() -> None:
+    """Softmax picks two thirds for ln 2 against 0; a diverged model gives zeros, and the length is bounded."""
+    logits = torch.tensor([[math.log(2), 0.0], [math.nan, 0.0]]).repeat(300, 1)
+    found = target_probabilities(logits, np.zeros(600, np.int64))
+
+    assert found[:2] == pytest.approx([2 / 3, 0])
+    assert len(found) == EXCERPT_CHARS
 
 
 def test_history_is_kept(tmp_path: Path) -> None:
     """What is recorded is read again, to a 255th of each probability."""
     trainer, history = make_trainer(), History()
+    trainer.validate(1)
     history.record(trainer, trainer.source, log_of(1), say_nothing)
     history.write(tmp_path)
     again = History.read(tmp_path)
 
     assert (again.excerpt, again.marks, again.settings) == (history.excerpt, history.marks, history.settings)
     assert again.epochs[0].sample == history.epochs[0].sample
+    assert len(history.epochs[0].probabilities) == 24
     np.testing.assert_allclose(again.epochs[0].probabilities, history.epochs[0].probabilities, atol=0.5 / 255 + 1e-9)
 
 

@@ -1,0 +1,112 @@
+"""The exported page in each browser that is there: characters a second and memory."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from picogpt.cli import export
+from tests.browser import Browser, Tab
+from tests.chromium import CHROMIUM, Chromium
+from tests.firefox import FIREFOX, Firefox
+
+__all__ = ["add_arguments", "memory_of", "page_speed"]
+
+WAYS = {
+    "WebAssembly in a worker": "",
+    "plain JavaScript on the page's own thread": "delete window.Worker; delete window.WebAssembly;",
+}
+"""What a page finds before its scripts run."""
+CHARS = 300
+PAUSE = 15
+"""Seconds in which a browser frees what it no longer needs."""
+IDLE = "document.getElementById('state').textContent === 'Ready.' && !model.busy"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model and the number of rounds."""
+    parser.add_argument("--model", metavar="RUN", default="wikipedia", help="the model to export (default wikipedia)")
+    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="texts written in each way (default 5)")
+
+
+def page_speed(arguments: argparse.Namespace) -> None:
+    """Export a model, and write with it in each browser; the ways take turns."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        page = folder / "page.html"
+        export.main(["-m", arguments.model, str(page)])
+        print(f"{page.stat().st_size:,} bytes")
+        for kind, there in ((Chromium, CHROMIUM), (Firefox, FIREFOX)):
+            if there:
+                with kind(folder / kind.__name__) as browser:
+                    report(kind.__name__, browser, page, arguments.rounds)
+            else:
+                print(f"{kind.__name__} is missing")
+
+
+def report(name: str, browser: Browser, page: Path, rounds: int) -> None:
+    """Print speed and memory in one browser."""
+    speeds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way, script in WAYS.items():
+            with browser.tab(script=script) as tab:
+                tab.open(page)
+                tab.wait_for(IDLE)
+                speeds[way].append(write(tab))
+                version = tab.evaluate("navigator.userAgent")
+    print(f"{name}: {version}", flush=True)
+    for way, found in speeds.items():
+        print(f"  {way}: {statistics.median(found):.0f} characters/s, best {max(found):.0f}; {memory_in(browser, way, page)}")
+
+
+def memory_in(browser: Browser, way: str, page: Path) -> str:
+    """Return the megabytes that the page needs beyond an empty one: after loading, and after writing and a pause."""
+    empty = page.with_name("empty.html")
+    empty.write_text("<!DOCTYPE html>")
+    with browser.tab(script=WAYS[way]) as tab:
+        tab.open(empty)
+        time.sleep(PAUSE)
+        before = memory_of(browser.process.pid)
+        tab.open(page)
+        tab.wait_for(IDLE)
+        loaded = memory_of(browser.process.pid) - before
+        write(tab)
+        time.sleep(PAUSE)
+        settled = memory_of(browser.process.pid) - before
+    return f"{loaded / 1e6:.0f} MB loaded, {settled / 1e6:.0f} MB after {PAUSE} s of rest"
+
+
+def write(tab: Tab) -> float:
+    """Write a text as a reader would, twice as the first one is compiled meanwhile; return characters a second."""
+    tab.set_value("#count", str(CHARS))
+    for _ in range(2):
+        tab.click("#clear")
+        tab.click("#go")
+        tab.wait_for(f"{IDLE} && model.text.length > {CHARS}", seconds=300)
+    (found,) = re.findall(r"Wrote (\d+) characters in ([\d.]+) seconds", tab.text("#live"))
+    return float(found[0]) / float(found[1])
+
+
+def memory_of(pid: int) -> int:
+    """Return the bytes that a process and its descendants hold, shared pages divided among those that share them."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
+    family = {pid}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(_proportional(member) for member in family)
+
+
+def _proportional(pid: int) -> int:
+    try:
+        (kilobytes,) = re.findall(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    except (OSError, ValueError):
+        return 0  # it has ended
+    return 1024 * int(kilobytes)

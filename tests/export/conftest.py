@@ -1,0 +1,24 @@
+"""Browsers for the tests of pages: each test that takes one runs in all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.browser import Browser
+from tests.chromium import Chromium, needs_chromium
+from tests.firefox import Firefox, needs_firefox
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(Chromium, id="Chromium", marks=needs_chromium),
+        pytest.param(Firefox, id="Firefox", marks=needs_firefox),
+    ],
+)
+def browser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser for all tests of a file."""
+    with request.param(tmp_path_factory.mktemp("browser")) as started:
+        yield started
