@@ -34,6 +34,9 @@ TEXT = "\n".join(LINES * 20)
 ALPHABET = Alphabet.of(TEXT, "text")
 SMALL_STEPS = ["--epochs", "1", "--steps-per-epoch", "2", "--val-steps", "1"]
 
+STILL = ["--lr", "1e-9", "--muon-lr", "1e-9"]
+"""So small a learning rate that the weights are those that a run starts from."""
+
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -112,11 +115,11 @@ class TestTraining:
         [
             (
                 ["--alphabet", "picogpt"],
-                "run han: alphabet is picogpt (74 characters) and was text (349 characters); choose another",
+                "run han: alphabet is picogpt (74 characters) and was text (324 characters); choose another",
             ),
             (
                 ["--alphabet", "letters"],
-                "run han: alphabet is letters (4 characters) and was text (349 characters); choose another",
+                "run han: alphabet is letters (4 characters) and was text (324 characters); choose another",
             ),
             (["--fold"], "run han: folding is on and was off; choose another --run"),
             (["--alphabet", "letter"], "--alphabet must be picogpt, text or a file of characters, got 'letter'"),
@@ -138,7 +141,7 @@ class TestTraining:
         )
         Path("short.txt").write_text("Жили-были, старик!\n" * 50)
         assert begin("--text", "short.txt", "--run", "few", "--alphabet", "letters", *TINY_FLAGS) == 0
-        assert "unknown, read as <?>: 100 (10.53%: ',' 50, '!' 50)" in capsys.readouterr().err
+        assert "unknown, read as <?>: 100 (10.53%: '!' 50, ',' 50)" in capsys.readouterr().err
         stored = config_of("few")["data"]["alphabet"]
         assert stored == {"name": "letters", "characters": "\n -Жабиклрстхы"}
         Path("letters").write_text("abc")
@@ -153,7 +156,7 @@ class TestTraining:
         Path("cafe.txt").write_text("Café’â\n" * 100)
         assert begin("--text", "cafe.txt", "--alphabet", "letters", "--fold", *TINY_FLAGS) == 0
 
-        assert "folded to ASCII: 200 ('’' 100, 'â' 100); no character unknown" in capsys.readouterr().err
+        assert "folded to ASCII: 200 ('â' 100, '’' 100); no character unknown" in capsys.readouterr().err
         assert picogpt.load("cafe").decode(picogpt.load("cafe").encode("Café’â")) == "Café'a"
 
     def test_a_model_of_another_alphabet(self, capsys: Capture) -> None:
@@ -165,18 +168,18 @@ class TestTraining:
 
         assert train.main(["--run", "han", "--epochs", "2"]) == 1
         assert (
-            "model.safetensors: a model with the alphabet text (14 characters), and the run has text (349 characters); move"
+            "model.safetensors: a model with the alphabet text (15 characters), and the run has text (324 characters); move"
             in (capsys.readouterr().err)
         )
         assert evaluation.main(["-m", "han"]) == 1
         assert (
-            "the model has the alphabet text (14 characters), and its run text (349 characters); put" in capsys.readouterr().err
+            "the model has the alphabet text (15 characters), and its run text (324 characters); put" in capsys.readouterr().err
         )
         content = config_of("han")
         content["model"]["vocab_size"] = 88
         RunFolder(Path("logs/han")).write_config(content)
         assert train.main(["--run", "han", "--epochs", "2"]) == 1
-        assert "vocab_size must be 360, that of the alphabet, got 88" in capsys.readouterr().err
+        assert "vocab_size must be 336, that of the alphabet, got 88" in capsys.readouterr().err
 
     def test_damaged_models_do_not_stop_a_run(self) -> None:
         """A run resumes from its checkpoint whatever became of its model."""
@@ -196,7 +199,7 @@ class TestTraining:
         rows = [json.dumps({"text": "\n".join(LINES)}) for _ in range(60)]
         Path("rows.jsonl").write_text("\n".join(rows))
         assert begin("--dataset", "rows.jsonl", "--alphabet", "text", *TINY_FLAGS) == 0
-        assert "rows.jsonl: of its first 21,120 characters: alphabet: 349 characters" in capsys.readouterr().err
+        assert "rows.jsonl: of its first 21,720 characters: alphabet: 324 characters" in capsys.readouterr().err
         ids = RunFolder(Path("logs/rows")).load_validation()
         assert ids.dtype == np.uint16
         assert CharTokenizer(load_alphabet(Path("logs/rows/model.safetensors"))).decode(ids).startswith(LINES[0])
@@ -210,7 +213,7 @@ class TestTraining:
             train.main(["--text", "han.txt", "--run", "new", "--alphabet", "text", *TINY_FLAGS, "--minutes", "1", "--dry-run"])
             == 0
         )
-        assert "a vocabulary of 360 ids" in capsys.readouterr().err
+        assert "a vocabulary of 336 ids" in capsys.readouterr().err
 
 
 class TestInitFrom:
@@ -222,13 +225,10 @@ class TestInitFrom:
         assert "starting from the weights of" in (said := capsys.readouterr().err)
         assert "start from embeddings" not in said
 
-    def test_to_another(self, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_to_another(self, capsys: Capture) -> None:
         """Characters that both have keep their rows, special tokens and unknown too; the others begin anew."""
-        monkeypatch.setattr(
-            "picogpt.training.trainer.Trainer.train_step", lambda *_, **__: 5.0
-        )  # to see the weights it starts from
         Path("short.txt").write_text("Жили-были, старик? Zz\n" * 50)
-        assert begin("--text", "short.txt", "--alphabet", "text", "--init-from", "han", "--run", "new") == 0
+        assert begin("--text", "short.txt", "--alphabet", "text", "--init-from", "han", "--run", "new", *STILL) == 0
         said = capsys.readouterr().err
         assert "; alphabet text (17 characters): 13 of its 17 characters start from embeddings of that model\n" in said
         old, new = (load_model(Path(f"logs/{run}/model.safetensors"))[1] for run in ("han", "new"))
@@ -236,24 +236,24 @@ class TestInitFrom:
         before, after = old["transformer.wte.weight"], new["transformer.wte.weight"]
         for character, i in zip(alphabet.characters, alphabet.text_ids, strict=True):
             at = int(CharTokenizer(ALPHABET).encode(character)[0])
-            assert np.array_equal(after[i], before[at]) is (at != 0), character
+            assert np.allclose(after[i], before[at], atol=1e-6) is (at != 0), character
         for token, i in alphabet.special_ids.items():
-            assert np.array_equal(after[i], before[ALPHABET.special_ids[token]])
-        assert np.array_equal(after[0], before[0])
-        np.testing.assert_array_equal(new["transformer.h.0.mlp.c_fc.weight"], old["transformer.h.0.mlp.c_fc.weight"])
+            np.testing.assert_allclose(after[i], before[ALPHABET.special_ids[token]], atol=1e-6)
+        np.testing.assert_allclose(after[0], before[0], atol=1e-6)
+        matrix = "transformer.h.0.mlp.c_fc.weight"
+        np.testing.assert_allclose(new[matrix], old[matrix], atol=1e-6)
 
-    def test_capitals(self, text_file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_capitals(self, text_file: Path, capsys: Capture) -> None:
         """From the original's alphabet a capital starts as its small letter, and that is said."""
         begin("--text", str(text_file), "--run", "plain", *TINY_FLAGS)
-        monkeypatch.setattr("picogpt.training.trainer.Trainer.train_step", lambda *_, **__: 5.0)
         Path("short.txt").write_text("Ab aB Ж\n" * 100)
-        assert begin("--text", "short.txt", "--alphabet", "text", "--init-from", "plain", "--run", "new") == 0
+        assert begin("--text", "short.txt", "--alphabet", "text", "--init-from", "plain", "--run", "new", *STILL) == 0
         said = capsys.readouterr().err
         assert "6 of its 7 characters start from embeddings of that model, 2 capitals as their small letters\n" in said
         embedding = load_model(Path("logs/new/model.safetensors"))[1]["transformer.wte.weight"]
         ids = CharTokenizer(load_alphabet(Path("logs/new/model.safetensors"))).encode("ABab")
 
-        np.testing.assert_array_equal(embedding[ids[:2]], embedding[ids[2:]])
+        np.testing.assert_allclose(embedding[ids[:2]], embedding[ids[2:]], atol=1e-6)
 
 
 class TestGenerate:
@@ -345,9 +345,9 @@ class TestExport:
         assert text is not None
 
         assert header["characters"] == [CharTokenizer(ALPHABET).decode([i]) for i in range(ALPHABET.vocab_size)]
-        assert (header["lowercase"], header["folding"], header["vocab_size"]) == (False, {}, 360)
-        assert set(header["never"]) == {*range(360)} - {*text.ids}
-        assert 'max="360"' in Path("han.html").read_text(encoding="utf-8")
+        assert (header["lowercase"], header["folding"], header["vocab_size"]) == (False, {}, 336)
+        assert set(header["never"]) == {*range(336)} - {*text.ids}
+        assert 'max="336"' in Path("han.html").read_text(encoding="utf-8")
 
     def test_gpt2(self) -> None:
         """Tokenizer and suppressed ids are those of the alphabet, and one spare id is the context slot."""
@@ -355,12 +355,12 @@ class TestExport:
         content, text = (json.loads(Path(f"gpt2/{name}.json").read_text()) for name in ("tokenizer", "generation_config"))
         vocabulary, special = content["model"]["vocab"], ALPHABET.spare_ids[0]
 
-        assert sorted(vocabulary.values()) == [*range(360)]
+        assert sorted(vocabulary.values()) == [*range(336)]
         assert all(vocabulary[c] == i for c, i in zip(ALPHABET.characters, ALPHABET.text_ids, strict=True))
         assert content["normalizer"]["normalizers"] == []
         assert content["added_tokens"][0]["id"] == text["bos_token_id"] == special
         assert special in text["suppress_tokens"]
-        assert "It knows 349 characters; all others are unknown." in Path("gpt2/README.md").read_text()
+        assert "It knows 324 characters; all others are unknown." in Path("gpt2/README.md").read_text()
 
     def test_gpt2_in_transformers(self) -> None:
         """The library encodes and computes as we do."""
