@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import lzma
 import math
 from collections import Counter
@@ -10,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from picogpt.alphabet import Alphabet
 from picogpt.evaluation import baselines
-from picogpt.evaluation.baselines import NGram, compressed_bits
+from picogpt.evaluation.baselines import NGram, compressed_bits, ngram_order
 from picogpt.tokenizer import VOCAB_SIZE, CharTokenizer
 
 TEXT = CharTokenizer().encode("the cat sat on the mat, and that is that; the hat of the cat is flat.\n" * 3)
@@ -79,3 +81,28 @@ def test_compressors() -> None:
     assert bits["lzma"] == 8 * len(lzma.compress(spelt, preset=9 | lzma.PRESET_EXTREME)) / len(text)
     assert 0 < bits["bz2"] < 8
     assert bits.keys() == baselines.COMPRESSORS.keys()
+
+
+@pytest.mark.parametrize(("vocab_size", "order"), [(16, 5), (88, 5), (4096, 5), (4104, 4), (32_768, 4), (65_016, 3)])
+def test_order(vocab_size: int, order: int) -> None:
+    """As many characters as fit in an integer."""
+    assert ngram_order(vocab_size) == order
+
+
+def test_many_ids() -> None:
+    """A shorter gram has probabilities over all ids too, and ids of two bytes are not mixed up."""
+    text = (TEXT.astype(np.uint16) + 4000)[:200]
+    rows = np.stack([np.append(text[:4], np.uint16(i)) for i in range(4104)])
+    losses = NGram(text, 4104).losses(rows)[:, -1].astype(np.float64)
+
+    assert np.exp(-losses).sum() == pytest.approx(1, abs=1e-4)
+    assert losses.argmin() > 4000
+
+
+def test_compressors_of_an_alphabet() -> None:
+    """The text is compressed as UTF-8, with its capitals."""
+    alphabet = Alphabet.of("Жили-Бы ", "x")
+    text = "Жили-Были " * 50
+    ids = CharTokenizer(alphabet).encode(text)
+
+    assert compressed_bits(ids, alphabet)["bz2"] == 8 * len(bz2.compress(text.encode(), 9)) / len(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from picogpt.alphabet import Alphabet
+from picogpt.config import TextConfig
 from picogpt.export.model_page import render_model_page
 from picogpt.inference import Engine
 from picogpt.inference.generate import RollingDecoder
 from picogpt.inference.tensors import Floats
 from picogpt.runs.folder import LossLog
+from picogpt.tokenizer import TextEncoder
 from tests.browser import Browser, Tab
 from tests.conftest import TINY
-from tests.export.page_model import content_of, dequantized, view
+from tests.export.page_model import arrays_of, content_of, dequantized, view
 
 LOG = LossLog(train=[3.0, 2.0], val=[2.9, 2.1], chars=[10, 20], seconds=[1.0, 2.0])
 SENTENCES = """
@@ -681,4 +685,25 @@ def test_width(width: int, browser: Browser, page: Path, tmp_path: Path) -> None
             fits = "(table => table.scrollWidth <= table.closest('.scroll').clientWidth)"
             assert tab.evaluate(f"{fits}(document.querySelector('{table}'))"), table
         (tmp_path / "page.png").write_bytes(tab.screenshot())
+        assert tab.complaints() == []
+
+
+def test_another_alphabet(browser: Browser, tmp_path: Path) -> None:
+    """A model of another alphabet reads capitals, letters and emoji of its own as they are, and writes them."""
+    alphabet = Alphabet.of("Жж Aa\U0001f600" + "".join(map(chr, range(0x4E00, 0x4E00 + 300))), "text")
+    config = dataclasses.replace(TINY, vocab_size=alphabet.vocab_size)
+    text = TextConfig(fold=True, alphabet=alphabet, ids=tuple(alphabet.text_ids))
+    path = tmp_path / "other.html"
+    path.write_text(render_model_page(view(config=config, arrays=arrays_of(config), text=text)), encoding="utf-8")
+    prompt = "Жж Aáb\U0001f600"
+    with browser.tab(script=SENTENCES) as tab:
+        tab.open(path)
+        tab.wait_for(IDLE)
+        ids = tab.evaluate(f"encode({prompt!r})")
+        write(tab, prompt)
+
+        assert ids == TextEncoder(fold=True, alphabet=alphabet).encode(prompt).tolist()
+        assert written(tab).startswith("Жж Aa<?>\U0001f600")
+        assert len(tab.evaluate("model.text")) == len(prompt) + 20
+        assert set(written(tab).replace("<?>", "")) <= set(alphabet.characters)
         assert tab.complaints() == []

@@ -42,8 +42,9 @@ SHAPES = [
     GPTConfig(n_layer=1, n_head=1, n_embd=1, context_len=3),
     GPTConfig(n_layer=1, n_head=3, n_embd=102, context_len=511),
     GPTConfig(n_layer=1, n_head=4, n_embd=256, context_len=128),
+    GPTConfig(n_layer=1, n_head=2, n_embd=32, context_len=16, vocab_size=1000),
 ]
-"""Heads of 8, 4, 48, 1, 34 and 64; one narrower than a vector, and one with whole panels."""
+"""Heads of 8, 4, 48, 1, 34, 64 and 16; one narrower than a vector, one with whole panels, and a larger vocabulary."""
 TYPES: list[EngineDType] = ["float32", "bfloat16", "int8"]
 
 
@@ -63,7 +64,7 @@ def test_any_shape(config: GPTConfig, compiled_backend: EngineBackend) -> None:
     """Whatever the trainer can make predicts as in torch, read at once and one by one, over several windows."""
     model = rough_model(config, 0.1)
     n = min(3 * config.context_len, 600)
-    ids = some_ids(n - n % config.context_len or n)
+    ids = some_ids(n - n % config.context_len or n) * (config.vocab_size // 88)
     expected = model(torch.from_numpy(ids), torch.from_numpy(ids))[0].numpy()
     engine = engine_of(model, compiled_backend, threads=3)
     decoder = RollingDecoder(engine, config.context_len)
@@ -156,13 +157,13 @@ def test_int8_is_close(compiled_backend: EngineBackend) -> None:
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("hop", [11, 12])
-def test_draws_as_in_numpy(config: SampleConfig, hop: int, compiled_backend: EngineBackend) -> None:
+@pytest.mark.parametrize(("hop", "vocab_size"), [(11, 88), (12, 88), (12, 1000)])
+def test_draws_as_in_numpy(config: SampleConfig, hop: int, vocab_size: int, compiled_backend: EngineBackend) -> None:
     """The same seed draws the same ids from the functions in C and from numpy's filters, over many windows."""
-    engine = engine_of(rough_model(SMALL, 0.1), compiled_backend)
+    engine = engine_of(rough_model(replace(SMALL, vocab_size=vocab_size), 0.1), compiled_backend)
     decoder = RollingDecoder(engine, hop, batch=2)
     plain = StepwiseDecoder(RollingDecoder(engine, hop, batch=2).prefill)
-    samplers = [Sampler(config, [sample_generator(3, i) for i in range(2)]) for _ in range(2)]
+    samplers = [Sampler(config, [sample_generator(3, i) for i in range(2)], vocab_size=vocab_size) for _ in range(2)]
     ids = np.array([1, 2])
     drawn: list[npt.NDArray[np.integer]] = []
     while sum(map(len, drawn)) < 300:
