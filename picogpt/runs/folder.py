@@ -329,21 +329,38 @@ class RunFolder:
         """Return the settings of the run to resume, or None if no run has started here.
 
         Raises:
-            RunError: config.json is damaged, or there is a trained model that cannot be resumed.
+            RunError: config.json is damaged, the model has another alphabet, or there is a trained model that cannot be resumed.
         """
         # A config without a checkpoint and without a model: the run was killed before its first checkpoint, and starts again.
         if self.has_checkpoint() or (self.has_config() and not self.has_model()):
             content = self.read_config()
             try:
-                return RunSettings.from_dict(content)
+                settings = RunSettings.from_dict(content)
             except ConfigError as error:
                 raise RunError(f"{self.path / _CONFIG}: {error}; start over with --fresh, the folder is kept") from error
+            self._check_alphabet(settings.data.alphabet)
+            return settings
         if self.has_model():
             raise RunError(
                 f"{self.path}: a trained model without a checkpoint to resume from; choose another --run, "
                 "or --fresh to start over"
             )
         return None
+
+    def _check_alphabet(self, alphabet: Alphabet) -> None:
+        """Check that the model in the folder is the run's own."""
+        if not self.has_model():
+            return
+        path = self.path / MODEL_FILE
+        try:
+            found = load_alphabet(path)
+        except RunError:  # a damaged model is no error here: the run resumes from its checkpoint, and writes the model again
+            return
+        if found != alphabet:
+            raise RunError(
+                f"{path}: a model with the alphabet {found.describe()}, and the run has {alphabet.describe()}; "
+                "move it away, or start over with --fresh"
+            )
 
     def save_model(self, tensors: Mapping[str, npt.NDArray[Any]], config: GPTConfig, text: TextConfig | None = None) -> None:
         """Write `model.safetensors`: the best state dict so far, its model's shape and the properties of its text."""

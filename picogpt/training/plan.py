@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
-from picogpt.alphabet import Alphabet
+from picogpt.alphabet import PICOGPT
 from picogpt.backend import Backend, BackendChoice
 from picogpt.config import DataConfig, GPTConfig, TrainConfig
 from picogpt.data import Source
 from picogpt.data.resolve import Console, FoundText, find_text
-from picogpt.errors import ConfigError, RunError, TrainingError
+from picogpt.errors import ConfigError, TrainingError
 from picogpt.runs.find import default_run, named_run
-from picogpt.runs.folder import MODEL_FILE, RunFolder, load_alphabet
+from picogpt.runs.folder import RunFolder
 from picogpt.runs.settings import RunSettings
 from picogpt.schedule import Budget
 from picogpt.training.distributed import Ranks
-from picogpt.training.origin import InitFrom, find_origin, initial_alphabet
+from picogpt.training.origin import InitFrom
 from picogpt.training.request import TrainRequest
 from picogpt.wording import Notify
 
@@ -57,12 +58,11 @@ class Plan:
             PicoGPTError: something requested does not exist, or contradicts the run.
         """
         # In order of cost: what contradicts the stored run is rejected before attention is timed and kernels are compiled.
-        folder, stored, text = _locate(request, console)
-        origin = find_origin(request, folder, stored)
+        origin, folder, stored, text = _locate(request, console)
         data = text.describe()
-        request.check_changes(stored, data, folder.name, console.notify)
         if stored is not None:
-            _check_alphabet(folder, data.alphabet)
+            request.check_origin(stored, origin.path if origin else None, has_begun=folder.has_checkpoint())
+            request.check_changes(stored, data, folder.name, console.notify)
         model = request.model_config(stored, origin.config if origin else None, data.alphabet.vocab_size)
         train, budget = request.training(stored)
         _check_patience(budget, train, ranks)
@@ -78,7 +78,8 @@ class Plan:
             train=train,
             budget=budget,
             backend=_select_backend(_choose_backend(request, stored), model, train.batch_size, ranks, console.notify),
-            origin=origin,
+            # With a checkpoint, the initial weights are no longer needed.
+            origin=None if stored and folder.has_checkpoint() else origin,
             ranks=ranks,
         )
 
@@ -112,13 +113,16 @@ class Plan:
         return changes
 
 
-def _locate(request: TrainRequest, console: Console) -> tuple[RunFolder, RunSettings | None, FoundText]:
-    """Find the run's folder, its stored settings, and the text; the run's default name is the text's name."""
+def _locate(request: TrainRequest, console: Console) -> tuple[InitFrom | None, RunFolder, RunSettings | None, FoundText]:
+    """Find the model to start from, the run's folder and settings, and the text, whose name is the default for the run."""
+    origin = InitFrom.find(request)
     # A new run with no alphabet requested has that of the model it starts from.
-    inherited = initial_alphabet(request)
+    find = functools.partial(
+        find_text, request.text, scratch=request.logs_dir, console=console, inherited=origin.alphabet if origin else PICOGPT
+    )
     if request.run is None:
         # The text is found first: it is not read yet, and a stream sends no request.
-        text = _find_text(request, None, inherited, console)
+        text = find(None)
         folder = default_run(request.logs_dir / text.name, console.notify)
     else:
         text = None
@@ -126,32 +130,8 @@ def _locate(request: TrainRequest, console: Console) -> tuple[RunFolder, RunSett
     stored = None if request.fresh else folder.read_settings()
     if text is None or stored is not None:
         # A resumed run keeps its folding, and a stream its commit, which are known only now.
-        text = _find_text(request, stored, inherited, console)
-    return folder, stored, text
-
-
-def _find_text(request: TrainRequest, stored: RunSettings | None, inherited: Alphabet, console: Console) -> FoundText:
-    data = stored.data if stored else None
-    return find_text(request.text, data, scratch=request.logs_dir, console=console, inherited=inherited)
-
-
-def _check_alphabet(folder: RunFolder, alphabet: Alphabet) -> None:
-    """Check that the model in the folder of a resumed run is the run's own.
-
-    Raises:
-        RunError: it has another alphabet.
-    """
-    if not folder.has_model():
-        return
-    try:
-        found = load_alphabet(folder.path / MODEL_FILE)
-    except RunError:  # a damaged model is no error here: the run resumes from its checkpoint, and writes the model again
-        return
-    if found != alphabet:
-        raise RunError(
-            f"{folder.path / MODEL_FILE}: a model with the alphabet {found.describe()}, and the run has {alphabet.describe()}; "
-            "move it away, or start over with --fresh"
-        )
+        text = find(stored.data if stored else None)
+    return origin, folder, stored, text
 
 
 def _check_patience(budget: Budget, train: TrainConfig, ranks: Ranks) -> None:

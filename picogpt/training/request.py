@@ -142,6 +142,23 @@ class TrainRequest:
             fields["patience"] = None  # that of the run, which minutes exclude
         return Budget(**{**fields, **self.length})
 
+    def check_origin(self, stored: RunSettings, asked: Path | None, *, has_begun: bool) -> None:
+        """Check that a resumed run is requested to start from the model that it started from.
+
+        Args:
+            stored: the run's settings.
+            asked: the requested model or log, as an absolute path; None if none is requested.
+            has_begun: whether the run has a checkpoint; then the initial weights are no longer needed.
+
+        Raises:
+            RunError: the run started from another model, or from none, or it still needs the one it is to start from.
+        """
+        if asked is not None and str(asked) != stored.origin:
+            began = stored.origin or "nothing"
+            raise RunError(f"the run began from {began}, not {asked}; choose another --run, or --fresh to start over")
+        if stored.origin is not None and asked is None and not has_begun:
+            raise RunError(f"the run is to start from {stored.origin} and has not begun; give that flag again")
+
     def check_length(self, total_steps: int, steps_done: int) -> None:
         """Check that a requested length is not shorter than the run already is.
 
@@ -151,11 +168,11 @@ class TrainRequest:
         if self.gives_a_length and total_steps < steps_done:
             raise RunError(f"the run has done {plural(steps_done, 'step')} and this length is {total_steps:,}; give a larger one")
 
-    def check_changes(self, stored: RunSettings | None, data: DataConfig, run: str, notify: Notify) -> None:
+    def check_changes(self, stored: RunSettings, data: DataConfig, run: str, notify: Notify) -> None:
         """Reject settings that contradict the resumed run, and print the accepted changes.
 
         Args:
-            stored: the run's settings; None for a new run.
+            stored: the run's settings.
             data: the text as found now.
             run: name of the run.
             notify: receives a line for each accepted change.
@@ -163,8 +180,6 @@ class TrainRequest:
         Raises:
             RunError: shape, text, recipe or the contents of a step differ from the run's.
         """
-        if stored is None:
-            return
         # Compared with the run's own settings, so that repeating a flag with the stored value is accepted.
         now = {**asdict(self._resumed_train_config(stored)), "recipe": self.recipe or stored.train.recipe}
         changes = [

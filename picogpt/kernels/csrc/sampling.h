@@ -19,9 +19,7 @@ static int argmax(const double *scores, int count) {
 }
 
 /* Whether id `a` comes before id `b` by falling score; equal scores are in the order of ids. */
-static int precedes(const double *scores, int a, int b) {
-    return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
-}
+static int precedes(const double *scores, int a, int b) { return scores[a] > scores[b] || (scores[a] == scores[b] && a < b); }
 
 /* Restore the heap below `at`, whose parent comes after its children; `order` has `count` ids. */
 static void sift_down(const double *scores, int *order, int at, int count) {
