@@ -32,12 +32,17 @@ from picogpt.training.memory import peak_memory
 from picogpt.training.trainer import Trainer, time_call
 from tests.hub import Hub, serving
 
-__all__ = ["loading"]
+__all__ = ["add_arguments", "loading"]
 
 PAIRS = 40
 """Training steps from the stream, and as many from memory."""
 LOADER_BATCHES = 2000
 REPOSITORY = "bench/mark"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of this comparison."""
+    parser.add_argument("--folder", metavar="DIR", type=Path, required=True, help="a data set laid out like the hub's")
 
 
 def serve(folder: Path, requests: Connection) -> None:

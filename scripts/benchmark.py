@@ -20,62 +20,32 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.commands import add_arguments as add_commands_arguments
-from benchmarks.commands import compare_commands
+from benchmarks import commands, generate, kernels, learn, load, measure, page, ranks, sweep, train
 from benchmarks.common import machine
-from benchmarks.generate import add_arguments as add_generate_arguments
-from benchmarks.generate import generation
-from benchmarks.kernels import add_arguments as add_kernels_arguments
-from benchmarks.kernels import compare_kernels
-from benchmarks.learn import add_arguments as add_learn_arguments
-from benchmarks.learn import learning
-from benchmarks.load import loading
-from benchmarks.measure import add_arguments as add_measure_arguments
-from benchmarks.measure import measure
-from benchmarks.page import add_arguments as add_page_arguments
-from benchmarks.page import page_speed
-from benchmarks.ranks import add_arguments as add_ranks_arguments
-from benchmarks.ranks import compare_ranks
-from benchmarks.sweep import add_arguments as add_sweep_arguments
-from benchmarks.sweep import sweep
-from benchmarks.train import add_arguments as add_train_arguments
-from benchmarks.train import training
+
+COMPARISONS = {
+    "generate": (generate.add_arguments, generate.generation, "the engine against a plain C loop and the plain way in torch"),
+    "load": (load.add_arguments, load.loading, "a stream against the same batches from memory"),
+    "train": (train.add_arguments, train.training, "the training loop against a plain one"),
+    "kernels": (kernels.add_arguments, kernels.compare_kernels, "torch's functions against those in C"),
+    "ranks": (ranks.add_arguments, ranks.compare_ranks, "several ranks against one"),
+    "learn": (learn.add_arguments, learn.learning, "both recipes to the same loss"),
+    "page": (page.add_arguments, page.page_speed, "the exported page in Chromium and Firefox"),
+    "sweep": (sweep.add_arguments, sweep.sweep, "settings of the recipe compared at equal characters"),
+    "commands": (commands.add_arguments, commands.compare_commands, "time and memory of whole commands"),
+    "measure": (measure.add_arguments, measure.measure, "all figures of this machine on one page, about 40 minutes"),
+}
+"""What adds the flags of each comparison, what runs it, and its line in the help."""
 
 
 def main() -> None:
     """Run one of the comparisons."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    generate_parser = commands.add_parser("generate", help="the engine against a plain C loop and the plain way in torch")
-    add_generate_arguments(generate_parser)
-    generate_parser.set_defaults(run=generation)
-    load_parser = commands.add_parser("load", help="a stream against the same batches from memory")
-    load_parser.add_argument("--folder", metavar="DIR", type=Path, required=True, help="a data set laid out like the hub's")
-    load_parser.set_defaults(run=loading)
-    train_parser = commands.add_parser("train", help="the training loop against a plain one")
-    add_train_arguments(train_parser)
-    train_parser.set_defaults(run=training)
-    kernels_parser = commands.add_parser("kernels", help="torch's functions against those in C")
-    add_kernels_arguments(kernels_parser)
-    kernels_parser.set_defaults(run=compare_kernels)
-    ranks_parser = commands.add_parser("ranks", help="several ranks against one")
-    add_ranks_arguments(ranks_parser)
-    ranks_parser.set_defaults(run=compare_ranks)
-    learn_parser = commands.add_parser("learn", help="both recipes to the same loss")
-    add_learn_arguments(learn_parser)
-    learn_parser.set_defaults(run=learning)
-    page_parser = commands.add_parser("page", help="the exported page in Chromium and Firefox")
-    add_page_arguments(page_parser)
-    page_parser.set_defaults(run=page_speed)
-    sweep_parser = commands.add_parser("sweep", help="settings of the recipe compared at equal characters")
-    add_sweep_arguments(sweep_parser)
-    sweep_parser.set_defaults(run=sweep)
-    commands_parser = commands.add_parser("commands", help="time and memory of whole commands")
-    add_commands_arguments(commands_parser)
-    commands_parser.set_defaults(run=compare_commands)
-    measure_parser = commands.add_parser("measure", help="all figures of this machine on one page, about 40 minutes")
-    add_measure_arguments(measure_parser)
-    measure_parser.set_defaults(run=measure)
+    commands_of = parser.add_subparsers(dest="command", required=True)
+    for name, (add_arguments, run, meaning) in COMPARISONS.items():
+        command = commands_of.add_parser(name, help=meaning)
+        add_arguments(command)
+        command.set_defaults(run=run)
     arguments = parser.parse_args()
     print(machine())
     arguments.run(arguments)
