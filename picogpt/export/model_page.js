@@ -546,7 +546,9 @@ async function copyLink() {
 function restore() {
   const kept = new URLSearchParams(location.hash.slice(1));
   for (const [key, id] of Object.entries(KEPT)) if (kept.has(key)) setValue($(id), kept.get(key));
-  $("prompt").value = kept.get("prompt") ?? "the history of ";
+  const opening = "the history of ";
+  // A model with another alphabet may not know these letters: then the prompt is left empty.
+  $("prompt").value = kept.get("prompt") ?? (encode(opening).includes(0) ? "" : opening);
   describePrompt();
   for (const id of ["roll-text", "roll-other"]) $(id).value = kept.get(id) ?? $(id).defaultValue;
   const radios = [...document.querySelectorAll("[name=mode]")];
