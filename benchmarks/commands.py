@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import statistics
 import subprocess
@@ -13,9 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-from benchmarks.common import ROOT, interleave
+from benchmarks.common import ROOT, interleave, kilobytes
 
 __all__ = ["COMMANDS", "Command", "Usage", "add_arguments", "compare_commands", "run_once"]
 
@@ -66,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def compare_commands(arguments: argparse.Namespace) -> None:
-    """Print the table: each command once to fill the caches, then all of them in turns."""
+    """Print the table; the commands take turns, so that a first start with cold caches does not count in a median."""
     chosen = [command for command in COMMANDS if not (arguments.quick and "picogpt.cli.eval" in command.arguments)]
     most = [0.0] * len(chosen)
 
@@ -75,10 +73,9 @@ def compare_commands(arguments: argparse.Namespace) -> None:
         most[index] = max(most[index], usage.peak)
         return usage.seconds
 
-    calls = [partial(seconds, index) for index in range(len(chosen))]
-    for command, found, peak in zip(chosen, interleave(*calls), most, strict=True):
-        if command is chosen[0]:
-            print("\n| command | seconds from start to end | lowest | peak memory, MB |\n|---|---|---|---|")
+    times = interleave(*(partial(seconds, index) for index in range(len(chosen))))
+    print("\n| command | seconds from start to end | lowest | peak memory, MB |\n|---|---|---|---|")
+    for command, found, peak in zip(chosen, times, most, strict=True):
         print(f"| {command.name} | {statistics.median(found):.2f} | {min(found):.2f} | {peak:,.0f} |", flush=True)
 
 
@@ -108,19 +105,10 @@ def _measure(arguments: Sequence[str], environment: Mapping[str, str]) -> Usage:
     ):
         while process.poll() is None:
             # Read again and again, as it is gone with the process. What wait4 reports would begin at this process's own memory.
-            peak = max(peak, _peak_kb(process.pid))
+            peak = max(peak, kilobytes(process.pid, "status", "VmHWM"))
             time.sleep(0.005)
         seconds = time.perf_counter() - start
         if process.returncode:
             said.seek(0)
             raise subprocess.CalledProcessError(process.returncode, arguments, stderr=said.read())
     return Usage(seconds, peak / 1000)
-
-
-def _peak_kb(process: int) -> int:
-    """Return the most resident memory of a process so far, in kB; 0 once it has ended, and on systems without /proc."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1])
-    return 0

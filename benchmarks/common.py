@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from picogpt.device import instruction_set
 from picogpt.training.build import build_trainer
 from picogpt.training.trainer import Trainer
 
-__all__ = ["ROOT", "ROUNDS", "backend", "full_trainer", "interleave", "load_source", "machine", "process"]
+__all__ = ["ROOT", "ROUNDS", "backend", "full_trainer", "interleave", "kilobytes", "load_source", "machine", "process"]
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
@@ -50,6 +50,15 @@ def process(environment: Mapping[str, str]) -> Iterator[Callable[..., Any]]:
             os.environ.clear()
             os.environ.update(before)
         yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+def kilobytes(process: int, file: str, entry: str) -> int:
+    """Return an entry of /proc/PROCESS/FILE in kB; 0 once the process has ended, and on systems without /proc."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{process}/{file}").read_text().splitlines():
+            if line.startswith(f"{entry}:"):
+                return int(line.split()[1])
+    return 0
 
 
 def load_source(source: Path, flags: Sequence[str]) -> ctypes.CDLL:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.common import ROOT, interleave, load_source, machine, process
+from benchmarks.common import ROOT, interleave, kilobytes, load_source, machine, process
 from benchmarks.train import PROFILES
 from picogpt.checks import ENGINE_DTYPES
 from picogpt.config import EngineDType, GenerateConfig, GPTConfig, SampleConfig
@@ -292,16 +291,9 @@ def peak_memory(model: Path) -> float:
     most = 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
         while process.poll() is None:
-            with contextlib.suppress(OSError, StopIteration):  # a process that has just ended
-                most = max(most, proportional_kb(process.pid))
+            most = max(most, kilobytes(process.pid, "smaps_rollup", "Pss"))
             time.sleep(0.005)
     return most / 1024
-
-
-def proportional_kb(process: int) -> int:
-    """The proportional set size of a process in kB."""
-    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
 def long_text(path: Path, settings: Settings) -> None:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.common import kilobytes
 from picogpt.cli import export
 from tests.browser import Browser, Tab
 from tests.chromium import CHROMIUM, Chromium
@@ -101,12 +102,4 @@ def memory_of(pid: int) -> int:
     family = {pid}
     while more := {child for child, parent in parents.items() if parent in family} - family:
         family |= more
-    return sum(_proportional(member) for member in family)
-
-
-def _proportional(pid: int) -> int:
-    try:
-        (kilobytes,) = re.findall(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
-    except (OSError, ValueError):
-        return 0  # it has ended
-    return 1024 * int(kilobytes)
+    return sum(1024 * kilobytes(member, "smaps_rollup", "Pss") for member in family)

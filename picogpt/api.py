@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from picogpt.alphabet import PICOGPT, Alphabet
-from picogpt.config import LOGS_DIR, EngineDType, GenerateConfig, GPTConfig, SampleConfig, TextConfig
+from picogpt.alphabet import Alphabet
+from picogpt.config import LOGS_DIR, EngineDType, GenerateConfig, GPTConfig, SampleConfig, TextConfig, alphabet_of
 from picogpt.errors import DataError
 from picogpt.ids import Ids
 from picogpt.inference import Engine
@@ -69,7 +69,7 @@ class Model:
     @property
     def alphabet(self) -> Alphabet:
         """The characters that the model knows."""
-        return PICOGPT if self._text is None else self._text.alphabet
+        return alphabet_of(self._text)
 
     @property
     def config(self) -> GPTConfig:

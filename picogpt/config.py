@@ -31,6 +31,7 @@ __all__ = [
     "TextConfig",
     "TextRequest",
     "TrainConfig",
+    "alphabet_of",
 ]
 
 LOGS_DIR = Path("logs")
@@ -63,7 +64,7 @@ class GPTConfig:
     """Width of the embeddings and of the residual stream."""
     context_len: int = 128  # short and cheap; the context vector carries what lies before
     """Characters in a window; the position table has one more row, for the context vector in front."""
-    vocab_size: int = 88  # a multiple of 8 for the GEMMs
+    vocab_size: int = PICOGPT.vocab_size
     """Token ids; they follow from the alphabet. The original's: 82 in use, 6 spare."""
     dropout: float = 0.0  # most texts are longer than a run, so there is nothing to overfit
     """Probability of dropping an activation in training, in [0, 1)."""
@@ -299,6 +300,11 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _require_fold(self.fold)
+
+
+def alphabet_of(text: TextConfig | None) -> Alphabet:
+    """Return the alphabet of a model, given what its file says of its texts; older files say nothing and are the original's."""
+    return PICOGPT if text is None else text.alphabet
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,10 +33,6 @@ from picogpt.folding import N_CODE_POINTS, Folding, fold_character, to_code_poin
 from picogpt.ids import Ids, id_dtype
 
 __all__ = [
-    "SPECIAL_IDS",
-    "TEXT_IDS",
-    "UNKNOWN_ID",
-    "VOCAB_SIZE",
     "CharTokenizer",
     "Tally",
     "TextEncoder",
@@ -44,11 +40,6 @@ __all__ = [
     "list_commonest",
     "replacement",
 ]
-
-# Those of the original project's alphabet.
-VOCAB_SIZE: Final = PICOGPT.vocab_size
-SPECIAL_IDS: Final = PICOGPT.special_ids
-TEXT_IDS: Final = PICOGPT.text_ids
 
 _CAPITAL: Final = re.compile("[A-Z]")
 

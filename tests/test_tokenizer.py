@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from picogpt.tokenizer import SPECIAL_IDS, TEXT_IDS, UNKNOWN_ID, VOCAB_SIZE, CharTokenizer
+from picogpt.alphabet import PICOGPT, UNKNOWN_ID
+from picogpt.tokenizer import CharTokenizer
 from tests.conftest import VECTORS
 
 TOKENIZER = CharTokenizer()
@@ -51,7 +52,7 @@ def test_any_unicode_encodes(text: str) -> None:
     ids = TOKENIZER.encode(text)
 
     assert len(ids) == len(text)
-    assert set(ids.tolist()) <= {UNKNOWN_ID, *TEXT_IDS}
+    assert set(ids.tolist()) <= {UNKNOWN_ID, *PICOGPT.text_ids}
 
 
 @given(st.text(alphabet="".join(c for c in string.printable if c not in string.ascii_uppercase)))
@@ -69,15 +70,15 @@ def test_capitals_share_the_ids_of_small_letters() -> None:
 def test_specials_are_not_made_from_text() -> None:
     """`<Q>` in a text is three characters; the special token has an id of its own."""
     assert len(TOKENIZER.encode("<Q>")) == 3
-    assert TOKENIZER.decode([SPECIAL_IDS["<Q>"]]) == "<Q>"
+    assert TOKENIZER.decode([PICOGPT.special_ids["<Q>"]]) == "<Q>"
 
 
 def test_spare_ids_decode_as_unknown() -> None:
     """The six spare ids stand for nothing."""
-    assert TOKENIZER.decode(range(82, VOCAB_SIZE)) == "<?>" * 6
+    assert TOKENIZER.decode(range(82, PICOGPT.vocab_size)) == "<?>" * 6
 
 
-@pytest.mark.parametrize("bad", [-1, VOCAB_SIZE], ids=["negative", "beyond"])
+@pytest.mark.parametrize("bad", [-1, PICOGPT.vocab_size], ids=["negative", "beyond"])
 def test_decode_refuses_other_ids(bad: int) -> None:
     """An id outside the vocabulary is an error, a negative one too."""
     with pytest.raises(IndexError, match=str(bad)):

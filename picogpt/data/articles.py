@@ -7,6 +7,7 @@ one article in twenty for validation. Articles read ahead are not part of the st
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import threading
@@ -138,7 +139,7 @@ class ArticleReader:
         assert self._encoder is not None
         return self._encoder.alphabet
 
-    @property
+    @functools.cached_property
     def separator(self) -> Ids:
         """Ids between two articles: an empty line."""
         return np.full(_SEPARATOR_CHARS, self.alphabet.newline_id, id_dtype(self.alphabet.vocab_size))

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from picogpt.alphabet import PICOGPT, Alphabet
+from picogpt.alphabet import Alphabet
 from picogpt.checks import check_text_column
-from picogpt.config import Fold, TextConfig, TextRequest
+from picogpt.config import Fold, TextConfig, TextRequest, alphabet_of
 from picogpt.data import (
     DATASETS,
     ArticleReader,
@@ -53,7 +53,7 @@ class TrainedRun:
     @property
     def alphabet(self) -> Alphabet:
         """The alphabet of the model."""
-        return PICOGPT if self.text is None else self.text.alphabet
+        return alphabet_of(self.text)
 
     @property
     def chars(self) -> int | None:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.alphabet import PICOGPT, UNKNOWN_ID, Alphabet
-from picogpt.config import GPTConfig, TextConfig
+from picogpt.config import GPTConfig, TextConfig, alphabet_of
 from picogpt.errors import RunError
 from picogpt.files import atomic_write
 from picogpt.inference.generate import suppressed_ids
@@ -56,7 +56,7 @@ class Gpt2Model:
     @property
     def alphabet(self) -> Alphabet:
         """Characters of the model."""
-        return PICOGPT if self.text is None else self.text.alphabet
+        return alphabet_of(self.text)
 
     @property
     def bos_id(self) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.alphabet import PICOGPT, Alphabet
-from picogpt.config import Fold, GenerateConfig, GPTConfig, TextConfig
+from picogpt.config import Fold, GenerateConfig, GPTConfig, TextConfig, alphabet_of
 from picogpt.export.log_page import RunView, render_curve
 from picogpt.export.page import resource, script_json
 from picogpt.export.wasm import assemble
@@ -136,7 +136,7 @@ def _matrices(config: GPTConfig) -> dict[str, tuple[int, int]]:
 
 def _header(view: ModelView) -> dict[str, Any]:
     """Return everything that the page needs besides the weights."""
-    config, alphabet = view.config, PICOGPT if view.text is None else view.text.alphabet
+    config, alphabet = view.config, alphabet_of(view.text)
     tokenizer = CharTokenizer(alphabet)
     knows = f"the {len(alphabet.characters):,} of its alphabet"
     if alphabet == PICOGPT:

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from picogpt.alphabet import PICOGPT, UNKNOWN_ID, Alphabet
-from picogpt.config import GPTConfig, SampleConfig, TextConfig
+from picogpt.alphabet import UNKNOWN_ID
+from picogpt.config import GPTConfig, SampleConfig, TextConfig, alphabet_of
 from picogpt.ids import id_dtype
 from picogpt.inference import Engine, NativeWindow, Sampling, Window
 
@@ -187,7 +187,7 @@ def suppressed_ids(text: TextConfig | None, *, chat: bool = False) -> npt.NDArra
         chat: whether to allow the special tokens.
     """
     # The suppressed ids are the complement of the allowed ones.
-    alphabet: Alphabet = PICOGPT if text is None else text.alphabet
+    alphabet = alphabet_of(text)
     specials = set(alphabet.special_ids.values())
     drawn = set(alphabet.text_ids if text is None else text.ids) - specials - {UNKNOWN_ID}
     return np.array(sorted(set(range(alphabet.vocab_size)) - drawn - (specials if chat else set())), np.intp)

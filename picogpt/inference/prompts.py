@@ -11,8 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from picogpt.alphabet import PICOGPT
-from picogpt.config import GenerateConfig, SampleConfig, TextConfig
+from picogpt.config import GenerateConfig, SampleConfig, TextConfig, alphabet_of
 from picogpt.inference import Engine
 from picogpt.inference.generate import MAX_PROMPT_WINDOWS, Sampler, continue_prompt, suppressed_ids
 from picogpt.inference.predictions import Predictor
@@ -66,7 +65,7 @@ class TextGenerator:
     ) -> None:
         self._engine, self._draw, self._make, self._chat, self._notify = engine, draw, make, chat, notify
         self._hop = make.hop_for(engine.config.context_len)
-        alphabet = PICOGPT if text is None else text.alphabet
+        alphabet = alphabet_of(text)
         self._tokenizer, self._special_ids = CharTokenizer(alphabet), alphabet.special_ids
         # A model that is older than folding has seen <?> for accented letters, but it knows the plain letters.
         self._encoder = TextEncoder(fold=text is None or text.fold, alphabet=alphabet)

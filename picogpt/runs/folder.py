@@ -44,7 +44,7 @@ from safetensors.numpy import load as tensors_of
 from safetensors.numpy import save as serialize
 
 from picogpt.alphabet import PICOGPT, Alphabet
-from picogpt.config import GPTConfig, TextConfig
+from picogpt.config import GPTConfig, TextConfig, alphabet_of
 from picogpt.errors import ConfigError, RunError
 from picogpt.files import atomic_write, can_flush, remove_leftovers, replace
 from picogpt.ids import Ids
@@ -470,8 +470,7 @@ def load_alphabet(path: Path) -> Alphabet:
     Raises:
         RunError: the file is missing or damaged.
     """
-    text = load_text_config(path)
-    return PICOGPT if text is None else text.alphabet
+    return alphabet_of(load_text_config(path))
 
 
 def _parse_text_config(path: Path, metadata: Mapping[str, str]) -> TextConfig | None:
@@ -503,8 +502,7 @@ def open_model(path: Path) -> Iterator[tuple[GPTConfig, Mapping[str, npt.NDArray
             raise RunError(
                 f"{path}: no picogpt model (its metadata has no valid config); train one with picogpt-train"
             ) from error
-        text = _parse_text_config(path, tensors.metadata)
-        alphabet = PICOGPT if text is None else text.alphabet
+        alphabet = alphabet_of(_parse_text_config(path, tensors.metadata))
         # With another vocabulary, ids would be read and written as the wrong characters.
         if config.vocab_size != alphabet.vocab_size:
             raise RunError(

@@ -30,10 +30,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from picogpt.alphabet import PICOGPT
 from picogpt.config import GPTConfig
 from picogpt.errors import ConfigError, RunError
 from picogpt.runs.folder import LossLog, Tensors
-from picogpt.tokenizer import VOCAB_SIZE
 
 __all__ = ["OriginalRun", "read_original"]
 
@@ -335,8 +335,8 @@ def _shape(arrays: Tensors, n_head: int) -> GPTConfig:
     wte, wpe = (arrays.get(f"transformer.{name}.weight") for name in ("wte", "wpe"))
     if wte is None or wpe is None or not wte.ndim == wpe.ndim == 2:
         raise _Rejected("the embeddings are missing")
-    if wte.shape[0] != VOCAB_SIZE:
-        raise _Rejected(f"a vocabulary of {wte.shape[0]} where {VOCAB_SIZE} ids are known")
+    if wte.shape[0] != PICOGPT.vocab_size:
+        raise _Rejected(f"a vocabulary of {wte.shape[0]} where {PICOGPT.vocab_size} ids are known")
     # The index in transformer.h.<index>.; the slice keeps a hostile long name from being split.
     blocks = {name[:20].split(".")[2] for name in arrays if name.startswith("transformer.h.")}
     try:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from picogpt import load, plot
+from picogpt.alphabet import PICOGPT
 from picogpt.cli import eval as evaluation
 from picogpt.cli import export, generate, train
 from picogpt.config import GPTConfig, TextConfig
@@ -21,7 +22,7 @@ from picogpt.evaluation.texts import TrainedRun
 from picogpt.model.gpt import GPT
 from picogpt.runs import find
 from picogpt.runs.folder import RunFolder, load_text_config
-from picogpt.tokenizer import SPECIAL_IDS, TEXT_IDS, CharTokenizer
+from picogpt.tokenizer import CharTokenizer
 from tests.conftest import TINY_FLAGS
 
 Capture = pytest.CaptureFixture[str]
@@ -216,9 +217,9 @@ class TestStreams:
         texts = Shards(files=("a",), format="parquet", columns=("text",), commit=None)
         talks = Shards(files=("a",), format="parquet", columns=("question", "response"), commit=None)
 
-        assert ArticleReader(texts, 0, print).text == TextConfig(fold=True, ids=tuple(TEXT_IDS))
-        tokens = [SPECIAL_IDS[token] for token in ("<Q>", "</Q>", "<A>", "</A>")]
-        assert ArticleReader(talks, 0, print, fold=False).text == TextConfig(fold=False, ids=(*TEXT_IDS, *tokens))
+        assert ArticleReader(texts, 0, print).text == TextConfig(fold=True, ids=tuple(PICOGPT.text_ids))
+        tokens = [PICOGPT.special_ids[token] for token in ("<Q>", "</Q>", "<A>", "</A>")]
+        assert ArticleReader(talks, 0, print, fold=False).text == TextConfig(fold=False, ids=(*PICOGPT.text_ids, *tokens))
 
     def test_articles_are_transliterated(self) -> None:
         """The articles of a stream too, which the model's file then says."""
@@ -250,7 +251,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """A model that has learned nothing, in the run `m`."""
     run = RunFolder(Path("logs/m"))
     run.create()
-    run.save_model(GPT(MODEL).arrays(), MODEL, TextConfig(fold=True, ids=tuple(TEXT_IDS)))
+    run.save_model(GPT(MODEL).arrays(), MODEL, TextConfig(fold=True, ids=tuple(PICOGPT.text_ids)))
     return run
 
 
@@ -313,14 +314,16 @@ class TestPrompts:
         assert echo("-p", "a", "--stop", "日") == 2
         assert "--stop must be made of characters that the model knows" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("text", [None, TextConfig(fold=True, ids=tuple(TEXT_IDS))], ids=["nothing known", "no questions"])
+    @pytest.mark.parametrize(
+        "text", [None, TextConfig(fold=True, ids=tuple(PICOGPT.text_ids))], ids=["nothing known", "no questions"]
+    )
     def test_chat_with_a_model_that_has_seen_none(self, model: RunFolder, capsys: Capture, text: TextConfig | None) -> None:
         """`--chat` warns where the model is not known to have seen questions and answers, and does not where it is."""
         model.save_model(GPT(MODEL).arrays(), MODEL, text)
         echo("-p", "a", "--chat")
         assert "warning: --chat: this model is not known to be trained on questions" in capsys.readouterr().err
 
-        model.save_model(GPT(MODEL).arrays(), MODEL, TextConfig(fold=True, ids=(*TEXT_IDS, 80, 81)))
+        model.save_model(GPT(MODEL).arrays(), MODEL, TextConfig(fold=True, ids=(*PICOGPT.text_ids, 80, 81)))
         echo("-p", "a", "--chat")
         assert "warning" not in capsys.readouterr().err
 

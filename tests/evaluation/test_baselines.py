@@ -11,17 +11,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from picogpt.alphabet import Alphabet
+from picogpt.alphabet import PICOGPT, Alphabet
 from picogpt.evaluation import baselines
 from picogpt.evaluation.baselines import NGram, compressed_bits, ngram_order
-from picogpt.tokenizer import VOCAB_SIZE, CharTokenizer
+from picogpt.tokenizer import CharTokenizer
 
 TEXT = CharTokenizer().encode("the cat sat on the mat, and that is that; the hat of the cat is flat.\n" * 3)
 
 
 def plain_probability(text: list[int], context: tuple[int, ...], character: int) -> float:
     """Witten and Bell's formula, recursively, counting where four characters stand before."""
-    p = plain_probability(text, context[1:], character) if context else 1 / VOCAB_SIZE
+    p = plain_probability(text, context[1:], character) if context else 1 / PICOGPT.vocab_size
     after = Counter(text[i] for i in range(4, len(text)) if tuple(text[i - len(context) : i]) == context)
     return (after[character] + len(after) * p) / (after.total() + len(after)) if after else p
 
@@ -43,7 +43,7 @@ def test_equals_the_plain_way() -> None:
 def test_probabilities_add_up() -> None:
     """After any context, over all 88 ids."""
     for context in (TEXT[:4], TEXT[7:9], np.array([0, 87, 3, 3, 1], np.uint8)):
-        rows = np.stack([np.append(context, np.uint8(i)) for i in range(VOCAB_SIZE)])
+        rows = np.stack([np.append(context, np.uint8(i)) for i in range(PICOGPT.vocab_size)])
 
         assert np.exp(-NGram(TEXT).losses(rows)[:, -1].astype(np.float64)).sum() == pytest.approx(1, abs=1e-5)
 
@@ -68,7 +68,7 @@ def test_cap(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("n", [1, 4])
 def test_nothing_to_count(n: int) -> None:
     """A text without one gram says nothing."""
-    np.testing.assert_allclose(NGram(TEXT[:n]).losses(TEXT[None, :9]), math.log(VOCAB_SIZE), rtol=1e-6)
+    np.testing.assert_allclose(NGram(TEXT[:n]).losses(TEXT[None, :9]), math.log(PICOGPT.vocab_size), rtol=1e-6)
 
 
 def test_compressors() -> None:

@@ -23,7 +23,7 @@ from picogpt.errors import RunError
 from picogpt.export.gpt2 import Gpt2Model, write_gpt2
 from picogpt.model.gpt import GPT
 from picogpt.runs.folder import RunFolder
-from picogpt.tokenizer import SPECIAL_IDS, CharTokenizer
+from picogpt.tokenizer import CharTokenizer
 from tests.conftest import TINY
 
 WIKIPEDIA = Path(__file__).parents[2] / "logs" / "wikipedia" / "model.safetensors"
@@ -59,7 +59,7 @@ def test_layout(model: Gpt2Model) -> None:
     np.testing.assert_array_equal(tensors["transformer.h.1.ln_1.weight"], model.weights["transformer.h.1.ln_1.weight"])
     rows = np.abs(tensors["transformer.wte.weight"]).sum(axis=1)
     assert np.flatnonzero(rows == 0).tolist() == [model.bos_id]
-    assert model.bos_id not in SPECIAL_IDS.values()
+    assert model.bos_id not in PICOGPT.special_ids.values()
 
 
 def test_generated_ids(model: Gpt2Model) -> None:
