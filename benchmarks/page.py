@@ -8,6 +8,7 @@ import re
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import kilobytes
@@ -32,7 +33,7 @@ IDLE = "document.getElementById('state').textContent === 'Ready.' && !model.busy
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model and the number of rounds."""
     parser.add_argument("--model", metavar="RUN", default="wikipedia", help="the model to export (default wikipedia)")
-    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="texts written in each way (default 5)")
+    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="texts, and measurements of memory, in each way (default 5)")
 
 
 def page_speed(arguments: argparse.Namespace) -> None:
@@ -62,10 +63,17 @@ def report(name: str, browser: Browser, page: Path, rounds: int) -> None:
                 version = tab.evaluate("navigator.userAgent")
     print(f"{name}: {version}", flush=True)
     for way, found in speeds.items():
-        print(f"  {way}: {statistics.median(found):.0f} characters/s, best {max(found):.0f}; {memory_in(browser, way, page)}")
+        print(f"  {way}: {statistics.median(found):.0f} characters/s, best {max(found):.0f}")
+        loaded, rested = zip(*(memory_in(browser, way, page) for _ in range(rounds)), strict=True)
+        print(f"    {spread(loaded)} MB once loaded, {spread(rested)} MB after a text and {PAUSE} s of rest", flush=True)
 
 
-def memory_in(browser: Browser, way: str, page: Path) -> str:
+def spread(amounts: Sequence[float]) -> str:
+    """Return the median and the range."""
+    return f"{statistics.median(amounts):.0f} ({min(amounts):.0f} to {max(amounts):.0f})"
+
+
+def memory_in(browser: Browser, way: str, page: Path) -> tuple[float, float]:
     """Return the megabytes that the page needs beyond an empty one: after loading, and after writing and a pause."""
     empty = page.with_name("empty.html")
     empty.write_text("<!DOCTYPE html>")
@@ -79,7 +87,7 @@ def memory_in(browser: Browser, way: str, page: Path) -> str:
         write(tab)
         time.sleep(PAUSE)
         settled = memory_of(browser.process.pid) - before
-    return f"{loaded / 1e6:.0f} MB loaded, {settled / 1e6:.0f} MB after {PAUSE} s of rest"
+    return loaded / 1e6, settled / 1e6
 
 
 def write(tab: Tab) -> float:

@@ -49,17 +49,23 @@ function startService(buffer) {
   const message = { kind: "load", header, buffer };
   const source = `${$("engine").textContent}\n${$("service").textContent}
     const take = PicoService.serve(PicoEngine, message => postMessage(message));
-    onmessage = event => take(event.data);`;
+    onmessage = event => take(event.data);
+    postMessage("running");`;
   try {
     const worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
-    worker.onmessage = event => receive(event.data);
     worker.onerror = event => { event.preventDefault(); startHere(message); };
-    send = request => worker.postMessage(request);
+    worker.onmessage = () => startThere(worker, message);
   } catch {
     startHere(message);
-    return;
   }
-  send(message);
+}
+
+/** The weights move to a worker that runs: the page keeps no copy, so from here on there is no way back. */
+function startThere(worker, message) {
+  worker.onerror = () => say("The model has failed. Load the page again.", "state");
+  worker.onmessage = event => receive(event.data);
+  send = request => worker.postMessage(request);
+  worker.postMessage(message, [message.buffer]);
 }
 
 function startHere(message) {
@@ -67,10 +73,15 @@ function startHere(message) {
   send(message);
 }
 
-/** The weights out of the page; their text is dropped, as it would cost 9 MB of memory for nothing. */
+/** The weights out of the page, element by element: each one's text is dropped before the next one is read. */
 function unpack() {
-  const bytes = Uint8Array.from(atob($("weights").textContent), character => character.charCodeAt(0));
-  $("weights").remove();
+  const bytes = new Uint8Array(header.size);
+  let at = 0;
+  for (const element of document.querySelectorAll(".weights")) {
+    const part = atob(element.textContent);
+    for (let i = 0; i < part.length; i++) bytes[at++] = part.charCodeAt(i);
+    element.remove();
+  }
   return bytes.buffer;
 }
 

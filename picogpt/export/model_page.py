@@ -35,6 +35,7 @@ __all__ = ["ModelView", "quantize_rows", "render_model_page"]
 _FOLDED = (range(0x80, 0x250), range(0x2000, 0x2200), range(0xFB00, 0xFB07))
 # Of a transliterating model: all that one UTF-16 unit can hold, which makes the page a tenth larger.
 _TRANSLITERATED = (range(0x80, 0xD800), range(0xE000, 0x10000))
+_PART = 48 * 1024  # bytes of weights in one element, a multiple of three: browsers hold 64 KiB of text in one piece
 _ALIGNMENT = 4  # bytes: JavaScript's typed arrays need aligned offsets
 
 
@@ -67,8 +68,8 @@ def render_model_page(view: ModelView) -> str:
         "width": str(view.config.n_embd),
         "vocabulary": str(view.config.vocab_size),
         "training": _training(view),
-        "header": script_json({**_header(view), "tensors": tensors}),
-        "weights": base64.b64encode(weights).decode(),
+        "header": script_json({**_header(view), "tensors": tensors, "size": len(weights)}),
+        "weights": _weights(weights),
         "style": resource("model_page.css"),
         "engine": resource("engine.js"),
         "service": resource("model_service.js"),
@@ -111,6 +112,12 @@ def _pack(tensors: Tensors) -> tuple[dict[str, dict[str, Any]], bytes]:
         # Scales first: they need the alignment, the int8 values do not.
         add(name, "int8", shape, scales.astype("<f4").tobytes() + values.tobytes())
     return layout, bytes(content)
+
+
+def _weights(content: bytes) -> str:
+    """Return script elements with the weights in base64."""
+    parts = (base64.b64encode(content[at : at + _PART]).decode() for at in range(0, len(content), _PART))
+    return "\n".join(f'<script type="text/plain" class="weights">{part}</script>' for part in parts)
 
 
 def _tables(config: GPTConfig) -> dict[str, tuple[int, int]]:

@@ -37,8 +37,8 @@ def view(**changes: Any) -> ModelView:
 def content_of(page: str) -> tuple[dict[str, Any], bytes]:
     """What the page knows of the model, and its weights."""
     (header,) = re.findall(r'id="header">(.*?)</script>', page, re.DOTALL)
-    (weights,) = re.findall(r'id="weights">(.*?)</script>', page, re.DOTALL)
-    return json.loads(header), base64.b64decode(weights)
+    weights = re.findall(r'class="weights">(.*?)</script>', page)
+    return json.loads(header), b"".join(map(base64.b64decode, weights))
 
 
 def dequantized(page: str) -> dict[str, npt.NDArray[np.float32]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -56,6 +57,18 @@ def test_weights_come_back() -> None:
         kept = array.ndim == 1
         bound = 0 if kept else np.abs(array).max() * (0.5 / 127 + 1e-6)
         assert np.abs(found[name] - array).max() <= bound, name
+
+
+def test_weights_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A browser holds each part's text in one piece, and the parts together are the weights."""
+    whole = content_of(render_model_page(view()))
+    monkeypatch.setattr("picogpt.export.model_page._PART", 300)
+    page = render_model_page(view())
+
+    assert content_of(page) == whole
+    assert len(whole[1]) == whole[0]["size"]
+    assert page.count('class="weights">') == math.ceil(len(whole[1]) / 300)
+    assert {len(part) for part in re.findall(r'class="weights">(.*?)<', page)[:-1]} == {400}
 
 
 def test_size_of_a_tiny_model() -> None:

@@ -40,8 +40,10 @@ ROLLED = "/bits per character|bits (more|less)/.test(document.getElementById('ro
 
 @pytest.fixture(scope="module")
 def content() -> str:
-    """The tiny model's page."""
-    return render_model_page(view(log=LOG))
+    """The tiny model's page; its weights stand in several parts, as a real model's do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("picogpt.export.model_page._PART", 300)
+        return render_model_page(view(log=LOG))
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,12 @@ def test_writes_on_from_a_prompt(tab: Tab) -> None:
     assert len(tab.evaluate("model.text")) == 37
     assert re.fullmatch(r"Wrote 30 characters in \d+\.\d seconds, \d+ a second\.", tab.text("#live"))
     assert tab.evaluate("document.querySelectorAll('#text .prompt').length") == 7
+
+
+def test_text_of_the_weights_is_dropped(content: str, tab: Tab) -> None:
+    """Once the model is unpacked, the page keeps none of its weights as text."""
+    assert content.count('class="weights"') > 10
+    assert tab.evaluate("document.querySelectorAll('.weights').length") == 0
 
 
 def test_same_seed_same_text(tab: Tab) -> None:
@@ -524,7 +532,7 @@ def test_hostile_links(fragment: str, browser: Browser, page: Path) -> None:
     [
         "delete window.Worker; delete window.WebAssembly;",
         "window.Worker = class { constructor() { throw new DOMException('no', 'SecurityError'); } };",
-        "window.Worker = class { postMessage() { setTimeout(() => this.onerror({ preventDefault() {} }), 0); } };",
+        "window.Worker = class { constructor() { setTimeout(() => this.onerror({ preventDefault() {} }), 0); } };",
     ],
     ids=["none", "forbidden", "broken"],
 )
