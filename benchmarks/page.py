@@ -33,7 +33,7 @@ IDLE = "document.getElementById('state').textContent === 'Ready.' && !model.busy
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model and the number of rounds."""
     parser.add_argument("--model", metavar="RUN", default="wikipedia", help="the model to export (default wikipedia)")
-    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="texts, and measurements of memory, in each way (default 5)")
+    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="texts and memories in each way (default 5)")
 
 
 def page_speed(arguments: argparse.Namespace) -> None:
