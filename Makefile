@@ -8,7 +8,7 @@ help:
 	@echo "make check   ruff, mypy and clang-format: lint, format, types"
 	@echo "make test    pytest, without the tests marked slow or timing"
 	@echo "make bench   training and generation against plain baselines, on a quiet machine"
-	@echo "make measure all figures of a quiet machine, written to docs/measurements"
+	@echo "make measure all speeds of a quiet machine, written to docs/measurements"
 
 check:
 	ruff check .

@@ -37,23 +37,24 @@ def build_parser() -> Parser:
         "  torchrun --nproc-per-node N -m -- picogpt.cli.train ...",
     )
     # No choices= in argparse: values are validated for callers in Python too, with the same message.
-    text = parser.add_argument_group("text").add_mutually_exclusive_group()
-    text.add_argument(
+    text = parser.add_argument_group("text")
+    source = text.add_mutually_exclusive_group()
+    source.add_argument(
         "--dataset",
         metavar="NAME",
         help="auto (Tiny Shakespeare if it is on this machine or downloads within seconds, else sample), sample (a bundled "
         "play), tinyshakespeare; streamed from the hub: wikipedia, tinytextbook, openorca, ORG/NAME[:CONFIG]; a "
         "folder with the layout of a hub data set; or a file: .jsonl, .csv, .parquet, ... (default: auto)",
     )
-    text.add_argument("--text", metavar="PATH", nargs="+", help="your own text: files, folders of .txt and .md, or - for stdin")
-    parser.add_argument("--text-column", metavar="NAME", help="text column of a streamed data set (default: text)")
-    parser.add_argument(
+    source.add_argument("--text", metavar="PATH", nargs="+", help="your own text: files, folders of .txt and .md, or - for stdin")
+    text.add_argument("--text-column", metavar="NAME", help="column of a data set or a file that holds the text (default: text)")
+    text.add_argument(
         "--alphabet",
         metavar="NAME",
         help="characters that the model knows: picogpt (ASCII in small letters), text (the text's own, capitals included), or "
         "a UTF-8 file with the characters in it; with the last two nothing is lower-cased (default: picogpt)",
     )
-    fold = parser.add_mutually_exclusive_group()
+    fold = text.add_mutually_exclusive_group()
     fold.add_argument(
         "--fold",
         action=argparse.BooleanOptionalAction,  # None without either: it keeps the run's setting
@@ -109,7 +110,7 @@ def _add_machine(parser: Parser) -> None:
     machine.add_argument(
         "--gradient-checkpointing",
         action="store_true",
-        help="recompute activations in the backward pass: less memory, slower, bit-identical",
+        help="recompute activations in the backward pass: less memory, slower; bit-identical but for native kernels in bfloat16",
     )
     machine.add_argument(
         "--compile",
