@@ -25,14 +25,14 @@ REPEATS = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
-    parser.add_argument("--batch-size", metavar="N", type=int, default=2, help="rolls in a step (default: 2)")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=2, help="sequences in a step (default: 2)")
 
 
 def compare_kernels(arguments: argparse.Namespace) -> None:
     """Print what each of them takes, in turns."""
     set_threads(None)
     chosen = backend(arguments.batch_size, kernels="c")
-    print(f"{chosen.dtype_reason}; milliseconds of a step's windows, {arguments.batch_size} rolls, through all blocks\n")
+    print(f"{chosen.dtype_reason}; milliseconds of a step's windows, {arguments.batch_size} sequences, through all blocks\n")
     print("| | torch | C |\n|---|---|---|")
     ways = [passes(kernels, arguments.batch_size, chosen.dtype) for kernels in (None, chosen.kernels)]
     for direction, name in enumerate(("forward", "forward and backward")):
@@ -43,7 +43,7 @@ def compare_kernels(arguments: argparse.Namespace) -> None:
         print(f"| {name} | " + " | ".join(f"{statistics.median(times) * 1e3:.1f}" for times in found) + " |", flush=True)
 
 
-def passes(kernels: Kernels | None, rolls: int, dtype: torch.dtype) -> tuple[Callable[[], object], Callable[[], object]]:
+def passes(kernels: Kernels | None, sequences: int, dtype: torch.dtype) -> tuple[Callable[[], object], Callable[[], object]]:
     """Ten windows through all blocks of a model: forward, and there and back; gradients of the weights are among what is made."""
     torch.manual_seed(0)
     config = GPTConfig()
@@ -51,12 +51,12 @@ def passes(kernels: Kernels | None, rolls: int, dtype: torch.dtype) -> tuple[Cal
     accelerate(model, kernels)
     transformer = model.transformer
     slots, windows = config.context_len + 1, TrainConfig().windows
-    x = torch.randn(rolls, slots, config.n_embd, requires_grad=True)
+    x = torch.randn(sequences, slots, config.n_embd, requires_grad=True)
     inputs = [x, *transformer.h.parameters()]
 
     def forward() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-            blocks = transformer.begin_sequence(rolls, [slots] * windows)
+            blocks = transformer.begin_sequence(sequences, [slots] * windows)
             return torch.stack([blocks(x) for _ in range(windows)])
 
     return forward, lambda: torch.autograd.grad(forward().sum(), inputs)

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chars-seed", metavar="N", type=int, default=100_000_000, help="where recipe seed gives up (default: 100,000,000)"
     )
     parser.add_argument("--every", metavar="N", type=int, default=250_000, help="characters between validations")
-    parser.add_argument("--val-rolls", metavar="N", type=int, default=64, help="rolls of 1,280 characters to validate on")
+    parser.add_argument("--val-sequences", metavar="N", type=int, default=64, help="sequences of 1,280 characters to validate on")
     parser.add_argument("--only", choices=["fast", "seed"], help="one of the two (default: both)")
     parser.add_argument("--loop", choices=["plain", "ours"], default="plain", help="the loop of recipe seed (default: plain)")
     parser.add_argument("--threads", metavar="N", type=int, help="threads to compute with (default: one a core)")
@@ -183,7 +183,7 @@ def mean_loss(loss: Callable[[Batch], torch.Tensor], batches: list[Batch], model
 
 
 def sequence_len(config: TrainConfig) -> int:
-    """Characters of a roll."""
+    """Characters of a sequence."""
     return config.windows * GPTConfig().context_len
 
 
@@ -200,5 +200,5 @@ def open_source(arguments: argparse.Namespace, config: TrainConfig) -> tuple[Sou
             ArticleReader(shards, config.seed, print), validation, sequence_len=length, batch_size=size, seed=config.seed
         )
         source.begin(_NoRun())
-    most = -(-arguments.val_rolls // VALIDATION_BATCH)
+    most = -(-arguments.val_sequences // VALIDATION_BATCH)
     return source, list(evenly_spaced_batches(source.val_ids, length, VALIDATION_BATCH, most))

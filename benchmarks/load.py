@@ -109,7 +109,7 @@ def default_trainer(source: Source) -> Trainer:
 
 
 def sequence_len() -> int:
-    """Characters of a roll by default."""
+    """Characters of a sequence by default."""
     return TrainConfig().windows * GPTConfig().context_len
 
 

@@ -1,7 +1,7 @@
 """Settings of recipe fast compared at equal characters: the same text in the same order, the same validation text, paired.
 
 Each run has a process of its own with its share of the cores. What a run comes to is the mean loss over the validation text in
-nats per character; two runs are compared roll by roll, so that the text's own spread drops out of the difference's error.
+nats per character; two runs are compared sequence by sequence, so that the text's own spread drops out of the difference's error.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Outcome:
     arm: str
     seed: int
     losses: list[float]
-    """Of each validation roll, in nats per character."""
+    """Of each validation sequence, in nats per character."""
     averaged: list[float]
     """The same for the mean of the last weights; empty without `--average`."""
     seconds: float
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--folder", metavar="DIR", type=Path, help="a data set laid out like the hub's")
     parser.add_argument("--chars", metavar="N", type=int, default=1_000_000, help="length of each run (default: 1,000,000)")
     parser.add_argument("--seeds", metavar="N", type=int, nargs="+", default=[TrainConfig().seed], help="seeds (default: 1337)")
-    parser.add_argument("--val-rolls", metavar="N", type=int, default=200, help="rolls to validate on (default: 200)")
+    parser.add_argument("--val-sequences", metavar="N", type=int, default=200, help="sequences to validate on (default: 200)")
     parser.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--average", action="store_true", help="also score the mean of the weights over the last tenth")
     parser.add_argument(
@@ -139,13 +139,13 @@ def train_arm(arguments: argparse.Namespace, arm: str, seed: int, threads: int) 
             count += 1
             add_to_mean(mean, trainer, count)
     seconds = time.perf_counter() - start
-    losses = roll_losses(trainer, val_batches)
+    losses = sequence_losses(trainer, val_batches)
     averaged = []
     if count:
         with torch.no_grad():
             for parameter, value in zip(trainer.model.parameters(), mean, strict=True):
                 parameter.copy_(value)
-        averaged = roll_losses(trainer, val_batches)
+        averaged = sequence_losses(trainer, val_batches)
     source.close()
     return Outcome(arm, seed, losses, averaged, seconds, total * config.batch_size * sequence_len(config))
 
@@ -158,11 +158,11 @@ def add_to_mean(mean: Sequence[torch.Tensor], trainer: Trainer, count: int) -> N
 
 
 @torch.no_grad()
-def roll_losses(trainer: Trainer, batches: Sequence[Batch]) -> list[float]:
-    """Mean loss of each roll, in nats per character."""
+def sequence_losses(trainer: Trainer, batches: Sequence[Batch]) -> list[float]:
+    """Mean loss of each sequence, in nats per character."""
     trainer.model.eval()
-    rolls = [Batch(batch.inputs[i : i + 1], batch.targets[i : i + 1]) for batch in batches for i in range(len(batch.inputs))]
-    losses = [trainer.loss(roll).item() for roll in rolls]
+    sequences = [Batch(batch.inputs[i : i + 1], batch.targets[i : i + 1]) for batch in batches for i in range(len(batch.inputs))]
+    losses = [trainer.loss(sequence).item() for sequence in sequences]
     trainer.model.train()
     return losses
 
@@ -170,7 +170,7 @@ def roll_losses(trainer: Trainer, batches: Sequence[Batch]) -> list[float]:
 def paired(arm: Sequence[Outcome], first: Sequence[Outcome]) -> tuple[float, float]:
     """Mean difference to the first arm's runs of the same seeds, and its standard error.
 
-    With one seed the error is that of the validation rolls alone; with more it is that of the seeds' differences.
+    With one seed the error is that of the validation sequences alone; with more it is that of the seeds' differences.
     """
     differences: list[npt.NDArray[np.float64]] = [np.subtract(a.losses, b.losses) for a, b in zip(arm, first, strict=True)]
     samples = differences[0] if len(differences) == 1 else np.array([d.mean() for d in differences])

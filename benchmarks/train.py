@@ -72,7 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     default = TrainConfig()
     parser.add_argument(
-        "--batch-size", metavar="N", type=int, default=default.batch_size, help=f"rolls in a step (default: {default.batch_size})"
+        "--batch-size",
+        metavar="N",
+        type=int,
+        default=default.batch_size,
+        help=f"sequences in a step (default: {default.batch_size})",
     )
     parser.add_argument(
         "--muon-interval",

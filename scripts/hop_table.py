@@ -2,7 +2,7 @@
 
     python scripts/hop_table.py --model RUN --text FILE
 
-Reads texts side by side from the last tenth of FILE, each twice as long as training rolls over; the first half of each fills
+Reads texts side by side from the last tenth of FILE, each twice as long as a training sequence; the first half of each fills
 the roll and is not scored. Prints a Markdown table.
 """
 
