@@ -23,6 +23,7 @@ SECTIONS = {
     "training, one sequence a step": "train --profile both --batch-size 1 --muon-interval 4",
     "generation": "generate --profile both",
     "commands": "commands",
+    "exported page": "page --rounds 3",
 }
 """Arguments of `scripts/benchmark.py` for each section, by its heading."""
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -41,18 +42,21 @@ def page_speed(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         page = folder / "page.html"
-        export.main(["-m", arguments.model, str(page)])
-        print(f"{page.stat().st_size:,} bytes")
+        with contextlib.redirect_stdout(sys.stderr):  # the name of a temporary file is no result
+            export.main(["-m", arguments.model, str(page)])
+        print(f"{page.stat().st_size:,} bytes, texts of {CHARS} characters; memory is what the page needs beyond an empty one\n")
+        print(f"| browser | computed by | characters/s, best | MB once loaded (range) | MB after a text and {PAUSE} s (range) |")
+        print("|---|---|---|---|---|")
         for kind, there in ((Chromium, CHROMIUM), (Firefox, FIREFOX)):
             if there:
                 with kind(folder / kind.__name__) as browser:
-                    report(kind.__name__, browser, page, arguments.rounds)
+                    report(browser, page, arguments.rounds)
             else:
-                print(f"{kind.__name__} is missing")
+                print(f"| {kind.__name__} is missing | | | | |")
 
 
-def report(name: str, browser: Browser, page: Path, rounds: int) -> None:
-    """Print speed and memory in one browser."""
+def report(browser: Browser, page: Path, rounds: int) -> None:
+    """Print a row of the table for each way in one browser."""
     speeds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds):
         for way, script in WAYS.items():
@@ -60,12 +64,12 @@ def report(name: str, browser: Browser, page: Path, rounds: int) -> None:
                 tab.open(page)
                 tab.wait_for(IDLE)
                 speeds[way].append(write(tab))
-                version = tab.evaluate("navigator.userAgent")
-    print(f"{name}: {version}", flush=True)
+                agent = tab.evaluate("navigator.userAgent")
+    version = re.findall(r"(?:Chrome|Firefox)/\d+", agent)[0]
     for way, found in speeds.items():
-        print(f"  {way}: {statistics.median(found):.0f} characters/s, best {max(found):.0f}")
         loaded, rested = zip(*(memory_in(browser, way, page) for _ in range(rounds)), strict=True)
-        print(f"    {spread(loaded)} MB once loaded, {spread(rested)} MB after a text and {PAUSE} s of rest", flush=True)
+        speed = f"{statistics.median(found):.0f}, {max(found):.0f}"
+        print(f"| {version} | {way} | {speed} | {spread(loaded)} | {spread(rested)} |", flush=True)
 
 
 def spread(amounts: Sequence[float]) -> str:
