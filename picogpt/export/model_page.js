@@ -553,15 +553,19 @@ async function copyLink() {
   }
 }
 
+/** The text, or none if the model knows few of its letters: one with another alphabet would read unknown characters only. */
+function ifKnown(text) {
+  const ids = encode(text);
+  return ids.filter(id => id === 0).length < ids.length / 10 ? text : "";
+}
+
 /** Take the state from the address. Nothing is written until a reader asks for it; a text in the address is only read. */
 function restore() {
   const kept = new URLSearchParams(location.hash.slice(1));
   for (const [key, id] of Object.entries(KEPT)) if (kept.has(key)) setValue($(id), kept.get(key));
-  const opening = "the history of ";
-  // A model with another alphabet may not know these letters: then the prompt is left empty.
-  $("prompt").value = kept.get("prompt") ?? (encode(opening).includes(0) ? "" : opening);
+  $("prompt").value = kept.get("prompt") ?? ifKnown("the history of ");
   describePrompt();
-  for (const id of ["roll-text", "roll-other"]) $(id).value = kept.get(id) ?? $(id).defaultValue;
+  for (const id of ["roll-text", "roll-other"]) $(id).value = kept.get(id) ?? ifKnown($(id).defaultValue);
   const radios = [...document.querySelectorAll("[name=mode]")];
   (radios.find(radio => radio.value === kept.get("roll")) ?? radios[0]).checked = true;
   showStop(Number(kept.get("stop") ?? 1) - 1 || 0);

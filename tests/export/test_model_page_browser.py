@@ -707,11 +707,11 @@ def test_another_alphabet(browser: Browser, tmp_path: Path) -> None:
     with browser.tab(script=SENTENCES) as tab:
         tab.open(path)
         tab.wait_for(IDLE)
-        first = tab.evaluate("$('prompt').value")
+        first = tab.evaluate("['prompt', 'roll-text', 'roll-other'].map(id => $(id).value)")
         ids = tab.evaluate(f"encode({prompt!r})")
         write(tab, prompt)
 
-        assert first == ""  # it does not know the letters of the usual one
+        assert first == ["", "", ""]  # it does not know the letters of the usual texts
         assert ids == TextEncoder(fold=True, alphabet=alphabet).encode(prompt).tolist()
         assert written(tab).startswith("Жж Aa<?>\U0001f600")
         assert len(tab.evaluate("model.text")) == len(prompt) + 20
