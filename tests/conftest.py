@@ -25,6 +25,7 @@ from picogpt.inference import EngineBackend, load_engine_backend
 from picogpt.kernels.compiled import INSTRUCTIONS
 from picogpt.model.gpt import GPT
 from picogpt.training.forecast import EpochEnd
+from picogpt.training.sample import engine_backend
 from picogpt.training.trainer import StepReport, Trainer
 from tests.hub import Hub, free_port
 
@@ -150,9 +151,10 @@ def compiled_backend() -> EngineBackend:
 
 @pytest.fixture(autouse=True)
 def _settings_of_the_process() -> None:
-    """One thread, as small products on several wait for each other; and denormal numbers, which a command run in this process takes for zero."""
-    torch.set_num_threads(1)
+    """What a command run in this process leaves: its number of threads, denormal numbers as zero, and the compiler that it found or missed."""
+    torch.set_num_threads(1)  # small products on several threads wait for each other
     torch.set_flush_denormal(False)
+    engine_backend.cache_clear()
 
 
 @pytest.fixture(scope="session")

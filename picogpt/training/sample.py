@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 from picogpt.config import EngineDType, GenerateConfig, SampleConfig, TextConfig
 from picogpt.errors import PicoGPTError
-from picogpt.inference import Engine, load_engine_backend
+from picogpt.inference import Engine, EngineBackend, load_engine_backend
 from picogpt.inference.generate import Sampler, continue_prompt, suppressed_ids
 from picogpt.model.gpt import GPT
 from picogpt.rng import sample_generator
 from picogpt.tokenizer import CharTokenizer
 from picogpt.wording import Notify
 
-__all__ = ["sample_text"]
+__all__ = ["engine_backend", "sample_text"]
 
 SAMPLE_CHARS = 128
 """Length of the sample after each epoch: a window of the default model, and 0.3 % of an epoch of a five-minute run."""
@@ -23,12 +25,12 @@ def sample_text(model: GPT, text: TextConfig, notify: Notify) -> str:
     Args:
         model: the model after the epoch.
         text: properties of the training text; characters that do not occur in it are suppressed.
-        notify: receives a line before the engine is compiled.
+        notify: receives a line before the engine is compiled, and if that fails; only at the first sample of a process.
     """
     tokenizer = CharTokenizer(text.alphabet)
     # The inference engine and not the model: it has a KV cache, and is what the user will generate with.
     try:
-        backend = load_engine_backend(notify)
+        backend = engine_backend(notify)
         # int8 is the fastest type, and no worse to the eye. numpy has float32 alone.
         dtype: EngineDType = "auto" if backend.library is None else "int8"
         engine = Engine(model.config, model.arrays(), backend=backend, dtype=dtype)
@@ -39,3 +41,13 @@ def sample_text(model: GPT, text: TextConfig, notify: Notify) -> str:
     # A newline starts a line of the training text, so the sample does too.
     made = continue_prompt(engine, tokenizer.encode("\n"), SAMPLE_CHARS, hop=hop, sampler=sampler)
     return "".join(tokenizer.decode(ids) for (ids,), _ in made)
+
+
+# Cached: where nothing can be compiled or kept, each epoch would try again and print the same lines.
+@functools.cache
+def engine_backend(notify: Notify) -> EngineBackend:
+    """Return the engine's kernels, compiled at the first call of a process if they are not cached."""
+    backend = load_engine_backend(notify)
+    if backend.library is None:
+        notify(f"numpy generates the samples, several times more slowly than C: {backend.reason}")
+    return backend

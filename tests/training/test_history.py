@@ -19,7 +19,7 @@ from picogpt.runs.folder import LossLog
 from picogpt.training.history import EXCERPT_CHARS, History, describe_settings, target_probabilities
 from picogpt.training.trainer import Trainer
 from picogpt.wording import say_nothing
-from tests.conftest import TINY, tiny_source
+from tests.conftest import TINY, needs_any_compiler, tiny_source
 
 CONFIG = TrainConfig(batch_size=2, windows=3)
 
@@ -70,6 +70,35 @@ def test_history_is_kept(tmp_path: Path) -> None:
     assert again.epochs[0].sample == history.epochs[0].sample
     assert len(history.epochs[0].probabilities) == 24
     np.testing.assert_allclose(again.epochs[0].probabilities, history.epochs[0].probabilities, atol=0.5 / 255 + 1e-9)
+
+
+def test_samples_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that fails is tried at the first epoch alone, and numpy takes its place with one line."""
+    monkeypatch.setenv("CC", "false")
+    trainer, history = make_trainer(), History()
+    said: list[str] = []
+    for n_epochs in (1, 2):
+        history.record(trainer, trainer.source, log_of(n_epochs), said.append)
+
+    assert len(history.epochs[1].sample) > 100
+    assert said == [
+        "compiling decode.c, once for this machine (a few seconds)",
+        "numpy generates the samples, several times more slowly than C: false fails (exit code 1)",
+    ]
+
+
+@needs_any_compiler
+def test_samples_without_a_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where no library can be kept, a run compiles one for all of its samples."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    trainer, history = make_trainer(), History()
+    said: list[str] = []
+    for n_epochs in (1, 2):
+        history.record(trainer, trainer.source, log_of(n_epochs), said.append)
+
+    assert [line for line in said if line.startswith("compiling decode.c, at each start: ")] == said
+    assert len(said) == 1
 
 
 def test_epochs_that_are_trained_anew() -> None:
