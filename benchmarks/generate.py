@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from picogpt.kernels.processor import vector_instructions
 from picogpt.model.accelerate import accelerate
 from picogpt.rng import sample_generator
 from picogpt.runs.find import find_model
-from picogpt.runs.folder import load_model
+from picogpt.runs.model_file import load_model
 from picogpt.threads import choose_threads
 from picogpt.wording import plural
 
@@ -125,7 +125,7 @@ class PlainCLoop:
         arrays: its weights.
     """
 
-    def __init__(self, config: GPTConfig, arrays: dict[str, npt.NDArray[Any]]) -> None:
+    def __init__(self, config: GPTConfig, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         final = ["wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"]
         layers = [f"h.{i}.{name}" for i in range(config.n_layer) for name in LAYER]
         self._arrays = [np.ascontiguousarray(arrays[f"transformer.{name}"], np.float32) for name in final + layers]
@@ -163,7 +163,8 @@ def one_text(path: Path, settings: Settings) -> None:
 
     The ways take turns of a few characters for some time, so that all of them meet the same disturbances.
     """
-    plain = PlainCLoop(*load_model(path))
+    stored = load_model(path)
+    plain = PlainCLoop(stored.config, stored.weights)
     reference = ReferenceModel.load(path).model
     accelerate(reference).attention = "fused"  # as any PyTorch engineer would compute it
     calls: dict[str, Callable[[], float]] = {
@@ -225,7 +226,7 @@ def speed_of_engine(engine: Engine, prompt: int, count: int, texts: int = 1) -> 
 
 def many_texts(path: Path, settings: Settings) -> None:
     """Print characters a second of many texts at once, and how much of the machine's matrix products that is."""
-    matrices = [array for name, array in load_model(path)[1].items() if array.ndim == 2 and "wpe" not in name]
+    matrices = [array for name, array in load_model(path).weights.items() if array.ndim == 2 and "wpe" not in name]
     flops = 2 * sum(array.size for array in matrices)
     threads = max(settings.threads)
     torch.set_num_threads(threads)

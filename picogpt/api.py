@@ -23,8 +23,9 @@ from picogpt.inference import Engine
 from picogpt.inference.prompts import TextGenerator
 from picogpt.model.roll import window_spans
 from picogpt.runs.find import find_log, find_model
-from picogpt.runs.folder import LossLog, load_text_config
-from picogpt.runs.folder import read_log as read_log_file
+from picogpt.runs.loss_log import LossLog
+from picogpt.runs.loss_log import read_log as read_log_file
+from picogpt.runs.model_file import load_text_config
 from picogpt.tokenizer import CharTokenizer, TextEncoder
 from picogpt.wording import Notify, say_nothing
 

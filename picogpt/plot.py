@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from picogpt.checks import X_AXES
 from picogpt.evaluation.scores import CONDITIONS, Estimate, Scores, position_bins
-from picogpt.runs.folder import LossLog
+from picogpt.runs.loss_log import LossLog
 
 
 def _has_config_folder() -> bool:

@@ -14,7 +14,8 @@ import torch
 
 import picogpt
 from picogpt.model.gpt import GPT
-from picogpt.runs.folder import LossLog, RunFolder
+from picogpt.runs.folder import RunFolder
+from picogpt.runs.loss_log import LossLog
 from tests.conftest import TINY
 
 TEXT = "the lamp was out, and the rain had stopped."

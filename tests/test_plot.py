@@ -16,7 +16,7 @@ from picogpt import plot
 from picogpt.checks import X_AXES
 from picogpt.evaluation.scores import CONDITIONS, Scores, position_bins
 from picogpt.plot import draw_losses, draw_scores
-from picogpt.runs.folder import LossLog
+from picogpt.runs.loss_log import LossLog
 from tests.programs import program
 
 

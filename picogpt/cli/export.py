@@ -61,15 +61,16 @@ def _export(arguments: argparse.Namespace) -> int:
 def _write_page(path: Path, chosen: str, page: Path) -> None:
     from picogpt.export.model_page import ModelView, render_model_page
     from picogpt.files import atomic_write
-    from picogpt.runs.folder import LOG_FILE, load_text_config, open_model, read_log
+    from picogpt.runs.loss_log import LOG_FILE, read_log
+    from picogpt.runs.model_file import open_model
 
     log = path.with_name(LOG_FILE)
-    with open_model(path) as (config, arrays):
+    with open_model(path) as model:
         view = ModelView(
             name=path.resolve().parent.name,  # the run's name, also for a path like ./model.safetensors
-            config=config,
-            arrays=arrays,
-            text=load_text_config(path),
+            config=model.config,
+            arrays=model.weights,
+            text=model.text,
             log=read_log(log) if log.exists() else None,  # a model file alone has no log
         )
         # A folder's name may contain bytes that are not UTF-8, which Python represents by surrogates.
@@ -81,15 +82,14 @@ def _write_page(path: Path, chosen: str, page: Path) -> None:
 def _write_gpt2(path: Path, chosen: str, folder: Path) -> None:
     from picogpt.export.gpt2 import Gpt2Model, write_gpt2
     from picogpt.files import atomic_folder
-    from picogpt.runs.folder import load_model, load_text_config
+    from picogpt.runs.model_file import load_model
 
-    config, weights = load_model(path)
-    model = Gpt2Model(path.resolve().parent.name, config, weights, load_text_config(path))
+    model = load_model(path)
     with atomic_folder(folder) as new:
-        write_gpt2(model, new)
+        write_gpt2(Gpt2Model(path.resolve().parent.name, model.config, model.weights, model.text), new)
     notice(
         f"{chosen}: {_describe_files(folder)} written in GPT-2's layout\n"
-        f"this is the model without its context roll, within one window of {config.context_len} characters; "
+        f"this is the model without its context roll, within one window of {model.config.context_len} characters; "
         "picogpt-eval measures what that costs\n"
         f"to upload it under a name of yours: hf upload NAME {shlex.quote(str(folder))}"
     )

@@ -126,7 +126,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from picogpt.inference import Engine
     from picogpt.inference.prompts import TextGenerator
     from picogpt.runs.find import find_model
-    from picogpt.runs.folder import load_text_config
+    from picogpt.runs.model_file import load_text_config
 
     if sys.stdout is None:
         raise DataError("standard output is closed; there is nowhere to write to")

@@ -17,7 +17,7 @@ from picogpt.errors import ConfigError, PicoGPTError
 
 if TYPE_CHECKING:
     from picogpt.export.log_page import RunView
-    from picogpt.runs.folder import LossLog
+    from picogpt.runs.loss_log import LossLog
 
 __all__ = ["build_parser", "main"]
 
@@ -68,7 +68,7 @@ def _plot(arguments: argparse.Namespace) -> int:
     # Imported after the checks: numpy and matplotlib load slowly, and a wrong flag should answer at once.
     from picogpt.files import atomic_write
     from picogpt.runs.find import find_log, picture_path
-    from picogpt.runs.folder import read_log
+    from picogpt.runs.loss_log import read_log
 
     # All logs are found before the first is read: a mistyped last name is reported at once.
     paths = {run: find_log(run, arguments.logs_dir) for run in arguments.runs}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from picogpt.cli.bar import ProgressBar
 from picogpt.cli.common import notice
 from picogpt.cli.screen import above_bar
-from picogpt.runs.folder import LossLog
+from picogpt.runs.loss_log import LossLog
 from picogpt.schedule import Schedule
 from picogpt.training.forecast import TIMED_STEPS
 from picogpt.training.trainer import StepReport, Trainer

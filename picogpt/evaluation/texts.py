@@ -30,7 +30,8 @@ from picogpt.errors import ConfigError, DataError, RunError
 from picogpt.evaluation.baselines import NGRAM_CHARS
 from picogpt.evaluation.scores import cut_stretches
 from picogpt.ids import Ids
-from picogpt.runs.folder import RunFolder, load_text_config
+from picogpt.runs.folder import RunFolder
+from picogpt.runs.model_file import load_text_config
 from picogpt.runs.settings import RunSettings
 from picogpt.wording import Notify
 

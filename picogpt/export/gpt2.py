@@ -21,7 +21,7 @@ from picogpt.config import GPTConfig, TextConfig, alphabet_of
 from picogpt.errors import RunError
 from picogpt.files import atomic_write
 from picogpt.inference.generate import suppressed_ids
-from picogpt.runs.folder import serialize_tensors
+from picogpt.runs.tensor_file import serialize_tensors
 from picogpt.tokenizer import CharTokenizer
 
 __all__ = ["Gpt2Model", "write_gpt2"]

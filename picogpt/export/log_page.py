@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from string import Template
 
 from picogpt.export.page import resource, script_json
-from picogpt.runs.folder import LossLog
+from picogpt.runs.loss_log import LossLog
 from picogpt.wording import format_seconds
 
 __all__ = ["EpochView", "RunView", "pack_probabilities", "render_curve", "render_page"]

@@ -26,7 +26,7 @@ from picogpt.export.page import resource, script_json
 from picogpt.export.wasm import assemble
 from picogpt.inference.generate import MAX_PROMPT_WINDOWS, suppressed_ids
 from picogpt.inference.tensors import Floats, Tensors, to_bfloat16
-from picogpt.runs.folder import LossLog
+from picogpt.runs.loss_log import LossLog
 from picogpt.tokenizer import CharTokenizer, replacement
 
 __all__ = ["ModelView", "quantize_rows", "render_model_page"]

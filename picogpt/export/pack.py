@@ -9,16 +9,11 @@ from pathlib import Path
 
 from picogpt.files import atomic_write
 from picogpt.inference.tensors import to_bfloat16
-from picogpt.runs.folder import (
-    MODEL_FILE,
-    LossLog,
-    RunFolder,
-    load_model,
-    load_text_config,
-    model_metadata,
-    serialize_tensors,
-)
+from picogpt.runs.folder import RunFolder
+from picogpt.runs.loss_log import LossLog
+from picogpt.runs.model_file import MODEL_FILE, load_model, model_metadata
 from picogpt.runs.settings import RunSettings
+from picogpt.runs.tensor_file import serialize_tensors
 
 __all__ = ["write_pack"]
 
@@ -41,9 +36,9 @@ def write_pack(model: Path, folder: Path) -> LossLog:
     source, target = RunFolder(model.parent), RunFolder(folder)
     settings, log = source.read_config(), source.read_log()
     RunSettings.from_dict(settings)
-    config, weights = load_model(model)
-    rounded = {name: to_bfloat16(array) for name, array in weights.items()}
-    metadata = model_metadata(config, load_text_config(model))
+    stored = load_model(model)
+    rounded = {name: to_bfloat16(array) for name, array in stored.weights.items()}
+    metadata = model_metadata(stored.config, stored.text)
     atomic_write(folder / MODEL_FILE, serialize_tensors(rounded, metadata, bfloat16=True))
     target.write_config(settings)
     target.write_log(log)

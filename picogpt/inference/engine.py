@@ -21,7 +21,7 @@ from picogpt.inference.weights import Weights
 from picogpt.inference.window import Ids, NumpyWindow, Window
 from picogpt.kernels.build import load_library
 from picogpt.kernels.processor import vector_instructions
-from picogpt.runs.folder import open_model
+from picogpt.runs.model_file import open_model
 from picogpt.threads import choose_threads
 from picogpt.wording import Notify, say_nothing
 
@@ -129,8 +129,8 @@ class Engine:
                 notify(f"numpy computes the model, several times more slowly than C: {backend.reason}")
         count = choose_threads(threads).count
         # The file stays open while the weights are packed, each read on demand: they need not all be in memory at once.
-        with open_model(path) as (config, arrays):
-            engine = cls(config, arrays, backend=backend, threads=count, dtype=dtype)
+        with open_model(path) as model:
+            engine = cls(model.config, model.weights, backend=backend, threads=count, dtype=dtype)
         if backend.library is None:
             limit_numpy_threads(count)
         return engine

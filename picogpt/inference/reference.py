@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from picogpt.model.gpt import GPT
-from picogpt.runs.folder import load_model
+from picogpt.runs.model_file import load_model
 
 __all__ = ["ReferenceModel"]
 
@@ -33,9 +33,9 @@ class ReferenceModel:
         Raises:
             RunError: the model is missing or damaged.
         """
-        config, weights = load_model(path)
-        model = GPT(config)
-        model.load_arrays(weights)
+        stored = load_model(path)
+        model = GPT(stored.config)
+        model.load_arrays(stored.weights)
         return cls(model)
 
     @torch.no_grad()

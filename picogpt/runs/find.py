@@ -1,15 +1,16 @@
-"""Names of runs: a user's name resolved to a file, the most likely run if none is named, and the name of a new run."""
+"""Names of runs and models resolved to files, and the most likely model if none is named."""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
 
-from picogpt.errors import ConfigError, RunError
-from picogpt.runs.folder import LOG_FILE, MODEL_FILE, RunFolder
-from picogpt.wording import Notify
+from picogpt.errors import RunError
+from picogpt.runs.folder import RunFolder
+from picogpt.runs.loss_log import LOG_FILE
+from picogpt.runs.model_file import MODEL_FILE
 
-__all__ = ["default_run", "find_log", "find_model", "named_run", "picture_path", "resumable_runs"]
+__all__ = ["find_log", "find_model", "picture_path"]
 
 # A wheel has the Wikipedia model inside the package; a clone has all bundled models in its `logs` folder.
 _PACKAGED = Path(__file__).resolve().parents[1] / "pretrained"
@@ -61,52 +62,6 @@ def picture_path(found: Path, filename: str) -> Path:
     """Return the default path of a run's picture: next to the file `found`, but outside of the installed package."""
     # Files of a package belong to pip, and its folder is often read-only.
     return Path(f"{found.parent.name}-{filename}") if _PACKAGED in found.parents else found.with_name(filename)
-
-
-def resumable_runs(logs_dir: Path) -> list[str]:
-    """Return the names of the runs under `logs_dir` that training can resume, sorted."""
-    # A config without a model: the run was killed before its first checkpoint, and starts again from its settings.
-    runs = [RunFolder(path) for path in sorted(logs_dir.glob("*")) if path.is_dir()]
-    return [run.name for run in runs if run.has_checkpoint() or (run.has_config() and not run.has_model())]
-
-
-def default_run(path: Path, notify: Notify) -> RunFolder:
-    """Return the run `path`, or `path`-2, -3, ... where a finished model that cannot be resumed has that name."""
-    # The bundled models have the names of texts: training on `wikipedia` must not replace the bundled `wikipedia`.
-    folder, number = RunFolder(path), 1
-    while folder.is_weights_only():
-        number += 1
-        folder = RunFolder(path.with_name(f"{path.name}-{number}"))
-    if number > 1:
-        notify(f"{path}: a trained model without a checkpoint to resume from; this run is called {folder.name}")
-    return folder
-
-
-def named_run(path: Path, *, may_be_new: bool, notify: Notify) -> RunFolder:
-    """Return the run `path`, to be resumed or begun.
-
-    Args:
-        path: folder of the run.
-        may_be_new: whether the user named a text too, and so may mean a new run.
-        notify: receives a line about a run that is begun without a text having been named.
-
-    Raises:
-        ConfigError: there is no such run but there are others, and no text was named: the name is probably mistyped.
-    """
-    folder = RunFolder(path)
-    if may_be_new or path.exists():
-        return folder
-    # A new run named like a mistyped old one would train for hours before anyone notices.
-    others = resumable_runs(path.parent)
-    if not others:
-        notify(f"{path}: a new run, as there is none to resume; neither --dataset nor --text is given, so the text is auto")
-        return folder
-    nearest = difflib.get_close_matches(folder.name, others, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"the runs there are {', '.join(others)}."
-    raise ConfigError(
-        f"run {folder.name}: no such run under {path.parent}; {hint} For a new run, give --dataset or --text too",
-        "run",
-    )
 
 
 def _find(name: str, logs_dir: Path, filename: str) -> Path:

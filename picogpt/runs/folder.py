@@ -14,182 +14,41 @@
 | `epochs.json`                     | samples and probabilities of the page, one entry per epoch               |
 | `eval.jpg`                        | plot of the last evaluation, if any                                      |
 
-Writes are atomic: a file is either complete or absent. Reading never runs code from a file. Tensors are numpy arrays here, so
-reading a model does not import torch.
+Writes are atomic: a file is either complete or absent. Reading never runs code from a file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import enum
-import errno
-import hashlib
-import io
+import difflib
 import json
-import math
 import os
-import pickle
-import struct
-import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load as tensors_of
-from safetensors.numpy import save as serialize
 
-from picogpt.alphabet import PICOGPT, Alphabet
+from picogpt.alphabet import Alphabet
 from picogpt.config import GPTConfig, TextConfig, alphabet_of
 from picogpt.errors import ConfigError, RunError
 from picogpt.files import atomic_write, can_flush, remove_leftovers, replace
 from picogpt.ids import Ids
+from picogpt.runs.checkpoint import Checkpoint, checkpoint_file, read_checkpoint
+from picogpt.runs.lock import Lock, try_lock
+from picogpt.runs.loss_log import CSV_FILE, LOG_FILE, LossLog, read_log
+from picogpt.runs.model_file import MODEL_FILE, load_text_config, model_metadata
 from picogpt.runs.settings import RunSettings
+from picogpt.runs.tensor_file import FORMAT_VERSION, check_version, digest, open_tensors, serialize_tensors
+from picogpt.wording import Notify
 
-__all__ = [
-    "LOG_FILE",
-    "MODEL_FILE",
-    "Checkpoint",
-    "LossLog",
-    "RunFolder",
-    "load_alphabet",
-    "load_model",
-    "load_text_config",
-    "model_metadata",
-    "open_model",
-    "pack",
-    "read_log",
-    "serialize_tensors",
-    "unpack",
-]
+__all__ = ["RunFolder", "default_run", "named_run", "resumable_runs"]
 
-FORMAT_VERSION = 1
-"""Version of the format, stored in every file; readers reject a newer one."""
-
-Tensors = dict[str, npt.NDArray[Any]]
-
-MODEL_FILE = "model.safetensors"
+_CONFIG = "config.json"
 _CHECKPOINT = "checkpoint.safetensors"
 _PREVIOUS = "checkpoint.previous.safetensors"  # fallback if the newest is damaged
 _DAMAGED = "checkpoint.damaged.safetensors"  # kept for inspection, never read
 _VALIDATION = "validation.safetensors"
-_CONFIG = "config.json"
-LOG_FILE = "log.pkl"
-CSV_FILE = "log.csv"
-_BFLOAT16 = "BF16"  # name of the dtype in a safetensors header
-# errno values of a file system without flock, such as some network mounts.
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
-# NFS emulates flock by byte-range locks, which may report a held lock as EACCES.
-_LOCK_HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
-
-
-@dataclass(kw_only=True)
-class LossLog:
-    """The loss log. Each list has one entry per epoch."""
-
-    train: list[float] = field(default_factory=list)
-    """Mean training loss of each epoch, in nats per character."""
-    val: list[float] = field(default_factory=list)
-    """Validation loss after each epoch, in nats per character."""
-    chars: list[int] = field(default_factory=list)
-    """Characters trained on by the end of each epoch."""
-    seconds: list[float] = field(default_factory=list)
-    """Seconds spent training by the end of each epoch."""
-    steps: list[int | None] = field(default_factory=list)
-    """Optimizer steps by the end of each epoch; None in logs that are older than this list."""
-    rates: list[float | None] = field(default_factory=list)
-    """Learning rate of the last step of each epoch; None in logs that are older than this list."""
-    best_loss: float | None = None
-    """Lowest validation loss so far: the loss of the weights in `model.safetensors`."""
-    iter_num: int = 0
-    """Optimizer steps so far."""
-
-    def __post_init__(self) -> None:
-        # Older logs have fewer lists: their epochs get an entry in the new ones, so that the next epoch is appended in its place.
-        for newer in (self.steps, self.rates):
-            newer[:0] = [None] * (len(self.val) - len(newer))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the log as plain values under the original project's keys, plus `chars`, `seconds`, `steps` and `rates`."""
-        # Lists are copied, so a later epoch does not change a log that is being written.
-        return {
-            "losses": {"train": list(self.train), "val": list(self.val)},
-            "best_loss": self.best_loss,
-            "iter_num": self.iter_num,
-            "chars": list(self.chars),
-            "seconds": list(self.seconds),
-            "steps": list(self.steps),
-            "rates": list(self.rates),
-        }
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> LossLog:
-        """Return the log that `to_dict` turned into `content`.
-
-        Raises:
-            KeyError, TypeError, ValueError: `content` has another form.
-        """
-        best = content["best_loss"]
-        log = cls(
-            train=[float(x) for x in content["losses"]["train"]],
-            val=[float(x) for x in content["losses"]["val"]],
-            chars=[int(x) for x in content["chars"]],
-            seconds=[float(x) for x in content["seconds"]],
-            steps=[None if x is None else int(x) for x in content.get("steps", [])],
-            rates=[None if x is None else float(x) for x in content.get("rates", [])],
-            best_loss=None if best is None else float(best),
-            iter_num=int(content["iter_num"]),
-        )
-        # Plots and reports zip the lists, so all must have an entry for each epoch.
-        if len({len(x) for x in (log.train, log.val, log.chars, log.seconds, log.steps, log.rates)}) != 1:
-            raise ValueError("its lists have different lengths")
-        return log
-
-    def to_csv(self) -> str:
-        """Return the log as a table for spreadsheets and pandas: a header and one row per epoch.
-
-        Columns: epoch, step, chars, seconds, train_loss, val_loss and best in nats per character, lr, chars_per_second.
-        Unknown values are empty.
-        """
-        table = io.StringIO()
-        rows = csv.writer(table, lineterminator="\n")
-        rows.writerow(["epoch", "step", "chars", "seconds", "train_loss", "val_loss", "best", "lr", "chars_per_second"])
-        columns = (self.steps, self.chars, self.seconds, self.train, self.val, self.rates)
-        best, before = math.inf, (0, 0.0)
-        for epoch, (step, chars, seconds, train, val, rate) in enumerate(zip(*columns, strict=True), start=1):
-            best = min(best, val)
-            # An imported log has no times.
-            spent = seconds - before[1]
-            speed = round((chars - before[0]) / spent, 1) if spent > 0 else None
-            before = (chars, seconds)
-            rows.writerow([epoch, step, chars, round(seconds, 3), train, val, best, rate, speed])
-        return table.getvalue()
-
-
-@dataclass(kw_only=True)
-class Checkpoint:
-    """Everything needed to resume a run."""
-
-    tensors: Tensors
-    """Weights and optimizer tensors, by name."""
-    state: dict[str, Any]
-    """Plain values: step counts, running sums, the loss log."""
-
-
-def pack(checkpoint: Checkpoint) -> bytes:
-    """Serialize a checkpoint to send it to another process: length of the state (8 bytes), state as JSON, tensors."""
-    state = json.dumps(checkpoint.state).encode()
-    return len(state).to_bytes(8, "little") + state + serialize(checkpoint.tensors)
-
-
-def unpack(content: bytes) -> Checkpoint:
-    """Return the checkpoint that `pack` serialized."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    return Checkpoint(tensors=tensors_of(content[start:]), state=json.loads(content[8:start]))
 
 
 class RunFolder:
@@ -275,7 +134,7 @@ class RunFolder:
             raise RunError(f"{path}: cannot be opened ({error.strerror}); remove it, or choose another --run") from error
         with os.fdopen(descriptor, "r+b") as stream:
             try:
-                locked = _try_lock(stream)
+                locked = try_lock(stream)
             except OSError as error:
                 error.filename = os.fspath(path)  # flock gets a descriptor, so its error names no file
                 raise
@@ -322,7 +181,7 @@ class RunFolder:
             raise RunError(f"{path}: cannot be read ({error}); start over with --fresh, the folder is kept") from error
         if not isinstance(content, dict):
             raise RunError(f"{path}: not a run's config; start over with --fresh, the folder is kept")
-        _check_version(path, content.get("format"))
+        check_version(path, content.get("format"))
         return content
 
     def read_settings(self) -> RunSettings | None:
@@ -353,7 +212,7 @@ class RunFolder:
             return
         path = self.path / MODEL_FILE
         try:
-            found = load_alphabet(path)
+            found = alphabet_of(load_text_config(path))
         except RunError:  # a damaged model is no error here: the run resumes from its checkpoint, and writes the model again
             return
         if found != alphabet:
@@ -372,15 +231,9 @@ class RunFolder:
         Raises:
             OSError: the disk is full, read-only or broken; the existing checkpoints are unchanged.
         """
-        # Metadata values are strings in safetensors. The digest covers tensors and state, so damage to either is detected.
-        metadata = {
-            "format": str(FORMAT_VERSION),
-            "state": json.dumps(checkpoint.state),
-            "sha256": _digest(checkpoint.tensors, json.dumps(checkpoint.state)),
-        }
         # Written and flushed under a third name first: at every moment one complete checkpoint is on the disk.
         staged = self.path / f".{_CHECKPOINT}.staged.part"
-        atomic_write(staged, serialize_tensors(checkpoint.tensors, metadata))
+        atomic_write(staged, checkpoint_file(checkpoint))
         current = self.path / _CHECKPOINT
         if current.exists():
             replace(current, self.path / _PREVIOUS)
@@ -400,7 +253,7 @@ class RunFolder:
             if not path.exists():
                 continue
             try:
-                checkpoint = _read_checkpoint(path)
+                checkpoint = read_checkpoint(path)
             except RunError as error:
                 faults.append(str(error))
                 continue
@@ -417,7 +270,7 @@ class RunFolder:
     def save_validation(self, ids: Ids) -> None:
         """Write `validation.safetensors`: a stream's validation text, ids (characters,), drawn once."""
         # Stored, so a resumed run is validated on the same text without reading the stream from its beginning.
-        metadata = {"format": str(FORMAT_VERSION), "sha256": _digest({"ids": ids}, "")}
+        metadata = {"format": str(FORMAT_VERSION), "sha256": digest({"ids": ids}, "")}
         atomic_write(self.path / _VALIDATION, serialize_tensors({"ids": ids}, metadata))
 
     def load_validation(self) -> Ids:
@@ -427,15 +280,15 @@ class RunFolder:
             RunError: the file is missing or damaged.
         """
         path = self.path / _VALIDATION
-        with _open_tensors(path) as stored:
+        with open_tensors(path) as stored:
             metadata, tensors = stored.metadata, dict(stored)
-        if metadata.get("sha256") != _digest(tensors, ""):
+        if metadata.get("sha256") != digest(tensors, ""):
             raise RunError(f"{path}: damaged (its SHA-256 does not match); start over with --fresh, the folder is kept")
         return tensors["ids"]
 
     def write_log(self, log: LossLog) -> None:
-        """Write `log.pkl`, a pickle of plain values that the original project's tools can read, and the same as `log.csv`."""
-        atomic_write(self.path / LOG_FILE, pickle.dumps(log.to_dict(), protocol=4))
+        """Write `log.pkl`, and the same as `log.csv`."""
+        atomic_write(self.path / LOG_FILE, log.to_pickle())
         atomic_write(self.path / CSV_FILE, log.to_csv().encode())
 
     def read_log(self) -> LossLog:
@@ -443,263 +296,47 @@ class RunFolder:
         return read_log(self.path / LOG_FILE)
 
 
-def model_metadata(config: GPTConfig, text: TextConfig | None = None) -> dict[str, str]:
-    """Return the metadata of `model.safetensors`: the model's shape, and the properties of its training text if known."""
-    metadata = {"format": str(FORMAT_VERSION), "config": json.dumps(asdict(config))}
-    if text is None:
-        return metadata
-    content: dict[str, Any] = {"fold": text.fold, "ids": text.ids}
-    if text.alphabet != PICOGPT:
-        content["alphabet"] = text.alphabet.to_json()
-    return {**metadata, "text": json.dumps(content)}
+def default_run(path: Path, notify: Notify) -> RunFolder:
+    """Return the run `path`, or `path`-2, -3, ... where a finished model that cannot be resumed has that name."""
+    # The bundled models have the names of texts: training on `wikipedia` must not replace the bundled `wikipedia`.
+    folder, number = RunFolder(path), 1
+    while folder.is_weights_only():
+        number += 1
+        folder = RunFolder(path.with_name(f"{path.name}-{number}"))
+    if number > 1:
+        notify(f"{path}: a trained model without a checkpoint to resume from; this run is called {folder.name}")
+    return folder
 
 
-def load_text_config(path: Path) -> TextConfig | None:
-    """Return the properties of the training text from a model file; None if the file has none, as older files do.
-
-    Raises:
-        RunError: the file is missing or damaged.
-    """
-    with _open_tensors(path) as tensors:
-        return _parse_text_config(path, tensors.metadata)
-
-
-def load_alphabet(path: Path) -> Alphabet:
-    """Return the alphabet of a model file; that of the original project if the file names none, as older files do.
-
-    Raises:
-        RunError: the file is missing or damaged.
-    """
-    return alphabet_of(load_text_config(path))
-
-
-def _parse_text_config(path: Path, metadata: Mapping[str, str]) -> TextConfig | None:
-    if "text" not in metadata:
-        return None
-    try:
-        content = json.loads(metadata["text"])
-        return TextConfig(
-            fold=content["fold"],
-            alphabet=Alphabet.from_json(content.get("alphabet")),
-            ids=tuple(int(i) for i in content["ids"]),
-        )
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
-        raise RunError(f"{path}: damaged (the text in its metadata is not valid)") from error
-
-
-@contextlib.contextmanager
-def open_model(path: Path) -> Iterator[tuple[GPTConfig, Mapping[str, npt.NDArray[Any]]]]:
-    """Open a `.safetensors` model file; yield its config and its weights, each read on access, in float32.
-
-    Raises:
-        RunError: the file is missing, damaged or not a picogpt model, or its alphabet is that of another model.
-    """
-    with _open_tensors(path) as tensors:
-        try:
-            config = GPTConfig(**json.loads(tensors.metadata["config"]))
-        except (KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
-            # A safetensors file of another project: readable, but without our config.
-            raise RunError(
-                f"{path}: no picogpt model (its metadata has no valid config); train one with picogpt-train"
-            ) from error
-        alphabet = alphabet_of(_parse_text_config(path, tensors.metadata))
-        # With another vocabulary, ids would be read and written as the wrong characters.
-        if config.vocab_size != alphabet.vocab_size:
-            raise RunError(
-                f"{path}: the weights are of another model: a vocabulary of {config.vocab_size:,}, expected "
-                f"{alphabet.vocab_size:,} for the alphabet {alphabet.describe()}"
-            )
-        yield config, tensors
-
-
-def load_model(path: Path) -> tuple[GPTConfig, Tensors]:
-    """Read config and weights of a model file; weights stored in bfloat16 are returned in float32.
-
-    Raises:
-        RunError: see `open_model`.
-    """
-    with open_model(path) as (config, tensors):
-        return config, dict(tensors)
-
-
-def read_log(path: Path) -> LossLog:
-    """Read a loss log; reject a pickle that imports anything.
-
-    Raises:
-        RunError: the file is missing, damaged or contains more than plain values.
-    """
-    try:
-        with path.open("rb") as stream:
-            content = _PlainUnpickler(stream).load()
-        return LossLog.from_dict(content)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # a damaged pickle can raise almost any exception
-        raise RunError(f"{path}: no loss log of picogpt ({type(error).__name__}: {error})") from error
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickler of numbers, strings, lists and dicts. Every import, through which a pickle runs code, raises."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it imports {module}.{name}, which a log may not do")
-
-
-def _read_checkpoint(path: Path) -> Checkpoint:
-    with _open_tensors(path) as stored:
-        metadata, tensors = stored.metadata, dict(stored)
-    state = metadata.get("state", "")
-    if metadata.get("sha256") != _digest(tensors, state):
-        raise RunError(f"{path}: damaged (its SHA-256 does not match)")
-    # The checksum matched, so this is the JSON that we wrote: no check of its form is needed.
-    return Checkpoint(tensors=tensors, state=json.loads(state))
-
-
-class _StoredTensors(Mapping[str, npt.NDArray[Any]]):
-    """Tensors of a safetensors file by name. Each is read on access, so one tensor of a large file costs little memory.
+def named_run(path: Path, *, may_be_new: bool, notify: Notify) -> RunFolder:
+    """Return the run `path`, to be resumed or begun.
 
     Args:
-        path: the file.
-        stream: the file, opened and validated by the safetensors library.
-    """
-
-    def __init__(self, path: Path, stream: safe_open) -> None:
-        self.metadata: dict[str, str] = stream.metadata() or {}  # type: ignore[no-untyped-call]
-        self._path, self._stream, self._names = path, stream, list(stream.keys())  # type: ignore[no-untyped-call]
-        # Offset of the first tensor, and the header; read only for a file with bfloat16 tensors.
-        self._layout: tuple[int, dict[str, Any]] | None = None
-
-    def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        if name not in self._names:
-            raise KeyError(name)
-        with _reading(self._path):
-            if self._stream.get_slice(name).get_dtype() == _BFLOAT16:  # type: ignore[no-untyped-call]
-                return self._widened(name)
-            tensor: npt.NDArray[Any] = self._stream.get_tensor(name)  # type: ignore[no-untyped-call]
-            return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def _widened(self, name: str) -> npt.NDArray[np.float32]:
-        """Return a bfloat16 tensor as float32. numpy has no bfloat16, so its bytes are read from the file directly."""
-        with self._path.open("rb") as stream:
-            if self._layout is None:
-                # Layout of the file: length of the header (8 bytes), header in JSON, tensors.
-                (length,) = struct.unpack("<Q", stream.read(8))
-                self._layout = 8 + length, json.loads(stream.read(length))
-            tensors_at, entry = self._layout[0], self._layout[1][name]
-            first, end = entry["data_offsets"]
-            stream.seek(tensors_at + first)
-            halves = np.frombuffer(stream.read(end - first), "<u2").astype(np.uint32)
-        # A bfloat16 is the upper half of a float32.
-        halves <<= 16
-        floats: npt.NDArray[np.float32] = halves.view(np.float32).reshape(entry["shape"])
-        return floats
-
-
-@contextlib.contextmanager
-def _open_tensors(path: Path) -> Iterator[_StoredTensors]:
-    """Open a safetensors file and check its format version; yield its tensors.
+        path: folder of the run.
+        may_be_new: whether the user named a text too, and so may mean a new run.
+        notify: receives a line about a run that is begun without a text having been named.
 
     Raises:
-        RunError: the file cannot be read, is damaged or has a newer format.
+        ConfigError: there is no such run but there are others, and no text was named: the name is probably mistyped.
     """
-    with contextlib.ExitStack() as stack:
-        with _reading(path):
-            tensors = _StoredTensors(path, stack.enter_context(safe_open(path, framework="numpy")))
-        version = tensors.metadata.get("format", "0")  # 0 fails the check: the file is not ours
-        _check_version(path, int(version) if version.isdigit() else None)
-        yield tensors
+    folder = RunFolder(path)
+    if may_be_new or path.exists():
+        return folder
+    # A new run named like a mistyped old one would train for hours before anyone notices.
+    others = resumable_runs(path.parent)
+    if not others:
+        notify(f"{path}: a new run, as there is none to resume; neither --dataset nor --text is given, so the text is auto")
+        return folder
+    nearest = difflib.get_close_matches(folder.name, others, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"the runs there are {', '.join(others)}."
+    raise ConfigError(
+        f"run {folder.name}: no such run under {path.parent}; {hint} For a new run, give --dataset or --text too",
+        "run",
+    )
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn errors of reading a file into `RunError`."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise RunError(f"{path}: no such file; train a model with picogpt-train, or name one with --model") from error
-    except (OSError, SafetensorError, TypeError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read as safetensors ({error})") from error
-
-
-def serialize_tensors(tensors: Tensors, metadata: Mapping[str, str], *, bfloat16: bool = False) -> bytes:
-    """Serialize tensors and metadata as safetensors, deterministically: equal content gives equal bytes.
-
-    With `bfloat16`, uint16 tensors hold bfloat16 weights, and are marked as such. The library writes metadata in an order that
-    differs between processes. Layout: length of the header (8 bytes), header in JSON padded with spaces to a multiple of 8,
-    tensors.
-    """
-    content = serialize(tensors, dict(metadata))
-    # Rewrite the header with sorted metadata; offsets of tensors count from its end, so they stay valid.
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
-    if bfloat16:  # numpy lacks the type
-        for entry in header.values():
-            entry["dtype"] = _BFLOAT16 if entry["dtype"] == "U16" else entry["dtype"]
-    text = json.dumps(ordered, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    # The memoryview avoids a copy of the tensors.
-    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[start:]))
-
-
-def _check_version(path: Path, found: object) -> None:
-    # Older formats would be converted here; so far there is one.
-    if not isinstance(found, int) or not 0 < found <= FORMAT_VERSION:
-        raise RunError(
-            f"{path}: format {found} is not supported (at most {FORMAT_VERSION}); use the version of picogpt that wrote it"
-        )
-
-
-def _digest(tensors: Mapping[str, npt.NDArray[Any]], state: str) -> str:
-    """Return the SHA-256 of the state and of each tensor's name, dtype, shape and bytes, sorted by name."""
-    digest = hashlib.sha256(state.encode())
-    for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
-        digest.update(f"\0{name}\0{array.dtype.str}\0{array.shape}\0".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)  # a view as bytes, without a copy
-    return digest.hexdigest()
-
-
-class Lock(enum.Enum):
-    """Result of an attempt to lock a file."""
-
-    OWN = enum.auto()
-    HELD = enum.auto()
-    """Another process holds the lock."""
-    UNSUPPORTED = enum.auto()
-    """The file system has no locks."""
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(stream: BinaryIO) -> Lock:
-        # Windows locks ranges and blocks reads of them: lock a byte beyond the pid, which stays readable.
-        stream.seek(1024)
-        try:
-            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return Lock.HELD
-        stream.seek(0)
-        return Lock.OWN
-
-else:
-    import fcntl
-
-    def _try_lock(stream: BinaryIO) -> Lock:
-        try:
-            # flock belongs to the open file, so closing another descriptor of the file does not release it, unlike lockf.
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return Lock.UNSUPPORTED
-            if error.errno in _LOCK_HELD:
-                return Lock.HELD
-            raise
-        return Lock.OWN
+def resumable_runs(logs_dir: Path) -> list[str]:
+    """Return the names of the runs under `logs_dir` that training can resume, sorted."""
+    # A config without a model: the run was killed before its first checkpoint, and starts again from its settings.
+    runs = [RunFolder(path) for path in sorted(logs_dir.glob("*")) if path.is_dir()]
+    return [run.name for run in runs if run.has_checkpoint() or (run.has_config() and not run.has_model())]

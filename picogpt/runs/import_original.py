@@ -33,7 +33,8 @@ import numpy.typing as npt
 from picogpt.alphabet import PICOGPT
 from picogpt.config import GPTConfig
 from picogpt.errors import ConfigError, RunError
-from picogpt.runs.folder import LossLog, Tensors
+from picogpt.runs.loss_log import LossLog
+from picogpt.runs.tensor_file import Tensors
 
 __all__ = ["OriginalRun", "read_original"]
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -23,7 +25,8 @@ from picogpt.device import CPU
 from picogpt.errors import RanksError
 from picogpt.ids import id_dtype
 from picogpt.kernels.compiled import Kernels, kernels_name
-from picogpt.runs.folder import Checkpoint, Tensors
+from picogpt.runs.checkpoint import Checkpoint
+from picogpt.runs.tensor_file import Tensors
 from picogpt.training.distributed import SINGLE_PROCESS, Ranks, translate_dist_errors
 from picogpt.training.optim import OuterOptimizer
 from picogpt.training.state import TrainState
@@ -200,7 +203,7 @@ class DataParallelState(TrainState):
             parameter.copy_(anchor)
         self.local_steps = 0
 
-    def load_weights(self, weights: Tensors) -> None:
+    def load_weights(self, weights: Mapping[str, npt.NDArray[Any]]) -> None:
         """Start from the weights of another model; the anchors of DiLoCo are copies of them.
 
         Raises:

@@ -14,7 +14,8 @@ from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import RandomSource
 from picogpt.files import TEMPORARY_SUFFIX
 from picogpt.plot import draw_losses
-from picogpt.runs.folder import LossLog, RunFolder
+from picogpt.runs.folder import RunFolder
+from picogpt.runs.loss_log import LossLog
 from picogpt.schedule import Pace, Schedule
 from picogpt.training.history import History
 from picogpt.training.memory import peak_memory

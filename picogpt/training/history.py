@@ -25,7 +25,7 @@ from picogpt.evaluation.baselines import NGram, compressed_bits, ngram_order
 from picogpt.export.log_page import EpochView, RunView, pack_probabilities, render_page
 from picogpt.files import atomic_write
 from picogpt.kernels.compiled import kernels_name
-from picogpt.runs.folder import LossLog
+from picogpt.runs.loss_log import LossLog
 from picogpt.tokenizer import CharTokenizer
 from picogpt.training.sample import sample_text
 from picogpt.training.state import TrainState

@@ -8,7 +8,8 @@ from picogpt.errors import ConfigError, RunError
 from picogpt.files import atomic_write
 from picogpt.model.gpt import GPT
 from picogpt.plot import draw_losses
-from picogpt.runs.folder import LossLog, RunFolder
+from picogpt.runs.folder import RunFolder
+from picogpt.runs.loss_log import LossLog
 from picogpt.training.origin import InitFrom
 from picogpt.training.request import TrainRequest
 from picogpt.wording import Notify, plural

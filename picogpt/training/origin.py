@@ -12,8 +12,9 @@ import numpy.typing as npt
 from picogpt.alphabet import PICOGPT, Alphabet
 from picogpt.config import GPTConfig
 from picogpt.runs.find import find_model
-from picogpt.runs.folder import LossLog, load_alphabet, load_model
 from picogpt.runs.import_original import read_original
+from picogpt.runs.loss_log import LossLog
+from picogpt.runs.model_file import load_model
 from picogpt.training.request import TrainRequest
 
 __all__ = ["InitFrom"]
@@ -40,7 +41,8 @@ class InitFrom:
         """
         if request.init_from is not None:
             path, _ = find_model(request.init_from, request.logs_dir)  # by name, like --model of the other commands
-            return cls(path.absolute(), *load_model(path), None, load_alphabet(path))
+            model = load_model(path)
+            return cls(path.absolute(), model.config, model.weights, None, model.alphabet)
         if request.import_original is not None:
             # Heads share one matrix, so their number cannot be read from the weights.
             original = read_original(request.import_original, request.model.get("n_head", GPTConfig().n_head))

@@ -11,8 +11,7 @@ from picogpt.config import DataConfig, GPTConfig, TrainConfig
 from picogpt.data import Source
 from picogpt.data.resolve import Console, FoundText, find_text
 from picogpt.errors import ConfigError, TrainingError
-from picogpt.runs.find import default_run, named_run
-from picogpt.runs.folder import RunFolder
+from picogpt.runs.folder import RunFolder, default_run, named_run
 from picogpt.runs.settings import RunSettings
 from picogpt.schedule import Budget
 from picogpt.training.distributed import Ranks

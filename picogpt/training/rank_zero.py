@@ -9,7 +9,9 @@ from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Batch, Source, Stop
 from picogpt.device import CPU
 from picogpt.kernels.compiled import Kernels
-from picogpt.runs.folder import Checkpoint, RunFolder, Tensors, pack, unpack
+from picogpt.runs.checkpoint import Checkpoint, pack, unpack
+from picogpt.runs.folder import RunFolder
+from picogpt.runs.tensor_file import Tensors
 from picogpt.schedule import Schedule, fraction_of_peak
 from picogpt.training.data_parallel import DataParallelState, pack_step
 from picogpt.training.distributed import SINGLE_PROCESS, Command, Ranks

@@ -14,7 +14,7 @@ from picogpt.config import LOGS_DIR
 from picogpt.data import Source, download_bytes
 from picogpt.errors import Interrupted, RunError
 from picogpt.files import existing_folder
-from picogpt.runs.folder import LossLog
+from picogpt.runs.loss_log import LossLog
 from picogpt.runs.settings import RunSettings
 from picogpt.schedule import MAX_SUITABLE_PASSES, Pace, Schedule
 from picogpt.signals import StopRequest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from picogpt.kernels.compiled import Kernels
 from picogpt.model.accelerate import accelerate
 from picogpt.model.gpt import GPT
 from picogpt.rng import Stream, philox
-from picogpt.runs.folder import Tensors
+from picogpt.runs.tensor_file import Tensors
 from picogpt.schedule import fraction_of_peak
 from picogpt.training.concurrent import count_thread_groups, parallel_backward
 from picogpt.training.optim import Muon, build_optimizers, set_learning_rate
@@ -175,7 +176,7 @@ class TrainState:
         assert isinstance(loss, torch.Tensor)
         return logits, loss
 
-    def load_weights(self, weights: Tensors) -> None:
+    def load_weights(self, weights: Mapping[str, npt.NDArray[Any]]) -> None:
         """Start from the weights of another model.
 
         Raises:

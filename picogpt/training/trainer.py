@@ -21,7 +21,11 @@ from picogpt.device import CPU
 from picogpt.errors import DataError, TrainingError, file_of_error
 from picogpt.files import atomic_write
 from picogpt.kernels.compiled import Kernels
-from picogpt.runs.folder import MODEL_FILE, Checkpoint, LossLog, RunFolder, Tensors, load_model
+from picogpt.runs.checkpoint import Checkpoint
+from picogpt.runs.folder import RunFolder
+from picogpt.runs.loss_log import LossLog
+from picogpt.runs.model_file import MODEL_FILE, load_model
+from picogpt.runs.tensor_file import Tensors
 from picogpt.schedule import Schedule, cool_down, epochs_since_best, fraction_of_peak, lr_at_step
 from picogpt.training.history import History, target_probabilities
 from picogpt.training.pacing import Pacer
@@ -279,8 +283,7 @@ class Trainer(TrainState):
             self.schedule = cool_down(schedule, self.step, best_step, self.config)
             self.cooling_down = True
             # Only the weights go back; the optimizer keeps its state.
-            _, weights = load_model(run.path / MODEL_FILE)
-            self.load_weights(weights)
+            self.load_weights(load_model(run.path / MODEL_FILE).weights)
             steps = plural(self.schedule.total_steps - self.step, "step")
             notify(f"{message}: restored its weights; cooling down from them in {steps}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from picogpt.errors import TrainingError
-from picogpt.runs.folder import Checkpoint, pack, unpack
+from picogpt.runs.checkpoint import Checkpoint, pack, unpack
 from picogpt.training.data_parallel import DataParallelState, unpack_step
 from picogpt.training.distributed import Command, Ranks
 

@@ -22,7 +22,8 @@ from picogpt.export.gpt2 import Gpt2Model
 from picogpt.inference import Engine
 from picogpt.inference.prompts import TextGenerator
 from picogpt.runs import find
-from picogpt.runs.folder import RunFolder, load_alphabet, load_model, load_text_config
+from picogpt.runs.folder import RunFolder
+from picogpt.runs.model_file import load_model, load_text_config
 from picogpt.tokenizer import CharTokenizer
 from tests.conftest import TINY_FLAGS
 from tests.export.page_model import content_of
@@ -76,15 +77,15 @@ def config_of(run: str) -> dict[str, Any]:
 class TestTraining:
     def test_what_is_stored(self) -> None:
         """Config and model have the characters, and the size of the vocabulary follows from them."""
-        text, (config, weights) = load_text_config(MODEL), load_model(MODEL)
+        model = load_model(MODEL)
 
         assert len(ALPHABET.characters) > 256
-        assert text is not None
-        assert text.alphabet == ALPHABET
-        assert text.fold is False
+        assert model.text is not None
+        assert model.alphabet == ALPHABET
+        assert model.text.fold is False
         assert config_of("han")["data"]["alphabet"] == {"name": "text", "characters": ALPHABET.characters}
-        assert config_of("han")["model"]["vocab_size"] == config.vocab_size == ALPHABET.vocab_size
-        assert weights["transformer.wte.weight"].shape[0] == ALPHABET.vocab_size
+        assert config_of("han")["model"]["vocab_size"] == model.config.vocab_size == ALPHABET.vocab_size
+        assert model.weights["transformer.wte.weight"].shape[0] == ALPHABET.vocab_size
 
     def test_the_page_shows_it(self) -> None:
         """The run's page has the excerpt as it is written, and a bar for the n-gram."""
@@ -100,7 +101,7 @@ class TestTraining:
         plain = Path("logs/plain/model.safetensors")
 
         assert config_of("plain")["data"]["alphabet"] is None
-        assert load_alphabet(plain) == PICOGPT
+        assert load_model(plain).alphabet == PICOGPT
         assert b"alphabet" not in plain.read_bytes()[:4000]
 
     def test_resume(self, capsys: Capture) -> None:
@@ -108,7 +109,7 @@ class TestTraining:
         for epochs, flags in (("2", []), ("3", ["--alphabet", "text"])):
             assert train.main(["--run", "han", *flags, "--epochs", epochs]) == 0
             assert f"resuming from step {2 * (int(epochs) - 1)}" in capsys.readouterr().err
-        assert load_alphabet(MODEL) == ALPHABET
+        assert load_model(MODEL).alphabet == ALPHABET
 
     @pytest.mark.parametrize(
         ("flags", "message"),
@@ -201,7 +202,7 @@ class TestTraining:
         assert "rows.jsonl: of its first 21,720 characters: alphabet: 324 characters" in capsys.readouterr().err
         ids = RunFolder(Path("logs/rows")).load_validation()
         assert ids.dtype == np.uint16
-        assert CharTokenizer(load_alphabet(Path("logs/rows/model.safetensors"))).decode(ids).startswith(LINES[0])
+        assert CharTokenizer(load_model(Path("logs/rows/model.safetensors")).alphabet).decode(ids).startswith(LINES[0])
 
         assert train.main(["--run", "rows", "--epochs", "2"]) == 0
         assert "resuming from step 2" in capsys.readouterr().err
@@ -220,7 +221,7 @@ class TestInitFrom:
         """Without the flag it is the alphabet of the model to start from."""
         assert begin("--text", "han.txt", "--run", "more", "--init-from", "han") == 0
 
-        assert load_alphabet(Path("logs/more/model.safetensors")) == ALPHABET
+        assert load_model(Path("logs/more/model.safetensors")).alphabet == ALPHABET
         assert "starting from the weights of" in (said := capsys.readouterr().err)
         assert "start from embeddings" not in said
 
@@ -230,8 +231,8 @@ class TestInitFrom:
         assert begin("--text", "short.txt", "--alphabet", "text", "--init-from", "han", "--run", "new", *STILL) == 0
         said = capsys.readouterr().err
         assert "; alphabet text (17 characters): 13 of its 17 characters start from embeddings of that model\n" in said
-        old, new = (load_model(Path(f"logs/{run}/model.safetensors"))[1] for run in ("han", "new"))
-        alphabet = load_alphabet(Path("logs/new/model.safetensors"))
+        old, new = (load_model(Path(f"logs/{run}/model.safetensors")).weights for run in ("han", "new"))
+        alphabet = load_model(Path("logs/new/model.safetensors")).alphabet
         before, after = old["transformer.wte.weight"], new["transformer.wte.weight"]
         for character, i in zip(alphabet.characters, alphabet.text_ids, strict=True):
             at = int(CharTokenizer(ALPHABET).encode(character)[0])
@@ -249,8 +250,8 @@ class TestInitFrom:
         assert begin("--text", "short.txt", "--alphabet", "text", "--init-from", "plain", "--run", "new", *STILL) == 0
         said = capsys.readouterr().err
         assert "6 of its 7 characters start from embeddings of that model, 2 capitals as their small letters\n" in said
-        embedding = load_model(Path("logs/new/model.safetensors"))[1]["transformer.wte.weight"]
-        ids = CharTokenizer(load_alphabet(Path("logs/new/model.safetensors"))).encode("ABab")
+        embedding = load_model(Path("logs/new/model.safetensors")).weights["transformer.wte.weight"]
+        ids = CharTokenizer(load_model(Path("logs/new/model.safetensors")).alphabet).encode("ABab")
 
         np.testing.assert_allclose(embedding[ids[:2]], embedding[ids[2:]], atol=1e-6)
 
@@ -368,8 +369,8 @@ class TestExport:
         tokenizer = transformers.AutoTokenizer.from_pretrained("gpt2")
         text = "Жили Ἡ <Q> AB\nQ"
         ids = tokenizer(text)["input_ids"]
-        (config, weights), properties = load_model(MODEL), load_text_config(MODEL)
-        model = Gpt2Model("han", config, weights, properties)
+        stored = load_model(MODEL)
+        model = Gpt2Model("han", stored.config, stored.weights, stored.text)
 
         assert ids == [model.bos_id, *picogpt.load("han").encode(text).tolist()]
 

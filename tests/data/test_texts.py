@@ -21,7 +21,8 @@ from picogpt.errors import RunError
 from picogpt.evaluation.texts import TrainedRun
 from picogpt.model.gpt import GPT
 from picogpt.runs import find
-from picogpt.runs.folder import RunFolder, load_text_config
+from picogpt.runs.folder import RunFolder
+from picogpt.runs.model_file import load_text_config
 from picogpt.tokenizer import CharTokenizer
 from tests.conftest import TINY_FLAGS
 

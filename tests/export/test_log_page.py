@@ -16,7 +16,7 @@ import pytest
 
 from picogpt.export.log_page import EpochView, RunView, render_page
 from picogpt.files import atomic_write
-from picogpt.runs.folder import LossLog
+from picogpt.runs.loss_log import LossLog
 from tests.browser import Browser
 
 HOSTILE = "</script><script>document.title = 'run'</script> \"quotes\" & 'more' <b>\u202eright to left \U0001f600"

@@ -19,7 +19,8 @@ from picogpt.config import Fold, GPTConfig, TextConfig
 from picogpt.export.model_page import ModelView, quantize_rows, render_model_page
 from picogpt.inference import Engine
 from picogpt.inference.generate import RollingDecoder
-from picogpt.runs.folder import LossLog, load_text_config, open_model
+from picogpt.runs.loss_log import LossLog
+from picogpt.runs.model_file import open_model
 from tests.browser import Browser
 from tests.conftest import TINY
 from tests.export.page_model import arrays_of, content_of, dequantized, view
@@ -36,8 +37,8 @@ needs_wikipedia = pytest.mark.skipif(not WIKIPEDIA.exists(), reason="needs the b
 @pytest.fixture(scope="module")
 def wikipedia() -> str:
     """The page of the bundled model."""
-    with open_model(WIKIPEDIA) as (config, arrays):
-        return render_model_page(ModelView(name="wikipedia", config=config, arrays=arrays, text=load_text_config(WIKIPEDIA)))
+    with open_model(WIKIPEDIA) as model:
+        return render_model_page(ModelView(name="wikipedia", config=model.config, arrays=model.weights, text=model.text))
 
 
 def test_quantize_rows() -> None:
@@ -235,8 +236,8 @@ def test_greedy_text_in_a_browser(first: str, wikipedia: str, tmp_path: Path, br
         results = tab.evaluate(f"writeGreedily(PicoEngine, header, {buffer}, {json.dumps(PROMPTS)}, 500)")
         assert tab.complaints() == []
 
-    with open_model(WIKIPEDIA) as (config, _):
-        check_against_numpy(wikipedia, config, results, PROMPTS)
+    with open_model(WIKIPEDIA) as stored:
+        check_against_numpy(wikipedia, stored.config, results, PROMPTS)
 
 
 class TestCommand:

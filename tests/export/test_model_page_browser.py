@@ -17,7 +17,7 @@ from picogpt.export.model_page import render_model_page
 from picogpt.inference import Engine
 from picogpt.inference.generate import RollingDecoder
 from picogpt.inference.tensors import Floats
-from picogpt.runs.folder import LossLog
+from picogpt.runs.loss_log import LossLog
 from picogpt.tokenizer import TextEncoder
 from tests.browser import Browser, Tab
 from tests.conftest import TINY

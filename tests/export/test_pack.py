@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from picogpt.cli import export, train
-from picogpt.runs.folder import MODEL_FILE, RunFolder, load_model
+from picogpt.runs.folder import RunFolder
+from picogpt.runs.model_file import MODEL_FILE, load_model
 from tests.conftest import TINY_FLAGS
 
 
@@ -25,12 +26,11 @@ def test_pack(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     out, err = capsys.readouterr()
     assert out == "b\n"
     assert err.startswith(f"model logs/a/model.safetensors: {', '.join(names)} (")
-    config, weights = load_model(source.path / MODEL_FILE)
-    packed_config, packed = load_model(target.path / MODEL_FILE)
-    assert packed_config == config
-    assert packed.keys() == weights.keys()
-    for name, weight in weights.items():
-        assert np.array_equal(packed[name], torch.from_numpy(weight).bfloat16().float().numpy())
+    model, packed = load_model(source.path / MODEL_FILE), load_model(target.path / MODEL_FILE)
+    assert (packed.config, packed.text) == (model.config, model.text)
+    assert packed.weights.keys() == model.weights.keys()
+    for name, weight in model.weights.items():
+        assert np.array_equal(packed.weights[name], torch.from_numpy(weight).bfloat16().float().numpy())
     assert target.read_config() == source.read_config()
     assert target.read_log() == source.read_log()
     assert sorted(path.name for path in target.path.iterdir()) == names

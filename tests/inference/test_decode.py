@@ -27,7 +27,7 @@ from picogpt.kernels.processor import vector_instructions
 from picogpt.model.gpt import GPT
 from picogpt.rng import sample_generator
 from picogpt.runs.find import PRETRAINED
-from picogpt.runs.folder import load_model
+from picogpt.runs.model_file import load_model
 from picogpt.tokenizer import CharTokenizer
 from tests.conftest import needs_any_compiler, one_window
 from tests.inference.test_engine import engine_of, rough_model
@@ -353,12 +353,12 @@ def logits_by_windows(model: GPT, ids: npt.NDArray[np.int64], hop: int) -> npt.N
 @torch.no_grad()
 def test_a_trained_model_as_in_torch(hop: int, count: int, compiled_backend: EngineBackend) -> None:
     """The full-size trained model predicts a real text as in torch to 1e-4 in every logit, character by character."""
-    config, arrays = load_model(PRETRAINED / "wikipedia" / "model.safetensors")
-    model = GPT(config).eval()
-    model.load_arrays(arrays)
+    stored = load_model(PRETRAINED / "wikipedia" / "model.safetensors")
+    model = GPT(stored.config).eval()
+    model.load_arrays(stored.weights)
     text = (Path(__file__).parents[2] / "dataset" / "sample.txt").read_text()
     ids = CharTokenizer().encode(text)[:count].astype(np.int64)
-    decoder = RollingDecoder(Engine(config, arrays, backend=compiled_backend, threads=2, dtype="float32"), hop)
+    decoder = RollingDecoder(Engine(stored.config, stored.weights, backend=compiled_backend, threads=2, dtype="float32"), hop)
     found = np.concatenate([decoder.prefill(ids[None, i : i + 1]) for i in range(count)])
 
     np.testing.assert_allclose(found, logits_by_windows(model, ids, hop), rtol=0, atol=1e-4)
@@ -368,12 +368,12 @@ def test_a_trained_model_as_in_torch(hop: int, count: int, compiled_backend: Eng
 @pytest.mark.parametrize("name", ["tinyshakespeare", "wikipedia"])
 def test_what_a_type_costs(name: str, compiled_backend: EngineBackend) -> None:
     """Of a trained model each type predicts a real text, character by character, as well as float32, within a bound."""
-    config, arrays = load_model(PRETRAINED / name / "model.safetensors")
+    stored = load_model(PRETRAINED / name / "model.safetensors")
     text = Path(__file__).parents[2] / "dataset" / "sample.txt"
     ids = CharTokenizer().encode(text.read_text())[:20_001].astype(np.int64)
 
     def losses(dtype: EngineDType) -> torch.Tensor:
-        decoder = RollingDecoder(Engine(config, arrays, backend=compiled_backend, threads=2, dtype=dtype), 120)
+        decoder = RollingDecoder(Engine(stored.config, stored.weights, backend=compiled_backend, threads=2, dtype=dtype), 120)
         logits = np.concatenate([decoder.prefill(ids[None, i : i + 1]) for i in range(len(ids) - 1)])
         return F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(ids[1:]), reduction="none").double()
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from picogpt.config import GPTConfig
-from picogpt.runs.folder import Checkpoint, RunFolder
+from picogpt.runs.checkpoint import Checkpoint
+from picogpt.runs.folder import RunFolder
 
 run = RunFolder(Path(sys.argv[1]))
 shape = GPTConfig(n_layer=2, n_head=2, n_embd=16, context_len=8)

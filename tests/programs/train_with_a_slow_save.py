@@ -5,7 +5,8 @@ import sys
 import time
 
 from picogpt.cli.train import main
-from picogpt.runs.folder import Checkpoint, RunFolder
+from picogpt.runs.checkpoint import Checkpoint
+from picogpt.runs.folder import RunFolder
 
 save = RunFolder.save_checkpoint
 saves = itertools.count()

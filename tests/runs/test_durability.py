@@ -30,7 +30,8 @@ from picogpt.cli import train
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.errors import RunError
 from picogpt.inference.engine import NUMPY
-from picogpt.runs.folder import Checkpoint, RunFolder
+from picogpt.runs.checkpoint import Checkpoint
+from picogpt.runs.folder import RunFolder
 from picogpt.schedule import Schedule
 from picogpt.training.trainer import StepReport, Trainer
 from tests.conftest import TINY, TINY_FLAGS, tiny_source

@@ -11,8 +11,11 @@ import pytest
 from picogpt.config import GPTConfig
 from picogpt.errors import RunError
 from picogpt.runs import find
+from picogpt.runs.checkpoint import Checkpoint
 from picogpt.runs.find import find_log, find_model, picture_path
-from picogpt.runs.folder import MODEL_FILE, Checkpoint, LossLog, RunFolder
+from picogpt.runs.folder import RunFolder
+from picogpt.runs.loss_log import LossLog
+from picogpt.runs.model_file import MODEL_FILE
 
 LOG = LossLog(train=[2.0], val=[2.1], chars=[10], seconds=[1.0], best_loss=2.1, iter_num=8)
 

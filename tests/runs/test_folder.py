@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pickle
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -18,11 +17,11 @@ from safetensors.numpy import save_file
 from safetensors.torch import save as torch_save
 
 from picogpt.errors import RunError
-from picogpt.runs.folder import Checkpoint, LossLog, RunFolder, load_model, read_log
+from picogpt.runs.checkpoint import Checkpoint
+from picogpt.runs.folder import RunFolder
+from picogpt.runs.model_file import load_model
 from tests.conftest import TINY
 from tests.programs import program
-
-LOG = LossLog(train=[2.0, 1.5], val=[2.1, 1.6], chars=[10, 20], seconds=[1.0, 2.0], best_loss=1.6, iter_num=8)
 
 
 @pytest.fixture
@@ -37,103 +36,6 @@ def checkpoint(value: float) -> Checkpoint:
     """A small checkpoint, told apart by `value`."""
     tensors = {"w": np.full((2, 3), value, np.float32), "step": np.array(value, np.float32)}
     return Checkpoint(tensors=tensors, state={"value": value})
-
-
-def test_log_round_trip(run: RunFolder) -> None:
-    """The log comes back, and plain pickle reads the original's keys from it."""
-    run.write_log(LOG)
-    content = pickle.loads((run.path / "log.pkl").read_bytes())
-
-    assert run.read_log() == LOG
-    assert content["losses"] == {"train": [2.0, 1.5], "val": [2.1, 1.6]}
-    assert (content["best_loss"], content["iter_num"]) == (1.6, 8)
-
-
-def test_log_as_a_table(run: RunFolder) -> None:
-    """One row per epoch, with what is known; the speed is that of the epoch."""
-    log = LossLog(train=[2.0, 1.5], val=[2.1, 1.6], chars=[10, 20], seconds=[1.0, 1.0], best_loss=1.6, iter_num=8)
-    log.train.append(1.25)
-    log.val.append(1.75)
-    log.chars.append(70)
-    log.seconds.append(1.5)
-    log.steps.append(12)
-    log.rates.append(0.001)
-    run.write_log(log)
-
-    assert (run.path / "log.csv").read_text() == (
-        "epoch,step,chars,seconds,train_loss,val_loss,best,lr,chars_per_second\n"
-        "1,,10,1.0,2.0,2.1,2.1,,10.0\n"
-        "2,,20,1.0,1.5,1.6,1.6,,\n"
-        "3,12,70,1.5,1.25,1.75,1.6,0.001,100.0\n"
-    )
-    assert run.read_log() == log
-
-
-def test_log_of_before(run: RunFolder) -> None:
-    """A log without steps and rates is read, its epochs without them."""
-    content = LOG.to_dict()
-    del content["steps"], content["rates"]
-    (run.path / "log.pkl").write_bytes(pickle.dumps(content))
-
-    assert run.read_log() == LOG
-    assert run.read_log().rates == [None, None]
-
-
-def test_log_names_nothing_to_import(run: RunFolder) -> None:
-    """No GLOBAL opcode of any kind."""
-    import pickletools
-
-    run.write_log(LOG)
-    names = {opcode.name for opcode, _, _ in pickletools.genops((run.path / "log.pkl").read_bytes())}
-
-    assert not names & {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "BUILD"}
-
-
-class Attack:
-    """Runs a command when it is unpickled by something careless."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.marker}",)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "EOFError"),
-        (b"not a pickle", "no loss log"),
-        (pickle.dumps([1]), "no loss log"),
-        (pickle.dumps({"losses": {}}), "KeyError"),
-        (pickle.dumps({**LOG.to_dict(), "chars": []}), "its lists have different lengths"),
-        (pickle.dumps({**LOG.to_dict(), "rates": [0.1, 0.1, 0.1]}), "its lists have different lengths"),
-        (pickle.dumps(LOG.to_dict())[:-9], "no loss log"),
-    ],
-    ids=["empty", "text", "list", "keys missing", "lengths differ", "too many rates", "truncated"],
-)
-def test_damaged_log(run: RunFolder, content: bytes, message: str) -> None:
-    """A file that is no log is one clear error."""
-    path = run.path / "log.pkl"
-    path.write_bytes(content)
-
-    with pytest.raises(RunError, match=message):
-        read_log(path)
-
-
-def test_hostile_log(run: RunFolder, tmp_path: Path) -> None:
-    """A log that would run something is refused by the name of it, and runs nothing."""
-    (run.path / "log.pkl").write_bytes(pickle.dumps(Attack(tmp_path / "marker")))
-
-    with pytest.raises(RunError, match=r"it imports (posix|nt)\.system, which a log may not do"):
-        run.read_log()
-    assert not (tmp_path / "marker").exists()
-
-
-def test_missing_log(tmp_path: Path) -> None:
-    """A log that is not there is said."""
-    with pytest.raises(RunError, match="log.pkl: cannot be read .No such file"):
-        read_log(tmp_path / "log.pkl")
 
 
 def test_checkpoint_round_trip(run: RunFolder) -> None:
@@ -207,10 +109,10 @@ def test_state_is_covered_by_the_checksum(run: RunFolder) -> None:
 def test_model_round_trip(run: RunFolder) -> None:
     """Weights and shape come back."""
     run.save_model({"w": np.ones(3, np.float32)}, TINY)
-    config, tensors = load_model(run.path / "model.safetensors")
+    model = load_model(run.path / "model.safetensors")
 
-    assert config == TINY
-    assert np.array_equal(tensors["w"], np.ones(3))
+    assert model.config == TINY
+    assert np.array_equal(model.weights["w"], np.ones(3))
     assert run.has_model()
 
 
@@ -267,13 +169,13 @@ def test_bfloat16(tmp_path: Path) -> None:
     weights = {**halves, "x": torch.randn(2)}
     path = tmp_path / "model.safetensors"
     path.write_bytes(torch_save(weights, config))
-    shape, loaded = load_model(path)
+    loaded = load_model(path)
 
-    assert shape == TINY
-    assert loaded.keys() == weights.keys()
+    assert loaded.config == TINY
+    assert loaded.weights.keys() == weights.keys()
     for name, weight in weights.items():
-        assert loaded[name].dtype == np.float32
-        assert loaded[name].tobytes() == weight.float().numpy().tobytes()
+        assert loaded.weights[name].dtype == np.float32
+        assert loaded.weights[name].tobytes() == weight.float().numpy().tobytes()
 
 
 def test_lock_is_exclusive_and_dies_with_its_holder(run: RunFolder) -> None:
@@ -305,7 +207,7 @@ def test_file_systems_without_locks(run: RunFolder, monkeypatch: pytest.MonkeyPa
     def flock(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("picogpt.runs.folder.fcntl.flock", flock)
+    monkeypatch.setattr("picogpt.runs.lock.fcntl.flock", flock)
     with run.lock() as weaknesses:
         assert weaknesses == [
             f"{run.path}: this file system has no locks, so a second picogpt-train in this run cannot be detected; "
@@ -319,7 +221,7 @@ def test_lock_on_a_broken_disk(run: RunFolder, monkeypatch: pytest.MonkeyPatch) 
     def flock(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("picogpt.runs.folder.fcntl.flock", flock)
+    monkeypatch.setattr("picogpt.runs.lock.fcntl.flock", flock)
     with pytest.raises(OSError, match=r"Input/output error: '.*\.lock'"), run.lock():
         pass
 
@@ -343,6 +245,6 @@ def test_same_content_is_the_same_bytes(run: RunFolder) -> None:
         found.add(tuple((run.path / name).read_bytes() for name in ("model.safetensors", "checkpoint.safetensors")))
 
     assert len(found) == 1
-    assert load_model(run.path / "model.safetensors")[0] == TINY
+    assert load_model(run.path / "model.safetensors").config == TINY
     assert int.from_bytes((run.path / "model.safetensors").read_bytes()[:8], "little") % 8 == 0
     assert run.load_checkpoint()[0].state == {"step": 1}

@@ -30,8 +30,9 @@ from picogpt.inference import Engine
 from picogpt.inference.generate import RollingDecoder
 from picogpt.model.gpt import GPT
 from picogpt.plot import draw_losses
-from picogpt.runs.folder import RunFolder, load_model
+from picogpt.runs.folder import RunFolder
 from picogpt.runs.import_original import read_original
+from picogpt.runs.model_file import load_model
 from picogpt.training.import_run import describe_losses
 from tests.conftest import VECTORS
 
@@ -73,7 +74,7 @@ def test_import_and_go_on(
     assert "imported 1,500 steps, best loss 2.5000 there; its loss on this text is " in capsys.readouterr().err
     engine = Engine.load(Path("logs/old/model.safetensors"), dtype="float32")
     np.testing.assert_allclose(RollingDecoder(engine, 1).prefill(expected["idx"]), expected["last_logits"], atol=1e-4, rtol=0)
-    before = load_model(Path("logs/old/model.safetensors"))[1]
+    before = load_model(Path("logs/old/model.safetensors")).weights
 
     assert train.main([*flags, "--steps-per-epoch", "10"]) == 0
     log = RunFolder(Path("logs/old")).read_log()

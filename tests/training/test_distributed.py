@@ -28,7 +28,8 @@ from picogpt.config import TrainConfig
 from picogpt.data import Batch, Stop, TextSource, WaitInterrupted, articles, read_texts, stream
 from picogpt.device import CPU, choose_device, choose_dtype
 from picogpt.errors import ConfigError, RanksError, TrainingError
-from picogpt.runs.folder import Checkpoint, RunFolder, pack, unpack
+from picogpt.runs.checkpoint import Checkpoint, pack, unpack
+from picogpt.runs.folder import RunFolder
 from picogpt.runs.settings import RunSettings
 from picogpt.schedule import learning_rate
 from picogpt.training.data_parallel import DataParallelState, pack_step, unpack_step

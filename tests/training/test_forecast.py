@@ -19,7 +19,8 @@ from picogpt.cli.progress import divergence, timing_bar
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import download_bytes
 from picogpt.errors import RunError
-from picogpt.runs.folder import LossLog, RunFolder
+from picogpt.runs.folder import RunFolder
+from picogpt.runs.loss_log import LossLog
 from picogpt.schedule import Pace, Schedule
 from picogpt.training.disk import DiskNeed, check_disk
 from picogpt.training.forecast import EpochEnd, Forecast, Forecaster, ForecastingObserver, benchmark_steps, seconds_to_finish

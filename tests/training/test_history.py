@@ -15,7 +15,7 @@ import torch
 from picogpt.config import TrainConfig
 from picogpt.data import TextSource
 from picogpt.evaluation.baselines import compressed_bits
-from picogpt.runs.folder import LossLog
+from picogpt.runs.loss_log import LossLog
 from picogpt.training.history import EXCERPT_CHARS, History, describe_settings, target_probabilities
 from picogpt.training.trainer import Trainer
 from picogpt.wording import say_nothing

@@ -14,7 +14,9 @@ import torch
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.device import check_compiler, choose_dtype, disable_malloc_trim, flush_denormals, instruction_set, set_threads
 from picogpt.errors import TrainingError
-from picogpt.runs.folder import RunFolder, load_model, read_log
+from picogpt.runs.folder import RunFolder
+from picogpt.runs.loss_log import read_log
+from picogpt.runs.model_file import load_model
 from picogpt.schedule import Schedule
 from picogpt.threads import Threads
 from picogpt.training.history import History
@@ -67,7 +69,7 @@ def test_epochs_and_log(run: RunFolder) -> None:
     assert log.train[0] == pytest.approx(np.mean([report.loss for report in watcher.reports[:5]]))
     assert log.train[2] == pytest.approx(np.mean([report.loss for report in watcher.reports[10:]]))
     assert log.seconds == sorted(log.seconds)
-    assert load_model(run.path / "model.safetensors")[0] == TINY
+    assert load_model(run.path / "model.safetensors").config == TINY
 
 
 def test_log_and_picture_are_written(run: RunFolder) -> None:
