@@ -24,14 +24,6 @@ from tests.conftest import TINY
 from tests.programs import program
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    """A new folder."""
-    folder = RunFolder(tmp_path / "logs" / "a")
-    folder.create()
-    return folder
-
-
 def checkpoint(value: float) -> Checkpoint:
     """A small checkpoint, told apart by `value`."""
     tensors = {"w": np.full((2, 3), value, np.float32), "step": np.array(value, np.float32)}

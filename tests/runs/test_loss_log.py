@@ -16,14 +16,6 @@ from picogpt.runs.loss_log import LossLog, read_log
 LOG = LossLog(train=[2.0, 1.5], val=[2.1, 1.6], chars=[10, 20], seconds=[1.0, 2.0], best_loss=1.6, iter_num=8)
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    """A new folder."""
-    folder = RunFolder(tmp_path / "logs" / "a")
-    folder.create()
-    return folder
-
-
 def test_log_round_trip(run: RunFolder) -> None:
     """The log comes back, and plain pickle reads the original's keys from it."""
     run.write_log(LOG)
