@@ -227,7 +227,9 @@ def test_greedy_text_in_a_browser(first: str, wikipedia: str, tmp_path: Path, br
     """500 characters from three prompts are those of the numpy engine with the same int8 weights."""
     path = tmp_path / "page.html"
     # The page drops the text of its weights once they are read.
-    keep = "<script>const kept = [...document.querySelectorAll('.weights')].map(part => atob(part.textContent)).join('');</script>"
+    keep = (
+        "<script>const kept = [...document.querySelectorAll('.weights')].map(part => atob(part.textContent)).join('');</script>"
+    )
     path.write_text(wikipedia.replace('<script id="engine">', f'{keep}\n<script id="engine">'))
     with browser.tab(script=first) as tab:
         tab.open(path)
