@@ -33,7 +33,7 @@ COMPARISONS = {
     "page": (page.add_arguments, page.page_speed, "the exported page in Chromium and Firefox"),
     "sweep": (sweep.add_arguments, sweep.sweep, "settings of the recipe compared at equal characters"),
     "commands": (commands.add_arguments, commands.compare_commands, "time and memory of whole commands"),
-    "measure": (measure.add_arguments, measure.measure, "all figures of this machine on one page, about an hour"),
+    "measure": (measure.add_arguments, measure.measure, "all figures of this machine on one page, about half an hour"),
 }
 """What adds the flags of each comparison, what runs it, and its line in the help."""
 
