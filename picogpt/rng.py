@@ -10,6 +10,9 @@ import enum
 
 import numpy as np
 
+# np.random.Philox would load the module at its first use, outside of the `deferred_interrupt` of a command's imports.
+from numpy.random import Generator, Philox
+
 __all__ = ["Stream", "philox", "sample_generator", "stream_generator"]
 
 
@@ -28,20 +31,20 @@ class Stream(enum.IntEnum):
     """Draws from the pool of a stream's sequences, by step."""
 
 
-def philox(seed: int, stream: Stream, *counter: int) -> np.random.Philox:
+def philox(seed: int, stream: Stream, *counter: int) -> Philox:
     """Return the bit generator of `stream` at `counter`: one or two numbers, such as the pass, or the rank and the step."""
     # The counter has four 64-bit words, the lowest first, and advances by one per block of output. Ours go into the highest
     # words: two counters are then at least 2^128 blocks apart, so their outputs never overlap.
     high = [0] * (4 - len(counter))
-    return np.random.Philox(key=[seed, int(stream)], counter=[*high, *counter])
+    return Philox(key=[seed, int(stream)], counter=[*high, *counter])
 
 
-def stream_generator(seed: int, stream: Stream, counter: int) -> np.random.Generator:
+def stream_generator(seed: int, stream: Stream, counter: int) -> Generator:
     """Return a generator for draw number `counter` of `stream`."""
-    return np.random.Generator(philox(seed, stream, counter))
+    return Generator(philox(seed, stream, counter))
 
 
-def sample_generator(seed: int, sample: int = 0) -> np.random.Generator:
+def sample_generator(seed: int, sample: int = 0) -> Generator:
     """Return the generator for text number `sample` of a seed: the same seed gives the same text."""
     # The key is all that differs between samples, so text 3 of a batch does not depend on texts 0 to 2.
-    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, sample], np.uint64)))
+    return Generator(Philox(key=np.array([seed % 2**64, sample], np.uint64)))

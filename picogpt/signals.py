@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-__all__ = ["StopRequest"]
+__all__ = ["StopRequest", "deferred_interrupt"]
 
 
 class StopRequest:
@@ -44,3 +44,17 @@ class StopRequest:
         # The default action: a user who presses Ctrl-C twice does not want to wait for a clean stop.
         for each in self._signals:
             signal.signal(each, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Raise the KeyboardInterrupt of a Ctrl-C within the block at its end; a second Ctrl-C ends the process at once.
+
+    For imports: extension modules (numpy.random is one) and the import system itself drop an exception that meets certain of
+    their lines, and the work would then go on as if nobody had pressed a key.
+    """
+    request = StopRequest(["SIGINT"])
+    with request.listen():
+        yield
+    if request():
+        raise KeyboardInterrupt

@@ -13,6 +13,7 @@ from picogpt.checks import ENGINE_DTYPES, check_threads
 from picogpt.cli.common import check_picture, end_process, notice, run_command
 from picogpt.cli.parser import Parser, add_model, add_setting
 from picogpt.config import EvalConfig, TextRequest
+from picogpt.signals import deferred_interrupt
 from picogpt.wording import format_seconds
 
 __all__ = ["build_parser", "command", "main"]
@@ -96,11 +97,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     check_threads(arguments.threads)
     check_picture(arguments.output)
     # Imported after the checks, so that a wrong flag answers at once.
-    from picogpt.cli.bar import DownloadBar
-    from picogpt.data.resolve import Console
-    from picogpt.evaluation.run import Evaluation
-    from picogpt.files import atomic_write
-    from picogpt.runs.find import find_model, picture_path
+    with deferred_interrupt():
+        from picogpt.cli.bar import DownloadBar
+        from picogpt.data.resolve import Console
+        from picogpt.evaluation.run import Evaluation
+        from picogpt.files import atomic_write
+        from picogpt.runs.find import find_model, picture_path
 
     path, chosen = find_model(arguments.model, arguments.logs_dir)
     notice(chosen)  # without --model, the choice was ours

@@ -20,7 +20,7 @@ from picogpt.cli.shades import LEGEND, can_shade, shade
 from picogpt.config import GenerateConfig, SampleConfig
 from picogpt.encodings import decode_text, normalize_newlines
 from picogpt.errors import ConfigError, DataError
-from picogpt.signals import StopRequest
+from picogpt.signals import StopRequest, deferred_interrupt
 
 if TYPE_CHECKING:
     from picogpt.inference.prompts import TextGenerator
@@ -123,10 +123,11 @@ def _generate(arguments: argparse.Namespace) -> int:
         if at_terminal and given:
             raise ConfigError(f"{name} needs a prompt: give one with -p, -f or through a pipe", name)
     # Imported after the checks, so that a wrong flag answers at once.
-    from picogpt.inference import Engine
-    from picogpt.inference.prompts import TextGenerator
-    from picogpt.runs.find import find_model
-    from picogpt.runs.model_file import load_text_config
+    with deferred_interrupt():
+        from picogpt.inference import Engine
+        from picogpt.inference.prompts import TextGenerator
+        from picogpt.runs.find import find_model
+        from picogpt.runs.model_file import load_text_config
 
     if sys.stdout is None:
         raise DataError("standard output is closed; there is nowhere to write to")

@@ -16,7 +16,7 @@ from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, request_of
 from picogpt.config import LOGS_DIR, RECIPES, GPTConfig, TrainConfig
 from picogpt.errors import RanksError
 from picogpt.schedule import RECIPE_BUDGETS, SUITABLE_RULE
-from picogpt.signals import StopRequest
+from picogpt.signals import StopRequest, deferred_interrupt
 from picogpt.threads import spin_briefly
 from picogpt.uptime import process_seconds
 
@@ -174,7 +174,8 @@ def _train(arguments: argparse.Namespace, *, began: float) -> int:
 
         import_run(request, dry_run=arguments.dry_run, notify=notice)
         return 0
-    from picogpt.training.distributed import Ranks
+    with deferred_interrupt():
+        from picogpt.training.distributed import Ranks
 
     # torchrun sets RANK in each of its processes.
     if "RANK" not in os.environ:
@@ -191,11 +192,12 @@ def _train(arguments: argparse.Namespace, *, began: float) -> int:
 
 def _run_rank_0(request: TrainRequest, ranks: Ranks, began: float, *, dry_run: bool) -> None:
     """Train as a single process, or as rank 0: it reads the text, saves, and prints."""
-    from picogpt.cli.bar import DownloadBar
-    from picogpt.cli.progress import TrainingDisplay, timing_bar
-    from picogpt.data.resolve import Console
-    from picogpt.training.plan import Plan
-    from picogpt.training.run import TrainingRun
+    with deferred_interrupt():
+        from picogpt.cli.bar import DownloadBar
+        from picogpt.cli.progress import TrainingDisplay, timing_bar
+        from picogpt.data.resolve import Console
+        from picogpt.training.plan import Plan
+        from picogpt.training.run import TrainingRun
 
     # The plan is all that a dry run prints; nothing has been written so far.
     plan = Plan.of(request, ranks, Console(notice, DownloadBar))
@@ -209,7 +211,8 @@ def _run_rank_0(request: TrainRequest, ranks: Ranks, began: float, *, dry_run: b
 
 def _run_worker(request: TrainRequest, ranks: Ranks) -> int:
     """Train as a worker, which executes the commands of rank 0 and reports a signal to it."""
-    from picogpt.training.worker import run_worker
+    with deferred_interrupt():
+        from picogpt.training.worker import run_worker
 
     # A worker receives settings, weights and text from rank 0, and writes no files.
     ranks.connect()

@@ -824,6 +824,39 @@ def test_a_signal_ends_generation(trained: Path, samples: int, number: signal.Si
         assert err.removeprefix(loaded) == ("picogpt-generate: interrupted\n" if number == signal.SIGINT else "")
 
 
+_DROPPED_INTERRUPT = """
+import contextlib, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            print("pressed", file=sys.stderr)
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+import picogpt.cli.{command} as command
+sys.exit(command.main({arguments!r}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "module"),
+    [
+        ("generate", ["a"], "numpy.random"),
+        ("eval", ["--dataset", "sample"], "numpy.random"),
+        ("train", ["--dataset", "sample", "--chars", "1M"], "torch"),
+        ("train", ["--dataset", "sample", "--chars", "1M"], "picogpt.training.plan"),
+    ],
+)
+def test_ctrl_c_during_imports(trained: Path, command: str, arguments: list[str], module: str) -> None:
+    """Ctrl-C ends a command also if a module that is being imported drops the exception, as extension modules do."""
+    code = _DROPPED_INTERRUPT.format(command=command, arguments=arguments, module=module)
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr == f"pressed\npicogpt-{command}: interrupted\n"
+
+
 def test_loop_on_a_terminal(trained: Path) -> None:
     """Each line is a prompt; Ctrl-C stops the text and not the loop, Ctrl-D leaves."""
     primary, secondary = os.openpty()
