@@ -18,13 +18,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from picogpt.checks import require
 from picogpt.encodings import normalize_newlines
 from picogpt.errors import ConfigError
 
-__all__ = ["MAX_CHARACTERS", "PICOGPT", "TEXT", "UNKNOWN_ID", "Alphabet", "alphabet_change", "read_alphabet", "resolve_alphabet"]
+__all__ = ["MAX_CHARACTERS", "PICOGPT", "TEXT", "UNKNOWN_ID", "Alphabet", "parse_alphabet", "read_alphabet"]
 
 UNKNOWN_ID: Final = 0
 TEXT: Final = "text"
@@ -118,30 +118,15 @@ PICOGPT: Final = Alphabet("".join(c for c in string.printable if c not in string
 """The original project's alphabet: the ASCII characters of Python's `string.printable` without capitals."""
 
 
-def resolve_alphabet(asked: str) -> Alphabet | None:
-    """Return the alphabet that `--alphabet` names; None for the text's own characters.
+def parse_alphabet(name: str) -> Alphabet | Literal["text"]:
+    """Return the alphabet that `--alphabet` names; `TEXT` stays, as the text has not been read yet.
 
     Raises:
         ConfigError: it is a file that is missing, empty, not UTF-8 or too large.
     """
-    if asked == PICOGPT.name:
+    if name == PICOGPT.name:
         return PICOGPT
-    return None if asked == TEXT else read_alphabet(asked)
-
-
-def alphabet_change(asked: str | None, stored: Alphabet) -> str | None:
-    """Return the name of the alphabet that a resumed run is requested to have, if it is another one than its own.
-
-    Raises:
-        ConfigError: see `resolve_alphabet`.
-    """
-    if asked is None:
-        return None
-    alphabet = resolve_alphabet(asked)
-    if alphabet is None:
-        # The run's text is the same, and so are its characters.
-        return None if stored.name == TEXT else f"{TEXT} (the text's own characters)"
-    return None if alphabet == stored else alphabet.describe()
+    return TEXT if name == TEXT else read_alphabet(name)
 
 
 def read_alphabet(path: str) -> Alphabet:

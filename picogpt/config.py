@@ -319,8 +319,8 @@ class TextRequest:
     """Column of a stream that contains the text."""
     fold: Fold | None = None
     """Replacement of characters outside the alphabet; None takes the run's setting."""
-    alphabet: str | None = None
-    """`picogpt`, `text` (the text's own characters) or a file of characters; None takes the run's."""
+    alphabet: Alphabet | Literal["text"] | None = None
+    """Characters to know; `text` stands for the text's own, and None takes the run's."""
 
     @property
     def is_named(self) -> bool:

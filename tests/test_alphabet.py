@@ -15,9 +15,8 @@ from picogpt.alphabet import (
     PICOGPT,
     UNKNOWN_ID,
     Alphabet,
-    alphabet_change,
+    parse_alphabet,
     read_alphabet,
-    resolve_alphabet,
 )
 from picogpt.errors import ConfigError
 from picogpt.folding import N_CODE_POINTS, fold_character
@@ -198,21 +197,15 @@ class TestFiles:
     def test_missing(self, tmp_path: Path) -> None:
         """A mistyped name is answered with what is possible; a folder cannot be read."""
         with pytest.raises(ConfigError, match="alphabet must be picogpt, text or a file of characters, got 'txet'"):
-            resolve_alphabet("txet")
+            parse_alphabet("txet")
         with pytest.raises(ConfigError, match="cannot be read .*directory"):
-            resolve_alphabet(str(tmp_path))
+            parse_alphabet(str(tmp_path))
 
     def test_names(self, tmp_path: Path) -> None:
-        """Three kinds of alphabet, and whether each is the one that a run has."""
+        """Three kinds of alphabet."""
         path = tmp_path / "letters"
         path.write_text("αβγδ ΑΒΓΔ,.", encoding="utf-8")
-        text = Alphabet.of("abc", "text")
 
-        assert resolve_alphabet("picogpt") == PICOGPT
-        assert resolve_alphabet("text") is None
-        assert resolve_alphabet(str(path)) == GREEK
-        assert alphabet_change(None, GREEK) is alphabet_change("picogpt", PICOGPT) is alphabet_change("text", text) is None
-        assert alphabet_change(str(path), GREEK) is None
-        assert alphabet_change("text", GREEK) == "text (the text's own characters)"
-        assert alphabet_change("picogpt", text) == "picogpt (74 characters)"
-        assert alphabet_change(str(path), text) == "letters (12 characters)"
+        assert parse_alphabet("picogpt") == PICOGPT
+        assert parse_alphabet("text") == "text"
+        assert parse_alphabet(str(path)) == GREEK

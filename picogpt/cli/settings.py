@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from picogpt.alphabet import parse_alphabet
 from picogpt.checks import DEVICES, DTYPES, KERNELS, check_choice, check_run_name, check_threads
 from picogpt.config import TextRequest
 from picogpt.training.request import LENGTHS, TrainRequest
@@ -45,10 +46,10 @@ LENGTH_FLAGS = (*LENGTHS, "patience", "steps_per_epoch", "val_steps")
 
 
 def request_of(arguments: argparse.Namespace) -> TrainRequest:
-    """Convert parsed flags to a request; invalid values raise before anything is read or written.
+    """Convert parsed flags to a request; invalid values raise before a text is read or anything written.
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is out of its range, or the file of an alphabet cannot be read.
     """
     # One expression: a flag that has no field, or a field of a wrong name, fails in any test that starts a run.
     return TrainRequest(
@@ -66,7 +67,7 @@ def request_of(arguments: argparse.Namespace) -> TrainRequest:
             dataset=arguments.dataset,
             column=arguments.text_column,
             fold=arguments.fold,
-            alphabet=arguments.alphabet,
+            alphabet=None if arguments.alphabet is None else parse_alphabet(arguments.alphabet),
         ),
         threads=check_threads(arguments.threads),
         # Validated here and not by argparse, so that the message has the same form as for all other settings.

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from picogpt.alphabet import PICOGPT, Alphabet, resolve_alphabet
+from picogpt.alphabet import PICOGPT, TEXT, Alphabet
 from picogpt.checks import check_text_column
 from picogpt.config import DataConfig, Fold, GPTConfig, TextRequest, TrainConfig
 from picogpt.data.alphabets import TextCharacters
@@ -228,7 +228,7 @@ def text_name(paths: Sequence[str]) -> str:
 
 def _resolve_characters(asked: TextRequest, inherited: Alphabet) -> tuple[Alphabet | None, Fold]:
     """Return the alphabet of a new run, None for the text's own characters, and the replacement of others."""
-    alphabet = inherited if asked.alphabet is None else resolve_alphabet(asked.alphabet)
+    alphabet = None if asked.alphabet == TEXT else asked.alphabet or inherited
     # A model with an alphabet of its own is to know the text as it is.
     return alphabet, alphabet == PICOGPT if asked.fold is None else asked.fold
 
@@ -246,7 +246,7 @@ def find_text(
         inherited: alphabet of a new run that is requested to have no other.
 
     Raises:
-        ConfigError: unknown data set or alphabet, or a column is named without a streamed data set.
+        ConfigError: unknown data set, or a column is named without a streamed data set.
         DataError: the text is not available.
     """
     paths, dataset, column, notify = asked.paths, asked.dataset, asked.column, console.notify

@@ -188,17 +188,15 @@ class RunFolder:
         """Return the settings of the run to resume, or None if no run has started here.
 
         Raises:
-            RunError: config.json is damaged, the model has another alphabet, or there is a trained model that cannot be resumed.
+            RunError: config.json is damaged, or there is a trained model that cannot be resumed.
         """
         # A config without a checkpoint and without a model: the run was killed before its first checkpoint, and starts again.
         if self.has_checkpoint() or (self.has_config() and not self.has_model()):
             content = self.read_config()
             try:
-                settings = RunSettings.from_dict(content)
+                return RunSettings.from_dict(content)
             except ConfigError as error:
                 raise RunError(f"{self.path / _CONFIG}: {error}; start over with --fresh, the folder is kept") from error
-            self._check_alphabet(settings.data.alphabet)
-            return settings
         if self.has_model():
             raise RunError(
                 f"{self.path}: a trained model without a checkpoint to resume from; choose another --run, "
@@ -206,8 +204,12 @@ class RunFolder:
             )
         return None
 
-    def _check_alphabet(self, alphabet: Alphabet) -> None:
-        """Check that the model in the folder is the run's own."""
+    def check_model(self, alphabet: Alphabet) -> None:
+        """Check that the model in the folder, if there is one, can be of a run with this alphabet.
+
+        Raises:
+            RunError: the model has another alphabet.
+        """
         if not self.has_model():
             return
         path = self.path / MODEL_FILE

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from picogpt.alphabet import PICOGPT, alphabet_change
+from picogpt.alphabet import PICOGPT, TEXT, Alphabet
 from picogpt.config import LOGS_DIR, DataConfig, Fold, GPTConfig, TextRequest, TrainConfig
 from picogpt.errors import ConfigError, RunError
 from picogpt.runs.settings import RunSettings
@@ -62,10 +62,10 @@ class TrainRequest:
     def __post_init__(self) -> None:
         # Build the configs once, so that a value out of range raises here and not after the text was read.
         self.model_config(None), self.training(None)
-        if self.import_original is not None and self.text.alphabet not in {None, PICOGPT.name}:
+        if self.import_original is not None and self.text.alphabet not in {None, PICOGPT}:
             raise ConfigError(
                 f"alphabet must be {PICOGPT.name} with --import-original, as the original project has no other, "
-                f"got {self.text.alphabet!r}",
+                f"got {_describe_alphabet(self.text.alphabet)}",
                 "alphabet",
             )
 
@@ -188,8 +188,10 @@ class TrainRequest:
         ]
         if self.text.fold not in {None, stored.data.fold}:
             changes.append(("folding", _describe_fold(stored.data.fold), _describe_fold(self.text.fold)))
-        if (alphabet := alphabet_change(self.text.alphabet, stored.data.alphabet)) is not None:
-            changes.append(("alphabet", stored.data.alphabet.describe(), alphabet))
+        before, asked = stored.data.alphabet, self.text.alphabet
+        # The text is the run's, and so are the text's own characters.
+        if asked not in {None, before} and not asked == before.name == TEXT:
+            changes.append(("alphabet", before.describe(), _describe_alphabet(asked)))
         # The hash decides: a moved or renamed file with the same characters is the same text.
         if data.sha256 != stored.data.sha256:
             changes.append(("text", _describe(stored.data), _describe(data)))
@@ -203,6 +205,10 @@ class TrainRequest:
 
 def _describe_fold(fold: Fold | None) -> str:
     return "on with --transliterate" if fold == "latin" else "on" if fold else "off"
+
+
+def _describe_alphabet(alphabet: Alphabet | Literal["text"]) -> str:
+    return alphabet.describe() if isinstance(alphabet, Alphabet) else f"{alphabet} (the text's own characters)"
 
 
 def _describe(data: DataConfig) -> str:

@@ -115,7 +115,7 @@ class TrainingRun:
         """
         plan, folder = self.plan, self.folder
         plan.ranks.connect()  # a rank that cannot be reached should show now
-        self._check_disk()
+        self._check_folder()
         if plan.request.fresh and folder.path.exists():
             self._notify(f"the existing run would be kept as {folder.next_backup_name()}")
         if plan.stored is not None and folder.has_checkpoint():
@@ -153,7 +153,7 @@ class TrainingRun:
     def _prepare(self) -> None:
         """Restore or initialize the trainer, and determine the number of steps."""
         plan = self.plan
-        self._check_disk()
+        self._check_folder()
         if self.folder.has_checkpoint():
             self._restore()
         else:
@@ -170,7 +170,10 @@ class TrainingRun:
             self._keep_imported(origin.log)
         self._announce()
 
-    def _check_disk(self) -> None:
+    def _check_folder(self) -> None:
+        # A model that the run did not write would be replaced at the next epoch.
+        if self.plan.stored is not None:
+            self.folder.check_model(self.plan.data.alphabet)
         if warning := check_disk(self.folder.path, self._disk_need()):
             self._notify(warning)
 

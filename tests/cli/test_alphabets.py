@@ -144,11 +144,13 @@ class TestTraining:
         assert "unknown, read as <?>: 100 (10.53%: '!' 50, ',' 50)" in capsys.readouterr().err
         stored = config_of("few")["data"]["alphabet"]
         assert stored == {"name": "letters", "characters": "\n -Жабиклрстхы"}
+        assert train.main(["--run", "few", "--epochs", "2", "--alphabet", "letters"]) == 0
         Path("letters").write_text("abc")
-        assert train.main(["--run", "few", "--epochs", "2"]) == 0
+        assert train.main(["--run", "few", "--epochs", "3"]) == 0
         assert config_of("few")["data"]["alphabet"] == stored
-        assert train.main(["--run", "few", "--epochs", "3", "--alphabet", "letters"]) == 1
-        assert "alphabet is letters (4 characters) and was letters (14 characters)" in capsys.readouterr().err
+        for asked, name in (("letters", "letters (4 characters)"), ("text", "text (the text's own characters)")):
+            assert train.main(["--run", "few", "--epochs", "4", "--alphabet", asked]) == 1
+            assert f"alphabet is {name} and was letters (14 characters)" in capsys.readouterr().err
 
     def test_fold_to_an_alphabet(self, capsys: Capture) -> None:
         """With --fold only what the alphabet lacks is folded to it."""
@@ -190,7 +192,7 @@ class TestTraining:
     def test_import_original(self, capsys: Capture) -> None:
         """The original project has one alphabet."""
         assert train.main(["--import-original", "log.pkl", "--alphabet", "text", "--run", "x", "--epochs", "0"]) == 2
-        assert "--alphabet must be picogpt with --import-original, as the original project has no other, got 'text'" in (
+        assert "--alphabet must be picogpt with --import-original, as the original project has no other, got text (the" in (
             capsys.readouterr().err
         )
 
