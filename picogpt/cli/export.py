@@ -61,8 +61,9 @@ def _export(arguments: argparse.Namespace) -> int:
 def _write_page(path: Path, chosen: str, page: Path) -> None:
     from picogpt.export.model_page import ModelView, render_model_page
     from picogpt.files import atomic_write
-    from picogpt.runs.loss_log import LOG_FILE, read_log
+    from picogpt.runs.loss_log import read_log
     from picogpt.runs.model_file import open_model
+    from picogpt.runs.names import LOG_FILE
 
     log = path.with_name(LOG_FILE)
     with open_model(path) as model:

@@ -69,6 +69,7 @@ def _plot(arguments: argparse.Namespace) -> int:
     from picogpt.files import atomic_write
     from picogpt.runs.find import find_log, picture_path
     from picogpt.runs.loss_log import read_log
+    from picogpt.runs.names import PLOT_FILE
 
     # All logs are found before the first is read: a mistyped last name is reported at once.
     paths = {run: find_log(run, arguments.logs_dir) for run in arguments.runs}
@@ -81,7 +82,7 @@ def _plot(arguments: argparse.Namespace) -> int:
     from picogpt.plot import draw_losses
 
     # One run's plot belongs to the run, a comparison to none of them.
-    default = picture_path(next(iter(paths.values())), "log.jpg") if len(logs) == 1 else arguments.logs_dir / "compare.jpg"
+    default = picture_path(next(iter(paths.values())), PLOT_FILE) if len(logs) == 1 else arguments.logs_dir / "compare.jpg"
     output = arguments.output or default
     atomic_write(output, draw_losses(logs, x=x, suffix=output.suffix))
     print(output)  # the only output, so that it can be passed to another command

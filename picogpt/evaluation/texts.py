@@ -32,6 +32,7 @@ from picogpt.evaluation.scores import cut_stretches
 from picogpt.ids import Ids
 from picogpt.runs.folder import RunFolder
 from picogpt.runs.model_file import load_text_config
+from picogpt.runs.names import CONFIG_FILE
 from picogpt.runs.settings import RunSettings
 from picogpt.wording import Notify
 
@@ -92,7 +93,7 @@ class TrainedRun:
         try:
             trained = cls(run, RunSettings.from_dict(run.read_config()), text)
         except ConfigError as error:
-            raise RunError(f"{run.path / 'config.json'}: {error}; move it away and name a text with --text") from error
+            raise RunError(f"{run.path / CONFIG_FILE}: {error}; move it away and name a text with --text") from error
         assert trained.settings is not None
         if trained.settings.data.alphabet != trained.alphabet:
             raise RunError(

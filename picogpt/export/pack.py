@@ -11,7 +11,8 @@ from picogpt.files import atomic_write
 from picogpt.inference.tensors import to_bfloat16
 from picogpt.runs.folder import RunFolder
 from picogpt.runs.loss_log import LossLog
-from picogpt.runs.model_file import MODEL_FILE, load_model, model_metadata
+from picogpt.runs.model_file import load_model, model_metadata
+from picogpt.runs.names import MODEL_FILE
 from picogpt.runs.settings import RunSettings
 from picogpt.runs.tensor_file import serialize_tensors
 

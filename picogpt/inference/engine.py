@@ -93,7 +93,7 @@ class Engine:
         # Either way the weights are packed once, here, and the arrays of the file can be freed.
         if backend.library is not None:
             self.dtype = "bfloat16" if dtype == "auto" else dtype
-            self._native = NativeModel(backend.library, tensors, self.dtype)
+            self._native = NativeModel(backend.library, tensors, self.dtype, threads)
         elif dtype in {"auto", "float32"}:
             self.dtype = "float32"
             self._weights = Weights(tensors)

@@ -9,6 +9,7 @@ Dimensions: H heads of D entries, C = n_embd, V = vocab_size.
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -54,17 +55,21 @@ class NativeModel:
         library: the compiled `decode.c`.
         tensors: the weights.
         dtype: type of the matrices: float32, bfloat16 or int8. Vectors are float32; with int8 the head is bfloat16.
+        threads: number of layers that are read and packed at a time.
 
     Raises:
         RunError: a weight is missing, has another shape, is not finite or has diverged.
     """
 
-    def __init__(self, library: ctypes.CDLL, tensors: Tensors, dtype: str) -> None:
+    def __init__(self, library: ctypes.CDLL, tensors: Tensors, dtype: str, threads: int = 1) -> None:
         declare_functions(library)
         config = self.config = tensors.config
         self.library, self.dtype, self._arrays = library, dtype, []  # type: ctypes.CDLL, str, list[npt.NDArray[Any]]
         self.head_size = config.n_embd // config.n_head
-        self._layers = (LayerStruct * config.n_layer)(*(self._layer(tensors, i) for i in range(config.n_layer)))
+        # numpy and the kernels release the interpreter's lock, so two threads pack in about half the time.
+        with ThreadPoolExecutor(threads) as pool:
+            layers = pool.map(lambda i: self._layer(tensors, i), range(config.n_layer))
+            self._layers = (LayerStruct * config.n_layer)(*layers)
         C, embedding = config.n_embd, tensors.get("wte.weight", config.vocab_size, config.n_embd)
         # The embedding is used twice: as rows for the lookup, and packed as the head (nanoGPT ties the two).
         self.struct = ModelStruct(

@@ -6,9 +6,7 @@ import difflib
 from pathlib import Path
 
 from picogpt.errors import RunError
-from picogpt.runs.folder import RunFolder
-from picogpt.runs.loss_log import LOG_FILE
-from picogpt.runs.model_file import MODEL_FILE
+from picogpt.runs.names import LOG_FILE, MODEL_FILE, has_checkpoint
 
 __all__ = ["find_log", "find_model", "picture_path"]
 
@@ -36,7 +34,7 @@ def find_model(name: str | None, logs_dir: Path) -> tuple[Path, str]:
         return path, f"model {path}"
     runs = _runs(logs_dir, MODEL_FILE)
     # Runs with a checkpoint were trained here; others are imported, copied or bundled.
-    own = [run.path / MODEL_FILE for run in runs if not run.is_weights_only()]
+    own = [run / MODEL_FILE for run in runs if has_checkpoint(run)]
     if own:
         path = max(own, key=lambda path: path.stat().st_mtime_ns)
         return path, f"model {path}" + (f", saved last of {len(own)}" if len(own) > 1 else "")
@@ -45,7 +43,7 @@ def find_model(name: str | None, logs_dir: Path) -> tuple[Path, str]:
     if not finished:
         raise RunError(f"{logs_dir}: no trained model there; train one with picogpt-train, or name one with --model")
     # max takes the first of equals: the default model if it is there, else the first by name.
-    path = max(finished, key=lambda run: run.name == _FIRST_CHOICE).path / MODEL_FILE
+    path = max(finished, key=lambda run: run.name == _FIRST_CHOICE) / MODEL_FILE
     return path, f"model {path}, as there is no run of your own" + (f" under {logs_dir}" if runs else "")
 
 
@@ -77,6 +75,6 @@ def _find(name: str, logs_dir: Path, filename: str) -> Path:
     raise RunError(f"{name}: no such file, and no run of that name with a {filename} under {logs_dir}; {hint}")
 
 
-def _runs(folder: Path, filename: str) -> list[RunFolder]:
-    """Return the runs under `folder` that contain `filename`, sorted by name."""
-    return [RunFolder(path.parent) for path in sorted(folder.glob(f"*/{filename}")) if path.is_file()]
+def _runs(folder: Path, filename: str) -> list[Path]:
+    """Return the folders of the runs under `folder` that contain `filename`, sorted by name."""
+    return [path.parent for path in sorted(folder.glob(f"*/{filename}")) if path.is_file()]

@@ -36,19 +36,26 @@ from picogpt.files import atomic_write, can_flush, remove_leftovers, replace
 from picogpt.ids import Ids
 from picogpt.runs.checkpoint import Checkpoint, checkpoint_file, read_checkpoint
 from picogpt.runs.lock import Lock, try_lock
-from picogpt.runs.loss_log import CSV_FILE, LOG_FILE, LossLog, read_log
-from picogpt.runs.model_file import MODEL_FILE, load_text_config, model_metadata
+from picogpt.runs.loss_log import LossLog, read_log
+from picogpt.runs.model_file import load_text_config, model_metadata
+from picogpt.runs.names import (
+    CHECKPOINT_FILE,
+    CONFIG_FILE,
+    CSV_FILE,
+    DAMAGED_FILE,
+    LOG_FILE,
+    MODEL_FILE,
+    PAGE_FILE,
+    PLOT_FILE,
+    PREVIOUS_FILE,
+    VALIDATION_FILE,
+    has_checkpoint,
+)
 from picogpt.runs.settings import RunSettings
 from picogpt.runs.tensor_file import FORMAT_VERSION, check_version, digest, open_tensors, serialize_tensors
 from picogpt.wording import Notify
 
 __all__ = ["RunFolder", "default_run", "named_run", "resumable_runs"]
-
-_CONFIG = "config.json"
-_CHECKPOINT = "checkpoint.safetensors"
-_PREVIOUS = "checkpoint.previous.safetensors"  # fallback if the newest is damaged
-_DAMAGED = "checkpoint.damaged.safetensors"  # kept for inspection, never read
-_VALIDATION = "validation.safetensors"
 
 
 class RunFolder:
@@ -67,22 +74,22 @@ class RunFolder:
     @property
     def plot_path(self) -> Path:
         """Path of the loss plot."""
-        return self.path / "log.jpg"
+        return self.path / PLOT_FILE
 
     @property
     def page_path(self) -> Path:
         """Path of the run's live page."""
-        return self.path / "log.html"
+        return self.path / PAGE_FILE
 
     # State of the folder: commands choose between a new run, a resumed run and an error by it.
 
     def has_config(self) -> bool:
         """Whether a run has started here; its first checkpoint may be missing."""
-        return (self.path / _CONFIG).exists()
+        return (self.path / CONFIG_FILE).exists()
 
     def has_validation(self) -> bool:
         """Whether a stream's validation text is stored here."""
-        return (self.path / _VALIDATION).exists()
+        return (self.path / VALIDATION_FILE).exists()
 
     def has_model(self) -> bool:
         """Whether there is a trained model."""
@@ -94,8 +101,7 @@ class RunFolder:
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint, intact or damaged."""
-        # A crash between the two renames of `save_checkpoint` leaves only the previous one.
-        return any((self.path / name).exists() for name in (_CHECKPOINT, _PREVIOUS))
+        return has_checkpoint(self.path)
 
     def create(self) -> None:
         """Create the folder and its parents."""
@@ -166,7 +172,7 @@ class RunFolder:
         """Write `config.json`."""
         # Indented, as users read this file.
         text = json.dumps({"format": FORMAT_VERSION, **content}, indent=2) + "\n"
-        atomic_write(self.path / _CONFIG, text.encode())
+        atomic_write(self.path / CONFIG_FILE, text.encode())
 
     def read_config(self) -> dict[str, Any]:
         """Read `config.json`.
@@ -174,7 +180,7 @@ class RunFolder:
         Raises:
             RunError: the file is missing, is not a JSON object, or has a newer format.
         """
-        path = self.path / _CONFIG
+        path = self.path / CONFIG_FILE
         try:
             content = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:  # deeply nested JSON recurses
@@ -196,7 +202,7 @@ class RunFolder:
             try:
                 return RunSettings.from_dict(content)
             except ConfigError as error:
-                raise RunError(f"{self.path / _CONFIG}: {error}; start over with --fresh, the folder is kept") from error
+                raise RunError(f"{self.path / CONFIG_FILE}: {error}; start over with --fresh, the folder is kept") from error
         if self.has_model():
             raise RunError(
                 f"{self.path}: a trained model without a checkpoint to resume from; choose another --run, "
@@ -234,11 +240,11 @@ class RunFolder:
             OSError: the disk is full, read-only or broken; the existing checkpoints are unchanged.
         """
         # Written and flushed under a third name first: at every moment one complete checkpoint is on the disk.
-        staged = self.path / f".{_CHECKPOINT}.staged.part"
+        staged = self.path / f".{CHECKPOINT_FILE}.staged.part"
         atomic_write(staged, checkpoint_file(checkpoint))
-        current = self.path / _CHECKPOINT
+        current = self.path / CHECKPOINT_FILE
         if current.exists():
-            replace(current, self.path / _PREVIOUS)
+            replace(current, self.path / PREVIOUS_FILE)
         replace(staged, current)
 
     def load_checkpoint(self, *, rename: bool = True) -> tuple[Checkpoint, str | None]:
@@ -250,7 +256,7 @@ class RunFolder:
             RunError: there is no checkpoint, or all are damaged; the folder is unchanged.
         """
         faults: list[str] = []  # messages about damaged checkpoints, newest first
-        for name in (_CHECKPOINT, _PREVIOUS):
+        for name in (CHECKPOINT_FILE, PREVIOUS_FILE):
             path = self.path / name
             if not path.exists():
                 continue
@@ -263,8 +269,8 @@ class RunFolder:
                 return checkpoint, None
             # The newest one is damaged and its predecessor intact: the run loses the steps between the two.
             if rename:
-                replace(self.path / _CHECKPOINT, self.path / _DAMAGED)
-            return checkpoint, f"{faults[0]}; it is kept as {_DAMAGED}, resuming from the previous checkpoint"
+                replace(self.path / CHECKPOINT_FILE, self.path / DAMAGED_FILE)
+            return checkpoint, f"{faults[0]}; it is kept as {DAMAGED_FILE}, resuming from the previous checkpoint"
         if faults:
             raise RunError(f"{'; '.join(faults)}; nothing to resume: start over with --fresh, the folder is kept")
         raise RunError(f"{self.path}: no checkpoint to resume; start over with --fresh, the folder is kept")
@@ -273,7 +279,7 @@ class RunFolder:
         """Write `validation.safetensors`: a stream's validation text, ids (characters,), drawn once."""
         # Stored, so a resumed run is validated on the same text without reading the stream from its beginning.
         metadata = {"format": str(FORMAT_VERSION), "sha256": digest({"ids": ids}, "")}
-        atomic_write(self.path / _VALIDATION, serialize_tensors({"ids": ids}, metadata))
+        atomic_write(self.path / VALIDATION_FILE, serialize_tensors({"ids": ids}, metadata))
 
     def load_validation(self) -> Ids:
         """Read `validation.safetensors`.
@@ -281,7 +287,7 @@ class RunFolder:
         Raises:
             RunError: the file is missing or damaged.
         """
-        path = self.path / _VALIDATION
+        path = self.path / VALIDATION_FILE
         with open_tensors(path) as stored:
             metadata, tensors = stored.metadata, dict(stored)
         if metadata.get("sha256") != digest(tensors, ""):

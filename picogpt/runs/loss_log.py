@@ -13,10 +13,7 @@ from typing import Any
 
 from picogpt.errors import RunError
 
-__all__ = ["CSV_FILE", "LOG_FILE", "LossLog", "read_log"]
-
-LOG_FILE = "log.pkl"
-CSV_FILE = "log.csv"
+__all__ = ["LossLog", "read_log"]
 
 
 @dataclass(kw_only=True)

@@ -16,9 +16,7 @@ from picogpt.config import GPTConfig, TextConfig, alphabet_of
 from picogpt.errors import ConfigError, RunError
 from picogpt.runs.tensor_file import FORMAT_VERSION, StoredTensors, open_tensors
 
-__all__ = ["MODEL_FILE", "StoredModel", "load_model", "load_text_config", "model_metadata", "open_model"]
-
-MODEL_FILE = "model.safetensors"
+__all__ = ["StoredModel", "load_model", "load_text_config", "model_metadata", "open_model"]
 
 
 def model_metadata(config: GPTConfig, text: TextConfig | None = None) -> dict[str, str]:

@@ -26,6 +26,7 @@ from picogpt.export.log_page import EpochView, RunView, pack_probabilities, rend
 from picogpt.files import atomic_write
 from picogpt.kernels.compiled import kernels_name
 from picogpt.runs.loss_log import LossLog
+from picogpt.runs.names import EPOCHS_FILE
 from picogpt.tokenizer import CharTokenizer
 from picogpt.training.sample import sample_text
 from picogpt.training.state import TrainState
@@ -39,8 +40,6 @@ COUNTED_CHARS = 2_000_000  # about a second
 """Maximum number of training characters to count the n-gram on."""
 PREDICTED_CHARS = 256_000  # a long text would take minutes
 """Maximum number of validation characters for the losses of lzma and the n-gram."""
-
-_FILE = "epochs.json"
 
 
 @dataclass
@@ -63,7 +62,7 @@ class History:
         """Read the history of the run in `folder`; return an empty one if there is none or it is damaged."""
         # Not an error: the file has no influence on training, and the next epoch writes it again.
         try:
-            content = json.loads((folder / _FILE).read_bytes())
+            content = json.loads((folder / EPOCHS_FILE).read_bytes())
             epochs = [EpochView(str(entry["sample"]), _unpack(entry["probabilities"])) for entry in content["epochs"]]
             marks = {str(name): float(value) for name, value in content["marks"].items()}
             settings = {str(name): str(value) for name, value in content.get("settings", {}).items()}
@@ -121,7 +120,7 @@ class History:
             "epochs": [{"sample": view.sample, "probabilities": pack_probabilities(view.probabilities)} for view in self.epochs],
         }
         # The whole file at each epoch: it has about a kilobyte per epoch.
-        atomic_write(folder / _FILE, json.dumps(content).encode())
+        atomic_write(folder / EPOCHS_FILE, json.dumps(content).encode())
 
     def page(self, name: str, state: TrainState, log: LossLog, *, in_training: bool) -> str:
         """Return the content of the run's `log.html`."""

@@ -24,7 +24,8 @@ from picogpt.kernels.compiled import Kernels
 from picogpt.runs.checkpoint import Checkpoint
 from picogpt.runs.folder import RunFolder
 from picogpt.runs.loss_log import LossLog
-from picogpt.runs.model_file import MODEL_FILE, load_model
+from picogpt.runs.model_file import load_model
+from picogpt.runs.names import MODEL_FILE
 from picogpt.runs.tensor_file import Tensors
 from picogpt.schedule import Schedule, cool_down, epochs_since_best, fraction_of_peak, lr_at_step
 from picogpt.training.history import History, target_probabilities

@@ -10,7 +10,8 @@ import torch
 
 from picogpt.cli import export, train
 from picogpt.runs.folder import RunFolder
-from picogpt.runs.model_file import MODEL_FILE, load_model
+from picogpt.runs.model_file import load_model
+from picogpt.runs.names import MODEL_FILE
 from tests.conftest import TINY_FLAGS
 
 

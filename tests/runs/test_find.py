@@ -15,7 +15,7 @@ from picogpt.runs.checkpoint import Checkpoint
 from picogpt.runs.find import find_log, find_model, picture_path
 from picogpt.runs.folder import RunFolder
 from picogpt.runs.loss_log import LossLog
-from picogpt.runs.model_file import MODEL_FILE
+from picogpt.runs.names import MODEL_FILE
 
 LOG = LossLog(train=[2.0], val=[2.1], chars=[10], seconds=[1.0], best_loss=2.1, iter_num=8)
 

@@ -1,0 +1,41 @@
+"""Names of the files in a run folder; `picogpt.runs.folder` says what each contains. Imports nothing, so commands start fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+__all__ = [
+    "CHECKPOINT_FILE",
+    "CONFIG_FILE",
+    "CSV_FILE",
+    "DAMAGED_FILE",
+    "EPOCHS_FILE",
+    "LOG_FILE",
+    "MODEL_FILE",
+    "PAGE_FILE",
+    "PLOT_FILE",
+    "PREVIOUS_FILE",
+    "VALIDATION_FILE",
+    "has_checkpoint",
+]
+
+CONFIG_FILE: Final = "config.json"
+MODEL_FILE: Final = "model.safetensors"
+CHECKPOINT_FILE: Final = "checkpoint.safetensors"
+PREVIOUS_FILE: Final = "checkpoint.previous.safetensors"
+"""Fallback if the newest checkpoint is damaged."""
+DAMAGED_FILE: Final = "checkpoint.damaged.safetensors"
+"""Kept for inspection, never read."""
+VALIDATION_FILE: Final = "validation.safetensors"
+LOG_FILE: Final = "log.pkl"
+CSV_FILE: Final = "log.csv"
+PLOT_FILE: Final = "log.jpg"
+PAGE_FILE: Final = "log.html"
+EPOCHS_FILE: Final = "epochs.json"
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether a run folder has a checkpoint, intact or damaged."""
+    # A crash between the two renames of `RunFolder.save_checkpoint` leaves only the previous one.
+    return any((folder / name).exists() for name in (CHECKPOINT_FILE, PREVIOUS_FILE))
