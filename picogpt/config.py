@@ -63,7 +63,7 @@ class GPTConfig:
     n_embd: int = 256  # heads of 32, a multiple of the SIMD width
     """Width of the embeddings and of the residual stream."""
     context_len: int = 128  # short and cheap; the context vector carries what lies before
-    """Characters in a window; the position table has one more row, for the context vector in front."""
+    """Characters in a window; there is one more position embedding, for the context vector in front."""
     vocab_size: int = PICOGPT.vocab_size
     """Token ids; they follow from the alphabet. The original's: 82 in use, 6 spare."""
     dropout: float = 0.0  # most texts are longer than a run, so there is nothing to overfit

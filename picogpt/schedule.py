@@ -68,8 +68,8 @@ SUITABLE_RULE = (
 class Schedule:
     """A run in whole steps, computed from a `Budget` on this machine. Stored with the run, so that it is reproducible.
 
-    A run with a budget of minutes is replanned while it trains (`picogpt.training.pacing`). Each plan is a schedule; the last
-    three fields record where it replaced its predecessor.
+    A run with a budget of minutes is rescheduled while it trains (`picogpt.training.pacing`). The last three fields record where
+    a schedule replaced its predecessor.
 
     Raises:
         ConfigError: a field is out of its range.
@@ -171,7 +171,7 @@ class Budget:
             require(math.isfinite(self.minutes) and self.minutes > 0, "minutes", "a number above 0", self.minutes)
         # Two lengths would contradict each other.
         require(self.minutes is None or self.chars is None, "minutes", "given without chars", self.minutes)
-        # A budget of minutes is replanned during the run, and its plan always ends with the clock.
+        # A budget of minutes is rescheduled during the run, which always ends with the clock.
         require(self.minutes is None or self.patience is None, "patience", "given without minutes", self.patience)
 
     @property
@@ -275,7 +275,7 @@ def cool_down(schedule: Schedule, step: int, best_step: int, config: TrainConfig
     in a fifth of the steps that led to the weights (compare Hägele et al., arXiv 2405.18392).
 
     Args:
-        schedule: the plan until now; its decay must end with the run.
+        schedule: the schedule until now; its decay must end with the run.
         step: steps taken.
         best_step: steps taken when the weights were the best.
         config: peak, floor and shape of the learning rate.

@@ -1,7 +1,7 @@
 """The GPT with a context roll, in plain torch: attention, MLP, block, one window, the roll over windows, the loss.
 
 The blocks are those of GPT-2 in the form of nanoGPT (github.com/karpathy/nanoGPT), whose state-dict names are kept.
-New is the slot in front of each window: it carries the mean output of the window before it, the idea of the PicoGPT
+New is slot 0 of each window: it carries the mean of the previous window's final hidden states, the idea of the PicoGPT
 project. Everything here is plain torch, to be read. Training (`picogpt.model.accelerate`) and generation
 (`picogpt.inference`) run faster versions, which are tested against this one. Text, files and devices belong to other modules.
 
@@ -42,7 +42,7 @@ class BlockRunner(Protocol):
     def begin_sequence(self, blocks: nn.ModuleList, batch_size: int, slots: Sequence[int]) -> Callable[[Tensor], Tensor]:
         """Return a function that takes one window x (B, S, C) through all blocks.
 
-        The function is called once for each window of a text, in order; `slots` lists S of each window.
+        The function is called once for each window of a sequence, in order; `slots` lists S of each window.
         """
 
 
@@ -109,7 +109,7 @@ class Block(nn.Module):
 
 
 class _Transformer(nn.Module):
-    """The model for one window: context vector and characters in, outputs after the final LayerNorm out."""
+    """The model for one window: context vector and characters in, final hidden states (after the last LayerNorm) out."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -134,17 +134,17 @@ class _Transformer(nn.Module):
         return run_blocks
 
     def forward(self, idx: Tensor, context: Tensor, run_blocks: Callable[[Tensor], Tensor]) -> Tensor:
-        """Compute the outputs of one window.
+        """Compute the final hidden states of one window.
 
         Args:
             idx: ids (B, n).
             context: context vector of the window before (B, C).
-            run_blocks: the function that `begin_sequence` returned for the whole text.
+            run_blocks: the function that `begin_sequence` returned for the whole sequence.
 
         Returns:
-            Outputs after the final LayerNorm (B, S, C).
+            Final hidden states, after the last LayerNorm (B, S, C).
         """
-        # The context vector takes slot 0, where other models have a start token.
+        # The context vector takes slot 0, where other models have a BOS token.
         x = torch.cat((context.unsqueeze(1), self.wte(idx)), dim=1)  # (B, S, C)
         x = self.drop(x + self.wpe.weight[: x.size(1)])  # (B, S, C) + (S, C)
         out: Tensor = self.ln_f(run_blocks(x))  # (B, S, C)
@@ -152,7 +152,7 @@ class _Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT that reads a text of any length window by window; slot 0 of each window is the mean output of the one before.
+    """A GPT that reads a sequence of any length window by window; slot 0 of each is the mean of the previous hidden states.
 
     Calling the model returns `logits, loss`: see `forward`.
     """
@@ -177,7 +177,7 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def num_params(self, *, positions: bool = True) -> int:
-        """Return the number of trained parameters, the tied head counted once; `positions` includes the position table."""
+        """Return the number of trained parameters, the tied head counted once; `positions` includes the position embeddings."""
         total = sum(parameter.numel() for parameter in self.parameters())
         return total if positions else total - self.transformer.wpe.weight.numel()
 
@@ -204,9 +204,9 @@ class GPT(nn.Module):
                 parameter.copy_(torch.from_numpy(np.array(found[name])))
 
     def roll(self, idx: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Compute idx (B, T) window by window, passing the context vector from each window to the next.
+        """Run the model over idx (B, T) window by window, passing the context vector from each window to the next.
 
-        Yields, for each window, its outputs after the final LayerNorm (B, S, C) and its context vector (B, C): their
+        Yields, for each window, its final hidden states (B, S, C) and its context vector (B, C): their
         mean over all S slots, the context slot included. The next window starts from it, and gradients flow through it.
         """
         # The first window has no window before it: its context vector is zero.

@@ -70,7 +70,7 @@ class Forecast:
 
 def seconds_to_finish(schedule: Schedule, pace: Pace, *, step: int, val_batches: int) -> float:
     """Return the seconds from `step` to the end of `schedule`, with `val_batches` validation batches per epoch."""
-    steps = max(0, schedule.total_steps - step)  # a replanned run can have taken more than the new plan has
+    steps = max(0, schedule.total_steps - step)  # a rescheduled run can have taken more than the new schedule has
     per_epoch = val_batches * pace.seconds_per_val_batch + pace.seconds_per_epoch_end
     return steps * pace.seconds_per_step + schedule.epochs_left(step) * per_epoch
 
@@ -155,7 +155,7 @@ class Forecaster:
     """Converts measured times into a forecast of one run.
 
     Args:
-        schedule: returns the current plan of the run's length.
+        schedule: returns the run's current schedule.
         chars_per_step: characters in a step.
         train_chars: length of the text that is trained on; None for a stream.
         val_batches: validation batches per epoch.
@@ -186,7 +186,7 @@ class Forecaster:
         elapsed = time.perf_counter() - self.began if elapsed is None else elapsed
         ends = elapsed + seconds_to_finish(schedule, pace, step=step, val_batches=self.val_batches)
         if self.seconds is not None:
-            # The pacer fits the plan to the minutes; a run can exceed them by a step and one end of an epoch.
+            # The pacer fits the schedule to the minutes; a run can exceed them by a step and one end of an epoch.
             ends = max(self.seconds, min(ends, elapsed + seconds_per_step + end.seconds))
         chars = schedule.total_steps * self.chars_per_step
         return Forecast(

@@ -81,7 +81,7 @@ class History:
         """
         if not self.excerpt:
             self._begin(source)
-        view = EpochView(sample_text(state.model, source.text, notify), state.excerpt)
+        view = EpochView(sample_text(state.model, source.text, notify), state.excerpt_probabilities)
         before = self._epochs_until(len(log.val) - 1)
         if not before:
             self.first = len(log.val)

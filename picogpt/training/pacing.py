@@ -1,8 +1,8 @@
-"""Pacing of a run with a budget of minutes: the remaining plan is refitted to the measured speed every few steps.
+"""Pacing of a run with a budget of minutes: its `Schedule` is refitted to the measured speed every few steps.
 
-A plan is a `Schedule`. A new plan changes the number of remaining steps only: the learning rate continues from its current
-value and reaches its floor exactly at the new end. Each plan is part of the checkpoint, so a resumed run takes the
-same steps as an uninterrupted run with the same plans.
+A new schedule changes the number of remaining steps only: the learning rate continues from its current value and reaches its
+floor exactly at the new end. The schedule is part of the checkpoint, so a resumed run takes the same steps as an uninterrupted
+run with the same schedules.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from picogpt.schedule import (
     warmup_steps_of,
 )
 
-__all__ = ["Pacer", "replan", "steps_within"]
+__all__ = ["Pacer", "reschedule", "steps_within"]
 
 # A suspended process is noticed by a gap that is both long and much longer than all gaps before.
 PAUSE = 60.0
@@ -31,7 +31,7 @@ PAUSE = 60.0
 PAUSE_RATIO = 10.0
 """Such a gap is also at least this many times longer than any gap before it."""
 TOLERANCE = 0.02
-"""A new plan that changes the number of remaining steps by no more than this fraction is not adopted."""
+"""A new schedule that changes the number of remaining steps by no more than this fraction is not adopted."""
 COOL_DOWN = 0.05
 """Fraction of the budget that a learning rate still at its peak gets to decay after the time is up."""
 NEWEST = 2 / 3
@@ -44,14 +44,14 @@ def decay_at(schedule: Schedule, step: int, total: int, config: TrainConfig) -> 
     """Return the progress of the decay after `step` steps of `schedule`, for a run that now has `total` steps.
 
     Returns:
-        `decay_start` and `decay_done` of the new plan, with which the learning rate has no jump. A warm-up continues as it was,
-        unless it would take half of the remaining steps: then it ends here.
+        `decay_start` and `decay_done` of the new schedule, with which the learning rate has no jump. A warm-up continues as it
+        was, unless it would take half of the remaining steps: then it ends here.
     """
     warmup = schedule.decay_start
     if warmup is None:
         warmup = warmup_steps_of(schedule.total_steps, config)
     if step >= warmup:
-        # In the decay: progress so far, linear in steps within the old plan.
+        # In the decay: progress so far, linear in steps within the old schedule.
         done = schedule.decay_done
         return step, done + (1 - done) * (step - warmup) / max(1, schedule.total_steps - warmup)
     # Still warming up, with enough steps left: nothing has been decayed.
@@ -64,11 +64,11 @@ def decay_at(schedule: Schedule, step: int, total: int, config: TrainConfig) -> 
     return step, 1 - height if config.decay == "linear" else math.acos(2 * height - 1) / math.pi
 
 
-def replan(schedule: Schedule, step: int, total: int, config: TrainConfig, steps_per_epoch: int | None = None) -> Schedule:
-    """Return the plan from `step` on, for a run of `total` steps.
+def reschedule(schedule: Schedule, step: int, total: int, config: TrainConfig, steps_per_epoch: int | None = None) -> Schedule:
+    """Return the schedule from `step` on, for a run of `total` steps.
 
     Args:
-        schedule: the plan so far.
+        schedule: the schedule so far.
         step: steps taken.
         total: steps of the whole run, at least `step`.
         config: peak, floor and shape of the learning rate.
@@ -106,7 +106,7 @@ def steps_within(seconds: float, step_seconds: float, end_seconds: float, to_end
 
 
 class Pacer:
-    """Keeps a run to its budget of minutes. The trainer reports each event and gets the plan to continue with.
+    """Keeps a run to its budget of minutes. The trainer reports each event and gets the schedule to continue with.
 
     Time in which the process is suspended (Ctrl-Z, a lid closed) is not counted; waiting for the network is.
 
@@ -171,7 +171,7 @@ class Pacer:
         return stop_with_clock
 
     def after_step(self, schedule: Schedule, step: int) -> Schedule:
-        """Return the plan after a step; it is refitted 20 times a run, and more often towards its end."""
+        """Return the schedule after a step; it is refitted 20 times a run, and more often towards its end."""
         now = self._last_step = self.spent()
         self._steps += 1
         # The first step of a start: timing begins after it.
@@ -185,7 +185,7 @@ class Pacer:
         return self._fit(schedule, step, self.seconds - now, at_end=False)
 
     def after_validation(self, schedule: Schedule, step: int) -> Schedule:
-        """Return the plan after an epoch's validation, before the epoch is saved."""
+        """Return the schedule after an epoch's validation, before the epoch is saved."""
         now = self.spent()
         self._validation = now - self._last_step
         self._measure(self._last_step)  # steps end where validation begins
@@ -193,7 +193,7 @@ class Pacer:
         return self._fit(schedule, step, self.seconds - now - self._tail, at_end=True)
 
     def after_epoch(self, schedule: Schedule, step: int) -> Schedule:
-        """Return the plan after the epoch has been saved and displayed, whose time is measured here."""
+        """Return the schedule after the epoch has been saved and displayed, whose time is measured here."""
         now = self.spent()
         self._tail = now - self._last_step
         self._planned = self._since = now
@@ -209,7 +209,7 @@ class Pacer:
         self._since, self._planned, self._steps = now, now, 0
 
     def _fit(self, schedule: Schedule, step: int, left: float, *, at_end: bool) -> Schedule:
-        """Return the plan fitted to the `left` seconds, or `schedule` if the change is small."""
+        """Return the schedule fitted to the `left` seconds, or `schedule` if the change is small."""
         if step >= schedule.total_steps:
             return schedule
         # Even when the time is up, the learning rate gets time to decay, in proportion to its height.
@@ -229,10 +229,10 @@ class Pacer:
             to_end = schedule.steps_per_epoch - (step - schedule.epoch_start) % schedule.steps_per_epoch
             steps = steps_within(left, self._step_seconds, end, to_end, schedule.steps_per_epoch)
         planned = schedule.total_steps - step
-        # Small changes are noise of the measurement, and each new plan changes the learning rate's slope.
+        # Small changes are noise of the measurement, and each new schedule changes the learning rate's slope.
         if abs(steps - planned) <= TOLERANCE * planned:
             return schedule
-        return replan(schedule, step, step + steps, self._config, steps_per_epoch)
+        return reschedule(schedule, step, step + steps, self._config, steps_per_epoch)
 
     def _height(self, schedule: Schedule, step: int) -> float:
         """Return the next learning rate above the floor as a fraction of the peak; 0 if decay does not end with the run."""

@@ -1,4 +1,4 @@
-"""The plan of a training run: all decisions before the first step. Making a plan writes nothing."""
+"""The plan of a training run: all decisions before the first step. Nothing is written into the run's folder."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ class Plan:
 
     @classmethod
     def of(cls, request: TrainRequest, ranks: Ranks, console: Console) -> Plan:
-        """Resolve a request; a resumed run keeps its stored settings.
+        """Resolve a request; a resumed run takes its stored settings, except for the requested changes.
 
-        Nothing is written. The text, or a stream's first articles, are read.
+        Nothing is written into the run's folder. The text, or a stream's first articles, are read, a text may be downloaded, and
+        kernels may be compiled.
 
         Args:
             request: the requested settings.

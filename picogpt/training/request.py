@@ -17,7 +17,7 @@ from picogpt.wording import Notify, plural
 __all__ = ["LENGTHS", "TrainRequest"]
 
 LENGTHS = ("epochs", "minutes", "chars")
-"""Fields of `Budget` that give a length; the other fields divide it into epochs."""
+"""Fields of `Budget` that give a length; the others are its division into epochs and the patience."""
 # Training settings that a resumed run may change; any other would contradict the steps already taken.
 _CHANGEABLE = frozenset({"lr", "min_lr", "muon_lr", "weight_decay", "grad_clip", "warmup_steps"})
 
@@ -139,7 +139,7 @@ class TrainRequest:
             # A new length replaces the old one whatever its unit; the division into epochs stays.
             fields = {name: value for name, value in fields.items() if name not in LENGTHS}
         if "minutes" in self.length:
-            fields["patience"] = None  # that of the run, which minutes exclude
+            fields["patience"] = None  # the run's own; `Budget` rejects patience together with minutes
         return Budget(**{**fields, **self.length})
 
     def check_origin(self, stored: RunSettings, asked: Path | None, *, has_begun: bool) -> None:
@@ -198,7 +198,7 @@ class TrainRequest:
         rejected = [f"{name} is {now} and was {before}" for name, before, now in changes if name not in _CHANGEABLE]
         if rejected:
             raise RunError(f"run {run}: {'; '.join(rejected)}; choose another --run, or --fresh to start over")
-        # What is left may change; said, as the run is then no longer that of its config.
+        # The rest may change. Each change is printed, because earlier steps used the old value.
         for name, before, value in changes:
             notify(f"{name} is {value} from here on and was {before}")
 

@@ -65,7 +65,7 @@ class TrainingRun:
         self.plan, self.folder, self._source = plan, plan.folder, plan.source
         self._began, self._notify, self._timing = began, notify, timing
         self.trainer = self._build(plan.source)
-        # A budget of minutes needs the benchmark to plan; a dry run reuses it for the forecast.
+        # A budget of minutes needs the benchmark for its schedule; a dry run reuses it for the forecast.
         self._benchmarked: tuple[float, EpochEnd] | None = None
         self._seconds: float | None = None  # remaining budget at this start, where minutes are given
 
@@ -98,7 +98,7 @@ class TrainingRun:
                 raise RunError(f"{folder.path}: another process has begun this run meanwhile; start again to resume it")
             self._prepare()
             finished = self._fit(stop, show)
-            # The pacer has changed the plan: config.json gets the final one.
+            # A pacer or a cool-down has replaced the schedule: config.json gets the final one.
             if self.trainer.schedule not in {None, self.schedule}:
                 self.schedule = self.trainer.schedule
                 self._write_config()
@@ -122,7 +122,7 @@ class TrainingRun:
             # Only the counters are needed; a damaged checkpoint is not renamed, as a dry run changes nothing.
             state = folder.load_checkpoint(rename=False)[0].state
             self.trainer.step, self.trainer.seconds = int(state["step"]), float(state["seconds"])
-            self.trainer.stored_plan = state.get("plan")
+            self.trainer.stored_schedule = state.get("plan")
             self._notify(f"{folder.path}: would resume from step {self.trainer.step:,}")
         self.schedule = self._fix_schedule()
         plan.request.check_length(self.schedule.total_steps, self.trainer.step)
@@ -160,8 +160,8 @@ class TrainingRun:
             self._begin()
         self.schedule = self.trainer.schedule = self._fix_schedule()
         plan.request.check_length(self.schedule.total_steps, self.trainer.step)
-        if self.trainer.stored_plan is not None and plan.stored is not None and plan.budget != plan.stored.budget:
-            # Config and checkpoint must name the same length, or the next start would find the old plan.
+        if self.trainer.stored_schedule is not None and plan.stored is not None and plan.budget != plan.stored.budget:
+            # Config and checkpoint must name the same length, or the next start would find the old schedule.
             self.trainer.save(self.folder)
         # From here on the folder contains a run that can be resumed, even without a checkpoint.
         self._write_config()
@@ -245,8 +245,8 @@ class TrainingRun:
         trainer, budget, stored = self.trainer, self.plan.budget, self.plan.stored
         # The stored schedule holds unless another length was requested.
         kept = stored.schedule if stored is not None and budget == stored.budget else None
-        # The plan in the checkpoint belongs to the stored budget too, so with another one it is dropped.
-        saved, trainer.patience = trainer.stored_plan if kept else None, budget.patience
+        # The schedule in the checkpoint belongs to the stored budget too, so with another one it is dropped.
+        saved, trainer.patience = trainer.stored_schedule if kept else None, budget.patience
         if budget.minutes is None:
             # A cool-down that has started is finished.
             trainer.cooling_down = saved is not None
@@ -254,10 +254,10 @@ class TrainingRun:
         if kept is not None and saved is None and self.folder.has_checkpoint():
             return kept  # a run that is older than pacers keeps its number of steps
         # Seconds that earlier starts have spent; suspended time is not counted by the pacer.
-        measured = trainer.stored_plan["pacer"] if trainer.stored_plan else None  # a cool-down has no pacer
+        measured = trainer.stored_schedule["pacer"] if trainer.stored_schedule else None  # a cool-down has no pacer
         seconds, before = budget.minutes * 60, float(measured["seconds_spent"]) if measured else trainer.seconds
         if saved is not None and measured is not None:
-            # Resumed with the same minutes: continue from the saved plan and measurements, without benchmark steps.
+            # Resumed with the same minutes: continue from the saved schedule and measurements, without benchmark steps.
             schedule = Schedule(**saved["schedule"])
             pace = Pace(
                 seconds_per_step=measured["seconds_per_step"],
@@ -267,7 +267,7 @@ class TrainingRun:
             )
             validation = float(measured["seconds_of_validation"])
         else:
-            # A new run, or a new number of minutes: measure first, then plan.
+            # A new run, or a new number of minutes: measure first, then schedule.
             pace = self._measure_pace(seconds, before)
             schedule = self._new_schedule(pace)
             validation = pace.seconds_per_val_batch * self._val_batches(schedule)
@@ -316,7 +316,7 @@ class TrainingRun:
         chars_left = (schedule.total_steps - trainer.step) * trainer.chars_per_step
         sequence_len = self.plan.train.windows * self.plan.model.context_len
         return Forecaster(
-            # A function, because the pacer changes the plan while the run is on.
+            # A function, because the pacer replaces the schedule while the run is on.
             schedule=lambda: trainer.schedule or schedule,
             chars_per_step=trainer.chars_per_step,
             train_chars=self._source.train_chars,

@@ -64,7 +64,7 @@ class TrainState:
         """Optimizer steps taken so far, without the steps of an imported run."""
         self.rank = 0
         """Rank of this process among those that train together."""
-        self.excerpt: list[float] = []
+        self.excerpt_probabilities: list[float] = []
         """Probabilities of the first characters of the validation text, by the last validation."""
         self._compiled = False
 

@@ -95,15 +95,15 @@ class Trainer(TrainState):
         self.seconds = 0.0
         """Seconds spent training, validation included, over all starts of the run."""
         self.schedule: Schedule | None = None
-        """The current plan of the run's length."""
+        """Steps of the run and their division into epochs, from now on."""
         self.pacer: Pacer | None = None
-        """Replans a run with a budget of minutes; None for other runs."""
+        """Fits the schedule to a budget of minutes; None for other runs."""
         self.patience: int | None = None
         """Epochs without a better validation loss after which the run cools down and ends; None trains to the end."""
         self.cooling_down = False
         """Whether patience is exhausted: the learning rate decays to its floor, and the run then ends."""
-        self.stored_plan: dict[str, Any] | None = None
-        """Plan in the loaded checkpoint if it differs from config.json: a pacer's, or a cool-down's."""
+        self.stored_schedule: dict[str, Any] | None = None
+        """Schedule in the loaded checkpoint, with the pacer's state; None for a run with neither a pacer nor a cool-down."""
         # Steps and characters of an imported run, which the log counts but the schedule does not.
         self._steps_before, self._chars_before = 0, 0
         # Sum of the losses and number of steps since the last log entry.
@@ -111,7 +111,7 @@ class Trainer(TrainState):
 
     @property
     def chars_per_step(self) -> int:
-        """Characters of a global batch."""
+        """Characters of one step over all processes (nanoGPT's `tokens_per_iter`)."""
         return self.config.batch_size * self.config.windows * self.model.config.context_len
 
     @property
@@ -124,10 +124,10 @@ class Trainer(TrainState):
 
         Args:
             run: the run's folder, created and locked.
-            schedule: number of steps and their division into epochs; a `pacer` changes both during the run.
+            schedule: number of steps and their division into epochs; a pacer or a cool-down replaces it during the run.
             observer: receives the run's events.
             stop: polled after every step and validation batch; once it returns True, the run is saved and the loop ends.
-            notify: receives a warning where the log or its plot cannot be written, which does not end the run.
+            notify: receives warnings about files that could not be written, which do not end the run, and lines about patience.
 
         Returns:
             Whether the schedule was finished.
@@ -151,13 +151,13 @@ class Trainer(TrainState):
         stop = pacer.with_clock(stop) if pacer else stop
         start, before = time.perf_counter(), self.seconds
         saved_at = start
-        # One turn is a step or the end of an epoch. An epoch's end is a turn of its own, so that a run that was stopped while it
-        # validated resumes with the validation.
+        # Each iteration is a step or the end of an epoch. The end has an iteration of its own, so that a run that was stopped
+        # while it validated resumes with the validation.
         while self.step < self.schedule.total_steps or self.epoch_is_open:
             if self.epoch_is_open and self.schedule.ends_epoch(self.step):
                 finished = self.finish_epoch(run, self.schedule, stop, notify)
                 saved_at = time.perf_counter()
-                # The checkpoint is saved by now, so none of these can cost training.
+                # The checkpoint is saved by now, so a failure below loses no training.
                 if finished:
                     self.history.record(self, self.source, self.log, notify)
                     self._write_log(run, notify)
@@ -228,7 +228,7 @@ class Trainer(TrainState):
             logits, loss = self.predict(batch)
             if count == 0:
                 # The first sequence is the start of the validation text, which the run's page shades.
-                self.excerpt = target_probabilities(logits[0], batch.targets[0])
+                self.excerpt_probabilities = target_probabilities(logits[0], batch.targets[0])
             # Weighted by characters, as the last batch can be smaller: sum of nats / number of characters.
             total += loss.item() * batch.targets.size
             count += batch.targets.size
@@ -257,7 +257,7 @@ class Trainer(TrainState):
             if self._is_finite():
                 # model.safetensors keeps the best weights, the checkpoint the latest ones.
                 run.save_model(self.model.arrays(), self.model.config, self.source.text)
-        # Replan before saving, so that the checkpoint contains the plan that a resumed run follows.
+        # Reschedule before saving, so that the checkpoint contains the schedule that a resumed run follows.
         if self.pacer is not None and self.schedule is not None:
             self.schedule = self.pacer.after_validation(self.schedule, self.step)
         self._apply_patience(run, notify)
@@ -308,13 +308,13 @@ class Trainer(TrainState):
             notify(_not_written("page", error, run))
 
     def _show_epoch(self, run: RunFolder, schedule: Schedule, observer: Observer) -> None:
-        """Call the observer, and replan with the measured time of the epoch's end."""
+        """Call the observer, and reschedule with the measured time of the epoch's end."""
         observer.on_epoch(self)
         if self.pacer is None:
             return
         self.schedule = self.pacer.after_epoch(schedule, self.step)
         if schedule.total_steps > self.step >= self.schedule.total_steps:
-            # The new plan ends here, but the checkpoint of this epoch still has the old plan.
+            # The new schedule ends here, but the checkpoint of this epoch still has the old one.
             self.save(run)
 
     def save(self, run: RunFolder) -> None:
@@ -346,7 +346,7 @@ class Trainer(TrainState):
             "log": self.log.to_dict(),
         }
         if self.schedule is not None and (self.pacer is not None or self.cooling_down):
-            # A plan that depends on measured times or losses is part of the state.
+            # A schedule that depends on measured times or losses is part of the state.
             state["plan"] = {"schedule": asdict(self.schedule), "pacer": self.pacer.state() if self.pacer else None}
         run.save_checkpoint(Checkpoint(tensors=tensors, state=state))
 
@@ -383,7 +383,7 @@ class Trainer(TrainState):
         self.log = LossLog.from_dict(state["log"])
         self._steps_before, self._chars_before = int(state["steps_before"]), int(state["chars_before"])
         self._epoch_loss, self._epoch_steps = float(state["epoch_loss"]), int(state["epoch_steps"])
-        self.seconds, self.stored_plan = float(state["seconds"]), state.get("plan")
+        self.seconds, self.stored_schedule = float(state["seconds"]), state.get("plan")
 
 
 def _not_written(what: str, error: OSError, run: RunFolder) -> str:

@@ -45,8 +45,8 @@ def test_probabilities_of_an_excerpt() -> None:
     _, loss = trainer.model(inputs, targets)
     assert loss is not None
 
-    assert len(trainer.excerpt) == 24
-    assert -np.log(trainer.excerpt).mean() == pytest.approx(loss.item(), rel=1e-5)
+    assert len(trainer.excerpt_probabilities) == 24
+    assert -np.log(trainer.excerpt_probabilities).mean() == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_target_probabilities() -> None:

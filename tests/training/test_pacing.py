@@ -13,7 +13,7 @@ import torch
 from picogpt.config import TrainConfig
 from picogpt.runs.folder import RunFolder
 from picogpt.schedule import Budget, Pace, Schedule, lr_at_step
-from picogpt.training.pacing import Pacer, replan, steps_within
+from picogpt.training.pacing import Pacer, reschedule, steps_within
 from picogpt.training.trainer import Trainer
 from picogpt.uptime import process_seconds
 from tests.conftest import TINY, Watcher, tiny_source
@@ -47,7 +47,7 @@ def test_steps_within(seconds: float, expected: int) -> None:
 )
 def test_learning_rate_has_no_jump(config: TrainConfig, step: int, total: int) -> None:
     """Where a plan changes the rate is the old plan's, and it comes down to its floor at the new end."""
-    plan = replan(PLAN, step, total, config)
+    plan = reschedule(PLAN, step, total, config)
     rates = [lr_at_step(k, plan, config) for k in range(step, total + 1)]
 
     assert rates[0] == pytest.approx(lr_at_step(step, PLAN, config), rel=1e-9)
@@ -60,7 +60,7 @@ def test_learning_rate_has_no_jump(config: TrainConfig, step: int, total: int) -
 
 def test_warm_up_is_cut_short() -> None:
     """Where hardly any steps are left the rate comes down from where the warm-up is."""
-    plan = replan(PLAN, 5, 10, CONFIG)
+    plan = reschedule(PLAN, 5, 10, CONFIG)
 
     assert [lr_at_step(k, plan, CONFIG) for k in range(5, 11)] == pytest.approx(
         [0.06 / 11 * (5 - i) / 5 for i in range(6)], rel=1e-9
@@ -69,13 +69,13 @@ def test_warm_up_is_cut_short() -> None:
 
 def test_same_plan_changes_no_rate() -> None:
     """A plan of the same length is the same line, and recipe seed's decay does not depend on it."""
-    plan = replan(PLAN, 300, 1000, CONFIG)
+    plan = reschedule(PLAN, 300, 1000, CONFIG)
     seed = TrainConfig.from_recipe("seed", {})
 
     assert [lr_at_step(k, plan, CONFIG) for k in range(300, 1000)] == pytest.approx(
         [lr_at_step(k, PLAN, CONFIG) for k in range(300, 1000)]
     )
-    assert [lr_at_step(k, replan(PLAN, 300, 500, seed), seed) for k in range(300, 500)] == [
+    assert [lr_at_step(k, reschedule(PLAN, 300, 500, seed), seed) for k in range(300, 500)] == [
         lr_at_step(k, PLAN, seed) for k in range(300, 500)
     ]
 
@@ -197,20 +197,20 @@ class Scripted(Pacer):
         super().__init__(60, CONFIG, pace, validation=0.0)
 
     def after_step(self, schedule: Schedule, step: int) -> Schedule:
-        return replan(schedule, step, {3: 20, 7: 9}.get(step, schedule.total_steps), CONFIG)
+        return reschedule(schedule, step, {3: 20, 7: 9}.get(step, schedule.total_steps), CONFIG)
 
     def after_epoch(self, schedule: Schedule, step: int) -> Schedule:
         return schedule
 
     def after_validation(self, schedule: Schedule, step: int) -> Schedule:
-        return replan(schedule, step, 14, CONFIG, 3) if step == 5 else schedule
+        return reschedule(schedule, step, 14, CONFIG, 3) if step == 5 else schedule
 
 
 class Late(Scripted):
     """Finds that the time is up when the first epoch has been shown."""
 
     def after_epoch(self, schedule: Schedule, step: int) -> Schedule:
-        return replan(schedule, step, step, CONFIG)
+        return reschedule(schedule, step, step, CONFIG)
 
 
 def make_trainer(pacer: type[Scripted] = Scripted) -> Trainer:
@@ -240,8 +240,8 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, stop_after: int) -> None:
     assert not first.fit(run, first_plan, watcher, watcher.stop)
     second = make_trainer()
     second.restore(run.load_checkpoint()[0])
-    assert second.stored_plan is not None
-    plan = Schedule(**second.stored_plan["schedule"])
+    assert second.stored_schedule is not None
+    plan = Schedule(**second.stored_schedule["schedule"])
     assert second.fit(run, plan, Watcher(), lambda: False)
 
     assert straight.step == second.step == 9

@@ -124,7 +124,7 @@ def test_a_cool_down_is_resumed(run: RunFolder, tmp_path: Path, stop_after: int)
     resumed = Scripted(RISING)
     resumed.patience = 2
     resumed.restore(run.load_checkpoint()[0])
-    plan = resumed.stored_plan
+    plan = resumed.stored_schedule
     assert (plan is not None) == (stop_after > 25)
     resumed.cooling_down = plan is not None
     finished, _ = fit(resumed, run, Schedule(**plan["schedule"]) if plan else PLAN)
