@@ -1,10 +1,12 @@
-"""Validation of values from users: names, ranges and numbers written as text. The messages quote the value."""
+"""Validation of values from users: names, ranges, numbers written as text, and files to write. The messages quote the value."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 from picogpt.errors import ConfigError
@@ -18,6 +20,9 @@ __all__ = [
     "MAX_THREADS",
     "X_AXES",
     "check_choice",
+    "check_new_folder",
+    "check_page",
+    "check_picture",
     "check_run_name",
     "check_text_column",
     "check_threads",
@@ -166,3 +171,54 @@ def parse_new_tokens(text: str) -> int | None:
         count = -1  # for the message below, which also mentions inf
     require(count >= 0, "max_new_tokens", "a whole number of at least 0, or inf", text)
     return count
+
+
+# Outputs are checked before the work starts, which may take minutes.
+
+
+def check_picture(path: Path | None) -> None:
+    """Check that a plot can be written to `path`; None, the default path, is not checked.
+
+    Raises:
+        ConfigError: the name does not end in .jpg or .png, or its folder is missing or not writable.
+    """
+    if path is not None:
+        _check_suffix(path, "output", (".jpg", ".jpeg", ".png"), ".jpg or .png")
+        _check_writable(path, "output")
+
+
+def check_page(path: Path, name: str) -> None:
+    """Check that an HTML page can be written to `path`, the value of the argument `name`.
+
+    Raises:
+        ConfigError: the name does not end in .html, or its folder is missing or not writable.
+    """
+    _check_suffix(path, name, (".html",), ".html")
+    _check_writable(path, name)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Check that a folder can be written.
+
+    Raises:
+        ConfigError: the folder exists and is not empty, or its parent is missing or not writable.
+    """
+    if not folder.name or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
+        raise ConfigError(f"FOLDER: {folder} exists and is not an empty folder; choose another name")
+    if not folder.parent.is_dir():
+        raise ConfigError(f"FOLDER: there is no folder {folder.parent}; create it first")
+    if not os.access(folder.parent, os.W_OK):
+        raise ConfigError(f"FOLDER: {folder.parent} cannot be written; choose another folder")
+
+
+def _check_suffix(path: Path, name: str, suffixes: Collection[str], allowed: str) -> None:
+    if path.suffix.lower() not in suffixes:
+        raise ConfigError(f"{name} must end in {allowed}, got {str(path)!r}", name)
+
+
+def _check_writable(path: Path, name: str) -> None:
+    if not path.parent.is_dir():
+        raise ConfigError(f"{name}: there is no folder {path.parent}; create it first", name)
+    # The folder, as files are written under a temporary name and renamed.
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{name}: {path} cannot be written; choose another file", name)

@@ -8,7 +8,6 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from picogpt.cli.parser import Parser
@@ -16,7 +15,7 @@ from picogpt.cli.screen import above_bar
 from picogpt.errors import ConfigError, PicoGPTError, file_of_error
 from picogpt.stdio import install_blocking_streams, reader_is_gone, stdout_is_mid_line
 
-__all__ = ["check_picture", "check_writable", "end_process", "notice", "run_command"]
+__all__ = ["end_process", "notice", "run_command"]
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -78,36 +77,6 @@ def _flush_or_drop() -> None:
         except OSError:
             # Python flushes again at exit and would print a second error: let that go to the null device.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def check_picture(path: Path | None) -> None:
-    """Check before the work starts that a plot can be written to `path`; None, the default path, is not checked.
-
-    Raises:
-        ConfigError: the name does not end in .jpg or .png, or its folder is missing or not writable.
-    """
-    if path is None:
-        return
-    if path.suffix.lower() not in {".jpg", ".jpeg", ".png"}:
-        raise ConfigError(f"output must end in .jpg or .png, got {str(path)!r}", "output")
-    check_writable(path, "output")
-
-
-def check_writable(path: Path, name: str) -> None:
-    """Check before the work starts that a file can be written.
-
-    Args:
-        path: the file, which may exist.
-        name: name of the argument, for the message.
-
-    Raises:
-        ConfigError: the folder is missing or not writable, or `path` is a folder.
-    """
-    if not path.parent.is_dir():
-        raise ConfigError(f"{name}: there is no folder {path.parent}; create it first", name)
-    # The folder, as files are written under a temporary name and renamed.
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"{name}: {path} cannot be written; choose another file", name)
 
 
 def end_process(code: int) -> NoReturn:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from picogpt.checks import ENGINE_DTYPES, check_threads
-from picogpt.cli.common import check_picture, end_process, notice, run_command
+from picogpt.checks import ENGINE_DTYPES, check_picture, check_threads
+from picogpt.cli.common import end_process, notice, run_command
 from picogpt.cli.parser import Parser, add_model, add_setting
 from picogpt.config import EvalConfig, TextRequest
 from picogpt.signals import deferred_interrupt

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from picogpt.cli.common import check_writable, notice, run_command
+from picogpt.checks import check_new_folder, check_page
+from picogpt.cli.common import notice, run_command
 from picogpt.cli.parser import Parser, add_model
-from picogpt.errors import ConfigError
 
 __all__ = ["build_parser", "main"]
 
@@ -43,12 +42,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     target: Path = arguments.target
-    if arguments.format != "html":
-        _check_folder(target)
-    elif target.suffix.lower() != ".html":
-        raise ConfigError(f"PAGE must end in .html, got {str(target)!r}")
+    if arguments.format == "html":
+        check_page(target, "PAGE")
     else:
-        check_writable(target, "PAGE")
+        check_new_folder(target)
     # Imported after the checks, so that a wrong argument answers at once.
     from picogpt.runs.find import find_model
 
@@ -61,21 +58,9 @@ def _export(arguments: argparse.Namespace) -> int:
 def _write_page(path: Path, chosen: str, page: Path) -> None:
     from picogpt.export.model_page import ModelView, render_model_page
     from picogpt.files import atomic_write
-    from picogpt.runs.loss_log import read_log
-    from picogpt.runs.model_file import open_model
-    from picogpt.runs.names import LOG_FILE
 
-    log = path.with_name(LOG_FILE)
-    with open_model(path) as model:
-        view = ModelView(
-            name=path.resolve().parent.name,  # the run's name, also for a path like ./model.safetensors
-            config=model.config,
-            arrays=model.weights,
-            text=model.text,
-            log=read_log(log) if log.exists() else None,  # a model file alone has no log
-        )
-        # A folder's name may contain bytes that are not UTF-8, which Python represents by surrogates.
-        content = render_model_page(view).encode("utf-8", "replace")
+    # A folder's name may contain bytes that are not UTF-8, which Python represents by surrogates.
+    content = render_model_page(ModelView.read(path)).encode("utf-8", "replace")
     atomic_write(page, content)
     notice(f"{chosen}: {len(content) / 1e6:.2f} MB written; open it in a browser")
 
@@ -83,11 +68,10 @@ def _write_page(path: Path, chosen: str, page: Path) -> None:
 def _write_gpt2(path: Path, chosen: str, folder: Path) -> None:
     from picogpt.export.gpt2 import Gpt2Model, write_gpt2
     from picogpt.files import atomic_folder
-    from picogpt.runs.model_file import load_model
 
-    model = load_model(path)
+    model = Gpt2Model.read(path)
     with atomic_folder(folder) as new:
-        write_gpt2(Gpt2Model(path.resolve().parent.name, model.config, model.weights, model.text), new)
+        write_gpt2(model, new)
     notice(
         f"{chosen}: {_describe_files(folder)} written in GPT-2's layout\n"
         f"this is the model without its context roll, within one window of {model.config.context_len} characters; "
@@ -115,20 +99,6 @@ _FORMATS: Mapping[str, Callable[[Path, str, Path], None]] = {"html": _write_page
 def _describe_files(folder: Path) -> str:
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return f"{', '.join(sizes)} ({sum(sizes.values()) / 1e6:.2f} MB)"
-
-
-def _check_folder(folder: Path) -> None:
-    """Check before the work starts that a folder can be written.
-
-    Raises:
-        ConfigError: the folder exists and is not empty, or its parent is missing or not writable.
-    """
-    if not folder.name or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-        raise ConfigError(f"FOLDER: {folder} exists and is not an empty folder; choose another name")
-    if not folder.parent.is_dir():
-        raise ConfigError(f"FOLDER: there is no folder {folder.parent}; create it first")
-    if not os.access(folder.parent, os.W_OK):
-        raise ConfigError(f"FOLDER: {folder.parent} cannot be written; choose another folder")
 
 
 if __name__ == "__main__":

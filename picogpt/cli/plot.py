@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from picogpt.checks import X_AXES, check_choice
-from picogpt.cli.common import check_picture, check_writable, run_command
+from picogpt.checks import X_AXES, check_choice, check_page, check_picture
+from picogpt.cli.common import run_command
 from picogpt.cli.parser import Parser
 from picogpt.config import LOGS_DIR
-from picogpt.errors import ConfigError, PicoGPTError
+from picogpt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from picogpt.export.log_page import RunView
     from picogpt.runs.loss_log import LossLog
 
 __all__ = ["build_parser", "main"]
@@ -64,7 +62,9 @@ def _plot(arguments: argparse.Namespace) -> int:
     check_picture(arguments.output)
     x = check_choice("x", arguments.x, X_AXES)
     if arguments.html:
-        _check_page(arguments.html, x)
+        check_page(arguments.html, "html")
+        if x is not None:
+            raise ConfigError("x is for a picture, as the page counts characters; leave it out with --html", "x")
     # Imported after the checks: numpy and matplotlib load slowly, and a wrong flag should answer at once.
     from picogpt.files import atomic_write
     from picogpt.runs.find import find_log, picture_path
@@ -89,44 +89,14 @@ def _plot(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_page(page: Path, x: str | None) -> None:
-    """Check before the work starts that a page can be written.
-
-    Raises:
-        ConfigError: the name does not end in .html, the file cannot be written, or there is an `x`.
-    """
-    if page.suffix.lower() != ".html":
-        raise ConfigError(f"html must end in .html, got {str(page)!r}", "html")
-    if x is not None:
-        raise ConfigError("x is for a picture, as the page counts characters; leave it out with --html", "x")
-    check_writable(page, "html")
-
-
 def _render(paths: Mapping[str, Path], logs: Mapping[str, LossLog]) -> str:
     """Return the page of the runs; see `picogpt.export.log_page`."""
     from picogpt.export.log_page import render_page
+    from picogpt.training.history import run_view
 
-    if len(paths) == 1:
-        ((name, path),) = paths.items()
-        return render_page([_view(path.resolve().parent.name, path, logs[name])])
-    # By the names that the user gave, which differ where those of the folders may not.
-    return render_page([_view(name, path, logs[name]) for name, path in paths.items()])
-
-
-def _view(name: str, path: Path, log: LossLog) -> RunView:
-    """Return the content of the page of the run in the folder of the log at `path`."""
-    from picogpt.runs.folder import RunFolder
-    from picogpt.runs.settings import RunSettings
-    from picogpt.training.history import History, describe_recipe
-
-    view = History.read(path.parent).view(name, log)
-    if view.settings:
-        return view
-    try:
-        settings = RunSettings.from_dict(RunFolder(path.parent).read_config())
-    except PicoGPTError:
-        return view  # a log without its run
-    return replace(view, settings=describe_recipe(settings.model, settings.train))
+    # Several runs by the names that the user gave, which differ where those of the folders may not.
+    names = {name: name if len(paths) > 1 else path.resolve().parent.name for name, path in paths.items()}
+    return render_page([run_view(names[name], path.parent, logs[name]) for name, path in paths.items()])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from picogpt.config import GPTConfig, TextConfig, alphabet_of
 from picogpt.errors import RunError
 from picogpt.files import atomic_write
 from picogpt.inference.generate import suppressed_ids
+from picogpt.runs.model_file import load_model
 from picogpt.runs.tensor_file import serialize_tensors
 from picogpt.tokenizer import CharTokenizer
 
@@ -52,6 +53,16 @@ class Gpt2Model:
     def __post_init__(self) -> None:
         if not self.config.bias:
             raise RunError(f"{self.name}: GPT-2 has biases, and this model has none; it cannot be exported as GPT-2")
+
+    @classmethod
+    def read(cls, path: Path) -> Gpt2Model:
+        """Return the model at `path`, with the name of its run.
+
+        Raises:
+            RunError: the model is missing or damaged, or it has no biases.
+        """
+        model = load_model(path)
+        return cls(path.resolve().parent.name, model.config, model.weights, model.text)
 
     @property
     def alphabet(self) -> Alphabet:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -26,7 +27,9 @@ from picogpt.export.page import resource, script_json
 from picogpt.export.wasm import assemble
 from picogpt.inference.generate import MAX_PROMPT_WINDOWS, suppressed_ids
 from picogpt.inference.tensors import Floats, Tensors, to_bfloat16
-from picogpt.runs.loss_log import LossLog
+from picogpt.runs.loss_log import LossLog, read_log
+from picogpt.runs.model_file import load_model
+from picogpt.runs.names import LOG_FILE
 from picogpt.tokenizer import CharTokenizer, replacement
 
 __all__ = ["ModelView", "quantize_rows", "render_model_page"]
@@ -51,6 +54,22 @@ class ModelView:
     """Properties of the training text; None allows all characters."""
     log: LossLog | None = None
     """Loss log of the model's run, if there is one."""
+
+    @classmethod
+    def read(cls, path: Path) -> ModelView:
+        """Return the content of the page of the model at `path`.
+
+        Raises:
+            RunError: the model or the log beside it is damaged.
+        """
+        model, log = load_model(path), path.with_name(LOG_FILE)
+        return cls(
+            name=path.resolve().parent.name,  # the run's name, also for a path like ./model.safetensors
+            config=model.config,
+            arrays=model.weights,
+            text=model.text,
+            log=read_log(log) if log.exists() else None,  # a model file alone has no log
+        )
 
 
 def render_model_page(view: ModelView) -> str:

@@ -21,18 +21,21 @@ import torch
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Source, TextSource
 from picogpt.device import instruction_set
+from picogpt.errors import PicoGPTError
 from picogpt.evaluation.baselines import NGram, compressed_bits, ngram_order
 from picogpt.export.log_page import EpochView, RunView, pack_probabilities, render_page
 from picogpt.files import atomic_write
 from picogpt.kernels.compiled import kernels_name
+from picogpt.runs.folder import RunFolder
 from picogpt.runs.loss_log import LossLog
 from picogpt.runs.names import EPOCHS_FILE
+from picogpt.runs.settings import RunSettings
 from picogpt.tokenizer import CharTokenizer
 from picogpt.training.sample import sample_text
 from picogpt.training.state import TrainState
 from picogpt.wording import Notify, plural
 
-__all__ = ["History", "describe_recipe", "describe_settings", "target_probabilities"]
+__all__ = ["History", "describe_recipe", "describe_settings", "run_view", "target_probabilities"]
 
 EXCERPT_CHARS = 400
 """Characters of the validation text that the page shades."""
@@ -142,6 +145,18 @@ class History:
             marks=self.marks,
             settings=self.settings,
         )
+
+
+def run_view(name: str, folder: Path, log: LossLog) -> RunView:
+    """Return the content of the page of the run in `folder`, as far as its files are there; without its history, the curve."""
+    view = History.read(folder).view(name, log)
+    if view.settings:
+        return view
+    try:
+        settings = RunSettings.from_dict(RunFolder(folder).read_config())
+    except PicoGPTError:
+        return view  # a log without its run
+    return replace(view, settings=describe_recipe(settings.model, settings.train))
 
 
 def _unpack(text: str) -> list[float]:
