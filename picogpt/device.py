@@ -13,6 +13,7 @@ import torch
 from threadpoolctl import threadpool_info
 
 from picogpt.errors import TrainingError
+from picogpt.signals import deferred_interrupt
 from picogpt.threads import Threads, choose_threads
 
 __all__ = [
@@ -91,9 +92,10 @@ def check_compiler() -> None:
         TrainingError: there is no working C++ compiler.
     """
     # Imported here: the import is slow, and only --compile needs it.
-    from torch._inductor import config
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
+    with deferred_interrupt():
+        from torch._inductor import config
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
@@ -51,8 +52,13 @@ def deferred_interrupt() -> Iterator[None]:
     """Raise the KeyboardInterrupt of a Ctrl-C within the block at its end; a second Ctrl-C ends the process at once.
 
     For imports: extension modules (numpy.random is one) and the import system itself drop an exception that meets certain of
-    their lines, and the work would then go on as if nobody had pressed a key.
+    their lines, and the work would then go on as if nobody had pressed a key. Nothing is changed where Ctrl-C raises nothing: in
+    other threads than the main one, and where it is handled already.
     """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
     request = StopRequest(["SIGINT"])
     with request.listen():
         yield

@@ -21,6 +21,7 @@ from typing import IO, Any
 from picogpt.data.layout import format_of, training_files
 from picogpt.data.shards import Row, Shards, as_row
 from picogpt.errors import DataError
+from picogpt.signals import deferred_interrupt
 
 __all__ = ["find_local", "read_local"]
 
@@ -153,7 +154,8 @@ def _check_last_line(file: str) -> None:
 
 def _parquet_rows(stream: IO[bytes], columns: tuple[str, ...], start: int) -> Rows:
     """Read the rows of a Parquet file in batches, from row `start`."""
-    import pyarrow.parquet as pq
+    with deferred_interrupt():
+        import pyarrow.parquet as pq
 
     with pq.ParquetFile(stream) as file:
         _check_columns(columns, file.schema_arrow.names)
@@ -172,7 +174,8 @@ def _parquet_rows(stream: IO[bytes], columns: tuple[str, ...], start: int) -> Ro
 
 def _arrow_rows(stream: IO[bytes], columns: tuple[str, ...], start: int) -> Rows:
     """Read the rows of an Arrow file, from row `start`; both IPC formats occur under the suffix .arrow."""
-    import pyarrow as pa
+    with deferred_interrupt():
+        import pyarrow as pa
 
     try:
         # The streaming format, as `save_to_disk` writes it; else the random-access file format.

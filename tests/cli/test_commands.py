@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -15,10 +16,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
@@ -34,7 +38,7 @@ from picogpt.kernels.compiled import Kernels
 from picogpt.runs import find
 from picogpt.runs.folder import RunFolder
 from picogpt.schedule import Schedule
-from picogpt.signals import StopRequest
+from picogpt.signals import StopRequest, deferred_interrupt
 from picogpt.threads import choose_threads
 from picogpt.tokenizer import CharTokenizer
 from picogpt.training.trainer import Trainer
@@ -845,10 +849,12 @@ sys.exit(command.main({arguments!r}))
         ("eval", ["--dataset", "sample"], "numpy.random"),
         ("train", ["--dataset", "sample", "--chars", "1M"], "torch"),
         ("train", ["--dataset", "sample", "--chars", "1M"], "picogpt.training.plan"),
+        ("train", ["--dataset", "rows.parquet"], "pyarrow.parquet"),
     ],
 )
 def test_ctrl_c_during_imports(trained: Path, command: str, arguments: list[str], module: str) -> None:
     """Ctrl-C ends a command also if a module that is being imported drops the exception, as extension modules do."""
+    pq.write_table(pa.table({"text": ["the cat sat on the mat. " * 100] * 30}), "rows.parquet")
     code = _DROPPED_INTERRUPT.format(command=command, arguments=arguments, module=module)
 
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -1016,6 +1022,34 @@ class TestBoundary:
             assert stop()
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         assert signal.getsignal(signal.SIGINT) is before
+
+    @pytest.mark.parametrize("count", [0, 1])
+    def test_ctrl_c_is_deferred(self, count: int) -> None:
+        """Ctrl-C within the block is raised at its end, and the handler is the one before again."""
+        reached = False
+        with pytest.raises(KeyboardInterrupt) if count else contextlib.nullcontext(), deferred_interrupt():
+            for _ in range(count):
+                signal.raise_signal(signal.SIGINT)
+            reached = True
+        assert reached
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_deferred_where_signals_are_handled(self) -> None:
+        """Where a training run listens, Ctrl-C stays a request to stop."""
+        stop = StopRequest()
+        with stop.listen(), deferred_interrupt():
+            signal.raise_signal(signal.SIGINT)
+        assert stop()
+
+    def test_deferred_in_a_thread(self) -> None:
+        """A thread that downloads may import, though only the main thread can set handlers."""
+
+        def block() -> bool:
+            with deferred_interrupt():
+                return True
+
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(block).result()
 
     def test_closed_stderr(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A notice that nobody can read stops nothing."""
