@@ -241,24 +241,34 @@ class TrainingRun:
         self.folder.write_config({**settings.to_dict(), "versions": versions})
 
     def _fix_schedule(self) -> Schedule:
-        """Return the run's length: as stored, or computed from the budget. With minutes the trainer gets a pacer."""
+        """Return the run's schedule: as stored, or computed from the budget. With minutes the trainer gets a pacer."""
         trainer, budget, stored = self.trainer, self.plan.budget, self.plan.stored
-        # The stored schedule holds unless another length was requested.
+        trainer.patience = budget.patience
+        # What is stored holds unless another length was requested: the schedule in config.json, and the newer one that a pacer or
+        # a cool-down left in the checkpoint.
         kept = stored.schedule if stored is not None and budget == stored.budget else None
-        # The schedule in the checkpoint belongs to the stored budget too, so with another one it is dropped.
-        saved, trainer.patience = trainer.stored_schedule if kept else None, budget.patience
-        if budget.minutes is None:
-            # A cool-down that has started is finished.
-            trainer.cooling_down = saved is not None
-            return Schedule(**saved["schedule"]) if saved else kept or self._new_schedule(None)
-        if kept is not None and saved is None and self.folder.has_checkpoint():
-            return kept  # a run that is older than pacers keeps its number of steps
-        # Seconds that earlier starts have spent; suspended time is not counted by the pacer.
+        saved = trainer.stored_schedule if kept else None
+        if budget.minutes is not None:
+            if kept is not None and saved is None and self.folder.has_checkpoint():
+                return kept  # a run that is older than pacers keeps its number of steps
+            return self._pace(budget.minutes * 60, Schedule(**saved["schedule"]) if saved else None)
+        # A cool-down that has started is finished.
+        trainer.cooling_down = saved is not None
+        return Schedule(**saved["schedule"]) if saved else kept or self._new_schedule(None)
+
+    def _pace(self, seconds: float, schedule: Schedule | None) -> Schedule:
+        """Give the trainer a pacer for `seconds`; return the schedule to begin with.
+
+        Args:
+            seconds: the budget, over all starts of the run.
+            schedule: the schedule of a run that is resumed with the same budget; None measures the speed and makes one.
+        """
+        trainer = self.trainer
         measured = trainer.stored_schedule["pacer"] if trainer.stored_schedule else None  # a cool-down has no pacer
-        seconds, before = budget.minutes * 60, float(measured["seconds_spent"]) if measured else trainer.seconds
-        if saved is not None and measured is not None:
-            # Resumed with the same minutes: continue from the saved schedule and measurements, without benchmark steps.
-            schedule = Schedule(**saved["schedule"])
+        # Seconds that earlier starts have spent; suspended time is not counted by the pacer.
+        before = float(measured["seconds_spent"]) if measured else trainer.seconds
+        if schedule is not None and measured is not None:
+            # Continue from the saved measurements, without benchmark steps.
             pace = Pace(
                 seconds_per_step=measured["seconds_per_step"],
                 seconds_per_val_batch=0.0,  # the pacer has measured whole validations
@@ -267,11 +277,10 @@ class TrainingRun:
             )
             validation = float(measured["seconds_of_validation"])
         else:
-            # A new run, or a new number of minutes: measure first, then schedule.
             pace = self._measure_pace(seconds, before)
             schedule = self._new_schedule(pace)
             validation = pace.seconds_per_val_batch * self._val_batches(schedule)
-        fixed = budget.steps_per_epoch is not None
+        fixed = self.plan.budget.steps_per_epoch is not None
         trainer.pacer = Pacer(seconds, trainer.config, pace, validation=validation, fixed_epochs=fixed)
         self._seconds = seconds - before
         return schedule
