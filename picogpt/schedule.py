@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from picogpt.checks import require, require_between, require_whole
-from picogpt.config import TrainConfig
+from picogpt.config import Decay, TrainConfig
 from picogpt.errors import ConfigError
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Pace",
     "Schedule",
     "cool_down",
+    "decay_progress",
     "epochs_since_best",
     "fraction_of_peak",
     "learning_rate",
@@ -253,9 +254,17 @@ def learning_rate(
         return config.min_lr
     # From `decay_done` at `start` to 1 at `end`; `decay_done` is 0 unless the run was replanned.
     progress = decay_done + (1 - decay_done) * (step - start) / max(1, end - start)
-    # Height of the decay between floor and peak: 1 at the start, 0 at the end.
-    share = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + share * (config.lr - config.min_lr)
+    return config.min_lr + decay_height(progress, config.decay) * (config.lr - config.min_lr)
+
+
+def decay_height(progress: float, decay: Decay) -> float:
+    """Return the height of the decay between floor and peak, from 1 at its start (`progress` 0) to 0 at its end (1)."""
+    return 1 - progress if decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def decay_progress(height: float, decay: Decay) -> float:
+    """Return the progress at which the decay has `height`: the inverse of `decay_height`."""
+    return 1 - height if decay == "linear" else math.acos(2 * height - 1) / math.pi
 
 
 def lr_at_step(step: int, schedule: Schedule, config: TrainConfig) -> float:
@@ -283,9 +292,7 @@ def cool_down(schedule: Schedule, step: int, best_step: int, config: TrainConfig
     rate = lr_at_step(max(best_step - 1, 0), schedule, config)
     # During the warm-up the rate can be below the floor, and the floor can equal the peak.
     span = config.lr - config.min_lr
-    share = max(0.0, rate - config.min_lr) / span if span else 0.0
-    # Inverse of the decay: its progress at this height. Linear h = 1 - p; cosine h = (1 + cos(pi p)) / 2.
-    done = 1 - share if config.decay == "linear" else math.acos(2 * share - 1) / math.pi
+    done = decay_progress(max(0.0, rate - config.min_lr) / span if span else 0.0, config.decay)
     total = step + math.ceil(COOL_DOWN_SHARE * best_step)
     return replace(schedule, total_steps=total, decay_start=step, decay_done=done)
 

@@ -19,6 +19,7 @@ from picogpt.schedule import (
     SHARE_OF_EPOCH_ENDS,
     Pace,
     Schedule,
+    decay_progress,
     lr_at_step,
     warmup_steps_of,
 )
@@ -59,9 +60,7 @@ def decay_at(schedule: Schedule, step: int, total: int, config: TrainConfig) -> 
         return warmup, 0.0
     # The warm-up ends here: find the progress at which the decay has the rate that the warm-up has reached.
     height = (config.lr * (step + 1) / (warmup + 1) - config.min_lr) / max(config.lr - config.min_lr, 1e-30)
-    height = min(1.0, max(0.0, height))
-    # Inverse of the decay: linear h = 1 - p; cosine h = (1 + cos(pi p)) / 2.
-    return step, 1 - height if config.decay == "linear" else math.acos(2 * height - 1) / math.pi
+    return step, decay_progress(min(1.0, max(0.0, height)), config.decay)
 
 
 def reschedule(schedule: Schedule, step: int, total: int, config: TrainConfig, steps_per_epoch: int | None = None) -> Schedule:
