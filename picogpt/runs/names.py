@@ -1,4 +1,7 @@
-"""Names of the files in a run folder; `picogpt.runs.folder` says what each contains. Imports nothing, so commands start fast."""
+"""Names of the files in a run folder; `picogpt.runs.folder` says what each contains.
+
+A module of its own that imports nothing of picogpt: finding a model then does not load what training needs.
+"""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ class TrainRequest:
             changes.append(("folding", _describe_fold(stored.data.fold), _describe_fold(self.text.fold)))
         before, asked = stored.data.alphabet, self.text.alphabet
         # The text is the run's, and so are the text's own characters.
-        if asked not in {None, before} and not asked == before.name == TEXT:
+        if asked not in {None, before} and not (asked == TEXT and before.name == TEXT):
             changes.append(("alphabet", before.describe(), _describe_alphabet(asked)))
         # The hash decides: a moved or renamed file with the same characters is the same text.
         if data.sha256 != stored.data.sha256:
