@@ -68,6 +68,7 @@ __all__ = ["draw_losses", "draw_scores"]
 
 _INCHES = (8.0, 5.0)
 _DPI = 160  # 1280 x 800 pixels; the text stays readable at half that size
+_AXES = (0.1, 0.12, 0.8, 0.8)  # left, bottom, width and height in the figure, without a legend below
 _MOST_INSIDE = 2  # up to this number of runs the legend is inside the axes, else below them
 _LEGEND_ROW_INCHES = 0.27
 _LEGEND_LETTERS = 84  # letters that fit into a row of the legend
@@ -98,9 +99,12 @@ def draw_losses(logs: Mapping[str, LossLog], *, x: str | None = None, suffix: st
     # A legend below the axes: as many columns as the longest label allows, and a figure that is higher by its rows.
     columns = max(1, min(4, _LEGEND_LETTERS // (max(map(len, labels), default=0) + 6)))
     rows = 0 if len(logs) <= _MOST_INSIDE else math.ceil((len(logs) + 2) / columns)
-    figure = Figure(figsize=(_INCHES[0], _INCHES[1] + rows * _LEGEND_ROW_INCHES), dpi=_DPI, layout="constrained")
+    # A legend below the axes needs a layout that knows its size. All else has fixed margins: at each end of an epoch a picture is
+    # drawn, and finding margins for it would double the time.
+    size = (_INCHES[0], _INCHES[1] + rows * _LEGEND_ROW_INCHES)
+    figure = Figure(size, dpi=_DPI, layout="constrained" if rows else None)
     FigureCanvasAgg(figure)  # without pyplot, whose figures stay in memory until they are closed
-    axes = figure.add_subplot()
+    axes = figure.add_subplot() if rows else figure.add_axes(_AXES)
     colours = colormaps["tab10" if len(logs) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     drawn = [_draw_run(axes, log, colours[i % len(colours)], x) for i, log in enumerate(logs.values())]
     _label(axes, x, title=_title(logs))

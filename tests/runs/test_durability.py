@@ -130,6 +130,7 @@ class Nobody:
         """Nothing."""
 
 
+@pytest.mark.slow
 def test_killed_at_any_call_of_a_first_epochs_end(tmp_path: Path) -> None:
     """There is something to go on from as soon as there is a model, and until then nothing that would be taken for one."""
 

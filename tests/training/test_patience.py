@@ -216,7 +216,13 @@ def test_minutes_after_a_cool_down(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("short_text")
-@pytest.mark.parametrize("first", [["--chars", "20000", "--patience", "2"], ["--minutes", "0.03"]], ids=["patience", "minutes"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(["--chars", "20000", "--patience", "2"], id="patience"),
+        pytest.param(["--minutes", "0.03"], id="minutes", marks=pytest.mark.slow),
+    ],
+)
 def test_a_replaced_plan_is_gone(first: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is given another length and dies before its next checkpoint has that length all the same."""
     assert train.main(overfitting(*first)) == 0
