@@ -40,6 +40,12 @@ class BackendChoice(NamedTuple):
     """Whether the blocks are compiled by torch.compile."""
     gradient_checkpointing: bool = False
     """Whether activations are recomputed in the backward pass instead of kept."""
+    kept: frozenset[str] = frozenset()
+    """Names of the parts that a resumed run keeps, rather than that were requested now; for the reasons only."""
+
+    def reason_for(self, part: str, reason: str) -> str:
+        """Return the reason for a part, which says of a kept one that the run had it."""
+        return reason.replace("as requested", "as the run started") if part in self.kept else reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +100,13 @@ class Backend:
             attention, attention_reason = choose_attention(model, sequences, dtype, device)
         return cls(
             device=device,
-            device_reason=device_reason,
+            device_reason=choice.reason_for("device", device_reason),
             threads=threads.count,
-            threads_reason=threads.reason,
+            threads_reason=choice.reason_for("threads", threads.reason),
             dtype=dtype,
-            dtype_reason=dtype_reason,
+            dtype_reason=choice.reason_for("dtype", dtype_reason),
             kernels=kernels,
-            kernels_reason=kernels_reason,
+            kernels_reason=choice.reason_for("kernels", kernels_reason),
             attention=attention,
             attention_reason=attention_reason,
             compile=choice.compile,

@@ -37,7 +37,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 """Types of the GEMMs in training; auto is the faster one on this machine."""
 # int8 is for inference only: groups of inputs share a quantization scale.
 ENGINE_DTYPES = ("auto", "float32", "bfloat16", "int8")
-"""Types of the weights in the inference engine; auto is bfloat16, the type of the bundled models."""
+"""Types of the weights in the inference engine; auto is bfloat16, the bundled models' type, or float32 without a C compiler."""
 # mps is Apple's GPU.
 DEVICES = ("auto", "cpu", "cuda", "mps")
 """Devices for training; auto is a CUDA GPU if there is one, else the CPU."""

@@ -12,15 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.browser import Browser, Tab, outside
 
-__all__ = ["Chromium", "needs_chromium"]
+__all__ = ["CHROMIUM", "Chromium"]
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
 _FLAGS = ("--headless=new", "--disable-gpu", "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND")
 _KEY_CODES = {

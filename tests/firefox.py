@@ -11,19 +11,17 @@ import socket
 import struct
 import subprocess
 import time
+import unittest
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.browser import Browser, Tab, outside
 
-__all__ = ["Firefox", "needs_firefox"]
+__all__ = ["FIREFOX", "Firefox"]
 
 FIREFOX = next((path for name in ("firefox-esr", "firefox") if (path := shutil.which(name))), None)
 
-needs_firefox = pytest.mark.skipif(FIREFOX is None, reason="needs Firefox")
 
 # No name is resolved.
 _PREFERENCES = {"network.dns.disabled": True, "network.captive-portal-service.enabled": False}
@@ -154,7 +152,7 @@ class Firefox(Browser):
     ) -> Iterator[FirefoxTab]:
         """Give a tab of its own, closed at the end."""
         if media:
-            pytest.skip("WebDriver BiDi sets no media features")
+            raise unittest.SkipTest("WebDriver BiDi sets no media features")  # pytest takes it as its own
         # A window of its own, as timers of a hidden tab are slowed down.
         context = self.call("browsingContext.create", {"type": "window"})["context"]
         window = {"width": width, "height": height}

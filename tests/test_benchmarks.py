@@ -36,6 +36,14 @@ from tests.conftest import TINY, needs_compiler, tiny_source
 CONFIG = TrainConfig(optimizer="adamw", batch_size=2, windows=3, lr=1e-2)
 
 
+def test_without_the_development_tools() -> None:
+    """The README's installation, which has no pytest, is enough for the benchmarks."""
+    script = Path(common.__file__).parents[1] / "scripts" / "benchmark.py"
+    program = f"import runpy, sys; sys.modules['pytest'] = None; sys.argv = ['b', '-h']; runpy.run_path({str(script)!r}, run_name='__main__')"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
 def test_plain_loop_learns_the_same() -> None:
     """Our loop with AdamW in float32 and the plain one go through the same losses."""
     ours = Trainer(TINY, CONFIG, tiny_source(CONFIG), torch.float32)

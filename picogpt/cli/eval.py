@@ -49,7 +49,7 @@ def build_parser() -> Parser:
         help="files, folders of .txt and .md, or - for stdin: all of it (default: none)",
     )
     group.add_argument("--text-column", metavar="NAME", help="text column of a streamed data set (default: text)")
-    meaning = "characters to score at most, evenly spaced over the text (default: %(default)s)"
+    meaning = "characters to score at most, evenly spaced over the text; two sequences at least (default: %(default)s)"
     add_setting(group, "--chars", default=defaults.chars, meaning=meaning)
     group.add_argument(
         "--ngram-text",

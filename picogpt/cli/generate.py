@@ -62,7 +62,7 @@ def build_parser() -> Parser:
         metavar="TYPE",
         choices=ENGINE_DTYPES,
         default="auto",
-        help=f"type of the weights: {', '.join(ENGINE_DTYPES)}; auto is bfloat16 (default: auto)",
+        help=f"type of the weights: {', '.join(ENGINE_DTYPES)}; auto is bfloat16, or float32 without a compiler (default: auto)",
     )
     sampling = parser.add_argument_group("sampling")
     meaning = "divides the logits: lower is more predictable, 0 always takes the likeliest character (default: %(default)g)"

@@ -35,6 +35,7 @@ def build_parser() -> Parser:
         "Results go to stdout, progress to stderr; the run is kept in LOGS_DIR/RUN.\n"
         "Several processes or machines (docs/distributed.md):\n"
         "  torchrun --nproc-per-node N -m -- picogpt.cli.train ...",
+        stray="name a text with --text or --dataset",
     )
     # No choices= in argparse: values are validated for callers in Python too, with the same message.
     text = parser.add_argument_group("text")

@@ -6,6 +6,7 @@ files, and each file is streamed on its own. So this package controls file order
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from picogpt.data.corpora import DATASETS
 from picogpt.data.layout import COMPRESSIONS, FORMATS, format_of, stem_of
 from picogpt.data.local import find_local, read_local
 from picogpt.data.network import check_environment, disable_retries, explain, first_line, hint, is_transient
@@ -107,10 +109,11 @@ def resolve_stream(name: str, text_column: str | None) -> StreamSpec:
     if _HUB_NAME.fullmatch(name):
         path, _, config = name.partition(":")
         return StreamSpec(name=name, path=path, config=config or None, columns=columns)
+    names = (*DATASETS, *NAMED_STREAMS)
+    nearest = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
     raise ConfigError(
-        f"dataset must be auto, sample, tinyshakespeare, {', '.join(NAMED_STREAMS)}, ORG/NAME[:CONFIG], a folder, or {_FILES}, "
-        f"got {name!r}",
-        "dataset",
+        f"dataset must be {', '.join(names)}, ORG/NAME[:CONFIG], a folder, or {_FILES}, got {name!r}{hint}", "dataset"
     )
 
 

@@ -93,7 +93,7 @@ def render_page(runs: Sequence[RunView]) -> str:
         "status": _status(runs),
         "chart": chart.svg(),
         "legend": "" if single else _legend(runs),
-        "hint": " Move over the curve, or use the arrow keys on it, to read an epoch." if single else "",
+        "hint": _hint(runs, has_baselines=chart.has_baselines),
         "table": _table(runs),
         "watch": _samples(runs) if not single else _watch(single) if single.epochs else "",
         "settings": "".join(_settings(run, named=not single) for run in runs),
@@ -109,6 +109,16 @@ def render_curve(run: RunView) -> str:
     # That page has no script for the cursor, so the caption explains the lines only.
     hint = "<figcaption>Validation solid, training dashed.</figcaption>"
     return f'<figure class="scroll">{_Chart([run]).svg()}{hint}</figure>{_table([run])}'
+
+
+def _hint(runs: Sequence[RunView], *, has_baselines: bool) -> str:
+    """Return what the caption of the chart says beyond its curves."""
+    hints = []
+    if has_baselines:
+        hints.append("Level lines: what a compressor (lzma) and a table of character counts (n-gram) reach on the same text.")
+    if len(runs) == 1:
+        hints.append("Move over the curve, or use the arrow keys on it, to read an epoch.")
+    return "".join(f" {hint}" for hint in hints)
 
 
 def _status(runs: Sequence[RunView]) -> str:
@@ -252,6 +262,11 @@ class _Chart:
         low, high = min(losses, default=0.0), max(losses, default=1.0)
         margin = 0.06 * (high - low) or 0.1  # equal losses would give a range of 0
         self._low, self._high = low - margin, high + margin
+
+    @property
+    def has_baselines(self) -> bool:
+        """Whether the chart has level lines."""
+        return bool(self._baselines)
 
     def _x(self, chars: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * chars / self._most

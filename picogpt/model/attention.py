@@ -63,8 +63,8 @@ def choose_attention(config: GPTConfig, sequences: int, dtype: torch.dtype, devi
         return "products", "reproducible gradients on a GPU"
     ratio = _products_speedup(config, sequences, dtype)
     if ratio >= _MIN_SPEEDUP:
-        return "products", f"{ratio:.1f} times as fast as torch's fused function"
-    return "fused", f"products of matrices run at {ratio:.1f} times its speed"
+        return "products", f"{ratio:.2f} times as fast as torch's fused function"
+    return "fused", f"products of matrices run at {ratio:.2f} times its speed"
 
 
 def _products_speedup(config: GPTConfig, sequences: int, dtype: torch.dtype) -> float:

@@ -39,7 +39,7 @@ def find_model(name: str | None, logs_dir: Path) -> tuple[Path, str]:
         path = max(own, key=lambda path: path.stat().st_mtime_ns)
         return path, f"model {path}" + (f", saved last of {len(own)}" if len(own) > 1 else "")
     # A clone's own logs folder is PRETRAINED, so without a run of the user `runs` may hold the bundled models already.
-    finished = runs or _runs(PRETRAINED, MODEL_FILE)
+    finished = runs or _bundled(MODEL_FILE)
     if not finished:
         raise RunError(f"{logs_dir}: no trained model there; train one with picogpt-train, or name one with --model")
     # max takes the first of equals: the default model if it is there, else the first by name.
@@ -66,13 +66,20 @@ def _find(name: str, logs_dir: Path, filename: str) -> Path:
     if not name or "\0" in name:  # system calls raise ValueError for a null byte
         raise RunError(f"{name!r}: not the name of a run")
     # A path goes before a name, and the user's runs before the bundled ones.
-    for path in (Path(name), Path(name) / filename, logs_dir / name / filename, PRETRAINED / name / filename):
-        if path.is_file():
+    bundled = {run.name: run / filename for run in _bundled(filename)}
+    for path in (Path(name), Path(name) / filename, logs_dir / name / filename, bundled.get(name)):
+        if path is not None and path.is_file():
             return path
-    runs = sorted({run.name for folder in (logs_dir, PRETRAINED) for run in _runs(folder, filename)})
+    runs = sorted({run.name for run in _runs(logs_dir, filename)} | bundled.keys())
     nearest = difflib.get_close_matches(name, runs, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"runs there: {', '.join(runs) or 'none'}"
     raise RunError(f"{name}: no such file, and no run of that name with a {filename} under {logs_dir}; {hint}")
+
+
+def _bundled(filename: str) -> list[Path]:
+    """Return the folders of the bundled models that contain `filename`, sorted by name."""
+    # In a clone runs of its user are beside them, which `--logs-dir` must not find by name.
+    return [run for run in _runs(PRETRAINED, filename) if not has_checkpoint(run)]
 
 
 def _runs(folder: Path, filename: str) -> list[Path]:

@@ -206,7 +206,7 @@ class RunFolder:
         if self.has_model():
             raise RunError(
                 f"{self.path}: a trained model without a checkpoint to resume from; choose another --run, "
-                "or --fresh to start over"
+                f"with --init-from {self.name} to start from its weights"
             )
         return None
 

@@ -154,6 +154,7 @@ def _check_patience(budget: Budget, train: TrainConfig, ranks: Ranks) -> None:
 
 def _choose_backend(request: TrainRequest, stored: RunSettings | None) -> BackendChoice:
     """Return the requested backend, else the run's stored one, else auto."""
+    parts = ("device", "dtype", "kernels", "threads")
     return BackendChoice(
         device=request.device or (stored.device if stored else "auto"),
         dtype=request.dtype or (stored.dtype if stored else "auto"),
@@ -163,6 +164,7 @@ def _choose_backend(request: TrainRequest, stored: RunSettings | None) -> Backen
         threads=request.threads or (stored.threads if stored else None),
         compile=stored.compile if stored and request.compile is None else bool(request.compile),
         gradient_checkpointing=request.gradient_checkpointing,
+        kept=frozenset(part for part in parts if stored is not None and getattr(request, part) is None),
     )
 
 

@@ -212,7 +212,8 @@ class TestTrain:
             path.unlink()
 
         assert train.main(training(text_file, "--run", "numbers")) == 1
-        assert "a trained model without a checkpoint to resume from; choose another --run" in capsys.readouterr().err
+        said = "a trained model without a checkpoint to resume from; choose another --run, with --init-from numbers to start from its"
+        assert said in capsys.readouterr().err
 
     def test_a_name_that_a_finished_model_has(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """A run named after its text gets the next free name, and goes on under it."""
@@ -357,6 +358,7 @@ class TestTrain:
         train.main(training(text_file, "--compile"))
         assert "1 thread (as requested), blocks compiled by torch (the first steps take longer)" in capsys.readouterr().err
         train.main(["--run", "numbers", "--epochs", "3"])
+        assert "float32 (as the run started) with 1 thread (as the run started), blocks compiled" in capsys.readouterr().err
         assert len(asked) == 2
         train.main(["--run", "numbers", "--epochs", "4", "--no-compile"])
         assert len(asked) == 2

@@ -489,7 +489,8 @@ def test_names(name: str, expected: StreamSpec) -> None:
 def test_unknown_name() -> None:
     """Anything else is wrong usage."""
     with pytest.raises(
-        ConfigError, match=r"dataset must be auto, sample, .* ORG/NAME\[:CONFIG\], a folder, or a file of .*, got 'wikipedla'"
+        ConfigError,
+        match=r"dataset must be auto, sample, .* ORG/NAME\[:CONFIG\], a folder, or a file of .*, got 'wikipedla'; did you mean wikipedia\?$",
     ):
         resolve_stream("wikipedla", None)
 

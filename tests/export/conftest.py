@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import pytest
 
 from tests.browser import Browser
-from tests.chromium import Chromium, needs_chromium
-from tests.firefox import Firefox, needs_firefox
+from tests.chromium import CHROMIUM, Chromium
+from tests.firefox import FIREFOX, Firefox
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(Chromium, id="Chromium", marks=needs_chromium),
-        pytest.param(Firefox, id="Firefox", marks=needs_firefox),
+        pytest.param(Chromium, id="Chromium", marks=pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")),
+        pytest.param(Firefox, id="Firefox", marks=pytest.mark.skipif(FIREFOX is None, reason="needs Firefox")),
     ],
 )
 def browser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:

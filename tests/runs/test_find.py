@@ -58,6 +58,18 @@ def test_find(tmp_path: Path) -> None:
         find_log("", logs)
 
 
+def test_own_runs_of_the_clone_are_not_bundled(tmp_path: Path, pretrained: Path) -> None:
+    """Another logs folder does not find the runs that someone trained in the clone."""
+    logs = tmp_path / "logs"
+    add(pretrained / "mine")
+    add(pretrained / "wikipedia", finished=True)
+
+    for lookup in (find_model, find_log):
+        with pytest.raises(RunError, match="^mine: no such file, and no run of that name .*; runs there: wikipedia$"):
+            lookup("mine", logs)
+    assert find_model("mine", pretrained)[0] == pretrained / "mine" / MODEL_FILE
+
+
 def test_no_model_at_all(tmp_path: Path) -> None:
     """Where nothing comes with picogpt either, it says how to get one."""
     with pytest.raises(RunError, match="no trained model there; train one with picogpt-train"):
