@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.alphabet import Alphabet
+from picogpt.checks import ENGINE_DTYPES, check_choice, check_threads
 from picogpt.config import LOGS_DIR, EngineDType, GenerateConfig, GPTConfig, SampleConfig, TextConfig, alphabet_of
 from picogpt.errors import DataError
 from picogpt.ids import Ids
@@ -200,8 +201,10 @@ def load(
 
     Raises:
         RunError: there is no such model, or it is damaged.
-        ConfigError: the type needs native kernels, and there is no compiler.
+        ConfigError: there is no such type or number of threads, or the type needs native kernels and there is no compiler.
     """
+    check_choice("dtype", dtype, ENGINE_DTYPES)
+    check_threads(threads)
     path, chosen = find_model(None if name is None else str(name), Path(logs_dir))
     notify(chosen)  # with name None, the caller should know which model it is
     return Model(Engine.load(path, threads=threads, dtype=dtype, notify=notify), load_text_config(path), path)

@@ -46,5 +46,6 @@ def format_bytes(number: int) -> str:
 
 def format_seconds(seconds: float) -> str:
     """Format a duration as hours, minutes and seconds, preceded by days if there are any."""
-    # timedelta prints exactly this form.
-    return str(timedelta(seconds=round(seconds)))
+    # timedelta prints exactly this form, but it ends at a billion days.
+    days, rest = divmod(round(seconds), 86_400)
+    return (f"{plural(days, 'day')}, " if days else "") + str(timedelta(seconds=rest))

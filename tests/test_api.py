@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import picogpt
+from picogpt.errors import ConfigError
 from picogpt.model.gpt import GPT
 from picogpt.runs.folder import RunFolder
 from picogpt.runs.loss_log import LossLog
@@ -95,6 +96,23 @@ def test_wrong_values(model: picogpt.Model, call: Any, message: str) -> None:
     """What cannot be done is one error that says so."""
     with pytest.raises(picogpt.PicoGPTError, match=re.escape(message)):
         call(model)
+
+
+def test_top_k_beyond_the_alphabet(model: picogpt.Model) -> None:
+    """More characters than there are is all of them, also where the number has more than 32 bits."""
+    given: dict[str, Any] = {"max_new_tokens": 60, "temperature": 1.0, "seed": 3}
+    plain = model.generate(TEXT, **given)
+
+    assert [model.generate(TEXT, **given, top_k=top_k) for top_k in (3_000_000_000, (1 << 32) + 1)] == [plain, plain]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [({"threads": 0}, "threads must be from 1 to"), ({"dtype": "float16"}, "dtype must be one of auto, ")]
+)
+def test_wrong_settings(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    """As the commands check them."""
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        picogpt.load("wikipedia", logs_dir=tmp_path, **given)
 
 
 def test_unknown_model(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class TrainingDisplay:
             f"character{best}; {plural(log.chars[-1], 'character')} in {format_seconds(log.seconds[-1])}"
         )
         # Once is enough: a diverged run stays diverged.
-        if not self._warned and (warning := divergence(log, trainer.model.config.vocab_size)):
+        if not self._warned and (warning := divergence(log, trainer.model.config.vocab_size, first=trainer.imported_epochs)):
             self._warned = True
             notice(warning)
         self._say("\n".join(f"    {line}" for line in trainer.history.epochs[-1].sample.splitlines()))
@@ -110,17 +110,18 @@ def timing_bar() -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(1)
 
 
-def divergence(log: LossLog, vocab_size: int) -> str | None:
+def divergence(log: LossLog, vocab_size: int, *, first: int = 0) -> str | None:
     """Return a warning if the run has diverged by the last epoch of its log, or None.
 
     A run has diverged if its validation loss is worse than a uniform guess, or if its training loss is far above its minimum.
+    Its own epochs begin at index `first`, behind those of an imported run.
     """
     # The validation loss may also rise by overfitting; the training loss does not, so only that is compared to its past.
     guess = math.log(vocab_size)  # nats of a uniform guess
     if log.val[-1] > guess + WORSE_THAN_GUESS:
         found = f"the validation loss is {log.val[-1]:.2f} nats, and guessing comes to {guess:.2f}"
-    elif log.train[-1] > min(log.train) + WORSE_THAN_BEFORE:
-        found = f"the training loss is {log.train[-1]:.2f} nats, and was {min(log.train):.2f}"
+    elif log.train[-1] > (before := min(log.train[first:])) + WORSE_THAN_BEFORE:
+        found = f"the training loss is {log.train[-1]:.2f} nats, and was {before:.2f}"
     else:
         return None
     return f"warning: the run has diverged: {found}; stop it, and start over with --fresh and a smaller --lr and --muon-lr"

@@ -63,7 +63,7 @@ def request_of(arguments: argparse.Namespace) -> TrainRequest:
         length=_given(arguments, LENGTH_FLAGS),
         text=TextRequest(
             # Absolute: the paths are stored with the run, which may be resumed from another folder.
-            paths=tuple(path if path == "-" else str(Path(path).absolute()) for path in arguments.text or ()),
+            paths=tuple(path if path in {"-", ""} else str(Path(path).absolute()) for path in arguments.text or ()),
             dataset=arguments.dataset,
             column=arguments.text_column,
             fold=arguments.fold,

@@ -116,8 +116,8 @@ def _download(timeout: float, progress: Progress) -> bytes:
                 received += len(chunk)
                 # The total is known beforehand; the server need not send it.
                 progress(received, _TINY_SHAKESPEARE_BYTES)
-    # URLError is an OSError, with the cause in `reason`; a broken HTTP answer is neither.
-    except (OSError, http.client.HTTPException) as error:
+    # URLError is an OSError, with the cause in `reason`; a broken HTTP answer and a malformed proxy variable are neither.
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise _not_available(getattr(error, "reason", error)) from error
     content = b"".join(chunks)
     # A proxy may answer with a page of its own and status 200.

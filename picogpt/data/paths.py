@@ -33,8 +33,10 @@ def find_files(paths: Sequence[str], notify: Callable[[str], None]) -> list[str]
         notify: receives lines about the number of files, skipped files and duplicates.
 
     Raises:
-        DataError: a folder cannot be read, or contains no text.
+        DataError: a path is empty, or a folder cannot be read or contains no text.
     """
+    if "" in paths:  # as from a variable that is not set; pathlib takes it for the current folder
+        raise DataError("the path of a text is empty; name a file or a folder, or . for this one")
     skipped: Counter[str] = Counter()
     found: list[str] = []
     for path in paths:

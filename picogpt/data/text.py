@@ -12,7 +12,7 @@ import mmap
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -136,33 +136,39 @@ def read_texts(
     """
     files = find_files(paths, notify)
     with contextlib.ExitStack() as stack:
-        # Standard input can be read only once.
-        stdin = stack.enter_context(_copy_of_stdin()) if alphabet is None and STDIN in files else None
+        copies: dict[str, BinaryIO] = {}
         if alphabet is None:
-            chosen = TextCharacters.of(_count(files, stdin))
+            # What is no regular file, such as standard input or a named pipe, can be read only once.
+            copies = {path: stack.enter_context(_copy(path)) for path in files if not _is_rereadable(path)}
+            chosen = TextCharacters.of(_count(files, copies))
             alphabet = chosen.alphabet
             notify(f"{name}: {chosen.describe()}")
         # Encoding is lazy: a block is read, decoded and encoded when it is asked for.
         encoder = TextEncoder(fold=fold, alphabet=alphabet)
-        ids, mapped = _collect(_encoded(files, encoder, notify, stdin), id_dtype(alphabet.vocab_size), scratch)
+        ids, mapped = _collect(_encoded(files, encoder, notify, copies), id_dtype(alphabet.vocab_size), scratch)
     # Empty files produce no blocks at all.
     if not len(ids):
         raise DataError(f"{' '.join(paths)}: no text in it; give a file with at least a few thousand characters")
     return Corpus(name=name, ids=ids, tally=encoder.tally, fold=fold, alphabet=alphabet, mapped=mapped)
 
 
+def _is_rereadable(path: str) -> bool:
+    # A missing file is reported by its reader.
+    return path != STDIN and (Path(path).is_file() or not Path(path).exists())
+
+
 @contextlib.contextmanager
-def _copy_of_stdin() -> Iterator[BinaryIO]:
-    with tempfile.TemporaryFile() as copy, _open(STDIN) as stream:
+def _copy(path: str) -> Iterator[BinaryIO]:
+    with tempfile.TemporaryFile() as copy, _open(path) as stream:
         shutil.copyfileobj(stream, copy)
         yield copy
 
 
-def _count(files: Sequence[str], stdin: BinaryIO | None) -> Counts:
+def _count(files: Sequence[str], copies: Mapping[str, BinaryIO]) -> Counts:
     """Count the characters of all files."""
     counts = np.zeros(N_CODE_POINTS, np.int64)
     for path in files:
-        for block in _blocks(path, say_nothing, stdin):  # notices come when the file is read again
+        for block in _blocks(path, say_nothing, copies):  # notices come when the file is read again
             counts += count_characters(to_code_points(block))
     return counts
 
@@ -183,11 +189,11 @@ def _collect(blocks: Iterator[Ids], dtype: np.dtype[Any], scratch: Path) -> tupl
     return np.concatenate([np.zeros(0, dtype), *parts]), None
 
 
-def _encoded(files: Sequence[str], encoder: TextEncoder, notify: Notify, stdin: BinaryIO | None) -> Iterator[Ids]:
+def _encoded(files: Sequence[str], encoder: TextEncoder, notify: Notify, copies: Mapping[str, BinaryIO]) -> Iterator[Ids]:
     """Yield the ids of all texts, block by block."""
     for i, path in enumerate(files):
         # Every file but the first starts with a newline, so that words do not run together.
-        blocks = _blocks(path, notify, stdin)
+        blocks = _blocks(path, notify, copies)
         yield from map(encoder.encode, blocks if i == 0 else _after_newline(blocks))
 
 
@@ -210,10 +216,10 @@ def _after_newline(blocks: Iterator[str]) -> Iterator[str]:
         yield "\n" + block if i == 0 else block
 
 
-def _blocks(path: str, notify: Notify, stdin: BinaryIO | None) -> Iterator[str]:
-    """Yield the text of one file in blocks; `stdin` is a copy of standard input, or None to read it itself."""
+def _blocks(path: str, notify: Notify, copies: Mapping[str, BinaryIO]) -> Iterator[str]:
+    """Yield the text of one file in blocks, from its copy if it has one."""
     try:
-        with _open(path, stdin) as stream:
+        with _open(path, copies.get(path)) as stream:
             # The encoding is detected per file.
             yield from decode_stream(stream, name=path, notify=notify, block_bytes=_BLOCK_BYTES)
     except OSError as error:
@@ -221,15 +227,15 @@ def _blocks(path: str, notify: Notify, stdin: BinaryIO | None) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _open(path: str, stdin: BinaryIO | None = None) -> Iterator[BinaryIO]:
-    """Open a file or stdin as bytes, or rewind its copy; stdin stays open afterwards."""
+def _open(path: str, copy: BinaryIO | None = None) -> Iterator[BinaryIO]:
+    """Open a file or stdin as bytes, or rewind its copy; stdin and the copy stay open afterwards."""
+    if copy is not None:
+        copy.seek(0)
+        yield copy
+        return
     if path != STDIN:
         with Path(path).open("rb") as stream:
             yield stream
-        return
-    if stdin is not None:
-        stdin.seek(0)
-        yield stdin
         return
     # Python sets sys.stdin to None if the descriptor was closed at the start.
     if sys.stdin is None:

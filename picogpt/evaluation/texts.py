@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +57,11 @@ class TrainedRun:
     def alphabet(self) -> Alphabet:
         """The alphabet of the model."""
         return alphabet_of(self.text)
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for the ids of a long text: the run's, which is on a disk, or the working directory where that is read-only."""
+        return self.run.path if os.access(self.run.path, os.W_OK) else Path()
 
     @property
     def chars(self) -> int | None:
@@ -176,7 +182,7 @@ def find_ngram_text(trained: TrainedRun, evaluated: EvalText, paths: Sequence[st
         return "the model has no config.json that names its training text"
     # Here the n-gram is optional: a text that is missing, or that would need the network, only leaves the baseline out.
     try:
-        corpus = evaluated.corpus or _read_own(trained.settings, trained.run.path, console, local=True)
+        corpus = evaluated.corpus or _read_own(trained.settings, trained.scratch, console, local=True)
     except (DataError, RunError) as error:
         return str(error)
     # As in training, so that neither the n-gram nor the model has seen the validation text.
@@ -188,7 +194,7 @@ def _read(trained: TrainedRun, paths: Sequence[str], notify: Notify) -> Corpus:
     return read_texts(
         paths,
         name=_name(paths),
-        scratch=trained.run.path,
+        scratch=trained.scratch,
         fold=trained.fold,
         alphabet=trained.alphabet,
         notify=notify,
@@ -213,7 +219,7 @@ def _own_text(trained: TrainedRun, sequence_len: int, console: Console) -> EvalT
         # Empty lines separate paragraphs as well as articles, so the articles cannot be recovered.
         articles = cut_stretches(run.load_validation(), sequence_len)
         return EvalText(settings.data.name, "the validation text of the run", articles, "stretches")
-    corpus = _read_own(settings, run.path, console, local=False)
+    corpus = _read_own(settings, trained.scratch, console, local=False)
     _announce(corpus, console.notify)
     articles = cut_stretches(split_text(corpus.ids)[1], sequence_len)
     return EvalText(corpus.name, "the last tenth, which the run was not trained on", articles, "stretches", corpus)

@@ -24,7 +24,8 @@ chart.addEventListener("pointermove", event => {
 });
 chart.addEventListener("keydown", event => {
   const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (!step) return;
+  // With a modifier the keys are the browser's, and a page of several runs has no points to read.
+  if (!step || !data.points.length || event.altKey || event.ctrlKey || event.metaKey) return;
   event.preventDefault();
   readPoint(point < 0 ? data.points.length - 1 : point + step);
 });
@@ -38,9 +39,9 @@ function showEpoch(index) {
   const excerpt = document.getElementById("excerpt");
   if (!excerpt) return;
   const bytes = atob(epoch.probabilities);
-  excerpt.replaceChildren(...Array.from(data.excerpt, (character, i) => {
+  excerpt.replaceChildren(...data.excerpt.map((spelling, i) => {
     const span = document.createElement("span");
-    span.textContent = character;
+    span.textContent = spelling;
     if (i === 0 || i > bytes.length) return span; // nothing predicts the first character
     const probability = bytes.charCodeAt(i - 1) / 255;
     span.style.setProperty("--p", probability.toFixed(3));
@@ -65,7 +66,10 @@ if (slider && data.epochs.length) {
 if (data.reload) {
   const age = Date.now() / 1000 - data.reload.written;
   if (age < data.reload.patience) {
-    setTimeout(() => location.reload(), 1000 * data.reload.every);
+    // Not while someone reads: a reload would close the table and lose the place on the curve.
+    const isRead = () => document.activeElement === chart || document.querySelector("details[open]");
+    const reload = () => isRead() ? setTimeout(reload, 1000 * data.reload.every) : location.reload();
+    setTimeout(reload, 1000 * data.reload.every);
   } else {
     const time = age < 7200 ? `${Math.round(age / 60)} minutes` : `${Math.round(age / 3600)} hours`;
     document.getElementById("state").textContent =

@@ -61,8 +61,8 @@ class RunView:
     log: LossLog
     epochs: Sequence[EpochView] = ()
     """The last epochs of the log; epochs trained by an older version of picogpt are missing."""
-    excerpt: str = ""
-    """A piece of the validation text."""
+    excerpt: Sequence[str] = ()
+    """A piece of the validation text, one string for each id."""
     marks: Mapping[str, float] = field(default_factory=dict)
     """Losses of baselines on the same text, by name, in nats per character."""
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -83,7 +83,7 @@ def render_page(runs: Sequence[RunView]) -> str:
     data = {
         "points": chart.points(single) if single else [],
         "epochs": _epoch_data(single) if single else [],
-        "excerpt": single.excerpt if single else "",
+        "excerpt": list(single.excerpt) if single else [],
         "reload": _reload(single) if single and single.in_training else None,
     }
     parts = {
@@ -179,7 +179,7 @@ def _watch(run: RunView) -> str:
     excerpt = (
         '<h2 id="expects">What it expects</h2>\n<p class="legend">Text it has not trained on. The darker a character, '
         "the more probable the model found it; dotted lines mark those below 5 %.</p>\n"
-        f'<p class="excerpt" id="excerpt" lang="">{html.escape(run.excerpt)}</p>\n'
+        f'<p class="excerpt" id="excerpt" lang="">{html.escape("".join(run.excerpt))}</p>\n'
         if run.excerpt
         else ""
     )

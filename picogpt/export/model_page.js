@@ -34,6 +34,8 @@ function number(id) {
   return Math.min(Number(input.max), Math.max(Number(input.min), value));
 }
 
+const whole = id => Math.round(number(id));
+
 /** Ids by their probability. */
 const ranked = dist => [...dist.keys()].sort((a, b) => dist[b] - dist[a] || a - b);
 
@@ -62,13 +64,21 @@ function startService(buffer) {
 
 /** The weights move to a worker that runs: the page keeps no copy, so from here on there is no way back. */
 function startThere(worker, message) {
-  worker.onerror = () => say("The model has failed. Load the page again.", "state");
+  worker.onerror = fail;
   worker.onmessage = event => receive(event.data);
   send = request => worker.postMessage(request);
   worker.postMessage(message, [message.buffer]);
 }
 
+/** Nothing computes any more: say so where it is read out too, and leave no button that would do nothing. */
+function fail() {
+  setBusy(false);
+  for (const id of ["go", "step", "roll-go", "roll-mine", "clear"]) $(id).disabled = true;
+  for (const id of ["state", "live"]) say("The model has failed. Load the page again.", id);
+}
+
 function startHere(message) {
+  addEventListener("error", fail);
   send = PicoService.serve(PicoEngine, receive);
   send(message);
 }
@@ -136,7 +146,7 @@ function setBusy(busy) {
 }
 
 const settings = count => ({
-  count, temperature: number("temperature"), topK: Math.round(number("top-k")), seed: Math.round(number("seed")), speed: Number($("speed").value),
+  count, temperature: number("temperature"), topK: whole("top-k"), seed: whole("seed"), speed: Number($("speed").value),
 });
 
 /** The ids that a prompt stands for: an empty one is a newline, of a long one the last ten windows are read. */
@@ -182,6 +192,7 @@ function cut(length) {
   model.text.length = length;
   model.dists.length = Math.min(model.dists.length, length + 1);
   while ($("text").children.length > length) $("text").lastChild.remove();
+  if (length) appendNext(); // a pause may come before the first new character, and chooses what comes next
   model.prompt = Math.min(model.prompt, length);
   model.at = Math.min(model.at, length);
 }
@@ -194,6 +205,10 @@ function addText(at, ids, next) {
     model.dists[model.text.length] = next[i];
     $("text").append(characterSpan(model.text.length - 1));
   });
+  appendNext();
+}
+
+function appendNext() {
   $("text").append(element("span", "", { className: "next", id: `c${model.text.length}`, role: "option", ariaLabel: "what comes next" }));
   $("text").lastChild.setAttribute("aria-selected", "false");
 }
@@ -213,7 +228,7 @@ function characterSpan(at) {
 /** Put another character at a place and write on from it. */
 function goOnWith(at, id) {
   cut(at);
-  ask(at, [id], settings(number("count")));
+  ask(at, [id], settings(whole("count")));
 }
 
 // ---- Choosing a character ----
@@ -221,7 +236,7 @@ function goOnWith(at, id) {
 function select(at, { speak = false } = {}) {
   if (!model.text.length) return;
   $("text").querySelector("[aria-selected=true]")?.setAttribute("aria-selected", "false");
-  model.at = Math.max(0, Math.min(model.text.length, at));
+  model.at = Math.max(0, Math.min(model.text.length, Math.round(at)));
   const span = $(`c${model.at}`);
   span.setAttribute("aria-selected", "true");
   $("text").setAttribute("aria-activedescendant", span.id);
@@ -270,7 +285,8 @@ function expectedRow(id, p, at, longest) {
 
 const MOVES = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -20, ArrowDown: 20, Home: -Infinity, End: Infinity };
 $("text").addEventListener("keydown", event => {
-  if (!(event.key in MOVES) || model.busy) return;
+  // With a modifier the keys are the browser's.
+  if (!(event.key in MOVES) || model.busy || event.altKey || event.ctrlKey || event.metaKey) return;
   event.preventDefault();
   select(model.at + MOVES[event.key], { speak: true });
 });
@@ -354,6 +370,7 @@ function showLens() {
 
 let windows = {}; // of each mode, what its windows came to; kept until a text changes
 let read = ""; // the texts that `windows` belong to
+let reading = 0; // number of the latest reading; windows of earlier ones may still be on their way
 
 const COLUMNS = { "as is": "own vector", zeroed: "no vector", other: "other text\u2019s" };
 const AGAIN = { zeroed: ", without the vectors", other: ", with the other text\u2019s vectors", "other's own": " of the other text" };
@@ -376,7 +393,8 @@ function startRoll() {
   showRollTable();
   say("Reading.", "roll-live");
   showProgress("as is", 0);
-  send({ kind: "roll", ids, other, mode: rollMode() });
+  reading += 1;
+  send({ kind: "roll", ids, other, mode: rollMode(), reading });
 }
 
 /** Say which window is being read, not to a screen reader: there are too many of them. */
@@ -386,8 +404,9 @@ function showProgress(mode, index) {
 }
 
 function showWindow(message) {
+  if (message.reading !== reading) return;
   const list = windows[message.mode] ??= [];
-  if (message.index !== list.length) return; // kept from an earlier reading, or of a reading that was cut short
+  if (message.index !== list.length) return; // kept from an earlier reading
   list.push(message);
   showProgress(message.mode, message.index + 1);
   showRollTable();
@@ -445,7 +464,9 @@ function cellOf(mode, from, to) {
 
 const rollRow = (name, count, cells) => element("tr", [element("th", name, { scope: "row" }), ...[`${count}`, ...cells].map(cell => element("td", cell))]);
 
-function sumUpRoll({ mode }) {
+function sumUpRoll(message) {
+  if (message.reading !== reading) return;
+  const { mode } = message;
   say("", "roll-progress");
   const plain = mean(windows["as is"]);
   if (mode === "as is") return say(`With its own context vectors the text costs ${plain.toFixed(3)} bits per character.`, "roll-live");
@@ -459,7 +480,7 @@ function sumUpRoll({ mode }) {
 
 /** Write something, unless there is a text already, and then move the focus. */
 function withText(id) {
-  if (!model.text.length) write(number("count"));
+  if (!model.text.length) write(whole("count"));
   $(id).focus();
 }
 
@@ -467,8 +488,8 @@ function withText(id) {
 function showSpread() {
   wantsSpread = true;
   if (!model.text.length) {
-    write(number("count"));
-    pendingAt = model.prompt + number("count") - 1; // the last one
+    write(whole("count"));
+    pendingAt = model.prompt + whole("count") - 1; // the last one
   } else if (!model.busy) {
     select(model.at < model.text.length / 2 ? model.text.length - 1 : model.at);
   }
@@ -526,7 +547,20 @@ const KEPT = { n: "count", t: "temperature", k: "top-k", seed: "seed", speed: "s
 /** A text that `encode` gives the same ids: what was unknown is so again. */
 const keep = ids => ids.map(id => id === 0 ? "\ufffd" : header.characters[id]).join("");
 
+const ADDRESS_EVERY = 200; // milliseconds: browsers refuse more than a hundred changes in ten seconds
+let restored = false; // until the address has been read, nothing may replace it
+let changed = -Infinity, later = null; // when the address was changed, and the timer of a change that waits
+
+/** Keep the state in the address, at once or a little later. */
 function remember() {
+  clearTimeout(later);
+  later = setTimeout(changeAddress, Math.max(0, changed + ADDRESS_EVERY - performance.now()));
+}
+
+function changeAddress() {
+  clearTimeout(later);
+  if (!restored) return;
+  changed = performance.now();
   const kept = new URLSearchParams(Object.entries(KEPT).map(([key, id]) => [key, $(id).value]));
   kept.set("prompt", $("prompt").value);
   if (model.text.length) kept.set("read", keep(model.text.slice(0, model.prompt)));
@@ -540,7 +574,7 @@ function remember() {
 
 /** Copy the address; where the browser forbids that, show it, chosen, so that a key copies it. */
 async function copyLink() {
-  remember();
+  changeAddress();
   try {
     await navigator.clipboard.writeText(location.href);
     $("link-field").hidden = true;
@@ -561,6 +595,7 @@ function ifKnown(text) {
 
 /** Take the state from the address. Nothing is written until a reader asks for it; a text in the address is only read. */
 function restore() {
+  restored = true;
   const kept = new URLSearchParams(location.hash.slice(1));
   for (const [key, id] of Object.entries(KEPT)) if (kept.has(key)) setValue($(id), kept.get(key));
   $("prompt").value = kept.get("prompt") ?? ifKnown("the history of ");
@@ -568,7 +603,7 @@ function restore() {
   for (const id of ["roll-text", "roll-other"]) $(id).value = kept.get(id) ?? ifKnown($(id).defaultValue);
   const radios = [...document.querySelectorAll("[name=mode]")];
   (radios.find(radio => radio.value === kept.get("roll")) ?? radios[0]).checked = true;
-  showStop(Number(kept.get("stop") ?? 1) - 1 || 0);
+  showStop(Math.round(Number(kept.get("stop") ?? 1)) - 1 || 0);
   const prompt = encode(kept.get("read") ?? ""), written = encode(kept.get("text") ?? "");
   if (!prompt.length) return;
   clearText();
@@ -590,7 +625,7 @@ function fill(select, count) {
 }
 
 function listen() {
-  $("go").onclick = () => write(number("count"));
+  $("go").onclick = () => write(whole("count"));
   $("step").onclick = () => write(1);
   $("pause").onclick = () => send({ kind: "pause" });
   $("clear").onclick = () => { clearText(); say("The text is empty."); remember(); };

@@ -99,7 +99,7 @@ def render_model_page(view: ModelView) -> str:
 
 def quantize_rows(weight: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
     """Quantize a matrix (out, in) to int8, with a scale for each row (out,): the largest magnitude of a row becomes 127."""
-    # The same rule as in panels.h, so that the page generates the text of `--dtype int8`.
+    # The same rule as in panels.h, so that the page has the weights of `--dtype int8`; but activations are not rounded here.
     largest = np.abs(weight).max(axis=1)  # (out,)
     with np.errstate(divide="ignore"):
         # A row of zeros stays zero.

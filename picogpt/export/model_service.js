@@ -8,7 +8,7 @@ const PicoService = (() => {
   /** Start serving a model; `post` takes the answers. Returns what takes the messages. */
   function serve(engine, post) {
     const jobs = new Map(); // by name; a new job takes the place of the old one of its name
-    let model, reader, known = {}, running = false;
+    let model, reader, known = {}, timer = null; // the timer of the next slice, if there is work
 
     function work() {
       const end = performance.now() + SLICE;
@@ -20,8 +20,7 @@ const PicoService = (() => {
           due = Math.min(due, job.due);
         }
       } while (jobs.size && due <= performance.now() && performance.now() < end);
-      running = jobs.size > 0;
-      if (running) setTimeout(work, Math.max(0, due - performance.now()));
+      timer = jobs.size ? setTimeout(work, Math.max(0, due - performance.now())) : null;
     }
 
     /** One step of a job; what it yields, if anything, are milliseconds that it wants to wait. */
@@ -33,8 +32,8 @@ const PicoService = (() => {
 
     function begin(name, steps) {
       jobs.set(name, { steps, due: 0 });
-      if (!running) setTimeout(work, 0);
-      running = true;
+      clearTimeout(timer); // it may wait for a slow job
+      timer = setTimeout(work, 0);
     }
 
     /** Collects characters and posts them some times a second. */
@@ -86,24 +85,25 @@ const PicoService = (() => {
     }
 
     /** Losses of a text, window by window: with its own context vectors, and then in another mode. */
-    function* rollJob({ ids, other, mode }) {
-      yield* rollAs("as is", ids, (_, previous) => previous);
-      if (mode === "zeroed") yield* rollAs(mode, ids, () => new Float32Array(model.n_embd));
+    function* rollJob({ ids, other, mode, reading }) {
+      const postWindow = message => post({ kind: "roll", reading, ...message });
+      yield* rollAs("as is", ids, (_, previous) => previous, postWindow);
+      if (mode === "zeroed") yield* rollAs(mode, ids, () => new Float32Array(model.n_embd), postWindow);
       if (mode === "other") {
-        const contexts = yield* rollAs("other's own", other, (_, previous) => previous);
-        yield* rollAs(mode, ids, index => contexts[(index - 1) % contexts.length]);
+        const contexts = yield* rollAs("other's own", other, (_, previous) => previous, postWindow);
+        yield* rollAs(mode, ids, index => contexts[(index - 1) % contexts.length], postWindow);
       }
-      post({ kind: "rolled", mode });
+      post({ kind: "rolled", mode, reading });
     }
 
     /** Returns the context vectors; what was computed before for the same text is posted from memory. */
-    function* rollAs(mode, ids, contextOf) {
+    function* rollAs(mode, ids, contextOf, postWindow) {
       const key = `${ids}`;
       const windows = mode !== "other" && known[mode]?.key === key ? known[mode].windows : [];
-      for (const window of windows) post({ kind: "roll", mode, ...window });
+      for (const window of windows) postWindow({ mode, ...window });
       if (windows.length) return windows.map(window => window.context);
       for (const window of engine.roll(model, ids, contextOf)) {
-        if (window) post({ kind: "roll", mode, ...window });
+        if (window) postWindow({ mode, ...window });
         if (window) windows.push(window);
         yield;
       }

@@ -1,5 +1,6 @@
 ;; A matrix-vector product with int8 weights: out = (W x) * scales + bias, eight weights at a time.
-;; The page's plain JavaScript does the same where a browser has no WebAssembly with vectors.
+;; Where a browser has no WebAssembly with vectors, plain JavaScript takes its place. That sums in double precision,
+;; so there the last digits differ.
 (module
   (import "page" "memory" (memory 1))
   (func (export "multiply")

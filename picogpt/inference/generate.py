@@ -293,7 +293,9 @@ class Sampler:
         """B, texts that are drawn side by side."""
         allowed = np.zeros(vocab_size)
         allowed[[] if suppressed is None else suppressed] = -np.inf
-        self.native = Sampling(config.temperature, config.top_k, config.top_p, config.min_p, allowed)
+        # More than all characters is all of them, and the kernels take a number of 32 bits.
+        top_k = min(config.top_k, vocab_size)
+        self.native = Sampling(config.temperature, top_k, config.top_p, config.min_p, allowed)
         """The same parameters for the native kernels, which draw the same ids."""
 
     def uniforms(self, count: int) -> Scores:

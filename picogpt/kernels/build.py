@@ -233,13 +233,15 @@ def _compile(build: _Build, compiler: Compiler, cache: LibraryCache | None, noti
         temporary = tempfile.TemporaryDirectory(prefix="picogpt-", ignore_cleanup_errors=True)
     except OSError as error:
         raise BuildError(f"there is no temporary folder ({error})") from error
+    # Before compiling: the sources may change meanwhile, as at a git pull, and the old library must not get the new key.
+    key = build.key(compiler)
     with temporary as folder:
         path = build.compile(compiler, Path(folder))
         # Loaded before it is stored, so that the cache holds only libraries that load.
         functions = _load(path, compiler)
-        if cache is not None:
+        if cache is not None and build.key(compiler) == key:
             try:
-                cache.store(build.source.stem, build.key(compiler), path.read_bytes())
+                cache.store(build.source.stem, key, path.read_bytes())
             except UnusableCacheError as error:  # the disk may be full; the loaded library works all the same
                 notify(f"{build.source.name} will be compiled again at the next start: {error}")
         return Library(functions, compiler.name)

@@ -84,4 +84,5 @@ def _bundled(filename: str) -> list[Path]:
 
 def _runs(folder: Path, filename: str) -> list[Path]:
     """Return the folders of the runs under `folder` that contain `filename`, sorted by name."""
-    return [path.parent for path in sorted(folder.glob(f"*/{filename}")) if path.is_file()]
+    # A hidden folder is a forecast's, which tries out the end of an epoch.
+    return [path.parent for path in sorted(folder.glob(f"*/{filename}")) if path.is_file() and path.parent.name[0] != "."]

@@ -346,5 +346,5 @@ def named_run(path: Path, *, may_be_new: bool, notify: Notify) -> RunFolder:
 def resumable_runs(logs_dir: Path) -> list[str]:
     """Return the names of the runs under `logs_dir` that training can resume, sorted."""
     # A config without a model: the run was killed before its first checkpoint, and starts again from its settings.
-    runs = [RunFolder(path) for path in sorted(logs_dir.glob("*")) if path.is_dir()]
+    runs = [RunFolder(path) for path in sorted(logs_dir.glob("*")) if path.is_dir() and path.name[0] != "."]
     return [run.name for run in runs if run.has_checkpoint() or (run.has_config() and not run.has_model())]

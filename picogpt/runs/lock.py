@@ -36,7 +36,8 @@ if sys.platform == "win32":
             msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError:
             return Lock.HELD
-        stream.seek(0)
+        finally:
+            stream.seek(0)
         return Lock.OWN
 
 else:

@@ -10,6 +10,7 @@ import base64
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ PREDICTED_CHARS = 256_000  # a long text would take minutes
 class History:
     """Samples and probabilities of a run's epochs."""
 
-    excerpt: str = ""
-    """The start of the validation text."""
+    excerpt: Sequence[str] = ()
+    """The start of the validation text, one string for each id: an unknown character has several letters."""
     marks: dict[str, float] = field(default_factory=dict)
     """Losses of baselines on the validation text by name, in nats per character."""
     first: int = 1
@@ -69,7 +70,8 @@ class History:
             epochs = [EpochView(str(entry["sample"]), _unpack(entry["probabilities"])) for entry in content["epochs"]]
             marks = {str(name): float(value) for name, value in content["marks"].items()}
             settings = {str(name): str(value) for name, value in content.get("settings", {}).items()}
-            return cls(str(content["excerpt"]), marks, int(content["first"]), epochs, settings)
+            # Older versions stored a single string, of which each letter was an id.
+            return cls([str(piece) for piece in content["excerpt"]], marks, int(content["first"]), epochs, settings)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls()
 
@@ -102,7 +104,8 @@ class History:
         """Take the excerpt and compute the losses of the baselines, which do not change during the run."""
         val_ids, alphabet = source.val_ids[:PREDICTED_CHARS], source.text.alphabet
         # One more character than is shaded: the first has no prediction.
-        self.excerpt = CharTokenizer(alphabet).decode(val_ids[: EXCERPT_CHARS + 1].tolist())
+        tokenizer = CharTokenizer(alphabet)
+        self.excerpt = [tokenizer.decode([token]) for token in val_ids[: EXCERPT_CHARS + 1].tolist()]
         self.marks = {"lzma": compressed_bits(val_ids, alphabet)["lzma"] * math.log(2)}
         # A stream has no training text in memory to count an n-gram on.
         if isinstance(source, TextSource):

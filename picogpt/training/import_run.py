@@ -47,8 +47,9 @@ def import_run(request: TrainRequest, *, dry_run: bool, notify: Notify) -> None:
         notify(f"{summary}; dry run: nothing is kept")
         return
     if run.path.exists():
-        # Only now, when nothing can fail any more but the disk, the old run is moved away.
-        notify(f"the existing run is kept as {run.archive()}")
+        # Only now, when nothing can fail any more but the disk, and not while another process trains in it.
+        with run.lock():
+            notify(f"the existing run is kept as {run.archive()}")
     # The model last: a folder with a model counts as a finished run.
     run.create()
     run.write_log(original.log)

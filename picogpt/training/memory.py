@@ -32,12 +32,17 @@ if sys.platform == "win32":
         return int(counters.PeakWorkingSetSize)
 
 elif sys.platform == "linux":
+    import resource
 
     def peak_memory() -> int:
         """Return the peak resident set size of this process in bytes."""
-        # VmHWM and not ru_maxrss, which a child process inherits from its parent.
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+        # VmHWM and not ru_maxrss, which a child process inherits from its parent; some sandboxes lack the one or all of /proc.
+        try:
+            lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        except OSError:
+            lines = []
+        inherited = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), inherited)
 
 else:  # macOS and other Unix systems
     import resource

@@ -61,13 +61,25 @@ class TrainRequest:
 
     def __post_init__(self) -> None:
         # Build the configs once, so that a value out of range raises here and not after the text was read.
-        self.model_config(None), self.training(None)
+        self._check_model()
+        self.training(None)
         if self.import_original is not None and self.text.alphabet not in {None, PICOGPT}:
             raise ConfigError(
                 f"alphabet must be {PICOGPT.name} with --import-original, as the original project has no other, "
                 f"got {_describe_alphabet(self.text.alphabet)}",
                 "alphabet",
             )
+
+    def _check_model(self) -> None:
+        """Check the shape as far as it is requested: a run or a model to start from may have the rest."""
+        fields = dict(self.model)
+        if self.run is not None or self.init_from is not None or self.import_original is not None:
+            # The width must be a multiple of the heads. Where one of them alone is requested, the other is taken to fit.
+            if "n_head" in fields:
+                fields.setdefault("n_embd", fields["n_head"])
+            elif "n_embd" in fields:
+                fields["n_head"] = 1
+        GPTConfig(**fields)
 
     @property
     def imports_only(self) -> bool:

@@ -399,7 +399,12 @@ class TrainingRun:
         if self.trainer.pacer is not None:
             # The pacer measures each end of an epoch, validation included.
             return EpochEnd(0.0, self.trainer.pacer.seconds_per_epoch_end)
-        return time_epoch_end(self.trainer, self.folder.path)
+        try:
+            return time_epoch_end(self.trainer, self.folder.path)
+        except OSError as error:
+            # Its files are kept beside the run's, and a disk with room for the run alone is enough to train.
+            self._notify(f"the end of an epoch is not in the forecast: trying one out failed ({error.strerror or error})")
+            return EpochEnd(0.0, 0.0)
 
     def _tell_usage(self) -> None:
         if summary := self._source.summary():

@@ -115,6 +115,11 @@ class Trainer(TrainState):
         return self.config.batch_size * self.config.windows * self.model.config.context_len
 
     @property
+    def imported_epochs(self) -> int:
+        """Epochs at the start of the log that an imported run had on its own text; their losses say nothing about this one."""
+        return sum(chars <= self._chars_before for chars in self.log.chars) if self._chars_before else 0
+
+    @property
     def epoch_is_open(self) -> bool:
         """Whether steps have been taken that the log does not contain yet."""
         return self._epoch_steps > 0
@@ -266,11 +271,11 @@ class Trainer(TrainState):
 
     def _apply_patience(self, run: RunFolder, notify: Notify) -> None:
         """Start the cool-down if patience is exhausted; without patience, print a hint once that the model may be overfitting."""
-        val, schedule = self.log.val, self.schedule
+        schedule, imported = self.schedule, self.imported_epochs
+        val = self.log.val[imported:]
         waited = epochs_since_best(val)
-        message = (
-            f"validation loss has not improved for {plural(waited, 'epoch')} (best {min(val):.4f}, in epoch {len(val) - waited})"
-        )
+        best_epoch = imported + len(val) - waited
+        message = f"validation loss has not improved for {plural(waited, 'epoch')} (best {min(val):.4f}, in epoch {best_epoch})"
         if self.patience is None:
             # Only at the first such streak of the run, also over several starts.
             if waited == HINT_EPOCHS and all(epochs_since_best(val[:n]) < HINT_EPOCHS for n in range(1, len(val))):

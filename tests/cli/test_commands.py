@@ -205,6 +205,25 @@ class TestTrain:
         assert train.main(["--run", "numbers", "--epochs", "9"]) == 1
         assert "text is numbers of 6,004 characters and was numbers of 6,000 characters" in capsys.readouterr().err
 
+    def test_heads_of_a_run_of_another_width(self, text_file: Path) -> None:
+        """A flag may be given again with the run's own value, also where it does not divide the default width."""
+        assert train.main(training(text_file, "--n-embd", "12", "--n-head", "3")) == 0
+        assert train.main(["--run", "numbers", "--n-head", "3", "--epochs", "3"]) == 0
+        assert train.main(["--run", "numbers", "--n-embd", "12", "--epochs", "3"]) == 0
+
+    def test_a_forecast_without_room(
+        self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A disk that has room for the run, and not for trying out the end of an epoch, is enough."""
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("picogpt.training.run.time_epoch_end", full)
+        assert train.main(training(text_file, "--epochs", "4")) == 0
+        said = "the end of an epoch is not in the forecast: trying one out failed (No space left on device)\n"
+        assert said in capsys.readouterr().err
+
     def test_a_model_without_a_checkpoint_is_not_overwritten(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """A trained model whose checkpoints are gone stays."""
         train.main(training(text_file))

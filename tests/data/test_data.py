@@ -90,6 +90,22 @@ class TestText:
         assert read(path) == "through a pipe"
         writer.join()
 
+    def test_fifo_with_its_own_alphabet(self, tmp_path: Path) -> None:
+        """A pipe can be read once; for its own characters a text is read twice."""
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+        writer = threading.Thread(target=lambda: path.write_text("Through a pipe"))
+        writer.start()
+        corpus = read_texts([str(path)], name="pipe", scratch=tmp_path, alphabet=None)
+
+        assert CharTokenizer(corpus.alphabet).decode(corpus.ids.tolist()) == "Through a pipe"
+        writer.join()
+
+    def test_empty_path(self) -> None:
+        """A shell variable that is not set is not the current folder."""
+        with pytest.raises(DataError, match="^the path of a text is empty; name a file or a folder, or . for this one$"):
+            read("")
+
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
@@ -307,6 +323,19 @@ class TestCorpora:
         corpus, notices, _ = self.load("auto")
         assert corpus.name == "sample"
         assert re.search("cannot be downloaded .*; using the sample play instead", notices[0])
+
+    def test_malformed_proxy(self, server: type[_Handler], monkeypatch: pytest.MonkeyPatch) -> None:
+        """An address of a proxy that cannot be read is one clear line, and auto is the sample."""
+        monkeypatch.setattr("urllib.request._opener", None)  # it keeps the proxies of the first request
+        monkeypatch.setenv("http_proxy", "http:/proxy:3128")
+        monkeypatch.setenv("no_proxy", "")
+
+        with pytest.raises(
+            DataError, match=r"Tiny Shakespeare cannot be downloaded from .* \(proxy URL with no authority: .*proxy:3128"
+        ):
+            self.load("tinyshakespeare")
+        assert self.load("auto")[0].name == "sample"
+        monkeypatch.setattr("urllib.request._opener", None)
 
     def test_no_hypertext(self, server: type[_Handler], monkeypatch: pytest.MonkeyPatch) -> None:
         """An answer that is no HTTP is one clear line too."""

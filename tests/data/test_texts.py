@@ -364,6 +364,13 @@ class TestEvaluation:
         """A run of before, whose config says nothing either."""
         assert TrainedRun(RunFolder(Path("x")), None).fold is False
 
+    def test_folder_of_the_ids(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Ids of a long text go to the model's folder, or to this one if that is read-only, as an installed package's is."""
+        trained = TrainedRun(RunFolder(tmp_path), None)
+        assert trained.scratch == tmp_path
+        monkeypatch.setattr("os.access", lambda *_: False)
+        assert trained.scratch == Path()
+
 
 class TestModelFile:
     @pytest.mark.parametrize(

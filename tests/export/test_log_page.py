@@ -194,6 +194,12 @@ def test_reloads_until_there_is_no_news(tmp_path: Path, browser: Browser) -> Non
         tab.wait_for("Number(window.name) >= 4")  # 15 seconds are 150 milliseconds here
         wait_for_state("In training; this page reloads itself every 15 seconds.")
 
+        tab.evaluate("document.querySelector('details').open = true")
+        loaded = tab.evaluate("window.name")
+        time.sleep(1)
+        assert tab.evaluate("window.name") == loaded  # someone reads the table
+        tab.evaluate("document.querySelector('details').open = false")
+
         write(1500)
         wait_for_state("No news for 25 minutes, so this page no longer reloads itself. Start the run again, or reload the page.")
         loaded = tab.evaluate("window.name")

@@ -499,6 +499,7 @@ def test_a_link_keeps_the_moment(tab: Tab, browser: Browser, page: Path) -> None
     shown = "[model.text, model.at, model.prompt, $('seed').value, $('prompt').value, $('roll-text').value, rollMode(), $('stop').textContent,"
     shown += "$('expected').textContent, $('attention-about').textContent, $('lens').textContent]"
 
+    tab.wait_for("location.hash.includes('at=9&')")  # a moment later, if it has just changed
     with browser.tab() as other:
         other.open(page, tab.evaluate("location.hash"))
         other.wait_for(f"{IDLE} && {INSIDE}")
@@ -587,6 +588,73 @@ def test_keyboard(tab: Tab) -> None:
     tab.press("Tab", " ")
     tab.wait_for(f"{IDLE} && model.text.length > 50")
     assert tab.evaluate("document.activeElement.id") == "text"
+
+
+def test_keys_of_the_browser(tab: Tab) -> None:
+    """With a modifier an arrow key is left to the browser, whose shortcut it is."""
+    write(tab)
+    before = tab.evaluate("model.at")
+    for modifier in ("altKey", "ctrlKey", "metaKey"):
+        event = f"new KeyboardEvent('keydown', {{ key: 'ArrowLeft', {modifier}: true, bubbles: true, cancelable: true }})"
+        assert tab.evaluate(f"$('text').dispatchEvent({event})")
+    assert tab.evaluate("model.at") == before
+
+
+def test_a_held_key(tab: Tab) -> None:
+    """Browsers refuse an address that changes too often: it follows a little later, and a copied link is always of now."""
+    write(tab, count=300)
+    tab.evaluate("for (let i = 0; i < 250; i++) select(i)")
+    tab.wait_for("location.hash.includes('at=249&')")
+    tab.evaluate("select(7); void copyLink()")
+    assert tab.evaluate("location.hash.includes('at=7&')")
+
+
+def test_a_link_is_not_replaced_before_it_is_read(browser: Browser, page: Path) -> None:
+    """Whoever presses a button while the model loads does not lose the text of the link."""
+    with browser.tab(script="addEventListener('DOMContentLoaded', () => document.getElementById('stop-next').click())") as tab:
+        tab.open(page, "#prompt=ab&read=ab&text=cde&at=3")
+        tab.wait_for(f"{IDLE} && model.text.length === 5")
+        assert tab.complaints() == []
+
+
+def test_places_between_characters(browser: Browser, page: Path) -> None:
+    """Numbers of a link or a field that should be whole are rounded."""
+    with browser.tab() as tab:
+        tab.open(page, "#prompt=ab&read=ab&text=cde&at=2.6&stop=1.6")
+        tab.wait_for(f"{IDLE} && model.text.length === 5 && model.at === 3")
+        assert tab.evaluate("$('stop').textContent").startswith("2 of 8")
+        tab.set_value("#count", "2.5")
+        tab.click("#go")
+        tab.wait_for(f"{IDLE} && model.text.length > 5")
+        assert tab.evaluate("$('live').textContent").startswith("Wrote 3 characters")
+        assert tab.complaints() == []
+
+
+def test_a_pause_before_the_first_character(tab: Tab) -> None:
+    """What comes next can be chosen as soon as the text is cut."""
+    write(tab)
+    tab.evaluate("cut(5); select(5)")
+    assert tab.evaluate("$('text').getAttribute('aria-activedescendant')") == "c5"
+    assert tab.evaluate("$('c5').className") == "next"
+
+
+def test_windows_of_an_earlier_reading(tab: Tab) -> None:
+    """What a reading that was overtaken still sends is not taken for the new one's."""
+    tab.click("#roll-go")
+    tab.wait_for(ROLLED)
+    before = tab.evaluate("$('roll-live').textContent")
+    tab.evaluate(
+        "windows = {}; showWindow({ reading: reading - 1, mode: 'as is', index: 0 }); sumUpRoll({ reading: reading - 1, mode: 'as is' })"
+    )
+    assert tab.evaluate("Object.keys(windows).length") == 0
+    assert tab.evaluate("$('roll-live').textContent") == before
+
+
+def test_a_failure_is_said(tab: Tab) -> None:
+    """A model that has failed leaves no button that would do nothing, and a screen reader hears of it."""
+    tab.evaluate("fail()")
+    assert tab.evaluate("[...document.querySelectorAll('#go, #step, #pause, #clear, #roll-go')].every(button => button.disabled)")
+    assert tab.evaluate("[$('state').textContent, $('live').textContent]") == ["The model has failed. Load the page again."] * 2
 
 
 def test_names(tab: Tab) -> None:

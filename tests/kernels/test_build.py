@@ -13,7 +13,7 @@ import pytest
 
 from picogpt.errors import BuildError
 from picogpt.kernels import cache, processor
-from picogpt.kernels.build import Library, load_library
+from picogpt.kernels.build import Compiler, Library, _Build, load_library
 from picogpt.kernels.cache import LibraryCache, UnusableCacheError, user_cache_folder
 from tests.conftest import needs_any_compiler
 from tests.programs import program
@@ -77,6 +77,21 @@ def test_what_makes_another_library(source: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(processor, "identity", lambda: "another")
     assert load(source) == (84, ONCE)
     assert load(source) == (84, [])
+
+
+def test_a_source_that_changes_meanwhile(source: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that is not of the sources that now lie there is loaded, and not kept under their key."""
+    compiled = _Build.compile
+
+    def change(self: _Build, compiler: Compiler, folder: Path) -> Path:
+        path = compiled(self, compiler, folder)
+        (source.parent / "plus.h").write_text("#define PLUS 2\n")
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Build, "compile", change)
+        assert load(source) == (42, ONCE)
+    assert load(source) == (43, ONCE)
 
 
 def test_another_version_of_the_compiler(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

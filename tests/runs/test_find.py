@@ -13,7 +13,7 @@ from picogpt.errors import RunError
 from picogpt.runs import find
 from picogpt.runs.checkpoint import Checkpoint
 from picogpt.runs.find import find_log, find_model, picture_path
-from picogpt.runs.folder import RunFolder
+from picogpt.runs.folder import RunFolder, resumable_runs
 from picogpt.runs.loss_log import LossLog
 from picogpt.runs.names import MODEL_FILE
 
@@ -68,6 +68,16 @@ def test_own_runs_of_the_clone_are_not_bundled(tmp_path: Path, pretrained: Path)
         with pytest.raises(RunError, match="^mine: no such file, and no run of that name .*; runs there: wikipedia$"):
             lookup("mine", logs)
     assert find_model("mine", pretrained)[0] == pretrained / "mine" / MODEL_FILE
+
+
+def test_hidden_folders_are_no_runs(tmp_path: Path) -> None:
+    """A forecast tries out the end of an epoch in one of them, with weights that have learned nothing."""
+    logs = tmp_path / "logs"
+    add(logs / ".pace-abc.part")
+    old = add(logs / "old", age=9)
+
+    assert find_model(None, logs)[0] == old
+    assert resumable_runs(logs) == ["old"]
 
 
 def test_no_model_at_all(tmp_path: Path) -> None:

@@ -536,6 +536,9 @@ def test_import_alone(
 
     assert train.main([*flags, "--run", "old"]) == 1
     assert "logs/old: there is a run of that name; choose another --run" in capsys.readouterr().err
+    with RunFolder(Path("logs/old")).lock():  # as of a process that trains in it
+        assert train.main([*flags, "--run", "old", "--fresh"]) == 1
+    assert "another process (pid " in capsys.readouterr().err
     assert train.main([*flags, "--run", "old", "--fresh"]) == 0
     assert Path("logs/old.old-1/model.safetensors").exists()
 

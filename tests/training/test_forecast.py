@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from picogpt.training.forecast import EpochEnd, Forecast, Forecaster, Forecastin
 from picogpt.training.memory import peak_memory
 from picogpt.training.rank_zero import RankZeroTrainer
 from picogpt.training.trainer import StepReport, Trainer
-from picogpt.wording import format_passes
+from picogpt.wording import format_passes, format_seconds
 from tests.conftest import TINY, TINY_FLAGS, tiny_source
 
 pytestmark = pytest.mark.epoch_ends
@@ -95,6 +96,27 @@ def test_download() -> None:
     # 1,024 sequences of 1,280 characters fill the pool, which grows to eight times as many.
     assert download_bytes(0, 1280) == round(1024 * 1280 / 0.95) + 2**24
     assert download_bytes(19_000_000, 1280) == round((19_000_000 + 8 * 1024 * 1280) / 0.95) + 2**24
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("status", ["VmSize: 1 kB\n", None], ids=["no peak in it", "no such file"])
+def test_peak_memory_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str | None) -> None:
+    """Sandboxes that do not count the peak there still train."""
+    path = tmp_path / "status"
+    if status is not None:
+        path.write_text(status)
+    monkeypatch.setattr("picogpt.training.memory.Path", lambda _: path)
+
+    assert peak_memory() > 10_000_000
+
+
+def test_durations_of_any_length() -> None:
+    """As timedelta writes them, and beyond its end."""
+    assert [format_seconds(seconds) for seconds in (59.6, 90_061, 9e14)] == [
+        "0:01:00",
+        "1 day, 1:01:01",
+        "10,416,666,666 days, 16:00:00",
+    ]
 
 
 def test_peak_memory_sees_an_array() -> None:
@@ -290,6 +312,7 @@ def test_disk_that_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ([2.0, 1.0, 0.3], [2.0, 1.8, 3.2], None),  # learned by heart
         ([2.0, 2.9], [2.0, 3.1], None),
         ([4.4, 50.0], [4.4, 57.0], r"validation loss is 57.00 nats, and guessing comes to 4.48; .* smaller --lr and --muon-lr"),
+        ([1.0, 2.0, 3.1], [1.0, 2.0, 3.1], r"training loss is 3.10 nats, and was 1.00; "),
         ([2.0, 3.1], [2.0, 3.1], r"training loss is 3.10 nats, and was 2.00; "),
     ],
 )

@@ -16,6 +16,7 @@ from picogpt.config import TrainConfig
 from picogpt.data import TextSource
 from picogpt.evaluation.baselines import compressed_bits
 from picogpt.runs.loss_log import LossLog
+from picogpt.tokenizer import CharTokenizer
 from picogpt.training.history import EXCERPT_CHARS, History, describe_settings, target_probabilities
 from picogpt.training.trainer import Trainer
 from picogpt.wording import say_nothing
@@ -166,6 +167,17 @@ def test_other_predictors() -> None:
     assert history.marks["lzma"] == pytest.approx(compressed_bits(trainer.source.val_ids)["lzma"] * math.log(2))
     assert 0 < history.marks["5-gram"] < 0.5
     assert len(history.excerpt) == min(EXCERPT_CHARS + 1, len(trainer.source.val_ids))
+
+
+def test_excerpt_of_unknown_characters(tmp_path: Path) -> None:
+    """Each id has a piece of its own, as it has a probability; a single string of an older version is read too."""
+    trainer, history = make_trainer(), History()
+    trainer.source.val_ids[:3] = (0, 10, 0)
+    history.record(trainer, trainer.source, log_of(1), say_nothing)
+    assert list(history.excerpt[:3]) == ["<?>", CharTokenizer().decode([10]), "<?>"]
+
+    (tmp_path / "epochs.json").write_text('{"excerpt": "ab", "marks": {}, "first": 1, "epochs": []}')
+    assert History.read(tmp_path).excerpt == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from picogpt.cli import train
+from picogpt.cli.progress import divergence
 from picogpt.config import TrainConfig
 from picogpt.errors import ConfigError
 from picogpt.runs.folder import RunFolder
+from picogpt.runs.loss_log import LossLog
 from picogpt.schedule import Budget, Schedule, cool_down, epochs_since_best, lr_at_step
 from picogpt.training.distributed import Ranks
 from picogpt.training.plan import _check_patience
@@ -145,6 +147,19 @@ def test_a_rise_is_said_once(run: RunFolder) -> None:
         "are kept, so the run can end now (Ctrl-C); for the next one use more text, --dropout 0.1, a shorter run or --patience"
     ]
     assert trainer.step == 60
+
+
+def test_imported_epochs_do_not_count(run: RunFolder) -> None:
+    """The losses of an imported run, on another text, are no reason to stop a run that improves."""
+    for patience in (2, None):
+        trainer = Scripted([0.0, 0.0, 2.9, 2.8, 2.7, 2.6, 2.5])
+        log = LossLog(train=[0.5, 0.6], val=[0.5, 0.6], chars=[10, 20], seconds=[1.0, 2.0], best_loss=None, iter_num=8)
+        trainer.init_from_weights(trainer.model.arrays(), log)
+        trainer.patience = patience
+        finished, said = fit(trainer, run, Schedule(total_steps=25, steps_per_epoch=5, val_steps=1))
+
+        assert (finished, said, trainer.step, trainer.imported_epochs) == (True, [], 25, 2)
+        assert divergence(LossLog(train=[1.0, 2.9], val=[1.0, 2.9], chars=[1, 2], seconds=[1.0, 2.0]), 88, first=1) is None
 
 
 def overfitting(*more: str) -> list[str]:

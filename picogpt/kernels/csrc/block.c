@@ -196,7 +196,7 @@ static void save_rows(const elem *x, elem *saved, long width, struct work work) 
    density needs anyway: exact to 1e-7, and to 1e-4 where `vreciprocal` is an approximation. */
 static inline vf32 normal_cdf(vf32 x, vf32 *density) {
     const int32_t sign = INT32_MIN;
-    /*   x|: the sign bit cleared */
+    /* |x|: the sign bit cleared */
     vf32 size = (vf32)((vi32)x & ~sign), e = vexp2(x * x * -0.72134752f), t = vreciprocal(size * 0.23164189f + 1.0f);
     vf32 p = t * 0.5307027145f - 0.7265760135f;
     p = p * t + 0.7107068705f;
