@@ -100,13 +100,17 @@ def build_parser() -> Parser:
 def _add_machine(parser: Parser) -> None:
     # Flags of the backend: they change speed and rounding, but not what is computed.
     machine = parser.add_argument_group("machine")
-    meaning = "threads per process (default: one per core, within a CPU quota, OMP_NUM_THREADS and OMP_THREAD_LIMIT)"
+    meaning = "threads per process (default: OMP_NUM_THREADS, else one per core within a CPU quota; at most OMP_THREAD_LIMIT)"
     add_setting(machine, "--threads", meaning=meaning)
     meaning = "cpu, cuda, mps (Apple), or auto: a CUDA GPU if there is one, else the CPU (default: auto)"
     add_setting(machine, "--device", kind=str, meaning=meaning)
-    meaning = "type of the GEMMs: float32, bfloat16, or auto: the faster one by a short benchmark (default: auto)"
+    meaning = (
+        "type of the GEMMs: float32, bfloat16, or auto: bfloat16 if a short benchmark finds it clearly faster (default: auto)"
+    )
     machine.add_argument("--dtype", metavar="TYPE", help=meaning)
-    meaning = "kernels on a CPU: c (native, compiled here), torch, or auto: c if there is a C compiler (default: auto)"
+    meaning = (
+        "kernels on a CPU: c (native, compiled here), torch, or auto: c where they compile and support the model (default: auto)"
+    )
     add_setting(machine, "--kernels", kind=str, meaning=meaning)
     machine.add_argument(
         "--gradient-checkpointing",
