@@ -1,7 +1,7 @@
 """Settings of the model, of training and of sampling, each with its unit, its range and its reason.
 
-Every default but those of a run's length (`schedule.py`) and of the backend (`backend.py`) is defined here, once. Each config validates its fields when it is created, so an invalid value
-raises before any work begins.
+Every default but those of a run's length (`schedule.py`) and of the backend (`backend.py`) is defined here, once. Each config
+validates its fields when it is created, so an invalid value raises before any work begins.
 """
 
 from __future__ import annotations

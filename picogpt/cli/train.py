@@ -104,13 +104,9 @@ def _add_machine(parser: Parser) -> None:
     add_setting(machine, "--threads", meaning=meaning)
     meaning = "cpu, cuda, mps (Apple), or auto: a CUDA GPU if there is one, else the CPU (default: auto)"
     add_setting(machine, "--device", kind=str, meaning=meaning)
-    meaning = (
-        "type of the GEMMs: float32, bfloat16, or auto: bfloat16 if a short benchmark finds it clearly faster (default: auto)"
-    )
+    meaning = "type of the GEMMs: float32, bfloat16, or auto: bfloat16 if a benchmark finds it clearly faster (default: auto)"
     machine.add_argument("--dtype", metavar="TYPE", help=meaning)
-    meaning = (
-        "kernels on a CPU: c (native, compiled here), torch, or auto: c where they compile and support the model (default: auto)"
-    )
+    meaning = "kernels on a CPU: c (native, compiled here), torch, or auto: c where that works for the model (default: auto)"
     add_setting(machine, "--kernels", kind=str, meaning=meaning)
     machine.add_argument(
         "--gradient-checkpointing",
