@@ -40,6 +40,7 @@ from picogpt.runs.loss_log import LossLog, read_log
 from picogpt.runs.model_file import load_text_config, model_metadata
 from picogpt.runs.names import (
     CHECKPOINT_FILE,
+    CHECKPOINT_FILES,
     CONFIG_FILE,
     CSV_FILE,
     DAMAGED_FILE,
@@ -49,7 +50,6 @@ from picogpt.runs.names import (
     PLOT_FILE,
     PREVIOUS_FILE,
     VALIDATION_FILE,
-    has_checkpoint,
 )
 from picogpt.runs.settings import RunSettings
 from picogpt.runs.tensor_file import FORMAT_VERSION, check_version, digest, open_tensors, serialize_tensors
@@ -101,7 +101,7 @@ class RunFolder:
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint, intact or damaged."""
-        return has_checkpoint(self.path)
+        return any((self.path / name).exists() for name in CHECKPOINT_FILES)
 
     def create(self) -> None:
         """Create the folder and its parents."""

@@ -5,11 +5,11 @@ A module of its own that imports nothing of picogpt: finding a model then does n
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Final
 
 __all__ = [
     "CHECKPOINT_FILE",
+    "CHECKPOINT_FILES",
     "CONFIG_FILE",
     "CSV_FILE",
     "DAMAGED_FILE",
@@ -20,7 +20,6 @@ __all__ = [
     "PLOT_FILE",
     "PREVIOUS_FILE",
     "VALIDATION_FILE",
-    "has_checkpoint",
 ]
 
 CONFIG_FILE: Final = "config.json"
@@ -28,6 +27,8 @@ MODEL_FILE: Final = "model.safetensors"
 CHECKPOINT_FILE: Final = "checkpoint.safetensors"
 PREVIOUS_FILE: Final = "checkpoint.previous.safetensors"
 """Fallback if the newest checkpoint is damaged."""
+CHECKPOINT_FILES: Final = (CHECKPOINT_FILE, PREVIOUS_FILE)
+"""A run has a checkpoint if it has either: a crash between the two renames of `RunFolder.save_checkpoint` leaves the second."""
 DAMAGED_FILE: Final = "checkpoint.damaged.safetensors"
 """Kept for inspection, never read."""
 VALIDATION_FILE: Final = "validation.safetensors"
@@ -36,9 +37,3 @@ CSV_FILE: Final = "log.csv"
 PLOT_FILE: Final = "log.jpg"
 PAGE_FILE: Final = "log.html"
 EPOCHS_FILE: Final = "epochs.json"
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Return whether a run folder has a checkpoint, intact or damaged."""
-    # A crash between the two renames of `RunFolder.save_checkpoint` leaves only the previous one.
-    return any((folder / name).exists() for name in (CHECKPOINT_FILE, PREVIOUS_FILE))
