@@ -40,7 +40,7 @@ class BackendChoice(NamedTuple):
     """Whether the blocks are compiled by torch.compile."""
     gradient_checkpointing: bool = False
     """Whether activations are recomputed in the backward pass instead of kept."""
-    kept: frozenset[str] = frozenset()
+    kept: tuple[str, ...] = ()
     """Names of the parts that a resumed run keeps, rather than that were requested now; for the reasons only."""
 
     def reason_for(self, part: str, reason: str) -> str:

@@ -164,7 +164,7 @@ def _choose_backend(request: TrainRequest, stored: RunSettings | None) -> Backen
         threads=request.threads or (stored.threads if stored else None),
         compile=stored.compile if stored and request.compile is None else bool(request.compile),
         gradient_checkpointing=request.gradient_checkpointing,
-        kept=frozenset(part for part in parts if stored is not None and getattr(request, part) is None),
+        kept=tuple(part for part in parts if stored is not None and getattr(request, part) is None),
     )
 
 

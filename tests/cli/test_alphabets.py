@@ -91,7 +91,7 @@ class TestTraining:
         """The run's page has the excerpt as it is written, and a bar for the n-gram."""
         history = json.loads(Path("logs/han/epochs.json").read_text())
 
-        assert history["excerpt"] == TEXT[int(0.9 * len(TEXT)) :][:401]
+        assert "".join(history["excerpt"]) == TEXT[int(0.9 * len(TEXT)) :][:401]
         assert set(history["marks"]) == {"lzma", "5-gram"}
         assert set(history["epochs"][0]["sample"]) <= set(ALPHABET.characters)
 

@@ -301,7 +301,7 @@ class TestTrain:
             (["--chars", "1.5e-3M"], 2, "argument --chars: '1.5e-3M' is not a whole number"),
             (["--seed=-1k"], 2, "--seed must be"),
             (["--zzz=1"], 2, "unknown flag --zzz (see"),
-            (["stray"], 2, "unexpected argument 'stray' (see"),
+            (["stray"], 2, "unexpected argument 'stray'; name a text with --text or --dataset (see"),
             (["--epochs", "x"], 2, "argument --epochs: 'x' is not a whole number; write it like 2000000, 2M or 2e6"),
             (["--epochs", "1", "--minutes", "1"], 2, "argument --minutes: not allowed with argument --epochs"),
             (["--text", "a", "--dataset", "sample"], 2, "argument --dataset: not allowed with argument --text"),
@@ -435,7 +435,7 @@ class TestTrain:
         monkeypatch.setattr(Trainer, "local_step", watched)
         monkeypatch.setattr("picogpt.model.attention._products_speedup", lambda *_: 2.0)
         assert train.main(training(text_file)) == 0
-        assert "attention products (2.0 times as fast as torch's fused function)\n" in capsys.readouterr().err
+        assert "attention products (2.00 times as fast as torch's fused function)\n" in capsys.readouterr().err
         monkeypatch.setattr("picogpt.model.attention._products_speedup", lambda *_: 0.5)
         assert train.main(["--run", "numbers", "--epochs", "3"]) == 0
 

@@ -109,8 +109,8 @@ def test_dropout_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("config", "device", "ratio", "expected"),
     [
-        (GPTConfig(), CPU, 1.29, ("fused", "products of matrices run at 1.3 times its speed")),
-        (GPTConfig(), CPU, 1.31, ("products", "1.3 times as fast as torch's fused function")),
+        (GPTConfig(), CPU, 1.29, ("fused", "products of matrices run at 1.29 times its speed")),
+        (GPTConfig(), CPU, 1.31, ("products", "1.31 times as fast as torch's fused function")),
         (GPTConfig(dropout=0.1), CPU, 0.5, ("products", "fast dropout of attention weights")),
         (GPTConfig(), torch.device("cuda"), 0.5, ("products", "reproducible gradients on a GPU")),
     ],
