@@ -611,7 +611,7 @@ def test_a_held_key(tab: Tab) -> None:
 
 def test_a_link_is_not_replaced_before_it_is_read(browser: Browser, page: Path) -> None:
     """Whoever presses a button while the model loads does not lose the text of the link."""
-    with browser.tab(script="addEventListener('DOMContentLoaded', () => document.getElementById('stop-next').click())") as tab:
+    with browser.tab(script="addEventListener('DOMContentLoaded', () => document.getElementById('stop-next')?.click())") as tab:
         tab.open(page, "#prompt=ab&read=ab&text=cde&at=3")
         tab.wait_for(f"{IDLE} && model.text.length === 5")
         assert tab.complaints() == []
