@@ -111,9 +111,9 @@ def resolve_stream(name: str, text_column: str | None) -> StreamSpec:
         return StreamSpec(name=name, path=path, config=config or None, columns=columns)
     names = (*DATASETS, *NAMED_STREAMS)
     nearest = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    suggestion = f"; did you mean {nearest[0]}?" if nearest else ""
     raise ConfigError(
-        f"dataset must be {', '.join(names)}, ORG/NAME[:CONFIG], a folder, or {_FILES}, got {name!r}{hint}", "dataset"
+        f"dataset must be {', '.join(names)}, ORG/NAME[:CONFIG], a folder, or {_FILES}, got {name!r}{suggestion}", "dataset"
     )
 
 
