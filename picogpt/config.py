@@ -96,8 +96,8 @@ class TrainConfig:
 
     recipe: str = "fast"
     """Recipe that the other settings started from."""
-    batch_size: int = 2  # more and smaller steps learn more from the same characters
-    """Sequences in a step."""
+    batch_size: int = 1  # more and smaller steps learn more from the same characters
+    """Sequences in a step; `picogpt-train` takes one per rank by default."""
     windows: int = 10  # 10 windows of 128: backpropagation through 1,280 characters
     """Windows in a sequence."""
     # Learning rates, momentum, warm-up and weight decay are not tuned; docs/training.md has the trials of the other settings.
@@ -106,8 +106,8 @@ class TrainConfig:
     lr: float = 3e-3
     """Peak learning rate of AdamW, reached at the end of the warm-up."""
     muon_lr: float = 0.02
-    """Peak learning rate of Muon; it follows the same schedule as `lr`."""
-    muon_interval: int = 2  # halves Muon's cost
+    """Peak learning rate of Muon; it follows the same schedule as `lr`. `picogpt-train` lowers it for more than 800 steps."""
+    muon_interval: int = 4  # quarters Muon's cost
     """Steps between Muon's updates of the same block, with the step size multiplied by it; the blocks take turns."""
     momentum: float = 0.95
     """Decay of Muon's running mean of the gradient, in [0, 1)."""
@@ -172,6 +172,10 @@ class TrainConfig:
             # The floor keeps its ratio to the peak.
             settings["min_lr"] = base["min_lr"] / base["lr"] * given["lr"]
         return cls(**settings)
+
+    def describe_rates(self) -> str:
+        """Return the peak learning rates as a phrase for messages."""
+        return f"learning rate {self.lr:g}" + (f" ({self.muon_lr:g} for Muon)" if self.optimizer == "muon" else "")
 
 
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(

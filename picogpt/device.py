@@ -6,7 +6,8 @@ import ctypes
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "instruction_set",
     "set_threads",
     "speedup",
+    "torch_threads",
 ]
 
 # For modules that only pass them on and need nothing else from torch.
@@ -46,6 +48,17 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MAX_MMAP_THRESHOLD, _NEVER_TRIM = 2**25, 2**31 - 1  # bytes; the first is the largest that glibc accepts
 _MIN_BF16_SPEEDUP = 1.3  # a smaller speedup does not justify the rounding
 _MIN_ROUNDS, _MIN_SECONDS = 6, 0.1  # minimum length of a benchmark of two functions
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run torch's operations of the calling thread on `count` threads, and restore the number before at the end."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def set_threads(asked: int | None) -> Threads:

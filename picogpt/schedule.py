@@ -22,6 +22,7 @@ __all__ = [
     "MIN_STEPS_PER_EPOCH",
     "MIN_SUITABLE_CHARS",
     "RECIPE_BUDGETS",
+    "SETTINGS_RULES",
     "SHARE_OF_EPOCH_ENDS",
     "SUITABLE_PASSES",
     "SUITABLE_RULE",
@@ -36,6 +37,7 @@ __all__ = [
     "learning_rate",
     "lr_at_step",
     "suitable_chars",
+    "suitable_settings",
     "warmup_steps_of",
 ]
 
@@ -63,6 +65,17 @@ SUITABLE_RULE = (
     f"(at most {MAX_SUITABLE_PASSES} passes), a long text or a stream ends at {MAX_SUITABLE_CHARS:,} characters"
 )
 """The rule of `suitable_chars`, in words for the help text."""
+
+# Constants of `suitable_settings`.
+STEPS_AT_FULL_MUON_LR = 800
+REPEATED_TEXT, REPEATED_TEXT_DECAY = 2, 0.1  # passes, and weight decay from there on
+SETTINGS_RULES = {
+    "muon_lr": f"{TrainConfig.muon_lr}; beyond {STEPS_AT_FULL_MUON_LR} steps it falls with the square root of their number",
+    "weight_decay": f"{TrainConfig.weight_decay}; {REPEATED_TEXT_DECAY} if the text is read twice or more",
+}
+"""The rules of `suitable_settings`, in words for the help text."""
+NOMINAL_SPEED = 3_000
+"""Characters per second on two cores of a laptop, about; decides nothing but the rate of Muon in a run of minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +156,25 @@ def suitable_chars(train_chars: int | None) -> int:
     return min(wanted, MAX_SUITABLE_PASSES * train_chars, MAX_SUITABLE_CHARS)
 
 
+def suitable_settings(steps: int, passes: float) -> dict[str, Any]:
+    """Return the settings of recipe fast that depend on the length of a run, where none are requested.
+
+    Muon's peak learning rate, to two digits, is the default of `TrainConfig` up to 800 steps. From there on it is proportional to
+    1 / sqrt(steps), the classical rate of stochastic gradient descent for a known number of steps. Weight decay keeps a model
+    from memorizing a text that it reads several times. docs/training.md has the measurements.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        passes: passes over the text; 0 for a stream.
+
+    Returns:
+        Fields of `TrainConfig`.
+    """
+    muon_lr = TrainConfig.muon_lr * min(1.0, math.sqrt(STEPS_AT_FULL_MUON_LR / steps))
+    weight_decay = REPEATED_TEXT_DECAY if passes >= REPEATED_TEXT else TrainConfig.weight_decay
+    return {"muon_lr": float(f"{muon_lr:.2g}"), "weight_decay": weight_decay}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """Length of a run: epochs of a fixed number of steps, minutes, or characters; by default `suitable_chars`.
@@ -214,6 +246,21 @@ class Budget:
         # Equal epochs over the whole run, also over the steps already taken, so that the loss curve is evenly spaced.
         share = max(MIN_STEPS_PER_EPOCH, math.ceil(total / n_epochs))
         return self._with_validation(total, self.steps_per_epoch or share)
+
+    def expected_steps(self, *, chars_per_step: int, train_chars: int | None) -> int:
+        """Return the number of steps of a new run, with minutes converted at a nominal speed, the same on every machine.
+
+        Args:
+            chars_per_step: characters in an optimizer step.
+            train_chars: length of the training text; None for a stream.
+        """
+        nominal = Pace(seconds_per_step=chars_per_step / NOMINAL_SPEED, seconds_per_val_batch=0.0, seconds_per_epoch_end=1.0)
+        return self.schedule(chars_per_step=chars_per_step, train_chars=train_chars, pace=nominal).total_steps
+
+    def suitable_settings(self, *, chars_per_step: int, train_chars: int | None) -> dict[str, Any]:
+        """Return the settings that suit a new run of this length: see the function of the same name."""
+        steps = self.expected_steps(chars_per_step=chars_per_step, train_chars=train_chars)
+        return suitable_settings(steps, steps * chars_per_step / (train_chars or math.inf))
 
     def _with_share_of_validation(self, pace: Pace) -> tuple[float, float]:
         """Return the seconds of a step and of an epoch's end; validation is included in one of them."""

@@ -10,7 +10,7 @@ from picogpt.checks import DTYPES, check_choice, check_run_name, check_threads, 
 from picogpt.config import DataConfig, GPTConfig, SampleConfig, TrainConfig
 from picogpt.errors import ConfigError
 from picogpt.runs.settings import RunSettings
-from picogpt.schedule import RECIPE_BUDGETS, Budget, Pace, Schedule, suitable_chars
+from picogpt.schedule import RECIPE_BUDGETS, Budget, Pace, Schedule, suitable_chars, suitable_settings
 from picogpt.training.request import TrainRequest
 
 
@@ -149,6 +149,47 @@ def test_schedule(budget: Budget, pace: Pace | None, expected: tuple[int, int, i
 def test_suitable_length(train_chars: int | None, expected: int) -> None:
     """Passes over a short, a middling and a long text, in characters."""
     assert suitable_chars(train_chars) == expected
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(1, 0.02), (800, 0.02), (1_602, 0.014), (3_204, 0.01), (9_610, 0.0058), (15_625, 0.0045)]
+)
+def test_suitable_rate_of_muon(steps: int, expected: float) -> None:
+    """The default up to 800 steps, a half of it after four times as many."""
+    assert suitable_settings(steps, 1.0)["muon_lr"] == expected
+
+
+@pytest.mark.parametrize(("passes", "expected"), [(0.0, 0.0), (1.99, 0.0), (2.0, 0.1), (20.0, 0.1)])
+def test_suitable_weight_decay(passes: float, expected: float) -> None:
+    """A text that is read at least twice is not to be memorized."""
+    assert suitable_settings(1, passes)["weight_decay"] == expected
+
+
+@pytest.mark.parametrize(
+    ("budget", "train_chars", "expected"),
+    [
+        (Budget(chars=12_345), None, 10),
+        (Budget(epochs=2, steps_per_epoch=7), None, 14),
+        (Budget(epochs=2), None, 1_000),
+        (Budget(), 100_000, 782),  # a million characters
+        (Budget(), None, 15_625),
+        # 3,600 s, less a second for each of 20 ends of epochs, at 3,000 characters a second.
+        (Budget(minutes=60), None, 8_391),
+    ],
+)
+def test_expected_steps(budget: Budget, train_chars: int | None, expected: int) -> None:
+    """The steps that a new run will have; minutes at a nominal speed."""
+    assert budget.expected_steps(chars_per_step=1_280, train_chars=train_chars) == expected
+
+
+def test_a_sequence_for_each_rank() -> None:
+    """The default step has one sequence for each rank; a requested number stays, and so does that of recipe seed."""
+    sizes = [
+        TrainRequest(**given).training(None, 3)[0].batch_size for given in ({}, {"train": {"batch_size": 1}}, {"recipe": "seed"})
+    ]
+
+    assert sizes == [3, 1, 8]
+    assert TrainRequest().training(None)[0].batch_size == 1
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from picogpt.cli.parser import Parser, add_setting, count
 from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, request_of
 from picogpt.config import LOGS_DIR, RECIPES, GPTConfig, TrainConfig
 from picogpt.errors import RanksError
-from picogpt.schedule import RECIPE_BUDGETS, SUITABLE_RULE
+from picogpt.schedule import RECIPE_BUDGETS, SETTINGS_RULES, SUITABLE_RULE
 from picogpt.signals import StopRequest, deferred_interrupt
 from picogpt.threads import spin_briefly
 from picogpt.uptime import process_seconds
@@ -151,7 +151,8 @@ def _flag(field: str) -> str:
 def _recipe_default(name: str) -> str:
     # The second recipe is named only where it differs.
     fast, seed = (getattr(TrainConfig.from_recipe(recipe, {}), name) for recipe in RECIPES)
-    return f"default: {fast}" if fast == seed else f"default: {fast}; recipe seed: {seed}"
+    fast = SETTINGS_RULES.get(name, fast)
+    return f"default: {fast}" if fast == seed or name == "muon_lr" else f"default: {fast}; recipe seed: {seed}"
 
 
 def main(argv: list[str] | None = None) -> int:

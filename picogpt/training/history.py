@@ -196,5 +196,5 @@ def describe_recipe(model: GPTConfig, train: TrainConfig) -> dict[str, str]:
     return {
         "model": model.describe(),
         "step": f"{plural(train.batch_size, 'sequence')} of {train.windows} windows",
-        "recipe": f"{train.recipe}: {train.optimizer}, learning rate {train.lr:g}, seed {train.seed}",
+        "recipe": f"{train.recipe}: {train.optimizer}, {train.describe_rates()}, seed {train.seed}",
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from picogpt.alphabet import PICOGPT
 from picogpt.backend import Backend, BackendChoice
@@ -64,10 +64,14 @@ class Plan:
             request.check_origin(stored, origin.path if origin else None, has_begun=folder.has_checkpoint())
             request.check_changes(stored, data, folder.name, console.notify)
         model = request.model_config(stored, origin.config if origin else None, data.alphabet.vocab_size)
-        train, budget = request.training(stored)
+        train, budget = request.training(stored, ranks.count)
         _check_patience(budget, train, ranks)
         # Before the backend: a text too short for the model's shape is rejected here, before attention is timed on that shape.
         source = text.source(model, train, folder.load_validation() if stored and folder.has_validation() else None)
+        if stored is None and train.recipe == "fast":
+            chars_per_step = train.batch_size * train.windows * model.context_len
+            suitable = budget.suitable_settings(chars_per_step=chars_per_step, train_chars=source.train_chars)
+            train = replace(train, **{name: value for name, value in suitable.items() if name not in request.train})
         return cls(
             request=request,
             folder=folder,

@@ -127,7 +127,7 @@ class TrainRequest:
                 raise RunError(f"the model to start from has another shape: {listed}; leave these flags out")
         return config
 
-    def training(self, stored: RunSettings | None) -> tuple[TrainConfig, Budget]:
+    def training(self, stored: RunSettings | None, ranks: int = 1) -> tuple[TrainConfig, Budget]:
         """Return the training settings and the budget: the run's or the recipe's, with the requested fields."""
         if stored is not None:
             return self._resumed_train_config(stored), self._resumed_budget(stored.budget)
@@ -136,7 +136,10 @@ class TrainRequest:
         length = {} if self.imports_only else self.length
         # Any length replaces the recipe's: minutes together with its 300 epochs would contradict each other.
         budget = Budget(**{**({} if self.gives_a_length else RECIPE_BUDGETS.get(recipe, {})), **length})
-        return TrainConfig.from_recipe(recipe, self.train), budget
+        config = TrainConfig.from_recipe(recipe, self.train)
+        if "batch_size" not in self.train and config.batch_size == 1:
+            config = replace(config, batch_size=ranks)  # each rank needs a sequence
+        return config, budget
 
     def _resumed_train_config(self, stored: RunSettings) -> TrainConfig:
         overrides = dict(self.train)

@@ -366,7 +366,7 @@ class TrainingRun:
         self._notify(
             f"{self.folder.path}: {plural(schedule.total_steps, 'step')} of {train.batch_size} x {sequence_len:,} characters, "
             f"{schedule.steps_per_epoch:,} an epoch, {plural(n_epochs, 'epoch')}{read}; recipe {train.recipe}, "
-            f"learning rate {train.lr:g}, seed {train.seed}"
+            f"{train.describe_rates()}, seed {train.seed}"
         )
         if self.plan.budget.is_open:
             self._notify(

@@ -14,7 +14,7 @@ from torch import nn
 from picogpt.backend import Backend
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Batch
-from picogpt.device import CPU
+from picogpt.device import CPU, torch_threads
 from picogpt.errors import TrainingError
 from picogpt.kernels.compiled import Kernels
 from picogpt.model.accelerate import accelerate
@@ -26,6 +26,9 @@ from picogpt.training.concurrent import count_thread_groups, parallel_backward
 from picogpt.training.optim import Muon, build_optimizers, set_learning_rate
 
 __all__ = ["TrainState", "strip_prefix"]
+
+_MIN_SHARED_VOCAB = 1024
+"""Token ids from which torch's threads share the head's GEMM also beside native kernels."""
 
 
 class TrainState:
@@ -102,7 +105,9 @@ class TrainState:
         if self.model.config.dropout:
             self._seed_dropout()
         self.model.zero_grad(set_to_none=True)
-        return self.optimizer_step(lr, self.backward(batch))
+        with torch_threads(self.threads_beside_kernels):
+            loss = self.backward(batch)
+        return self.optimizer_step(lr, loss)
 
     def backward(self, batch: Batch) -> float:
         """Compute the gradients of the mean loss over `batch`; return that loss in nats per character."""
@@ -111,6 +116,16 @@ class TrainState:
         loss = self.loss(batch)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.item()
+
+    @property
+    def threads_beside_kernels(self) -> int:
+        """Number of threads for torch's operations in forward and backward passes.
+
+        With native kernels, which have threads of their own, little is left to torch: the embeddings, the last LayerNorm and the
+        head. To wake a second thread for each of these takes longer than the operation, unless the alphabet is large.
+        """
+        small = self.fast_blocks.kernels is not None and self.model.config.vocab_size < _MIN_SHARED_VOCAB
+        return 1 if small else torch.get_num_threads()
 
     @property
     def thread_groups(self) -> int:

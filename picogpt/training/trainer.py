@@ -17,7 +17,7 @@ import torch
 
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Source, Stop, WaitInterrupted
-from picogpt.device import CPU
+from picogpt.device import CPU, torch_threads
 from picogpt.errors import DataError, TrainingError, file_of_error
 from picogpt.files import atomic_write
 from picogpt.kernels.compiled import Kernels
@@ -230,7 +230,8 @@ class Trainer(TrainState):
         for batch in self.source.val_batches(val_steps):
             if stop():
                 return None
-            logits, loss = self.predict(batch)
+            with torch_threads(self.threads_beside_kernels):
+                logits, loss = self.predict(batch)
             if count == 0:
                 # The first sequence is the start of the validation text, which the run's page shades.
                 self.excerpt_probabilities = target_probabilities(logits[0], batch.targets[0])

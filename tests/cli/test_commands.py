@@ -136,6 +136,24 @@ class TestTrain:
         assert "kept as logs/numbers.old-1" in capsys.readouterr().err
         assert Path("logs/numbers.old-1/model.safetensors").exists()
 
+    def test_weight_decay_by_passes(self, text_file: Path) -> None:
+        """Reading a text twice brings weight decay, unless another one is requested; the original's recipe has its own."""
+        once, twice = ["--chars", "5400"], ["--chars", "10800"]
+        cases = [(once, 0.0), (twice, 0.1), ([*twice, "--weight-decay", "0.0"], 0.0), ([*once, "--recipe", "seed"], 0.1)]
+        for index, (flags, expected) in enumerate(cases):
+            assert train.main(["--text", str(text_file), *TINY_FLAGS, *flags, "--run", f"r{index}"]) == 0
+            assert json.loads(Path(f"logs/r{index}/config.json").read_text())["train"]["weight_decay"] == expected
+
+    def test_rate_of_muon_by_length(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A longer run has a lower rate of Muon, which is printed and stored; a requested rate and a resumed run's stay."""
+        for epochs, flags, rate in (1, [], "0.018"), (4, [], "0.0089"), (4, ["--muon-lr", "0.03"], "0.03"):
+            assert train.main(training(text_file, "--epochs", str(epochs), "--steps-per-epoch", "1000", *flags, "--dry-run")) == 0
+            assert f"learning rate 0.003 ({rate} for Muon)" in capsys.readouterr().err
+        assert train.main(training(text_file)) == 0
+        assert json.loads(Path("logs/numbers/config.json").read_text())["train"]["muon_lr"] == 0.02
+        assert train.main(["--run", "numbers", "--epochs", "4000", "--dry-run"]) == 0
+        assert "(0.02 for Muon)" in capsys.readouterr().err
+
     def test_some_settings_may_change(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """A new learning rate is taken and said."""
         train.main(training(text_file))
@@ -147,7 +165,7 @@ class TestTrain:
         ("flags", "message"),
         [
             (["--n-layer", "3"], "n_layer is 3 and was 2"),
-            (["--seed", "5", "--batch-size", "4"], "batch_size is 4 and was 2; seed is 5 and was 1337"),
+            (["--seed", "5", "--batch-size", "4"], "batch_size is 4 and was 1; seed is 5 and was 1337"),
             (["--recipe", "seed"], "recipe is seed and was fast"),
         ],
     )

@@ -198,7 +198,7 @@ def test_articles_of_a_stream(run: RunFolder, capsys: Capture, monkeypatch: pyte
         "org/name: 1 file at commit cccccccccccc; scoring validation articles, the one in twenty that no run is trained on" in err
     )
     assert "name, the first validation articles of over 24 characters: 12 sequences of 24 characters from 4 of 4 articles" in err
-    assert "n-gram counted on training articles of name: 160 characters" in err  # a step of 2 x 10 windows of 8
+    assert "n-gram counted on training articles of name: 80 characters" in err  # a step of 10 windows of 8
     assert {(shards.columns, shards.commit) for shards in asked} == {(("body",), "c" * 40)}
     assert evaluate("--dataset", "org/name", "--chars", "9999") == 0
     found = re.search(r"from (\d+) of", capsys.readouterr().err)
@@ -228,7 +228,7 @@ def test_ngram_of_a_stream(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> N
     for_training = [i for i in range(99) if not articles._is_for_validation("two", i)]
 
     assert len(for_training) < 99
-    assert counted == ["\n\n".join(f"two {i}. " * 9 for i in for_training)[:160]]
+    assert counted == ["\n\n".join(f"two {i}. " * 9 for i in for_training)[:80]]
 
 
 def test_articles_of_another_stream(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -82,7 +82,7 @@ def test_share_of_peak() -> None:
 def test_every_parameter_has_one_optimizer() -> None:
     """Muon holds the blocks' matrices, AdamW the rest; matrices and embeddings decay, biases and norms do not."""
     model = GPT(TINY)
-    adamw, muon = build_optimizers(model, TrainConfig(weight_decay=0.1), torch.float32)
+    adamw, muon = build_optimizers(model, TrainConfig(weight_decay=0.1, muon_interval=2), torch.float32)
     embeddings, others = (group["params"] for group in adamw.param_groups)
     turns = [group["params"] for group in muon.param_groups]
     matrices = [*turns[0], *turns[1]]

@@ -24,7 +24,7 @@ from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, Watcher, tiny_source
 from tests.programs import program
 
-CONFIG = TrainConfig(batch_size=2, windows=3, lr=1e-2, warmup_steps=2)
+CONFIG = TrainConfig(batch_size=2, windows=3, lr=1e-2, warmup_steps=2, muon_interval=2)
 SCHEDULE = Schedule(total_steps=12, steps_per_epoch=5, val_steps=2)
 
 

@@ -27,7 +27,9 @@ typedef vf32 packed_vec;
 #endif
 #define PANEL (2 * LANES)    /* columns: two vectors, so each broadcast of x serves two multiply-adds */
 #define PREFETCH_ROWS 16     /* rows of a panel from a load to its prefetch */
-#define TILE (REGISTERS / 2) /* rows of x in a register tile: TILE x 2 accumulators */
+/* Rows of x in a register tile: TILE x 2 accumulators. Eleven instead of twelve for AVX-512, as half of a
+   window's 129 rows is six tiles of that height, almost exactly. */
+#define TILE (LANES == 16 ? 11 : REGISTERS / 2)
 
 #if defined(AMX) && defined(BFLOAT16) && defined(__AMX_BF16__) && LANES == 16 && WIDTH % 32 == 0
 #define MATRIX_TILES /* AMX: registers for tiles of 16 rows of 64 bytes */
