@@ -100,7 +100,7 @@ class TrainConfig:
     """Sequences in a step; `picogpt-train` takes one per rank by default."""
     windows: int = 10  # 10 windows of 128: backpropagation through 1,280 characters
     """Windows in a sequence."""
-    # Learning rates, momentum, warm-up and weight decay are not tuned; docs/training.md has the trials of the other settings.
+    # docs/training.md has the trials. Warm-up is not tuned, and `suitable_settings` in schedule.py adapts two of these to a run.
     optimizer: OptimizerName = "muon"
     """Muon for the matrices of the blocks (Jordan et al., 2024) with AdamW for the rest, or AdamW for everything."""
     lr: float = 3e-3
@@ -174,8 +174,10 @@ class TrainConfig:
         return cls(**settings)
 
     def describe_rates(self) -> str:
-        """Return the peak learning rates as a phrase for messages."""
-        return f"learning rate {self.lr:g}" + (f" ({self.muon_lr:g} for Muon)" if self.optimizer == "muon" else "")
+        """Return the peak learning rates, and weight decay if there is any, as a phrase for messages."""
+        muon = f" ({self.muon_lr:g} for Muon)" if self.optimizer == "muon" else ""
+        decay = f", weight decay {self.weight_decay:g}" if self.weight_decay else ""
+        return f"learning rate {self.lr:g}{muon}{decay}"
 
 
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(

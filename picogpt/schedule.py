@@ -75,7 +75,7 @@ SETTINGS_RULES = {
 }
 """The rules of `suitable_settings`, in words for the help text."""
 NOMINAL_SPEED = 3_000
-"""Characters per second on two cores of a laptop, about; decides nothing but the rate of Muon in a run of minutes."""
+"""Characters per second on two cores of a laptop, about; only for the settings that suit a run of minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)

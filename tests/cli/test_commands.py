@@ -136,12 +136,13 @@ class TestTrain:
         assert "kept as logs/numbers.old-1" in capsys.readouterr().err
         assert Path("logs/numbers.old-1/model.safetensors").exists()
 
-    def test_weight_decay_by_passes(self, text_file: Path) -> None:
+    def test_weight_decay_by_passes(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Reading a text twice brings weight decay, unless another one is requested; the original's recipe has its own."""
         once, twice = ["--chars", "5400"], ["--chars", "10800"]
         cases = [(once, 0.0), (twice, 0.1), ([*twice, "--weight-decay", "0.0"], 0.0), ([*once, "--recipe", "seed"], 0.1)]
         for index, (flags, expected) in enumerate(cases):
             assert train.main(["--text", str(text_file), *TINY_FLAGS, *flags, "--run", f"r{index}"]) == 0
+            assert (", weight decay 0.1, seed" in capsys.readouterr().err) == (expected > 0)
             assert json.loads(Path(f"logs/r{index}/config.json").read_text())["train"]["weight_decay"] == expected
 
     def test_rate_of_muon_by_length(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -560,6 +560,30 @@ def make_trainer(kernels: Kernels | None) -> Trainer:
 
 
 @needs_compiler
+def test_torch_beside_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own operations run on one thread beside the kernels, with a small alphabet; on all of them before and after."""
+    trainer, modules, seen, concatenate = make_trainer(kernels_for("heads of 8")), make_trainer(None), list[int](), torch.cat
+
+    def watched(*args: Any, **named: Any) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return concatenate(*args, **named)
+
+    monkeypatch.setattr(torch, "cat", watched)
+    torch.set_num_threads(2)
+    try:
+        for each in (trainer, modules):
+            each.train_step(1e-3)
+            each.validate(1)
+            assert torch.get_num_threads() == 2
+            assert set(seen) == {each.threads_beside_kernels}
+            seen.clear()
+        monkeypatch.setattr("picogpt.training.state._MIN_SHARED_VOCAB", TINY.vocab_size)
+        assert (trainer.threads_beside_kernels, modules.threads_beside_kernels) == (2, 2)
+    finally:
+        torch.set_num_threads(1)
+
+
+@needs_compiler
 def test_training_goes_on_byte_for_byte(tmp_path: Path) -> None:
     """Saved after four steps and restored, a run ends as if it had never stopped, near to where the modules end."""
     schedule = Schedule(total_steps=8, steps_per_epoch=4, val_steps=1)
