@@ -151,8 +151,8 @@ def _flag(field: str) -> str:
 def _recipe_default(name: str) -> str:
     # The second recipe is named only where it differs.
     fast, seed = (getattr(TrainConfig.from_recipe(recipe, {}), name) for recipe in RECIPES)
-    fast = SETTINGS_RULES.get(name, fast)
-    return f"default: {fast}" if fast == seed or name == "muon_lr" else f"default: {fast}; recipe seed: {seed}"
+    default = f"default: {SETTINGS_RULES.get(name, fast)}"
+    return default if fast == seed else f"{default}; recipe seed: {seed}"
 
 
 def main(argv: list[str] | None = None) -> int:
