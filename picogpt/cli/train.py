@@ -111,7 +111,7 @@ def _add_machine(parser: Parser) -> None:
     machine.add_argument(
         "--gradient-checkpointing",
         action="store_true",
-        help="recompute activations in the backward pass: less memory, slower; bit-identical but for native kernels in bfloat16",
+        help="recompute activations in the backward pass: less memory, slower; bit-identical but for native kernels' rounding",
     )
     machine.add_argument(
         "--compile",

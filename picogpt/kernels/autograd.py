@@ -1,7 +1,7 @@
 """The blocks of the model as autograd functions over the native kernels.
 
-In bfloat16 the weight gradients are deferred until all windows have gone backward: one GEMM over all rows of a text. In float32
-weight gradients are accumulated window by window, because keeping their inputs would take twice the memory.
+Weight gradients are deferred until all windows have gone backward: one GEMM over all rows of a text. In float32, where their
+inputs take twice the memory, they are accumulated window by window instead if a step has several sequences.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ class FusedBlocks:
         """Parameters whose data pointers are in `_weights`: they must stay alive."""
         self._own = [_Grads.make(kernels, spec.sequences) for _ in range(spec.n_layer)] if spec.trained else []
         self._grads: list[_Grads] = []
+        self._param_grads = (ParamGrads * spec.n_layer)()
         self._last_bias = torch.zeros(kernels.threads, kernels.shape[0])
         """Gradient of the last block's `mlp.c_proj.bias`, a row for each thread."""
         self._remaining: set[int] = set()
@@ -129,6 +130,8 @@ class FusedBlocks:
         # The optimizer has changed the weights since the last text, so they are packed again.
         self._pack(weights)
         self._grads = [own.reset(of, self._workspace.weight_grads) for own, of in zip(self._own, weights, strict=False)]
+        # Made once for all windows: filling such tables takes Python a tenth of a millisecond.
+        self._param_grads = (ParamGrads * len(self._grads))(*(structure_of(ParamGrads, own._asdict()) for own in self._grads))
         self._last_bias.zero_()
         windows = range(len(self.spec.slots))
         self._remaining = set(windows)
@@ -177,7 +180,7 @@ class FusedBlocks:
         self._remaining.remove(window)
         assert dx.is_contiguous()
         grads = PassGrads(
-            params=(ParamGrads * len(self._grads))(*(structure_of(ParamGrads, block._asdict()) for block in self._grads)),
+            params=self._param_grads,
             dx=dx.data_ptr(),
             last_bias=self._last_bias.data_ptr(),
             weight_grads=self._workspace.weight_grads,

@@ -38,9 +38,10 @@ class Workspace:
     def __init__(self, kernels: Kernels, spec: WorkspaceSpec) -> None:
         self._n_layer, self._sizes = spec.n_layer, [spec.sequences * slots for slots in spec.slots]
         # With recomputation the inputs of the weight gradients do not outlive their window, so nothing can be deferred.
-        deferred = spec.save is Save.ACTIVATIONS and kernels.dtype == torch.bfloat16
+        # Several sequences in float32 would take too much memory, and have more rows for each pass over the gradients.
+        deferred = spec.save is Save.ACTIVATIONS and (kernels.dtype == torch.bfloat16 or spec.sequences == 1)
         self.weight_grads = WeightGrads.DEFERRED if deferred else WeightGrads.PER_WINDOW
-        """Deferred weight gradients keep their inputs until all windows are done, which in float32 takes twice the memory."""
+        """Deferred weight gradients keep their inputs until all windows are done, so that each gradient is written once."""
         self.all_windows: list[dict[str, Tensor]] = [{} for _ in range(spec.n_layer)]
         """Kept activations of all windows (N, width), by block and name."""
         parts = {}

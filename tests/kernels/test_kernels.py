@@ -23,6 +23,7 @@ from picogpt.device import has_amx, instruction_set
 from picogpt.errors import TrainingError
 from picogpt.kernels import bindings, build, compiled
 from picogpt.kernels.autograd import FusedBlocks
+from picogpt.kernels.bindings import WeightGrads
 from picogpt.kernels.compiled import Kernels, compile_kernels, data_ptrs, select_kernels
 from picogpt.model.accelerate import accelerate
 from picogpt.model.gpt import GPT, Block
@@ -75,11 +76,17 @@ def model_of(shape: str, *, spread: float = 0.3, seed: int = 1) -> GPT:
 
 
 def loss_and_gradients(
-    model: GPT, kernels: Kernels | None, length: int, dtype: torch.dtype = torch.float32, *, recompute: bool = False
+    model: GPT,
+    kernels: Kernels | None,
+    length: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    sequences: int = 2,
+    recompute: bool = False,
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """On some text of two rolls."""
+    """On random text."""
     torch.manual_seed(2)
-    ids = torch.randint(0, model.config.vocab_size, (2, length + 1))
+    ids = torch.randint(0, model.config.vocab_size, (sequences, length + 1))
     accelerate(model, kernels).gradient_checkpointing = recompute
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -94,11 +101,11 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def exact_gradients(model: GPT, length: int) -> dict[str, torch.Tensor]:
+def exact_gradients(model: GPT, length: int, *, sequences: int = 2) -> dict[str, torch.Tensor]:
     """The gradients in float64, by the modules."""
     exact = GPT(model.config).double()
     exact.load_state_dict(model.state_dict())
-    return loss_and_gradients(exact, None, length)[1]
+    return loss_and_gradients(exact, None, length, sequences=sequences)[1]
 
 
 def errors(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -145,6 +152,31 @@ def test_in_bfloat16(shape: str) -> None:
     assert of_loss < 2 * of_modules_loss + 1e-3
     assert math.exp(sum(map(math.log, worse)) / len(worse)) < 1.1
     assert max(worse) < 4
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("sequences", "dtype", "when"),
+    [
+        (1, torch.float32, WeightGrads.DEFERRED),
+        (2, torch.float32, WeightGrads.PER_WINDOW),
+        (2, torch.bfloat16, WeightGrads.DEFERRED),
+    ],
+)
+def test_weight_gradients_are_deferred(
+    sequences: int, dtype: torch.dtype, when: WeightGrads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the last window, where their inputs do not take too much memory; either way they are those of the modules."""
+    made: list[FusedBlocks] = []
+    monkeypatch.setattr("picogpt.model.accelerate.FusedBlocks", lambda *given: made.append(FusedBlocks(*given)) or made[-1])  # type: ignore[func-returns-value]
+    model, length = model_of("heads of 16"), 51
+    expected_loss, expected = loss_and_gradients(model, None, length, sequences=sequences)
+    loss, found = loss_and_gradients(model, kernels_for("heads of 16", dtype), length, dtype, sequences=sequences)
+
+    assert made[-1]._workspace.weight_grads is when
+    assert loss == pytest.approx(expected_loss, rel=1e-5 if dtype == torch.float32 else 1e-2)
+    if dtype == torch.float32:
+        assert_as_precise(found, expected, exact_gradients(model, length, sequences=sequences))
 
 
 @needs_compiler
