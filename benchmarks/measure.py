@@ -20,7 +20,7 @@ __all__ = ["SECTIONS", "add_arguments", "measure", "page"]
 
 SECTIONS = {
     "training": "train --profile both",
-    "training, one sequence a step": "train --profile both --batch-size 1 --muon-interval 4",
+    "training, two sequences a step": "train --profile both --batch-size 2 --muon-interval 2",
     "generation": "generate --profile both",
     "commands": "commands",
     "exported page": "page --rounds 3",

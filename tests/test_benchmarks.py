@@ -28,6 +28,7 @@ from benchmarks.peaks import compile_source, disturbances, measure_peaks, peak_f
 from benchmarks.plain import NanoGPTLoop, PlainLoop
 from benchmarks.ranks import launch
 from benchmarks.train import Row, flops_per_char, report
+from benchmarks.train import add_arguments as add_training_arguments
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Batch, RandomSource
 from picogpt.training.trainer import Trainer
@@ -301,6 +302,14 @@ class TestMeasure:
         assert text.startswith(f"# Figures of {datetime.date.today().isoformat()}\n")
         assert machine() in text
         assert text.endswith("\n## Training\n\n| a |\n\n## Generation\n\n| b |\n")
+
+    def test_steps_of_one_sequence_and_of_two(self) -> None:
+        """No section repeats another, whatever the recipe's defaults have become."""
+        parser = argparse.ArgumentParser()
+        add_training_arguments(parser)
+        trained = [flags.split()[1:] for flags in SECTIONS.values() if flags.split()[0] == "train"]
+
+        assert [parser.parse_args(flags).batch_size for flags in trained] == [1, 2]
 
     def test_the_page_so_far_is_kept(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """A section that fails does not lose those before it."""
