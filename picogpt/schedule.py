@@ -57,7 +57,7 @@ COOL_DOWN_SHARE = 0.2
 
 # Constants of `suitable_chars`.
 SUITABLE_PASSES = 4
-MIN_SUITABLE_CHARS = 1_000_000
+MIN_SUITABLE_CHARS = 700_000
 MAX_SUITABLE_PASSES = 20
 MAX_SUITABLE_CHARS = 20_000_000
 SUITABLE_RULE = (
@@ -143,15 +143,15 @@ class Pace:
 def suitable_chars(train_chars: int | None) -> int:
     """Return the number of characters to train on when no length is given.
 
-    Four passes over a text. A short text is repeated up to a million characters, but at most 20 times; a long text or a stream
-    ends at 20 million characters. The rule is not tuned; docs/training.md gives the reasons.
+    Four passes over a text. A short text is repeated up to 700,000 characters, but at most 20 times; a long text or a stream
+    ends at 20 million characters. docs/training.md has the measurements for short texts.
 
     Args:
         train_chars: length of the training text; None for a stream, which has no end.
     """
     if train_chars is None:
         return MAX_SUITABLE_CHARS
-    # The order matters: the limit on passes also holds for a text that is repeated up to a million characters.
+    # The order matters: the limit on passes also holds for a text that is repeated up to the minimum.
     wanted = max(SUITABLE_PASSES * train_chars, MIN_SUITABLE_CHARS)
     return min(wanted, MAX_SUITABLE_PASSES * train_chars, MAX_SUITABLE_CHARS)
 

@@ -108,9 +108,9 @@ PACE = Pace(seconds_per_step=0.4, seconds_per_val_batch=0.5, seconds_per_epoch_e
     ("budget", "pace", "expected"),
     [
         (Budget(**RECIPE_BUDGETS["seed"]), None, (150_000, 500, 100)),
-        # A million characters, in 20 epochs.
-        (Budget(), None, (100, 5, 1)),
-        (Budget(steps_per_epoch=50), None, (100, 50, 10)),
+        # 700,000 characters, in epochs of at least four steps.
+        (Budget(), None, (70, 4, 1)),
+        (Budget(steps_per_epoch=50), None, (70, 50, 10)),
         (Budget(epochs=3, steps_per_epoch=7, val_steps=2), None, (21, 7, 2)),
         (Budget(chars=1_000_000), None, (100, 5, 1)),
         (Budget(chars=1_000_001), None, (101, 6, 1)),
@@ -137,9 +137,10 @@ def test_schedule(budget: Budget, pace: Pace | None, expected: tuple[int, int, i
     ("train_chars", "expected"),
     [
         (2_700, 54_000),  # 20 passes
-        (50_000, 1_000_000),
-        (116_136, 1_000_000),  # the sample play, 8.6 passes
-        (250_000, 1_000_000),
+        (35_000, 700_000),
+        (116_136, 700_000),  # the sample play, 6 passes
+        (175_000, 700_000),
+        (270_000, 1_080_000),  # 4 passes
         (1_003_854, 4_015_416),  # Tiny Shakespeare, 4 passes
         (5_000_000, 20_000_000),
         (100_000_000, 20_000_000),  # a fifth of the text
@@ -171,7 +172,7 @@ def test_suitable_weight_decay(passes: float, expected: float) -> None:
         (Budget(chars=12_345), None, 10),
         (Budget(epochs=2, steps_per_epoch=7), None, 14),
         (Budget(epochs=2), None, 1_000),
-        (Budget(), 100_000, 782),  # a million characters
+        (Budget(), 100_000, 547),  # 700,000 characters
         (Budget(), None, 15_625),
         # 3,600 s, less a second for each of 20 ends of epochs, at 3,000 characters a second.
         (Budget(minutes=60), None, 8_391),
