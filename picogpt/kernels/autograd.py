@@ -113,6 +113,7 @@ class FusedBlocks:
         self._own = [_Grads.make(kernels, spec.sequences) for _ in range(spec.n_layer)] if spec.trained else []
         self._grads: list[_Grads] = []
         self._param_grads = (ParamGrads * spec.n_layer)()
+        """Data pointers of `_grads`, which keeps the tensors alive."""
         self._last_bias = torch.zeros(kernels.threads, kernels.shape[0])
         """Gradient of the last block's `mlp.c_proj.bias`, a row for each thread."""
         self._remaining: set[int] = set()

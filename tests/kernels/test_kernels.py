@@ -63,6 +63,14 @@ def kernels_for(shape: str, dtype: torch.dtype = torch.float32, instructions: st
         return compile_kernels(SHAPES[shape], dtype)
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[FusedBlocks]:
+    """All blocks on native kernels that models make during the test."""
+    found: list[FusedBlocks] = []
+    monkeypatch.setattr("picogpt.model.accelerate.FusedBlocks", lambda *given: found.append(FusedBlocks(*given)) or found[-1])  # type: ignore[func-returns-value]
+    return found
+
+
 def model_of(shape: str, *, spread: float = 0.3, seed: int = 1) -> GPT:
     """A model in which no bias is zero and no weight of a norm is one."""
     torch.manual_seed(seed)
@@ -163,12 +171,8 @@ def test_in_bfloat16(shape: str) -> None:
         (2, torch.bfloat16, WeightGrads.DEFERRED),
     ],
 )
-def test_weight_gradients_are_deferred(
-    sequences: int, dtype: torch.dtype, when: WeightGrads, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weight_gradients_are_deferred(sequences: int, dtype: torch.dtype, when: WeightGrads, made: list[FusedBlocks]) -> None:
     """Until the last window, where their inputs do not take too much memory; either way they are those of the modules."""
-    made: list[FusedBlocks] = []
-    monkeypatch.setattr("picogpt.model.accelerate.FusedBlocks", lambda *given: made.append(FusedBlocks(*given)) or made[-1])  # type: ignore[func-returns-value]
     model, length = model_of("heads of 16"), 51
     expected_loss, expected = loss_and_gradients(model, None, length, sequences=sequences)
     loss, found = loss_and_gradients(model, kernels_for("heads of 16", dtype), length, dtype, sequences=sequences)
@@ -229,10 +233,8 @@ def test_the_same_again() -> None:
 
 
 @needs_compiler
-def test_recomputing_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputing_keeps_less(made: list[FusedBlocks]) -> None:
     """With gradient checkpointing each block's input stays, and nothing else of it; without gradients only the first one's."""
-    made: list[FusedBlocks] = []
-    monkeypatch.setattr("picogpt.model.accelerate.FusedBlocks", lambda *given: made.append(FusedBlocks(*given)) or made[-1])  # type: ignore[func-returns-value]
     for dtype in (torch.float32, torch.bfloat16):
         held = []
         for recompute, trained in ((False, True), (True, True), (False, False)):
