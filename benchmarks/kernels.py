@@ -1,4 +1,4 @@
-"""The blocks of the model, forward and backward: torch's modules against the functions in C."""
+"""The model without its head, forward and backward: torch's modules against the functions in C."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def compare_kernels(arguments: argparse.Namespace) -> None:
     """Print what each of them takes, in turns."""
     set_threads(None)
     chosen = backend(arguments.batch_size, kernels="c")
-    print(f"{chosen.dtype_reason}; milliseconds of a step's windows, {arguments.batch_size} sequences, through all blocks\n")
+    print(f"{chosen.dtype_reason}; milliseconds of a step's windows, {arguments.batch_size} sequences, without the head\n")
     print("| | torch | C |\n|---|---|---|")
     ways = [passes(kernels, arguments.batch_size, chosen.dtype) for kernels in (None, chosen.kernels)]
     for direction, name in enumerate(("forward", "forward and backward")):
@@ -44,19 +44,16 @@ def compare_kernels(arguments: argparse.Namespace) -> None:
 
 
 def passes(kernels: Kernels | None, sequences: int, dtype: torch.dtype) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Ten windows through all blocks of a model: forward, and there and back; gradients of the weights are among what is made."""
+    """Ten windows through a model without its head: forward, and there and back, with the gradients of all weights."""
     torch.manual_seed(0)
     config = GPTConfig()
     model = GPT(config)
-    accelerate(model, kernels)
-    transformer = model.transformer
-    slots, windows = config.context_len + 1, TrainConfig().windows
-    x = torch.randn(sequences, slots, config.n_embd, requires_grad=True)
-    inputs = [x, *transformer.h.parameters()]
+    runner = accelerate(model, kernels)
+    idx = torch.randint(0, config.vocab_size, (sequences, config.context_len * TrainConfig().windows))
+    weights = list(model.transformer.parameters())
 
     def forward() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-            blocks = transformer.begin_sequence(sequences, [slots] * windows)
-            return torch.stack([blocks(x) for _ in range(windows)])
+            return runner.hidden_states(model, idx)
 
-    return forward, lambda: torch.autograd.grad(forward().sum(), inputs)
+    return forward, lambda: torch.autograd.grad(forward().float().sum(), weights)

@@ -142,7 +142,7 @@ def learn_seed(arguments: argparse.Namespace) -> LearningCurve:
 
 def describe(trainer: Trainer) -> str:
     """What computes."""
-    return f"{trainer.dtype}, blocks by --kernels {kernels_name(trainer.fast_blocks.kernels)}"
+    return f"{trainer.dtype}, blocks by --kernels {kernels_name(trainer.runner.kernels)}"
 
 
 def train_until(

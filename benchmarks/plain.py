@@ -35,7 +35,8 @@ class _Loop(ABC):
         self.dtype = dtype
         torch.manual_seed(config.seed)
         self.model = GPT(model_config)
-        accelerate(self.model).attention = "fused"
+        self.runner = accelerate(self.model)
+        self.runner.attention = "fused"
         parameters = list(self.model.parameters())
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -99,9 +100,8 @@ class NanoGPTLoop(_Loop):
 
     def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """All windows beside each other."""
-        windows, n_chars = inputs.shape
         body = self.model.transformer
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            x = body.wte(inputs) + body.wpe.weight[:n_chars]  # (B, n, C)
-            logits = self.model.lm_head(body.ln_f(body.begin_sequence(windows, [n_chars])(x)))  # (B, n, V)
+            x = body.wte(inputs) + body.wpe.weight[: inputs.size(1)]  # (B, n, C)
+            logits = self.model.lm_head(body.ln_f(self.runner.run_blocks(self.model, x)))  # (B, n, V)
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -72,7 +72,7 @@ needs_compiler = pytest.mark.skipif(
 def one_window(model: GPT, ids: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
     """Outputs (B, n + 1, C) of the model for a single window of ids (B, n)."""
     transformer = model.transformer
-    out: torch.Tensor = transformer(ids, context, transformer.begin_sequence(len(ids), [ids.size(1) + 1]))
+    out: torch.Tensor = transformer(ids, context)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The blocks of the model as autograd functions over the native kernels.
+"""The model without its head as one autograd function over the native kernels.
 
 Weight gradients are deferred until all windows have gone backward: one GEMM over all rows of a text. In float32, where their
 inputs take twice the memory, they are accumulated window by window instead if a step has several sequences.
@@ -6,18 +6,19 @@ inputs take twice the memory, they are accumulated window by window instead if a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from ctypes import Array, c_int32
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from picogpt.kernels.bindings import Activations, LayerWeights, ParamGrads, Pass, PassGrads, WeightGrads
+from picogpt.kernels.bindings import Activations, LayerWeights, ParamGrads, Text, TextGrads, WeightGrads
 from picogpt.kernels.compiled import Kernels, WorkspaceSpec, data_ptrs, structure_of
 from picogpt.kernels.workspace import Workspace
 
-__all__ = ["FusedBlocks"]
+__all__ = ["FusedTransformer"]
 
 
 class _Weights(NamedTuple):
@@ -46,50 +47,42 @@ _WGRAD_INPUTS = {
 """Inputs of each weight gradient dW = dY^T X, as names of activations: the gradient of the output dY, and the input X."""
 
 
-class _Grads(NamedTuple):
-    """Gradients of a block's weights over the windows of a text: fields of `picogpt.kernels.bindings.ParamGrads`."""
+class _VectorGrads(NamedTuple):
+    """Gradients of the vectors of all blocks, each field of `picogpt.kernels.bindings.ParamGrads` in one tensor.
+
+    They have a row for each thread or sequence: threads add to rows of their own without locks, and `totals` sums the rows.
+    """
 
     ln1: Tensor
-    """(threads, 3, C): LayerNorm weight, LayerNorm bias, and the bias of the GEMM whose output was normalized."""
-    attn: Tensor
+    """(layers + 1, threads, 3, C): LayerNorm weight and bias, and the bias of the GEMM whose output was normalized.
+
+    The last entry belongs to the final LayerNorm.
+    """
     attn_bias: Tensor
-    """(sequences, 3C)."""
-    proj: Tensor
+    """(layers, sequences, 3C)."""
     ln2: Tensor
-    fc: Tensor
+    """(layers, threads, 3, C), like ln1."""
     fc_bias: Tensor
-    """(threads, 4C)."""
-    out: Tensor
+    """(layers, threads, 4C)."""
 
     @classmethod
-    def make(cls, kernels: Kernels, sequences: int) -> _Grads:
-        """Allocate the gradients, except those of matrices: autograd keeps these, so each text gets new ones."""
-        (width, _, _), threads, none = kernels.shape, kernels.threads, torch.empty(0)
-        # A row for each thread or sequence: threads add to rows of their own without locks, and `totals` sums the rows.
-        ln1, ln2 = torch.zeros(2, threads, 3, width).unbind()
-        return cls(ln1, none, torch.zeros(sequences, 3 * width), none, ln2, none, torch.zeros(threads, 4 * width), none)
+    def make(cls, kernels: Kernels, spec: WorkspaceSpec) -> _VectorGrads:
+        """Allocate the gradients."""
+        (width, _, _), threads, layers = kernels.shape, kernels.threads, spec.n_layer
+        return cls(
+            ln1=torch.empty(layers + 1, threads, 3, width),
+            attn_bias=torch.empty(layers, spec.sequences, 3 * width),
+            ln2=torch.empty(layers, threads, 3, width),
+            fc_bias=torch.empty(layers, threads, 4 * width),
+        )
 
-    def reset(self, weights: _Weights, when: WeightGrads) -> _Grads:
-        """Zero the gradients, with new tensors for those of matrices."""
-        for tensor in (self.ln1, self.attn_bias, self.ln2, self.fc_bias):
-            tensor.zero_()
-        # Deferred weight gradients are written by one GEMM; the others are accumulated and start from zero.
-        new = torch.empty_like if when is WeightGrads.DEFERRED else torch.zeros_like
-        return self._replace(**{name: new(getattr(weights, name)) for name in _WGRAD_INPUTS})
-
-    def totals(self, out_bias: Tensor) -> _Weights:
-        """Return the gradients of all parameters; `out_bias` comes from the block that follows."""
-        # The bias of attention's output projection is added to the residual stream in front of ln_2, which computes its gradient.
-        (ln1_weight, ln1_bias, _), (ln2_weight, ln2_bias, proj_bias) = self.ln1.sum(0), self.ln2.sum(0)
-        attn_bias, fc_bias = self.attn_bias.sum(0), self.fc_bias.sum(0)
-        return _Weights(
-            ln1_weight, ln1_bias, self.attn, attn_bias, self.proj, proj_bias,
-            ln2_weight, ln2_bias, self.fc, fc_bias, self.out, out_bias,
-        )  # fmt: skip
+    def totals(self) -> _VectorGrads:
+        """Sum over threads and sequences: each field loses its second dimension."""
+        return _VectorGrads(*(field.sum(1) for field in self))
 
 
-class FusedBlocks:
-    """All blocks of a model on the native kernels, for texts of one shape, each computed window by window.
+class FusedTransformer:
+    """The model without its head on the native kernels, for texts of one shape.
 
     Args:
         kernels: native kernels compiled for the model's shape.
@@ -101,142 +94,155 @@ class FusedBlocks:
         self.is_free = True
         """Whether the workspace is free: no text waits for its backward pass."""
         self._workspace = Workspace(kernels, spec)
-        self._activations = [
-            # One table of pointers for each window, made once: the buffers stay where they are.
-            (Activations * spec.n_layer)(*(structure_of(Activations, block) for block in blocks))
-            for blocks in self._workspace.windows
-        ]
+        width, entries = kernels.shape[0], spec.n_layer + 1
+        # Tables of pointers, made once: the buffers stay where they are. The weights' is filled for each text.
+        blocks = [block for window in self._workspace.windows for block in window]
+        self._activations = (Activations * len(blocks))(*(structure_of(Activations, block) for block in blocks))
+        self._slots = (c_int32 * len(spec.slots))(*spec.slots)
+        self._weights = (LayerWeights * entries)()
         self._packed: list[Tensor] = []
-        self._weights = (LayerWeights * spec.n_layer)()
-        self._held: list[_Weights] = []
-        """Parameters whose data pointers are in `_weights`: they must stay alive."""
-        self._own = [_Grads.make(kernels, spec.sequences) for _ in range(spec.n_layer)] if spec.trained else []
-        self._grads: list[_Grads] = []
-        self._param_grads = (ParamGrads * spec.n_layer)()
-        """Data pointers of `_grads`, which keeps the tensors alive."""
-        self._last_bias = torch.zeros(kernels.threads, kernels.shape[0])
-        """Gradient of the last block's `mlp.c_proj.bias`, a row for each thread."""
-        self._remaining: set[int] = set()
-        """Windows whose backward pass is still due."""
+        self._residual = torch.empty(spec.sequences * max(spec.slots), width)
+        self._context = torch.empty(spec.sequences, width)
+        self._vectors = _VectorGrads.make(kernels, spec) if spec.trained else None
 
-    def begin_sequence(self, parameters: Sequence[Sequence[Tensor]]) -> Callable[[Tensor], Tensor]:
-        """Start a text with the parameters of each block, in the order of the module.
+    def hidden_states(self, idx: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the final hidden states (B, T, C) of the ids (B, T), in the kernels' dtype.
 
-        Returns:
-            A function that takes the next window through all blocks: (B, S, C) -> (B, S, C).
+        Args:
+            idx: ids.
+            parameters: those of `picogpt.model.gpt.GPT.transformer`, in the order of the module.
+        """
+        # The kernels look embeddings up without a check.
+        assert 0 <= int(idx.min()) <= int(idx.max()) < len(parameters[0]), "an id is not in the vocabulary"
+        hidden: Tensor = _Text.apply(self, idx.contiguous(), *parameters)  # type: ignore[no-untyped-call]
+        return hidden
+
+    def forward(self, idx: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Text]:
+        """Compute the final hidden states (B, T, C); return them, and the arguments of the kernels for `backward`.
+
+        All tensors must stay alive, and as they are, until then.
         """
         assert self.is_free, "the workspace holds a text whose backward pass is due"
         self.is_free = not self.spec.trained
-        weights = [_Weights(*(p.detach() for p in block)) for block in parameters]
+        wte, wpe, *of_blocks, ln_f_weight, ln_f_bias = parameters
         # The optimizer has changed the weights since the last text, so they are packed again.
-        self._pack(weights)
-        self._grads = [own.reset(of, self._workspace.weight_grads) for own, of in zip(self._own, weights, strict=False)]
-        # Made once for all windows: filling such tables takes Python a tenth of a millisecond.
-        self._param_grads = (ParamGrads * len(self._grads))(*(structure_of(ParamGrads, own._asdict()) for own in self._grads))
-        self._last_bias.zero_()
-        windows = range(len(self.spec.slots))
-        self._remaining = set(windows)
-        # Each window takes the token as an input, so autograd runs its backward pass after those of all windows: only then
-        # the weight gradients are complete. The kernels add them up themselves; autograd would add window by window.
-        token = _Parameters.apply(self, *(p for block in parameters for p in block))  # type: ignore[no-untyped-call]
-        turns = iter(windows)
-        return lambda x: _Blocks.apply(self, next(turns), x, token)  # type: ignore[no-untyped-call]
+        self._pack([_Weights(*block) for block in _batched(of_blocks, len(_Weights._fields))])
+        self._weights[self.spec.n_layer] = LayerWeights(ln1_weight=ln_f_weight.data_ptr(), ln1_bias=ln_f_bias.data_ptr())
+        hidden = torch.empty(*idx.shape, self.kernels.shape[0], dtype=self.kernels.dtype)
+        text = Text(
+            weights=self._weights,
+            activations=self._activations,
+            wte=wte.data_ptr(),
+            wpe=wpe.data_ptr(),
+            ids=idx.data_ptr(),
+            slots=self._slots,
+            hidden=hidden.data_ptr(),
+            residual=self._residual.data_ptr(),
+            context=self._context.zero_().data_ptr(),
+            layers=self.spec.n_layer,
+            rolls=self.spec.sequences,
+            windows=len(self.spec.slots),
+            chars=idx.size(1),
+            threads=self.kernels.threads,
+            save=self.spec.save,
+        )
+        self.kernels.forward(text)
+        return hidden, text
 
-    def _pack(self, weights: list[_Weights]) -> None:
+    def _pack(self, blocks: Sequence[_Weights]) -> None:
         """Pack the current values of all matrices for the GEMMs, once a step instead of once a window."""
-        matrices = [getattr(block, name) for block in weights for name in _WGRAD_INPUTS]
+        matrices = [getattr(block, name) for block in blocks for name in _WGRAD_INPUTS]
         if not self._packed:
             self._packed = [packed for matrix in matrices for packed in self.kernels.packed(*matrix.shape)]
-        self.kernels.pack(data_ptrs(matrices), data_ptrs(self._packed), len(weights))
+        self.kernels.pack(data_ptrs(matrices), data_ptrs(self._packed), len(blocks))
         packed = iter(self._packed)
-        for index, block in enumerate(weights):
+        for index, block in enumerate(blocks):
             tensors = block._asdict()
             for name in _WGRAD_INPUTS:
                 # Two packed copies of each matrix: W^T for forward, W for the gradient of the input.
                 tensors[name], tensors[f"{name}_back"] = next(packed), next(packed)
             self._weights[index] = structure_of(LayerWeights, tensors)
-        self._held = weights
 
-    def _pass(self, window: int) -> Pass:
-        """Return the arguments of the kernels for one window."""
-        return Pass(
-            weights=self._weights,
-            activations=self._activations[window],
-            layers=self.spec.n_layer,
-            rolls=self.spec.sequences,
-            slots=self.spec.slots[window],
-            threads=self.kernels.threads,
-            save=self.spec.save,
-        )
-
-    def forward(self, window: int, x: Tensor) -> Tensor:
-        """Compute all blocks for the rows x (R, C) of one window; return (R, C)."""
-        self._workspace.windows[window][0]["x"].copy_(x)
-        out = torch.empty_like(x)
-        self.kernels.forward(self._pass(window), out)
-        return out
-
-    def backward(self, window: int, dx: Tensor) -> None:
-        """Turn dx (R, C), the gradient of the output of `forward`, into the gradient of its input, in place."""
-        self._remaining.remove(window)
-        assert dx.is_contiguous()
-        grads = PassGrads(
-            params=self._param_grads,
-            dx=dx.data_ptr(),
-            last_bias=self._last_bias.data_ptr(),
+    def backward(self, text: Text, d_hidden: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradients of all parameters, given that of what `forward` returned, and free the workspace."""
+        assert self._vectors is not None, "not allocated for training"
+        wte, wpe, *of_blocks, _, _ = parameters
+        # Autograd keeps the gradients that it gets, so each text has new ones.
+        d_wte, d_wpe = torch.zeros_like(wte), torch.zeros_like(wpe)
+        deferred = self._workspace.weight_grads is WeightGrads.DEFERRED
+        # Deferred weight gradients are written by one GEMM; the others are accumulated and start from zero.
+        new = torch.empty_like if deferred else torch.zeros_like
+        matrices = [
+            {name: new(getattr(block, name)) for name in _WGRAD_INPUTS}
+            for block in (_Weights(*part) for part in _batched(of_blocks, len(_Weights._fields)))
+        ]
+        for field in self._vectors:
+            field.zero_()
+        d_hidden = d_hidden.contiguous()
+        grads = TextGrads(
+            params=self._param_grads(matrices),
+            wte=d_wte.data_ptr(),
+            wpe=d_wpe.data_ptr(),
+            hidden=d_hidden.data_ptr(),
             weight_grads=self._workspace.weight_grads,
         )
-        self.kernels.backward(self._pass(window), grads)
-
-    def gradients(self) -> list[Tensor]:
-        """Return the gradients of all parameters, once all windows have gone backward, and free the workspace."""
-        assert not self._remaining, f"windows {sorted(self._remaining)} have not gone backward"
-        if self._workspace.weight_grads is WeightGrads.DEFERRED:
-            for grads, activations in zip(self._grads, self._workspace.all_windows, strict=True):
+        self._context.zero_()
+        self.kernels.backward(text, grads)
+        if deferred:
+            for of_block, activations in zip(matrices, self._workspace.all_windows, strict=False):
                 # dW = dY^T X over the rows of all windows.
                 for name, (d_out, x) in _WGRAD_INPUTS.items():
-                    self.kernels.weight_grad(activations[d_out], activations[x], getattr(grads, name))
-        # The gradient of a block's last bias is computed by the next block's ln_1, which reads the residual stream.
-        biases = [*(grads.ln1.sum(0)[2] for grads in self._grads[1:]), self._last_bias.sum(0)]
-        found = [total for grads, bias in zip(self._grads, biases, strict=True) for total in grads.totals(bias)]
-        self._grads = []
+                    self.kernels.weight_grad(activations[d_out], activations[x], of_block[name])
         self.is_free = True
-        return found
+        return [d_wte, d_wpe, *_in_order(matrices, self._vectors.totals())]
+
+    def _param_grads(self, matrices: Sequence[Mapping[str, Tensor]]) -> Array[ParamGrads]:
+        """Return the table of where the gradients of all blocks go, and those of the final LayerNorm."""
+        assert self._vectors is not None
+        ln1, attn_bias, ln2, fc_bias = self._vectors
+        table = (ParamGrads * (self.spec.n_layer + 1))()
+        for index, of_block in enumerate(matrices):
+            vectors = {"ln1": ln1[index], "attn_bias": attn_bias[index], "ln2": ln2[index], "fc_bias": fc_bias[index]}
+            table[index] = structure_of(ParamGrads, vectors | dict(of_block))
+        table[self.spec.n_layer] = ParamGrads(ln1=ln1[-1].data_ptr())
+        return table
 
 
-class _Parameters(torch.autograd.Function):
-    """Autograd node of all weights of a text: its backward pass runs after those of all windows and returns the sums."""
+def _in_order(matrices: Sequence[Mapping[str, Tensor]], vectors: _VectorGrads) -> list[Tensor]:
+    """Return the gradients of all blocks and of the final LayerNorm, in the order of the module's parameters."""
+    found: list[Tensor] = []
+    for index, of_block in enumerate(matrices):
+        ln1_weight, ln1_bias, _ = vectors.ln1[index]
+        # A bias is added to the residual stream in front of the next LayerNorm, which computes its gradient.
+        ln2_weight, ln2_bias, proj_bias = vectors.ln2[index]
+        out_bias = vectors.ln1[index + 1][2]
+        found += _Weights(
+            ln1_weight, ln1_bias, of_block["attn"], vectors.attn_bias[index], of_block["proj"], proj_bias,
+            ln2_weight, ln2_bias, of_block["fc"], vectors.fc_bias[index], of_block["out"], out_bias,
+        )  # fmt: skip
+    ln_f_weight, ln_f_bias, _ = vectors.ln1[-1]
+    return [*found, ln_f_weight, ln_f_bias]
+
+
+def _batched(values: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
+    """Cut `values` into parts of `size`."""
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+class _Text(torch.autograd.Function):
+    """Autograd node of the model without its head, for a whole text."""
 
     @staticmethod
-    def forward(ctx: Any, blocks: FusedBlocks, *parameters: Tensor) -> Tensor:
-        ctx.blocks = blocks
+    def forward(ctx: Any, fused: FusedTransformer, idx: Tensor, *parameters: Tensor) -> Tensor:
+        hidden, text = fused.forward(idx, parameters)
+        ctx.fused, ctx.text, ctx.idx = fused, text, idx
         ctx.save_for_backward(*parameters)  # autograd raises if they are changed before backward
-        return parameters[0].new_empty(())
+        return hidden
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        assert ctx.saved_tensors  # runs autograd's check of the versions
-        return None, *ctx.blocks.gradients()
-
-
-class _Blocks(torch.autograd.Function):
-    """Autograd node of one window through all blocks."""
-
-    @staticmethod
-    def forward(ctx: Any, blocks: FusedBlocks, window: int, x: Tensor, token: Tensor) -> Tensor:  # noqa: ARG004 (for the graph)
-        ctx.blocks, ctx.window = blocks, window
-        # Detached: the workspace outlives the graph that x belongs to.
-        return blocks.forward(window, x.detach().reshape(-1, x.size(-1))).view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.blocks is None:
+    def backward(ctx: Any, d_hidden: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.fused is None:
             raise RuntimeError("backward can run only once per forward; run forward again for a second one")
-        blocks, ctx.blocks = ctx.blocks, None
-        # A copy, as the kernels overwrite it: autograd may use this gradient elsewhere too.
-        dx = gradient.reshape(-1, gradient.size(-1)).clone(memory_format=torch.contiguous_format)
-        blocks.backward(ctx.window, dx)
-        # The token's gradient is a zero: only its place in the graph matters.
-        return None, None, dx.view_as(gradient), dx.new_zeros(())
+        fused, ctx.fused = ctx.fused, None
+        return None, None, *fused.backward(ctx.text, d_hidden, ctx.saved_tensors)

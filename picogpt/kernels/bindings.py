@@ -19,9 +19,9 @@ __all__ = [
     "MuonMatrix",
     "MuonSettings",
     "ParamGrads",
-    "Pass",
-    "PassGrads",
     "Save",
+    "Text",
+    "TextGrads",
     "WeightGrads",
     "check_layout",
 ]
@@ -43,7 +43,7 @@ class LayerWeights(Structure):
 
 
 class Activations(Structure):
-    """Activations of one block for one window."""
+    """Activations of one block for one window; or of the final LayerNorm, as ln1 of a block that does not exist."""
 
     _fields_ = fields_of(
         c_void_p,
@@ -73,22 +73,25 @@ class WeightGrads(IntEnum):
     DEFERRED = 1  # one GEMM after all windows
 
 
-class Pass(Structure):
-    """Arguments of forward and backward for one window of all sequences through all blocks."""
+class Text(Structure):
+    """Arguments of forward and backward for a text: all windows of all sequences, through the model without its head."""
 
     _fields_ = (
         ("weights", POINTER(LayerWeights)),
         ("activations", POINTER(Activations)),
-        *fields_of(c_int32, "layers rolls slots threads save"),
+        *fields_of(c_void_p, "wte wpe ids"),
+        ("slots", POINTER(c_int32)),
+        *fields_of(c_void_p, "hidden residual context"),
+        *fields_of(c_int32, "layers rolls windows chars threads save"),
     )
 
 
-class PassGrads(Structure):
+class TextGrads(Structure):
     """Outputs of the backward pass, and its workspace."""
 
     _fields_ = (
         ("params", POINTER(ParamGrads)),
-        *fields_of(c_void_p, "dx last_bias workspace"),
+        *fields_of(c_void_p, "wte wpe hidden workspace"),
         ("weight_grads", c_int32),
     )
 
@@ -124,8 +127,8 @@ _STRUCTURES: dict[str, type[Structure]] = {
     "layer_weights": LayerWeights,
     "activations": Activations,
     "param_grads": ParamGrads,
-    "pass": Pass,
-    "pass_grads": PassGrads,
+    "text": Text,
+    "text_grads": TextGrads,
     "matrix_grad": MatrixGrad,
     "muon_matrix": MuonMatrix,
     "muon_settings": MuonSettings,

@@ -1,14 +1,14 @@
 """The native kernels of block.c: compiled for one model shape by the machine's own C compiler, and called with tensors.
 
-The kernels compute the blocks, forward and backward, and Muon's updates of their matrices.
+The kernels compute the model without its head, forward and backward, and Muon's updates of the blocks' matrices.
 
 Between two GEMMs torch makes a pass over memory for every elementwise operation, and attention over short
 windows makes two more copies; in bfloat16, where GEMMs are fast, that is almost half of the time. Here it is one fused pass, and
 attention stays in the processor's cache a head at a time, so that its weights are never stored (as in FlashAttention: Dao et al.,
 2022). Activations that are cheap to recompute are not kept for the backward pass. Matrices are packed once a step for all
-windows, and a window is one call, so that threads seldom wait for each other, and never for Python.
+windows, and a text is one call, so that threads seldom wait for each other, and never for Python.
 
-Dimensions: R rows, one for each slot of each sequence; B sequences, S slots of a window, C = n_embd, H = n_head.
+Dimensions: B sequences, T characters of a sequence, C = n_embd.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from picogpt.kernels.bindings import (
     MatrixGrad,
     MuonMatrix,
     MuonSettings,
-    Pass,
-    PassGrads,
     Save,
+    Text,
+    TextGrads,
     check_layout,
 )
 from picogpt.kernels.build import load_library
@@ -64,8 +64,8 @@ _MAX_CONTEXT_LEN = 512
 """Longest supported window: a head's attention scores have to fit in a core's cache."""
 _FUNCTIONS: dict[str, tuple[object, Sequence[object]]] = {
     "pack": (None, (c_void_p, c_void_p, c_int, c_int)),
-    "forward": (None, (POINTER(Pass), c_void_p)),
-    "backward": (None, (POINTER(Pass), POINTER(PassGrads))),
+    "forward": (None, (POINTER(Text),)),
+    "backward": (None, (POINTER(Text), POINTER(TextGrads))),
     "weight_grad": (None, (POINTER(MatrixGrad), c_void_p)),
     "update_matrices": (None, (POINTER(MuonMatrix), POINTER(MuonSettings), c_void_p)),
     "uses_matrix_tiles": (c_int, ()),
@@ -157,14 +157,14 @@ class Kernels:
         """Pack the four matrices of each block: attn.c_attn, attn.c_proj, mlp.c_fc and mlp.c_proj."""
         self._library.pack(matrices, packed, layers, self.threads)
 
-    def forward(self, window: Pass, out: Tensor) -> None:
-        """Compute all blocks for one window of all sequences, from the first block's x to `out` (R, C)."""
-        self._library.forward(byref(window), out.data_ptr())
+    def forward(self, text: Text) -> None:
+        """Compute the final hidden states `text.hidden` (B, T, C) of a text."""
+        self._library.forward(byref(text))
 
-    def backward(self, window: Pass, grads: PassGrads) -> None:
-        """Turn `grads.dx` (R, C), the gradient of the output of `forward`, into the gradient of the first block's x."""
+    def backward(self, text: Text, grads: TextGrads) -> None:
+        """Turn `grads.hidden` (B, T, C), the gradient of what `forward` computed, into the gradients of all weights."""
         grads.workspace = self.workspace.data_ptr()
-        self._library.backward(byref(window), byref(grads))
+        self._library.backward(byref(text), byref(grads))
 
     def weight_grad(self, d_out: Tensor, x: Tensor, grad: Tensor) -> None:
         """Write a weight gradient (out, in), float32: grad = d_out^T x, with d_out (N, out) and the input x (N, in)."""

@@ -7,10 +7,10 @@ Dimensions: R rows of one window, N rows of a whole text: one row for each slot 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from picogpt.kernels.bindings import Save, WeightGrads
 from picogpt.kernels.compiled import Kernels, WorkspaceSpec
@@ -28,7 +28,7 @@ class _Buffer(NamedTuple):
 
 
 class Workspace:
-    """Activation buffers for all blocks and windows of a text.
+    """Activation buffers for all blocks and windows of a text, and for the final LayerNorm.
 
     Args:
         kernels: native kernels that fill the buffers.
@@ -36,32 +36,25 @@ class Workspace:
     """
 
     def __init__(self, kernels: Kernels, spec: WorkspaceSpec) -> None:
-        self._n_layer, self._sizes = spec.n_layer, [spec.sequences * slots for slots in spec.slots]
+        sizes = [spec.sequences * slots for slots in spec.slots]
         # With recomputation the inputs of the weight gradients do not outlive their window, so nothing can be deferred.
         # Several sequences in float32 would take too much memory, and have more rows for each pass over the gradients.
         deferred = spec.save is Save.ACTIVATIONS and (kernels.dtype == torch.bfloat16 or spec.sequences == 1)
         self.weight_grads = WeightGrads.DEFERRED if deferred else WeightGrads.PER_WINDOW
         """Deferred weight gradients keep their inputs until all windows are done, so that each gradient is written once."""
-        self.all_windows: list[dict[str, Tensor]] = [{} for _ in range(spec.n_layer)]
-        """Kept activations of all windows (N, width), by block and name."""
-        parts = {}
-        for name, buffer in _buffers(kernels, spec.save, self.weight_grads).items():
-            parts[name], wholes = self._cut(buffer)
-            for block, whole in zip(self.all_windows, wholes, strict=False):
-                block[name] = whole
+        buffers = _buffers(kernels, spec.save, self.weight_grads)
+        shared = {name: torch.empty(max(sizes), b.width, dtype=b.dtype) for name, b in buffers.items() if not b.kept}
+        self.all_windows = [
+            {name: torch.empty(sum(sizes), b.width, dtype=b.dtype) for name, b in of_layer.items() if b.kept}
+            for of_layer in [buffers] * spec.n_layer + [_final_buffers(buffers, spec)]
+        ]
+        """Kept activations of all windows (N, width), by block and name; after the blocks those of the final LayerNorm."""
+        rows = [{name: torch.split(whole, sizes) for name, whole in kept.items()} for kept in self.all_windows]
         self.windows = [
-            [{name: part[index][window] for name, part in parts.items()} for index in range(spec.n_layer)]
-            for window in range(len(self._sizes))
+            [{name: kept[name][i] if name in kept else shared[name][:size] for name in buffers} for kept in rows]
+            for i, size in enumerate(sizes)
         ]
         """Activations (R, width) by window, block and name: views of `all_windows`, or of shared rows."""
-
-    def _cut(self, buffer: _Buffer) -> tuple[list[list[Tensor]], list[Tensor]]:
-        """Allocate a buffer; return its rows by block and window, and for kept buffers the rows of all windows by block."""
-        if not buffer.kept:
-            shared = torch.empty(max(self._sizes), buffer.width, dtype=buffer.dtype)  # (max R, width)
-            return [[shared[:size] for size in self._sizes] for _ in range(self._n_layer)], []
-        wholes = [torch.empty(sum(self._sizes), buffer.width, dtype=buffer.dtype) for _ in range(self._n_layer)]
-        return [list(torch.split(whole, self._sizes)) for whole in wholes], wholes
 
 
 def _buffers(kernels: Kernels, save: Save, weight_grads: WeightGrads) -> dict[str, _Buffer]:
@@ -90,3 +83,10 @@ def _buffers(kernels: Kernels, save: Save, weight_grads: WeightGrads) -> dict[st
         "ln_scratch": _Buffer(width, products),
         "branch": _Buffer(width, products),
     }
+
+
+def _final_buffers(buffers: Mapping[str, _Buffer], spec: WorkspaceSpec) -> dict[str, _Buffer]:
+    """Return those of `buffers` that the final LayerNorm has, as ln1 of a block that does not exist; the others are empty."""
+    # Its statistics are kept even where those of the blocks are recomputed.
+    own = {name: buffers[name]._replace(kept=spec.trained) for name in ("x", "ln1_stats")}
+    return {name: own.get(name, buffer._replace(width=0) if buffer.kept else buffer) for name, buffer in buffers.items()}

@@ -12,7 +12,7 @@ context slot and its characters), C = n_embd, H = n_head, D = C / H, V = vocab_s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,7 +26,7 @@ from picogpt.errors import RunError
 from picogpt.model.dropout import Dropout
 from picogpt.model.roll import window_spans
 
-__all__ = ["GPT", "MLP", "Attend", "Block", "BlockRunner", "CausalSelfAttention"]
+__all__ = ["GPT", "MLP", "Attend", "Block", "CausalSelfAttention", "Runner", "without_context_slots"]
 
 
 class Attend(Protocol):
@@ -36,14 +36,11 @@ class Attend(Protocol):
         """Attend with q, k and v (B, H, S, D), dropping weights with probability `dropout`; return (B, H, S, D)."""
 
 
-class BlockRunner(Protocol):
-    """Another way to compute all blocks."""
+class Runner(Protocol):
+    """Another way to compute the model without its head."""
 
-    def begin_sequence(self, blocks: nn.ModuleList, batch_size: int, slots: Sequence[int]) -> Callable[[Tensor], Tensor]:
-        """Return a function that takes one window x (B, S, C) through all blocks.
-
-        The function is called once for each window of a sequence, in order; `slots` lists S of each window.
-        """
+    def hidden_states(self, model: GPT, idx: Tensor) -> Tensor:
+        """Compute the final hidden states of all characters: ids (B, T) -> (B, T, C)."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -118,28 +115,14 @@ class _Transformer(nn.Module):
         self.drop = Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        # A faster way through the blocks, attached from outside; None computes them by the loop in `begin_sequence`.
-        self.runner: BlockRunner | None = None
 
-    def begin_sequence(self, batch_size: int, slots: Sequence[int]) -> Callable[[Tensor], Tensor]:
-        """Return a function that takes one window through all blocks: see `BlockRunner.begin_sequence`."""
-        if self.runner is not None:
-            return self.runner.begin_sequence(self.h, batch_size, slots)
-
-        def run_blocks(x: Tensor) -> Tensor:
-            for block in self.h:
-                x = block(x)
-            return x
-
-        return run_blocks
-
-    def forward(self, idx: Tensor, context: Tensor, run_blocks: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, idx: Tensor, context: Tensor, run_blocks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Compute the final hidden states of one window.
 
         Args:
             idx: ids (B, n).
             context: context vector of the window before (B, C).
-            run_blocks: the function that `begin_sequence` returned for the whole sequence.
+            run_blocks: another way through all blocks, (B, S, C) -> (B, S, C).
 
         Returns:
             Final hidden states, after the last LayerNorm (B, S, C).
@@ -147,7 +130,12 @@ class _Transformer(nn.Module):
         # The context vector takes slot 0, where other models have a BOS token.
         x = torch.cat((context.unsqueeze(1), self.wte(idx)), dim=1)  # (B, S, C)
         x = self.drop(x + self.wpe.weight[: x.size(1)])  # (B, S, C) + (S, C)
-        out: Tensor = self.ln_f(run_blocks(x))  # (B, S, C)
+        if run_blocks is not None:
+            x = run_blocks(x)
+        else:
+            for block in self.h:
+                x = block(x)
+        out: Tensor = self.ln_f(x)  # (B, S, C)
         return out
 
 
@@ -161,6 +149,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = _Transformer(config)
+        # A faster way to compute the hidden states, attached from outside; None computes them by `roll`.
+        self.runner: Runner | None = None
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # (V, C)
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press and Wolf, 2017)
         self.apply(self._init_weights)
@@ -203,8 +193,10 @@ class GPT(nn.Module):
             for name, parameter in expected.items():
                 parameter.copy_(torch.from_numpy(np.array(found[name])))
 
-    def roll(self, idx: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def roll(self, idx: Tensor, run_blocks: Callable[[Tensor], Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Run the model over idx (B, T) window by window, passing the context vector from each window to the next.
+
+        `run_blocks` is another way through all blocks, (B, S, C) -> (B, S, C).
 
         Yields, for each window, its final hidden states (B, S, C) and its context vector (B, C): their
         mean over all S slots, the context slot included. The next window starts from it, and gradients flow through it.
@@ -212,9 +204,7 @@ class GPT(nn.Module):
         # The first window has no window before it: its context vector is zero.
         context = self.transformer.wte.weight.new_zeros(idx.size(0), self.config.n_embd)  # (B, C)
         # Where T is no multiple of the window, the first window is the short one: 300 characters are cut at 0, 44, 172 and 300.
-        spans = window_spans(idx.size(1), self.config.context_len)
-        run_blocks = self.transformer.begin_sequence(idx.size(0), [end - start + 1 for start, end in spans])
-        for start, end in spans:
+        for start, end in window_spans(idx.size(1), self.config.context_len):
             hidden = self.transformer(idx[:, start:end], context, run_blocks)  # (B, S, C)
             # The context roll: context_{i+1} = mean over S of hidden_i. Gradients flow back through it into all windows before.
             context = hidden.mean(dim=1)  # (B, C)
@@ -231,12 +221,18 @@ class GPT(nn.Module):
             With targets, the logits (B, T, V) and the mean cross-entropy in nats over all B x T characters, each
             counted once. Without, the logits of the last character alone (B, 1, V), and None.
         """
-        windows = [hidden for hidden, _ in self.roll(idx)]  # (B, S, C) each
+        hidden = without_context_slots(self.roll(idx)) if self.runner is None else self.runner.hidden_states(self, idx)
         if targets is None:
-            return self.lm_head(windows[-1][:, -1:]), None  # (B, 1, V)
-        # Slot 0 of each window is the context slot, which predicts nothing.
-        hidden = torch.cat([hidden[:, 1:] for hidden in windows], dim=1)  # (B, T, C)
+            return self.lm_head(hidden[:, -1:]), None  # (B, 1, V)
         logits: Tensor = self.lm_head(hidden)  # (B, T, V)
         # In float32 also under autocast: bfloat16 is too coarse for a mean over thousands of characters.
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())  # (B * T, V), (B * T,) -> scalar
         return logits, loss
+
+
+def without_context_slots(windows: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Join what `GPT.roll` yields to the final hidden states of all characters (B, T, C).
+
+    Slot 0 of each window is the context slot, which predicts nothing.
+    """
+    return torch.cat([hidden[:, 1:] for hidden, _ in windows], dim=1)

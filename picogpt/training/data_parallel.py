@@ -95,11 +95,11 @@ class DataParallelState(TrainState):
         return BackendChoice(
             device=self.device.type,
             dtype=str(self.dtype).removeprefix("torch."),  # torch.bfloat16 -> bfloat16
-            kernels=kernels_name(self.fast_blocks.kernels),
-            attention=self.fast_blocks.attention,
+            kernels=kernels_name(self.runner.kernels),
+            attention=self.runner.attention,
             threads=torch.get_num_threads(),
             compile=self._compiled,
-            gradient_checkpointing=self.fast_blocks.gradient_checkpointing,
+            gradient_checkpointing=self.runner.gradient_checkpointing,
         )
 
     @classmethod

@@ -181,7 +181,7 @@ def describe_settings(state: TrainState, log: LossLog) -> dict[str, str]:
     # The speed of the last epoch: differences between the last two entries, or to the start.
     seconds, chars = [0.0, *log.seconds][-2:], [0, *log.chars][-2:]
     speed = (chars[-1] - chars[0]) / max(seconds[-1] - seconds[0], 1e-9)
-    kernels = kernels_name(state.fast_blocks.kernels)
+    kernels = kernels_name(state.runner.kernels)
     threads = plural(torch.get_num_threads(), "thread")
     return {
         **describe_recipe(model, train),

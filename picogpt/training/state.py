@@ -60,7 +60,7 @@ class TrainState:
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(device)
         # Attached from outside: the model's own code is plain torch, and its state dict does not change.
-        self.fast_blocks = accelerate(self.model, kernels)
+        self.runner = accelerate(self.model, kernels)
         """Implementation of the blocks."""
         self.optimizers = build_optimizers(self.model, config, dtype, kernels)
         self.step = 0
@@ -84,8 +84,8 @@ class TrainState:
             self.compile_blocks()
         # None with native kernels, which have their own attention.
         if backend.attention is not None:
-            self.fast_blocks.attention = backend.attention
-        self.fast_blocks.gradient_checkpointing = backend.gradient_checkpointing
+            self.runner.attention = backend.attention
+        self.runner.gradient_checkpointing = backend.gradient_checkpointing
 
     @property
     def sequences_per_step(self) -> int:
@@ -124,7 +124,7 @@ class TrainState:
         With native kernels, which have threads of their own, little is left to torch: the embeddings, the last LayerNorm and the
         head. To wake a second thread for each of these takes longer than the operation, unless the alphabet is large.
         """
-        small = self.fast_blocks.kernels is not None and self.model.config.vocab_size < _MIN_SHARED_VOCAB
+        small = self.runner.kernels is not None and self.model.config.vocab_size < _MIN_SHARED_VOCAB
         return 1 if small else torch.get_num_threads()
 
     @property
@@ -133,7 +133,7 @@ class TrainState:
 
         It is 1 with native kernels, which divide a step's work better, and with dropout, as random draws have an order to keep.
         """
-        by_torch = self.fast_blocks.kernels is None and self.device.type == "cpu" and not self._compiled
+        by_torch = self.runner.kernels is None and self.device.type == "cpu" and not self._compiled
         if not by_torch or self.model.config.dropout:
             return 1
         shape = self.model.config

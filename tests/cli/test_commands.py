@@ -448,7 +448,7 @@ class TestTrain:
         local_step = Trainer.local_step
 
         def watched(self: Trainer, *given: Any) -> float:
-            used.append(self.fast_blocks.attention)
+            used.append(self.runner.attention)
             return local_step(self, *given)
 
         monkeypatch.setattr(Trainer, "local_step", watched)

@@ -1,4 +1,4 @@
-"""The blocks in C against the modules that they stand for."""
+"""The model without its head in C against the modules that it stands for."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.device import has_amx, instruction_set
 from picogpt.errors import TrainingError
 from picogpt.kernels import bindings, build, compiled
-from picogpt.kernels.autograd import FusedBlocks
+from picogpt.kernels.autograd import FusedTransformer
 from picogpt.kernels.bindings import WeightGrads
 from picogpt.kernels.compiled import Kernels, compile_kernels, data_ptrs, select_kernels
 from picogpt.model.accelerate import accelerate
@@ -64,10 +65,15 @@ def kernels_for(shape: str, dtype: torch.dtype = torch.float32, instructions: st
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[FusedBlocks]:
-    """All blocks on native kernels that models make during the test."""
-    found: list[FusedBlocks] = []
-    monkeypatch.setattr("picogpt.model.accelerate.FusedBlocks", lambda *given: found.append(FusedBlocks(*given)) or found[-1])  # type: ignore[func-returns-value]
+def made(monkeypatch: pytest.MonkeyPatch) -> list[FusedTransformer]:
+    """All that models make on native kernels during the test."""
+    found: list[FusedTransformer] = []
+
+    def recorded(*given: Any) -> FusedTransformer:
+        found.append(FusedTransformer(*given))
+        return found[-1]
+
+    monkeypatch.setattr("picogpt.model.accelerate.FusedTransformer", recorded)
     return found
 
 
@@ -171,7 +177,9 @@ def test_in_bfloat16(shape: str) -> None:
         (2, torch.bfloat16, WeightGrads.DEFERRED),
     ],
 )
-def test_weight_gradients_are_deferred(sequences: int, dtype: torch.dtype, when: WeightGrads, made: list[FusedBlocks]) -> None:
+def test_weight_gradients_are_deferred(
+    sequences: int, dtype: torch.dtype, when: WeightGrads, made: list[FusedTransformer]
+) -> None:
     """Until the last window, where their inputs do not take too much memory; either way they are those of the modules."""
     model, length = model_of("heads of 16"), 51
     expected_loss, expected = loss_and_gradients(model, None, length, sequences=sequences)
@@ -233,7 +241,7 @@ def test_the_same_again() -> None:
 
 
 @needs_compiler
-def test_recomputing_keeps_less(made: list[FusedBlocks]) -> None:
+def test_recomputing_keeps_less(made: list[FusedTransformer]) -> None:
     """With gradient checkpointing each block's input stays, and nothing else of it; without gradients only the first one's."""
     for dtype in (torch.float32, torch.bfloat16):
         held = []
@@ -249,7 +257,7 @@ def test_recomputing_keeps_less(made: list[FusedBlocks]) -> None:
         assert nothing < 0.75 * inputs
 
 
-def bytes_of_room(fused: FusedBlocks) -> int:
+def bytes_of_room(fused: FusedTransformer) -> int:
     """Of all memory that is held for the blocks."""
     values = [tensor for blocks in fused._workspace.windows for block in blocks for tensor in block.values()]
     storages = {tensor.untyped_storage() for tensor in values}
@@ -286,10 +294,10 @@ def test_another_shape() -> None:
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        (lambda fields: (fields[1], fields[0], *fields[2:]), r"\('pass.activations', 0, 8\), \('pass.activations', 8, 8\)"),
-        (lambda fields: fields[:-1], r"\('pass.save', 32, 4\)"),
-        (lambda fields: (*fields[:-1], ("save", ctypes.c_int64)), r"\('pass.save', 32, 4\), \('pass.save', 32, 8\)"),
-        (lambda fields: (*fields[:-1], ("saved", ctypes.c_int32)), r"\('pass.save', 32, 4\), \('pass.saved', 32, 4\)"),
+        (lambda fields: (fields[1], fields[0], *fields[2:]), r"\('text.activations', 0, 8\), \('text.activations', 8, 8\)"),
+        (lambda fields: fields[:-1], r"\('text.save', 92, 4\)"),
+        (lambda fields: (*fields[:-1], ("save", ctypes.c_int64)), r"\('text.save', 92, 4\), \('text.save', 96, 8\)"),
+        (lambda fields: (*fields[:-1], ("saved", ctypes.c_int32)), r"\('text.save', 92, 4\), \('text.saved', 92, 4\)"),
     ],
     ids=["swapped", "missing", "longer", "renamed"],
 )
@@ -297,10 +305,10 @@ def test_layouts_that_differ(
     change: Callable[[tuple[Any, ...]], tuple[Any, ...]], difference: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A structure that is not the same on both sides is noticed when the library is loaded, and named."""
-    other = type("Pass", (ctypes.Structure,), {"_fields_": change(tuple(bindings.Pass._fields_))})
+    other = type("Text", (ctypes.Structure,), {"_fields_": change(tuple(bindings.Text._fields_))})
     library = kernels_for("heads of 8")._library
     bindings.check_layout(library)
-    monkeypatch.setitem(bindings._STRUCTURES, "pass", other)
+    monkeypatch.setitem(bindings._STRUCTURES, "text", other)
 
     with pytest.raises(AssertionError, match=rf"^bindings.h and bindings.py differ: \[.*{difference}"):
         bindings.check_layout(library)
@@ -372,13 +380,24 @@ def test_weights_that_muon_changes_in_between() -> None:
 def test_texts_side_by_side(dtype: torch.dtype) -> None:
     """A text that begins before another one is through has memory of its own."""
     model, ids = model_of("heads of 8"), torch.randint(88, (2, 2, 21))
-    accelerate(model, kernels_for("heads of 8", dtype))
-    losses = [model(x, x)[1] for x in ids]
-    together = torch.autograd.grad(losses[0] + losses[1], list(model.parameters()))
-    apart = [torch.autograd.grad(model(x, x)[1], list(model.parameters())) for x in ids]
+    runner, weights = accelerate(model, kernels_for("heads of 8", dtype)), list(model.transformer.parameters())
+    sums = [runner.hidden_states(model, x).float().square().mean() for x in ids]
+    together = torch.autograd.grad(sums[0] + sums[1], weights)
+    apart = [torch.autograd.grad(runner.hidden_states(model, x).float().square().mean(), weights) for x in ids]
 
     for both, one, other in zip(together, *apart, strict=True):
         torch.testing.assert_close(both, one + other, rtol=1e-2, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrong", [-1, TINY.vocab_size])
+def test_ids_outside_the_vocabulary(wrong: int) -> None:
+    """They are refused before memory that is not theirs is read."""
+    model = model_of("heads of 8")
+    runner = accelerate(model, kernels_for("heads of 8"))
+
+    with pytest.raises(AssertionError, match="^an id is not in the vocabulary$"):
+        runner.hidden_states(model, torch.tensor([[3, wrong]]))
 
 
 @needs_compiler
@@ -412,18 +431,6 @@ def test_memory_goes_with_the_model(backward: bool) -> None:
     assert fused() is None
 
 
-@needs_compiler
-def test_windows_left_out() -> None:
-    """A loss of some windows only is refused: the others' part of the gradient would be what the text before has left there."""
-    model = model_of("heads of 8")
-    accelerate(model, kernels_for("heads of 8"))
-    first, *_ = model.roll(torch.zeros(1, 24, dtype=torch.long))
-
-    with pytest.raises(AssertionError, match=r"windows \[1, 2\] have not gone backward"):
-        torch.autograd.grad(first[0].sum(), list(model.parameters()), allow_unused=True)
-
-
-@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("instructions", ["AVX512", "AVX2", ""])
 def test_without_matrix_tiles(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -596,13 +603,18 @@ def make_trainer(kernels: Kernels | None) -> Trainer:
 @needs_compiler
 def test_torch_beside_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's own operations run on one thread beside the kernels, with a small alphabet; on all of them before and after."""
-    trainer, modules, seen, concatenate = make_trainer(kernels_for("heads of 8")), make_trainer(None), list[int](), torch.cat
+    trainer, modules, seen, cross_entropy = (
+        make_trainer(kernels_for("heads of 8")),
+        make_trainer(None),
+        list[int](),
+        F.cross_entropy,
+    )
 
     def watched(*args: Any, **named: Any) -> torch.Tensor:
         seen.append(torch.get_num_threads())
-        return concatenate(*args, **named)
+        return cross_entropy(*args, **named)
 
-    monkeypatch.setattr(torch, "cat", watched)
+    monkeypatch.setattr(F, "cross_entropy", watched)
     torch.set_num_threads(2)
     try:
         for each in (trainer, modules):
@@ -692,7 +704,7 @@ def test_other_ranks_have_them_too() -> None:
         spec = leader.to_spec({**leader.state_tensors(), **leader.outer_tensors()})
         follower = DataParallelState.from_spec(spec, SINGLE_PROCESS, 1)
 
-        assert (follower.fast_blocks.kernels is None) == (kernels is None)
+        assert (follower.runner.kernels is None) == (kernels is None)
 
 
 class TestChoice:

@@ -380,10 +380,10 @@ def test_other_version() -> None:
 def test_attention_of_rank_0(form: str) -> None:
     """The other ranks compute attention as rank 0 does, whatever is fast on their machines."""
     leader = DataParallelState(TINY, TrainConfig(), torch.float32)
-    leader.fast_blocks.attention = form
+    leader.runner.attention = form
     follower = DataParallelState.from_spec(leader.to_spec(leader.state_tensors()), SINGLE_PROCESS, 1)
 
-    assert follower.fast_blocks.attention == form
+    assert follower.runner.attention == form
 
 
 @pytest.mark.parametrize("vocab_size", [88, 1000])

@@ -234,7 +234,7 @@ def test_gradient_checkpointing_changes_no_bit(dropout: float) -> None:
     """Blocks that are computed again, dropout's draws among it, leave every weight as it would have been; all are."""
     model = GPTConfig(n_layer=2, n_head=2, n_embd=16, context_len=8, dropout=dropout)
     kept, again = make_trainer(model=model), make_trainer(model=model)
-    again.fast_blocks.gradient_checkpointing = True
+    again.runner.gradient_checkpointing = True
     calls: list[Trainer] = []
 
     def count(trainer: Trainer) -> None:

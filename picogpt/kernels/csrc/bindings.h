@@ -72,19 +72,27 @@ enum weight_grads {
     GRADS_DEFERRED,   /* by `weight_grad`, for all windows at once: their inputs are saved until then */
 };
 
-/* One pass of one window through all blocks. */
-struct pass {
-    const struct layer_weights *weights;   /* (layers) */
-    const struct activations *activations; /* (layers) */
-    int32_t layers, rolls, slots, threads;
+/* A text of `rolls` sequences, window by window through the model without its head. Behind the blocks
+   there is an entry for the final LayerNorm, which is the ln1 of a block that does not exist: of its
+   activations only x, ln1_stats and the scratch buffers are used. */
+struct text {
+    const struct layer_weights *weights;   /* (layers + 1) */
+    const struct activations *activations; /* (windows, layers + 1) */
+    const float *wte, *wpe;                /* (V, C) embeddings of characters, and (max S, C) of positions */
+    const int64_t *ids;                    /* (rolls, chars) */
+    const int32_t *slots;                  /* (windows) slots of each window: the context slot and its characters */
+    elem *hidden;                          /* (rolls, chars, C) written: final hidden states of all characters */
+    float *residual;                       /* (max R, C) scratch: the residual stream; its gradient in the backward pass */
+    float *context;                        /* (rolls, C) zeros: context vector of the next window, or its gradient */
+    int32_t layers, rolls, windows, chars, threads;
     int32_t save; /* enum save */
 };
 
 /* Outputs of the backward pass, and its workspace. */
-struct pass_grads {
-    const struct param_grads *params; /* (layers) */
-    float *dx;                        /* (R, C) gradient of the last block's output; becomes that of the first block's x */
-    float *last_bias;                 /* (T, C) gradient of the last block's out_bias */
+struct text_grads {
+    const struct param_grads *params; /* (layers + 1) */
+    float *wte, *wpe;                 /* gradients of the embeddings, added to */
+    const elem *hidden;               /* (rolls, chars, C) gradient of the final hidden states */
     packed_elem *workspace;           /* packed_elems, as many as `workspace_elems` says */
     int32_t weight_grads;             /* enum weight_grads */
 };
@@ -137,10 +145,11 @@ const struct layout_entry *layout(void) {
         STRUCTURE(param_grads), FIELD(param_grads, ln1), FIELD(param_grads, attn), FIELD(param_grads, attn_bias),
         FIELD(param_grads, proj), FIELD(param_grads, ln2), FIELD(param_grads, fc), FIELD(param_grads, fc_bias),
         FIELD(param_grads, out),
-        STRUCTURE(pass), FIELD(pass, weights), FIELD(pass, activations), FIELD(pass, layers), FIELD(pass, rolls),
-        FIELD(pass, slots), FIELD(pass, threads), FIELD(pass, save),
-        STRUCTURE(pass_grads), FIELD(pass_grads, params), FIELD(pass_grads, dx), FIELD(pass_grads, last_bias),
-        FIELD(pass_grads, workspace), FIELD(pass_grads, weight_grads),
+        STRUCTURE(text), FIELD(text, weights), FIELD(text, activations), FIELD(text, wte), FIELD(text, wpe), FIELD(text, ids),
+        FIELD(text, slots), FIELD(text, hidden), FIELD(text, residual), FIELD(text, context), FIELD(text, layers),
+        FIELD(text, rolls), FIELD(text, windows), FIELD(text, chars), FIELD(text, threads), FIELD(text, save),
+        STRUCTURE(text_grads), FIELD(text_grads, params), FIELD(text_grads, wte), FIELD(text_grads, wpe),
+        FIELD(text_grads, hidden), FIELD(text_grads, workspace), FIELD(text_grads, weight_grads),
         STRUCTURE(matrix_grad), FIELD(matrix_grad, sums), FIELD(matrix_grad, left), FIELD(matrix_grad, right),
         FIELD(matrix_grad, outputs), FIELD(matrix_grad, inputs), FIELD(matrix_grad, rows), FIELD(matrix_grad, threads),
         STRUCTURE(muon_matrix), FIELD(muon_matrix, weights), FIELD(muon_matrix, gradient), FIELD(muon_matrix, momentum),

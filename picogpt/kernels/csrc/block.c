@@ -1,16 +1,17 @@
-/* The transformer blocks of the model, forward and backward, for one window of all sequences of a step;
-   packing of their matrices; and Muon's update of them.
+/* The model without its head, forward and backward, for all windows of a step's sequences; packing of
+   its matrices; and Muon's update of them. For each window
 
-      x = x + attention(LayerNorm(x)),   x = x + W_out gelu(W_fc LayerNorm(x))
+      x = [context, wte[ids]] + wpe
+      x = x + attention(LayerNorm(x)),   x = x + W_out gelu(W_fc LayerNorm(x))   for each block
+      hidden = LayerNorm(x),   context = mean over the slots of hidden
 
-   with biases. `forward` reads x (R, C) of the first block, writes the last block's output, and saves
-   activations for `backward`, which turns the gradient of the output into that of x and adds up those of
-   all weights. bindings.h describes the buffers. `picogpt.kernels.compiled` compiles this file for one
+   with biases. `forward` writes the final hidden states, and saves activations for `backward`, which
+   turns their gradient into those of all weights. bindings.h describes the buffers. `picogpt.kernels.compiled` compiles this file for one
    shape of model; simd.h lists the macros.
 
    Threads: each works on rows of its own, and on heads of its own. They meet at a barrier only where one
-   reads rows of another: before and after attention if the sequences cannot be dealt out evenly, and
-   around weight gradients that are added up window by window.
+   reads rows of another: before and after attention if the sequences cannot be dealt out evenly, around
+   weight gradients that are added up window by window, and for the context vector between two windows.
 
    Memory: what only the backward pass will read is written with non-temporal stores, past the cache.
    What the next kernel reads is in scratch buffers that all blocks and windows share, and so in the
@@ -88,11 +89,6 @@ static inline void add_row(const struct residual *r, long i) {
     }
 }
 
-/* All rows of this thread. */
-static void add(struct residual residual, struct work work) {
-    for (long i = work.first; i < work.end; i++) add_row(&residual, i);
-}
-
 /* Residual path and the LayerNorm of its sum, fused row by row: the row is still in the cache when it is
    normalized. */
 static void add_layer_norm(struct residual residual, struct norm norm, struct work work) {
@@ -165,21 +161,6 @@ static void layer_norm_backward(struct norm_grads grads, struct norm norm, enum 
         accumulate(params + WIDTH + c, sums.bias[v]);
         accumulate(params + 2 * WIDTH + c, sums.branch_bias[v]);
     }
-}
-
-/* Backward of `add` for the last block, whose output no LayerNorm of a block follows: dx (R, C) is
-   rounded to d_branch (R, C), and its sum over this thread's rows is added to row `thread` of bias_grad
-   (T, C). */
-static void add_backward(const float *dx, elem *d_branch, float *bias_grad, struct work work) {
-    vf32 sums[WIDTH / LANES] = {0};
-    for (long i = work.first; i < work.end; i++) {
-        for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) {
-            vf32 d = load_float(dx + i * WIDTH + c);
-            store(d_branch + i * WIDTH + c, d);
-            sums[v] += d;
-        }
-    }
-    for (int v = 0, c = 0; c < WIDTH; v++, c += LANES) accumulate(bias_grad + (long)work.thread * WIDTH + c, sums[v]);
 }
 
 /* Save this thread's rows (R, width) for the backward pass with non-temporal stores, unless `saved` is
@@ -294,31 +275,110 @@ static __attribute__((noinline)) void forward_block(const struct layer_weights *
     gemm_4c_c(a->branch, a->fc_scratch, w->out, 0, work);
 }
 
-/* Forward pass of one window: the first block's x through all blocks, to out (R, C). One parallel region
-   for all of it: threads start once a window, and no Python runs in between. */
-void forward(const struct pass *pass, float *out) {
-#pragma omp parallel num_threads(pass->threads)
-    {
-        struct work work = work_of(pass->rolls, pass->slots);
-        const struct layer_weights *w = pass->weights;
-        const struct activations *a = pass->activations;
-        begin_tiles();
-        layer_norm(a->x, norm_1(w, a, a->ln_scratch), work);
-        for (int i = 0; i < pass->layers; i++, w++, a++) {
-            forward_block(w, a, i ? out : a->x, out, pass->save, work);
-            /* The block's last addition, fused with the next block's first LayerNorm; after the last
-               block there is none. */
-            struct residual residual = {out, a->branch, w->out_bias, out, 0};
-            if (i + 1 == pass->layers) add(residual, work);
-            else {
-                if (pass->save != SAVE_NOTHING) residual.saved = a[1].x;
-                add_layer_norm(residual, norm_1(w + 1, a + 1, a[1].ln_scratch), work);
+/* ---- Before and after the blocks: embeddings, and the context roll ---- */
+
+/* This thread's rows of x (R, C) for the window that begins at character `start`: the context vector in
+   slot 0, the embeddings of the characters in the others, and the position embeddings of all. */
+static void embed(const struct text *text, float *x, long start, struct work work) {
+    for (long i = work.first; i < work.end; i++) {
+        const long roll = i / work.slots, slot = i % work.slots;
+        const float *token =
+            slot ? text->wte + text->ids[roll * text->chars + start + slot - 1] * WIDTH : text->context + roll * WIDTH;
+        for (long c = 0; c < WIDTH; c += LANES) {
+            store_float(x + i * WIDTH + c, load_float(token + c) + load_float(text->wpe + slot * WIDTH + c));
+        }
+    }
+}
+
+/* Columns of this thread, for sums over the rows of all threads: each is summed in the order of the
+   rows, so that a result is bit-identical for any number of threads. */
+static inline long first_column(struct work work, int next) {
+    return first_of(WIDTH / LANES, work.thread + next, work.threads) * LANES;
+}
+
+/* The end of a window, whose final hidden states are `rows` (R, C): those of characters go to
+   text->hidden, and their mean over all slots is the context vector of the next window. */
+static void end_window(const struct text *text, const elem *rows, long start, struct work work) {
+    for (long roll = 0; roll < text->rolls; roll++, rows += work.slots * WIDTH) {
+        elem *hidden = text->hidden + (roll * text->chars + start) * WIDTH;
+        for (long c = first_column(work, 0); c < first_column(work, 1); c += LANES) {
+            vf32 sum = load(rows + c);
+            for (long slot = 1; slot < work.slots; slot++) {
+                vf32 y = load(rows + slot * WIDTH + c);
+                sum += y;
+                store(hidden + (slot - 1) * WIDTH + c, y);
             }
+            store_float(text->context + roll * WIDTH + c, sum * (1.0f / work.slots));
+        }
+    }
+}
+
+/* Backward of `end_window`, for this thread's rows: the gradient of a final hidden state comes from the
+   head, unless it is slot 0, and from the mean. The residual stream begins without a gradient. */
+static void end_window_backward(const struct text *text, const elem *d_hidden, elem *d_rows, long start, struct work work) {
+    for (long i = work.first; i < work.end; i++) {
+        const long roll = i / work.slots, slot = i % work.slots;
+        const elem *d = slot ? d_hidden + (roll * text->chars + start + slot - 1) * WIDTH : 0;
+        for (long c = 0; c < WIDTH; c += LANES) {
+            vf32 sum = load_float(text->context + roll * WIDTH + c) * (1.0f / work.slots);
+            if (d) sum += load(d + c);
+            store(d_rows + i * WIDTH + c, sum);
+            store_float(text->residual + i * WIDTH + c, (vf32){0});
+        }
+    }
+}
+
+/* Backward of `embed`, for this thread's columns: the gradient of x, in text->residual, is added to that
+   of the embeddings; that of slot 0 is the gradient of the context vector. */
+static void embed_backward(const struct text *text, const struct text_grads *grads, long start, struct work work) {
+    for (long i = 0; i < work.rows; i++) {
+        const long roll = i / work.slots, slot = i % work.slots;
+        float *token =
+            slot ? grads->wte + text->ids[roll * text->chars + start + slot - 1] * WIDTH : text->context + roll * WIDTH;
+        for (long c = first_column(work, 0); c < first_column(work, 1); c += LANES) {
+            vf32 d = load_float(text->residual + i * WIDTH + c);
+            accumulate(grads->wpe + slot * WIDTH + c, d);
+            if (slot) accumulate(token + c, d);
+            else store_float(token + c, d);
+        }
+    }
+}
+
+/* ---- Forward ---- */
+
+/* Forward pass of the window that begins at character `start`. */
+static void forward_window(const struct text *text, const struct activations *a, long slots, long start) {
+    struct work work = work_of(text->rolls, slots);
+    const struct layer_weights *w = text->weights;
+    float *resid = text->residual;
+    embed(text, a->x, start, work);
+    layer_norm(a->x, norm_1(w, a, a->ln_scratch), work);
+    for (int i = 0; i < text->layers; i++, w++, a++) {
+        forward_block(w, a, i ? resid : a->x, resid, text->save, work);
+        /* The block's last addition, fused with the LayerNorm that follows: the next block's, or the final one. */
+        struct residual residual = {resid, a->branch, w->out_bias, resid, text->save == SAVE_NOTHING ? 0 : a[1].x};
+        add_layer_norm(residual, norm_1(w + 1, a + 1, a[1].ln_scratch), work);
+    }
+#pragma omp barrier
+    end_window(text, a->ln_scratch, start, work); /* sums over the rows of all threads */
+#pragma omp barrier
+}
+
+/* Forward pass of a text. One parallel region for all of it: threads start once, and no Python runs
+   between the windows. */
+void forward(const struct text *text) {
+#pragma omp parallel num_threads(text->threads)
+    {
+        begin_tiles();
+        for (long i = 0, start = 0; i < text->windows; start += text->slots[i++] - 1) {
+            forward_window(text, text->activations + i * (text->layers + 1), text->slots[i], start);
         }
         finish_streams(); /* before other threads, or the backward pass, read what was streamed */
         end_tiles();
     }
 }
+
+/* ---- Backward ---- */
 
 /* The gradient of one matrix over all windows at once: sums (outputs, inputs) = left^T right. One deep
    GEMM writes its sums once, instead of adding to them window by window. */
@@ -349,20 +409,19 @@ static void add_weight_grad(float *sums, const elem *left, int n, const elem *ri
     gemm_tn(p, workspace, work->thread, work->threads);
 }
 
-/* One block backward: grads->dx (R, C), the gradient of its output, becomes that of its x, by way of
-   scratch buffers. a->d_mlp_out holds dx in elems already: the block after it, or `add_backward`,
-   left it there. d_branch (R, C), or null, is where this block leaves the same for the block before it.
+/* One block backward: dx (R, C), the gradient of its output, becomes that of its x, by way of scratch
+   buffers. a->d_mlp_out holds dx in elems already: the LayerNorm after it left it there. d_branch (R, C), or null, is where this block leaves the same for the block before it.
 
    dx of a GEMM is dout W, by the copy of W that was packed untransposed (`*_back`). Activations that are
    read for the last time become gradients in place: fc, qkv. */
 static void backward_block(const struct layer_weights *w, const struct activations *a, const struct param_grads *g,
-                           const struct pass_grads *grads, elem *d_branch, struct work work) {
+                           const struct text_grads *grads, float *dx, elem *d_branch, struct work work) {
     const enum weight_grads when = grads->weight_grads;
     /* MLP: back through `out`, GELU, `fc` and the second LayerNorm. */
     gemm_c_4c(a->fc_scratch, a->d_mlp_out, w->out_back, 0, work);
     gelu_backward(a->fc_scratch, a, g->fc_bias, when, work);
     gemm_4c_c(a->ln_scratch, a->fc, w->fc_back, 0, work);
-    struct norm_grads ln2 = {a->ln_scratch, a->resid_mid, grads->dx, a->d_attn_out, g->ln2};
+    struct norm_grads ln2 = {a->ln_scratch, a->resid_mid, dx, a->d_attn_out, g->ln2};
     layer_norm_backward(ln2, norm_2(w, a, a->ln2_out), when, work);
     /* Attention: back through `proj`; a->branch becomes the gradient of the heads' outputs. */
     gemm_c_c(a->branch, a->d_attn_out, w->proj_back, 0, work);
@@ -384,7 +443,7 @@ static void backward_block(const struct layer_weights *w, const struct activatio
     }
     /* Back through `attn` and the first LayerNorm, into dx. */
     gemm_3c_c(a->ln_scratch, a->qkv, w->attn_back, 0, work);
-    struct norm_grads ln1 = {a->ln_scratch, a->x, grads->dx, d_branch, g->ln1};
+    struct norm_grads ln1 = {a->ln_scratch, a->x, dx, d_branch, g->ln1};
     layer_norm_backward(ln1, norm_1(w, a, a->ln1_out), when, work);
     if (when == GRADS_PER_WINDOW) {
 #pragma omp barrier
@@ -392,25 +451,45 @@ static void backward_block(const struct layer_weights *w, const struct activatio
     }
 }
 
-/* Backward pass of one window, last block first. With SAVE_INPUTS each block's activations are
-   recomputed from its x before its backward pass (gradient checkpointing; Chen et al., 2016). */
-void backward(const struct pass *pass, const struct pass_grads *grads) {
-#pragma omp parallel num_threads(pass->threads)
-    {
-        struct work work = work_of(pass->rolls, pass->slots);
-        begin_tiles();
-        add_backward(grads->dx, pass->activations[pass->layers - 1].d_mlp_out, grads->last_bias, work);
-        for (int i = pass->layers - 1; i >= 0; i--) {
-            const struct layer_weights *w = pass->weights + i;
-            const struct activations *a = pass->activations + i;
-            if (pass->save == SAVE_INPUTS) {
-                /* qkv is about to be overwritten, which other threads may still read. */
+/* Backward pass of the window that begins at character `start`, last block first. With SAVE_INPUTS each
+   block's activations are recomputed from its x before its backward pass (gradient checkpointing; Chen
+   et al., 2016). */
+static void backward_window(const struct text *text, const struct text_grads *grads, const struct activations *a, long slots,
+                            long start) {
+    struct work work = work_of(text->rolls, slots);
+    const struct layer_weights *w = text->weights + text->layers;
+    const struct param_grads *g = grads->params + text->layers;
+    float *dx = text->residual;
+    a += text->layers;
+    end_window_backward(text, grads->hidden, a->ln_scratch, start, work);
+    /* The final LayerNorm; its output, which is recomputed to a->branch, is not needed. */
+    struct norm_grads final = {a->ln_scratch, a->x, dx, a[-1].d_mlp_out, g->ln1};
+    layer_norm_backward(final, norm_1(w, a, a->branch), GRADS_PER_WINDOW, work);
+    for (int i = text->layers - 1; i >= 0; i--) {
+        w--, a--, g--;
+        if (text->save == SAVE_INPUTS) {
+            /* qkv is about to be overwritten, which other threads may still read. */
 #pragma omp barrier
-                layer_norm(a->x, norm_1(w, a, a->ln_scratch), work);
-                forward_block(w, a, a->x, a->resid_mid, SAVE_ACTIVATIONS, work);
-                finish_streams(); /* the backward pass reads what was streamed */
-            }
-            backward_block(w, a, grads->params + i, grads, i ? pass->activations[i - 1].d_mlp_out : 0, work);
+            layer_norm(a->x, norm_1(w, a, a->ln_scratch), work);
+            forward_block(w, a, a->x, a->resid_mid, SAVE_ACTIVATIONS, work);
+            finish_streams(); /* the backward pass reads what was streamed */
+        }
+        backward_block(w, a, g, grads, dx, i ? a[-1].d_mlp_out : 0, work);
+    }
+#pragma omp barrier
+    embed_backward(text, grads, start, work); /* adds the rows of all threads */
+#pragma omp barrier
+}
+
+/* Backward pass of a text, last window first: each gets a part of its gradient by way of the context
+   vector of the next one. */
+void backward(const struct text *text, const struct text_grads *grads) {
+#pragma omp parallel num_threads(text->threads)
+    {
+        begin_tiles();
+        for (long i = text->windows - 1, start = text->chars; i >= 0; i--) {
+            start -= text->slots[i] - 1;
+            backward_window(text, grads, text->activations + i * (text->layers + 1), text->slots[i], start);
         }
         finish_streams();
         end_tiles();
