@@ -6,8 +6,8 @@
       hidden = LayerNorm(x),   context = mean over the slots of hidden
 
    with biases. `forward` writes the final hidden states, and saves activations for `backward`, which
-   turns their gradient into those of all weights. bindings.h describes the buffers. `picogpt.kernels.compiled` compiles this file for one
-   shape of model; simd.h lists the macros.
+   turns their gradient into those of all weights. bindings.h describes the buffers.
+   `picogpt.kernels.compiled` compiles this file for one shape of model; simd.h lists the macros.
 
    Threads: each works on rows of its own, and on heads of its own. They meet at a barrier only where one
    reads rows of another: before and after attention if the sequences cannot be dealt out evenly, around
@@ -410,7 +410,8 @@ static void add_weight_grad(float *sums, const elem *left, int n, const elem *ri
 }
 
 /* One block backward: dx (R, C), the gradient of its output, becomes that of its x, by way of scratch
-   buffers. a->d_mlp_out holds dx in elems already: the LayerNorm after it left it there. d_branch (R, C), or null, is where this block leaves the same for the block before it.
+   buffers. a->d_mlp_out holds dx in elems already: the LayerNorm after it left it there. d_branch (R,
+   C), or null, is where this block leaves the same for the block before it.
 
    dx of a GEMM is dout W, by the copy of W that was packed untransposed (`*_back`). Activations that are
    read for the last time become gradients in place: fc, qkv. */
