@@ -11,7 +11,7 @@
 /* The kernels are included rather than linked, so that sanitizers and warnings see one program. */
 #include "block.c"
 
-enum { LAYERS = 2, MATRICES = 4 };
+enum { LAYERS = 2, MATRICES = 4, WINDOWS = 2, VOCAB = 3 };
 
 /* (out, in) of attn, proj, fc and out. */
 static const int shapes[MATRICES][2] = {{3 * WIDTH, WIDTH}, {WIDTH, WIDTH}, {4 * WIDTH, WIDTH}, {WIDTH, 4 * WIDTH}};
@@ -61,14 +61,15 @@ static void check_finite(const float *x, size_t count, const char *what) {
     for (size_t i = 0; i < count; i++) check(isfinite(x[i]), what);
 }
 
-/* Packed weights of LAYERS blocks, and the matrices that they were packed from. */
+/* Packed weights of LAYERS blocks and the final LayerNorm, the matrices that they were packed from, and embeddings. */
 struct model {
-    struct layer_weights layers[LAYERS];
+    struct layer_weights layers[LAYERS + 1];
     float *matrices[LAYERS * MATRICES];
+    float *wte, *wpe;
 };
 
 /* Random weights. p[2 i] is matrix i packed for the forward pass, p[2 i + 1] for the backward pass. */
-static void make_model(struct model *m, int threads) {
+static void make_model(struct model *m, int slots, int threads) {
     packed_elem *packed[2 * LAYERS * MATRICES];
     for (int i = 0; i < LAYERS * MATRICES; i++) {
         const int out = shapes[i % MATRICES][0], in = shapes[i % MATRICES][1];
@@ -85,9 +86,13 @@ static void make_model(struct model *m, int threads) {
             floats_of(WIDTH, 1), floats_of(WIDTH, 1), p[4], p[5], floats_of(4 * WIDTH, 1), p[6], p[7], floats_of(WIDTH, 1),
         };
     }
+    /* The final LayerNorm: all other fields are null. */
+    m->layers[LAYERS] = (struct layer_weights){.ln1_weight = floats_of(WIDTH, 1), .ln1_bias = floats_of(WIDTH, 1)};
+    m->wte = floats_of(VOCAB * WIDTH, 1);
+    m->wpe = floats_of(slots * WIDTH, 1);
 }
 
-/* Buffers of all blocks for `rows` rows, none of them shared, in the sizes of bindings.h. */
+/* Buffers of all blocks and the final LayerNorm for `rows` rows of a window, none of them shared, in the sizes of bindings.h. */
 static void make_activations(struct activations *a, size_t rows) {
     for (int i = 0; i < LAYERS; i++) {
         a[i] = (struct activations){
@@ -110,6 +115,12 @@ static void make_activations(struct activations *a, size_t rows) {
             .branch = buffer(rows * WIDTH, sizeof(elem)),
         };
     }
+    a[LAYERS] = (struct activations){
+        .x = buffer(rows * WIDTH, 4),
+        .ln1_stats = buffer(2 * rows, 4),
+        .ln_scratch = buffer(rows * WIDTH, sizeof(elem)),
+        .branch = buffer(rows * WIDTH, sizeof(elem)),
+    };
 }
 
 /* Gradients, with a row for each thread or each roll where bindings.h says so. */
@@ -126,42 +137,80 @@ static void make_grads(struct param_grads *g, int rolls, int threads) {
             .out = zeros(4 * WIDTH * WIDTH),
         };
     }
+    g[LAYERS] = (struct param_grads){.ln1 = zeros(threads * 3 * WIDTH)};
 }
 
-/* Forward and backward; returns dx (R, C), the gradient of the first block's x, or the output without a
-   backward pass. All buffers are new and hold NaN, so each call shows what it reads too early. */
-static float *run(const struct model *m, const float *x, int rolls, int slots, int threads, enum save save,
-                  enum weight_grads when) {
-    const size_t rows = (size_t)rolls * slots;
-    struct activations activations[LAYERS];
-    struct param_grads params[LAYERS];
-    make_activations(activations, rows); /* as SAVE_ACTIVATIONS needs them; others use fewer */
+/* `count` final hidden states or their gradients, which must be finite. */
+static void check_hidden(const elem *hidden, size_t count) {
+    for (size_t i = 0; i < count; i += LANES) {
+        float x[LANES];
+        store_float(x, load(hidden + i));
+        check_finite(x, LANES, "the hidden states are not finite");
+    }
+}
+
+/* Forward and backward; returns the gradient of the position embeddings (slots, C), or null without a
+   backward pass. The text has a window of one character, and one of `slots`. All buffers are new and hold
+   NaN, so each call shows what it reads too early. */
+static float *run(const struct model *m, int rolls, int slots, int threads, enum save save, enum weight_grads when) {
+    const int32_t of_windows[WINDOWS] = {2, slots};
+    const size_t chars = slots, rows = (size_t)rolls * slots; /* 1 + slots - 1 characters */
+    struct activations activations[WINDOWS][LAYERS + 1];
+    struct param_grads params[LAYERS + 1];
+    /* As SAVE_ACTIVATIONS needs them; others use fewer. */
+    for (int i = 0; i < WINDOWS; i++) make_activations(activations[i], (size_t)rolls * of_windows[i]);
     make_grads(params, rolls, threads);
-    memcpy(activations[0].x, x, rows * WIDTH * sizeof *x); /* the caller's part */
-    struct pass pass = {m->layers, activations, LAYERS, rolls, slots, threads, save};
-    float *out = buffer(rows * WIDTH, sizeof *out);
+    int64_t *ids = buffer(rolls * chars, sizeof *ids);
+    for (size_t i = 0; i < rolls * chars; i++) ids[i] = i % VOCAB;
+    struct text text = {
+        .weights = m->layers,
+        .activations = activations[0],
+        .wte = m->wte,
+        .wpe = m->wpe,
+        .ids = ids,
+        .slots = of_windows,
+        .hidden = buffer(rolls * chars * WIDTH, sizeof(elem)),
+        .residual = buffer(rows * WIDTH, 4),
+        .context = zeros(rolls * WIDTH),
+        .layers = LAYERS,
+        .rolls = rolls,
+        .windows = WINDOWS,
+        .chars = chars,
+        .threads = threads,
+        .save = save,
+    };
     packed_elem *workspace = buffer(workspace_elems(threads), sizeof *workspace);
-    forward(&pass, out);
-    check_finite(out, rows * WIDTH, "the output is not finite");
-    /* Validation ends here. dx is the gradient of the output: here the output itself, for want of a
-       loss. */
-    if (save == SAVE_NOTHING) return out;
-    /* The backward pass overwrites `out`, and adds to params, which begin as zeros. */
-    struct pass_grads grads = {params, out, zeros(threads * WIDTH), workspace, when};
-    backward(&pass, &grads);
-    check_finite(out, rows * WIDTH, "the gradient is not finite");
+    forward(&text);
+    check_hidden(text.hidden, rolls * chars * WIDTH);
+    /* Validation ends here. The gradient of the hidden states is, for want of a loss, what they are. */
+    if (save == SAVE_NOTHING) return 0;
+    text.context = zeros(rolls * WIDTH);
+    struct text_grads grads = {
+        .params = params,
+        .wte = zeros(VOCAB * WIDTH),
+        .wpe = zeros(slots * WIDTH),
+        .hidden = text.hidden,
+        .workspace = workspace,
+        .weight_grads = when,
+    };
+    backward(&text, &grads);
+    check_finite(grads.wte, VOCAB * WIDTH, "an embedding's gradient is not finite");
+    check_finite(grads.wpe, slots * WIDTH, "an embedding's gradient is not finite");
+    check_finite(params[LAYERS].ln1, 3 * WIDTH, "the final norm's gradient is not finite");
     for (int i = 0; i < LAYERS; i++) {
-        const struct activations *a = activations + i;
         const struct param_grads *g = params + i;
-        /* Deferred weight gradients are computed from the saved activations, as kernels/block.py does. */
-        if (when == GRADS_DEFERRED) {
+        /* Deferred weight gradients are computed from the saved activations, as kernels/autograd.py does; here of
+           one window after the other, as their buffers are apart. */
+        for (int window = 0; when == GRADS_DEFERRED && window < WINDOWS; window++) {
+            const struct activations *a = activations[window] + i;
+            const int n = rolls * of_windows[window];
             const struct matrix_grad of[MATRICES] = {
                 /* left: gradient of the GEMM's output, which now stands in qkv, d_attn_out, fc and
                    d_mlp_out; right: its input */
-                {g->attn, a->qkv, a->ln1_out, 3 * WIDTH, WIDTH, rows, threads},
-                {g->proj, a->d_attn_out, a->att_out, WIDTH, WIDTH, rows, threads},
-                {g->fc, a->fc, a->ln2_out, 4 * WIDTH, WIDTH, rows, threads},
-                {g->out, a->d_mlp_out, a->fc_gelu, WIDTH, 4 * WIDTH, rows, threads},
+                {g->attn, a->qkv, a->ln1_out, 3 * WIDTH, WIDTH, n, threads},
+                {g->proj, a->d_attn_out, a->att_out, WIDTH, WIDTH, n, threads},
+                {g->fc, a->fc, a->ln2_out, 4 * WIDTH, WIDTH, n, threads},
+                {g->out, a->d_mlp_out, a->fc_gelu, WIDTH, 4 * WIDTH, n, threads},
             };
             for (int k = 0; k < MATRICES; k++) weight_grad(of + k, workspace);
         }
@@ -171,7 +220,7 @@ static float *run(const struct model *m, const float *x, int rolls, int slots, i
         check_finite(g->out, 4 * WIDTH * WIDTH, "a matrix's gradient is not finite");
         check_finite(g->fc_bias, 4 * WIDTH, "a bias's gradient is not finite");
     }
-    return out;
+    return grads.wpe;
 }
 
 /* Three matrices through a step of Muon, with both ways to share Gram matrices: 1 + 2 + 2 iterations and
@@ -207,16 +256,15 @@ int main(void) {
         for (int c = 0; c < 3; c++) {
             for (int t = 0; t < 2; t++) {
                 const int slots = characters[c] + 1; /* the context vector's slot, and one for each character */
-                const size_t bytes = (size_t)rolls[r] * slots * WIDTH * sizeof(float);
+                const size_t bytes = (size_t)slots * WIDTH * sizeof(float);
                 struct model model;
-                make_model(&model, threads[t]);
-                const float *x = floats_of(bytes / sizeof *x, 1);
-                run(&model, x, rolls[r], slots, threads[t], SAVE_NOTHING, GRADS_PER_WINDOW);
+                make_model(&model, slots, threads[t]);
+                run(&model, rolls[r], slots, threads[t], SAVE_NOTHING, GRADS_PER_WINDOW);
                 /* The three ways to train: from saved activations, from recomputed ones, and with weight
                    gradients at the end. */
-                float *saved = run(&model, x, rolls[r], slots, threads[t], SAVE_ACTIVATIONS, GRADS_PER_WINDOW);
-                float *recomputed = run(&model, x, rolls[r], slots, threads[t], SAVE_INPUTS, GRADS_PER_WINDOW);
-                float *deferred = run(&model, x, rolls[r], slots, threads[t], SAVE_ACTIVATIONS, GRADS_DEFERRED);
+                float *saved = run(&model, rolls[r], slots, threads[t], SAVE_ACTIVATIONS, GRADS_PER_WINDOW);
+                float *recomputed = run(&model, rolls[r], slots, threads[t], SAVE_INPUTS, GRADS_PER_WINDOW);
+                float *deferred = run(&model, rolls[r], slots, threads[t], SAVE_ACTIVATIONS, GRADS_DEFERRED);
                 /* To the last bit, not nearly. */
                 check(!memcmp(saved, deferred, bytes), "deferred weight gradients change the gradient");
                 check(!memcmp(saved, recomputed, bytes), "recomputed activations change the gradient");
