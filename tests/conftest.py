@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import settings
 
 import picogpt.training.run
 from picogpt.config import GPTConfig, TrainConfig
@@ -39,6 +40,10 @@ os.environ["XDG_CACHE_HOME"] = _cache.name
 """Compiled libraries are kept for this run of the tests, and what a test starts finds them too."""
 
 VECTORS = Path(__file__).parent / "vectors"
+
+# Beside other work an example can take longer than hypothesis allows, and no test here is about time.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, context_len=8)
 """A shape that trains in milliseconds."""
