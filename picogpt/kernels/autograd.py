@@ -124,9 +124,9 @@ class FusedTransformer:
         """
         assert self.is_free, "the workspace holds a text whose backward pass is due"
         self.is_free = not self.spec.trained
-        wte, wpe, *of_blocks, ln_f_weight, ln_f_bias = parameters
+        wte, wpe, *_, ln_f_weight, ln_f_bias = parameters
         # The optimizer has changed the weights since the last text, so they are packed again.
-        self._pack([_Weights(*block) for block in _batched(of_blocks, len(_Weights._fields))])
+        self._pack(_blocks_of(parameters))
         self._weights[self.spec.n_layer] = LayerWeights(ln1_weight=ln_f_weight.data_ptr(), ln1_bias=ln_f_bias.data_ptr())
         hidden = torch.empty(*idx.shape, self.kernels.shape[0], dtype=self.kernels.dtype)
         text = Text(
@@ -166,16 +166,13 @@ class FusedTransformer:
     def backward(self, text: Text, d_hidden: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of all parameters, given that of what `forward` returned, and free the workspace."""
         assert self._vectors is not None, "not allocated for training"
-        wte, wpe, *of_blocks, _, _ = parameters
+        wte, wpe, *_ = parameters
         # Autograd keeps the gradients that it gets, so each text has new ones.
         d_wte, d_wpe = torch.zeros_like(wte), torch.zeros_like(wpe)
         deferred = self._workspace.weight_grads is WeightGrads.DEFERRED
         # Deferred weight gradients are written by one GEMM; the others are accumulated and start from zero.
         new = torch.empty_like if deferred else torch.zeros_like
-        matrices = [
-            {name: new(getattr(block, name)) for name in _WGRAD_INPUTS}
-            for block in (_Weights(*part) for part in _batched(of_blocks, len(_Weights._fields)))
-        ]
+        matrices = [{name: new(getattr(block, name)) for name in _WGRAD_INPUTS} for block in _blocks_of(parameters)]
         for field in self._vectors:
             field.zero_()
         d_hidden = d_hidden.contiguous()
@@ -224,9 +221,10 @@ def _in_order(matrices: Sequence[Mapping[str, Tensor]], vectors: _VectorGrads) -
     return [*found, ln_f_weight, ln_f_bias]
 
 
-def _batched(values: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
-    """Cut `values` into parts of `size`."""
-    return [values[start : start + size] for start in range(0, len(values), size)]
+def _blocks_of(parameters: Sequence[Tensor]) -> list[_Weights]:
+    """Return the parameters of each block, without the two embeddings before and the final LayerNorm after them."""
+    size = len(_Weights._fields)
+    return [_Weights(*parameters[start : start + size]) for start in range(2, len(parameters) - 2, size)]
 
 
 class _Text(torch.autograd.Function):

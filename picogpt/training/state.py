@@ -61,7 +61,7 @@ class TrainState:
         self.model = GPT(model_config).to(device)
         # Attached from outside: the model's own code is plain torch, and its state dict does not change.
         self.runner = accelerate(self.model, kernels)
-        """Implementation of the blocks."""
+        """What computes the model without its head."""
         self.optimizers = build_optimizers(self.model, config, dtype, kernels)
         self.step = 0
         """Optimizer steps taken so far, without the steps of an imported run."""
@@ -121,8 +121,8 @@ class TrainState:
     def threads_beside_kernels(self) -> int:
         """Number of threads for torch's operations in forward and backward passes.
 
-        With native kernels, which have threads of their own, little is left to torch: the embeddings, the last LayerNorm and the
-        head. To wake a second thread for each of these takes longer than the operation, unless the alphabet is large.
+        With native kernels, which have threads of their own, little is left to torch: the head and the loss. To wake a
+        second thread for these takes longer than the operation, unless the alphabet is large.
         """
         small = self.runner.kernels is not None and self.model.config.vocab_size < _MIN_SHARED_VOCAB
         return 1 if small else torch.get_num_threads()

@@ -140,7 +140,7 @@ static void make_grads(struct param_grads *g, int rolls, int threads) {
     g[LAYERS] = (struct param_grads){.ln1 = zeros(threads * 3 * WIDTH)};
 }
 
-/* `count` final hidden states or their gradients, which must be finite. */
+/* `count` entries of the final hidden states must be finite. */
 static void check_hidden(const elem *hidden, size_t count) {
     for (size_t i = 0; i < count; i += LANES) {
         float x[LANES];
