@@ -195,7 +195,7 @@ def open_source(arguments: argparse.Namespace, config: TrainConfig) -> tuple[Sou
         source = TextSource(read_texts(arguments.text, name="text"), sequence_len=length, batch_size=size, seed=config.seed)
     else:
         shards = find_shards(resolve_stream(str(arguments.folder), None))
-        validation = draw_validation(ArticleReader(shards, config.seed, print))
+        validation = draw_validation(ArticleReader(shards, config.seed, print)).ids
         source = StreamSource(
             ArticleReader(shards, config.seed, print), validation, sequence_len=length, batch_size=size, seed=config.seed
         )

@@ -117,7 +117,7 @@ def open_stream(bytes_sent: Callable[[], int]) -> tuple[Tap, Loaded]:
     """The stream as a run begins it, up to its first batch."""
     found, start, before = Loaded(), time.perf_counter(), bytes_sent()
     shards = find_shards(StreamSpec(name=REPOSITORY, path=REPOSITORY))
-    validation = draw_validation(ArticleReader(shards, 0, print))
+    validation = draw_validation(ArticleReader(shards, 0, print)).ids
     size = TrainConfig().batch_size
     source = Tap(ArticleReader(shards, 0, print), validation, sequence_len=sequence_len(), batch_size=size, seed=0)
     with tempfile.TemporaryDirectory() as folder:

@@ -174,7 +174,7 @@ def choose_dtype(name: str, device: torch.device = CPU) -> tuple[torch.dtype, st
     # Measured, as the instruction set does not tell enough: without the right instructions bfloat16 is many times slower.
     ratio = _bf16_speedup()
     chosen = torch.bfloat16 if ratio >= _MIN_BF16_SPEEDUP else torch.float32
-    return chosen, f"bfloat16 products run at {ratio:.1f} times the speed of float32 on {instruction_set()}"
+    return chosen, f"bfloat16 matmuls run at {ratio:.1f} times the speed of float32 on {instruction_set()}"
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -62,7 +62,7 @@ MAX_SUITABLE_PASSES = 20
 MAX_SUITABLE_CHARS = 20_000_000
 SUITABLE_RULE = (
     f"without a length {SUITABLE_PASSES} passes over the text; a short text is repeated up to {MIN_SUITABLE_CHARS:,} characters "
-    f"(at most {MAX_SUITABLE_PASSES} passes), a long text or a stream ends at {MAX_SUITABLE_CHARS:,} characters"
+    f"(at most {MAX_SUITABLE_PASSES} passes), a long text or stream ends at {MAX_SUITABLE_CHARS:,} characters"
 )
 """The rule of `suitable_chars`, in words for the help text."""
 
@@ -143,11 +143,11 @@ class Pace:
 def suitable_chars(train_chars: int | None) -> int:
     """Return the number of characters to train on when no length is given.
 
-    Four passes over a text. A short text is repeated up to 700,000 characters, but at most 20 times; a long text or a stream
+    Four passes over a text. A short text is repeated up to 700,000 characters, but at most 20 times; a long text or stream
     ends at 20 million characters. docs/training.md has the measurements for short texts.
 
     Args:
-        train_chars: length of the training text; None for a stream, which has no end.
+        train_chars: length of the training text; None for a stream of unknown length.
     """
     if train_chars is None:
         return MAX_SUITABLE_CHARS
@@ -219,7 +219,7 @@ class Budget:
 
         Args:
             chars_per_step: characters in an optimizer step.
-            train_chars: length of the training text; None for a stream.
+            train_chars: length of the training text; None for a stream of unknown length.
             pace: measured speed of this machine; required for minutes.
             steps_done: steps that the run has already taken; they count, as do the seconds of `pace`.
         """
@@ -252,7 +252,7 @@ class Budget:
 
         Args:
             chars_per_step: characters in an optimizer step.
-            train_chars: length of the training text; None for a stream.
+            train_chars: length of the training text; None for a stream of unknown length.
         """
         nominal = Pace(seconds_per_step=chars_per_step / NOMINAL_SPEED, seconds_per_val_batch=0.0, seconds_per_epoch_end=1.0)
         return self.schedule(chars_per_step=chars_per_step, train_chars=train_chars, pace=nominal).total_steps

@@ -65,7 +65,8 @@ def build_parser() -> Parser:
         metavar="TYPE",
         choices=DTYPES,
         default="float32",
-        help=f"type of the weights: {', '.join(DTYPES)}; the loss by rounding is measured too (default: float32)",
+        help=f"type of the weights: {', '.join(DTYPES)}; with the last two the text is also scored in float32, which shows what "
+        "rounding costs (default: float32)",
     )
     add_setting(machine, "--threads", meaning="threads; scores do not depend on their number (default: one per core)")
     # Results: the table or JSON on stdout, and a plot.

@@ -20,7 +20,7 @@ MODEL_FLAGS: Mapping[str, tuple[type, str]] = {
     "n_head": (int, "attention heads per block"),
     "n_embd": (int, "width of the embeddings"),
     "context_len": (int, "characters in a window"),
-    "dropout": (float, "dropout probability"),
+    "dropout": (float, "dropout probability; above 0 torch computes the blocks, which takes longer"),
 }
 """Fields of `GPTConfig` that are flags."""
 TRAIN_FLAGS: Mapping[str, tuple[type, str]] = {

@@ -45,7 +45,7 @@ def build_parser() -> Parser:
         metavar="NAME",
         help="auto (Tiny Shakespeare if it is on this machine or downloads within seconds, else sample), sample (a bundled "
         "play), tinyshakespeare; streamed from the hub: wikipedia, tinytextbook, openorca, ORG/NAME[:CONFIG]; a "
-        "folder with the layout of a hub data set; or a file: .jsonl, .csv, .parquet, ... (default: auto)",
+        "folder[:CONFIG] with the layout of a hub data set; or a file: .jsonl, .csv, .parquet, ... (default: auto)",
     )
     source.add_argument("--text", metavar="PATH", nargs="+", help="your own text: files, folders of .txt and .md, or - for stdin")
     text.add_argument("--text-column", metavar="NAME", help="column of a data set or a file that holds the text (default: text)")
@@ -137,8 +137,8 @@ def _add_length(parser: Parser) -> None:
         type=count,
         help=f"epochs (default: none; {SUITABLE_RULE}; recipe seed: {RECIPE_BUDGETS['seed']['epochs']} epochs)",
     )
-    meaning = "end early: after N epochs without a better validation loss, cool down from the best weights (default: none)"
-    add_setting(group, "--patience", meaning=meaning)
+    meaning = "end early: after N epochs without a better validation loss, cool down from the best weights; not with --minutes"
+    add_setting(group, "--patience", meaning=f"{meaning} (default: none)")
     add_setting(group, "--steps-per-epoch", meaning="steps per epoch (default: a twentieth of the run; with --epochs 500)")
     meaning = "validation batches per epoch, at most the whole validation text (default: a fifth of the steps)"
     add_setting(group, "--val-steps", meaning=meaning)

@@ -40,6 +40,7 @@ __all__ = [
     "ArticleReader",
     "Cursor",
     "PassLengthCheck",
+    "Validation",
     "count_first_articles",
     "draw_validation",
     "join_articles",
@@ -387,8 +388,18 @@ def count_first_articles(reader: ArticleReader) -> Counts:
     return count_characters(np.concatenate(parts)[:ALPHABET_CHARS])
 
 
-def draw_validation(reader: ArticleReader, characters: int | None = None, *, sequence_len: int = 0) -> Ids:
+class Validation(NamedTuple):
+    """The validation text of a run, and what was learned about the data set while it was drawn."""
+
+    ids: Ids
+    train_chars: int | None
+    """Characters to train on in a pass; None if the text was complete before the data set ended."""
+
+
+def draw_validation(reader: ArticleReader, characters: int | None = None, *, sequence_len: int = 0) -> Validation:
     """Join the first held-out articles into the validation text of a run.
+
+    Of a data set that has no more text, the length is known afterwards.
 
     Args:
         reader: source of the articles; not yet started, and closed afterwards.
@@ -401,21 +412,26 @@ def draw_validation(reader: ArticleReader, characters: int | None = None, *, seq
     # Looked up on each call, so that tests can lower it.
     wanted = VALIDATION_CHARS if characters is None else characters
     parts: list[Ids] = []
-    drawn, left = 0, PassLengthCheck(reader.name, sequence_len, Cursor(0, 0, 0))
+    drawn, left, ended = 0, 0, False
+    check = PassLengthCheck(reader.name, sequence_len, Cursor(0, 0, 0))
     with contextlib.closing(reader.from_start()) as articles:
         for article in articles:
             # Raises at the start of the second pass if the first had too little text to train on.
-            left.count(article)
-            if article.cursor.epoch > 0 or drawn >= wanted:
+            check.count(article)
+            ended = article.cursor.epoch > 0
+            if ended or drawn >= wanted:
                 break
+            length = len(article.ids) + _SEPARATOR_CHARS
             if article.for_validation:
                 # Articles keep their stream order, so the same seed gives the same validation text.
                 parts += [article.ids, reader.separator]
-                drawn += len(article.ids) + _SEPARATOR_CHARS
+                drawn += length
+            else:
+                left += length
     # A prediction needs an input and a target character.
     if drawn < 2:
         raise DataError(f"{reader.name}: too small, no article is held out for validation; use --text for small texts")
-    return np.concatenate(parts)[:wanted]
+    return Validation(np.concatenate(parts)[:wanted], left if ended else None)
 
 
 class PassLengthCheck:

@@ -71,7 +71,7 @@ class Source(Protocol):
 
     @property
     def train_chars(self) -> int | None:
-        """Training characters in one pass over the text; None for a stream, which has no end."""
+        """Training characters in one pass over the text; None for a stream that is longer than what is read before training."""
 
     def train_batch(self, k: int, stop: Stop = ...) -> Batch:
         """Return the batch of step k; called with consecutive k. May raise `WaitInterrupted` once `stop` returns True."""

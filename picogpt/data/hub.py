@@ -26,7 +26,7 @@ from picogpt.wording import plural
 __all__ = ["NAMED_STREAMS", "StreamSpec", "find_shards", "read_rows", "resolve_stream"]
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-_FILES = f"a file of {', '.join(FORMATS)}, which may be packed ({', '.join(COMPRESSIONS)})"
+_FILES = f"a file of {', '.join(FORMATS)}, which may be compressed ({', '.join(COMPRESSIONS)})"
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 

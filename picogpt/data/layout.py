@@ -66,15 +66,15 @@ def training_files(folder: Path, config: str | None) -> tuple[str, list[Path]]:
 
 def format_of(file: Path) -> str | None:
     """Return the format of a file by its name, or None."""
-    return FORMATS.get(_unpacked(file).suffix.lower())
+    return FORMATS.get(_without_compression(file).suffix.lower())
 
 
 def stem_of(file: Path) -> str:
     """Return the name of a data file without its suffixes."""
-    return _unpacked(file).stem
+    return _without_compression(file).stem
 
 
-def _unpacked(file: Path) -> Path:
+def _without_compression(file: Path) -> Path:
     """Return the path without a compression suffix: x.jsonl.gz is a compressed x.jsonl."""
     return file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
 

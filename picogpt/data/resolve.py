@@ -17,7 +17,7 @@ from picogpt.alphabet import PICOGPT, TEXT, Alphabet
 from picogpt.checks import check_text_column
 from picogpt.config import DataConfig, Fold, GPTConfig, TextRequest, TrainConfig
 from picogpt.data.alphabets import TextCharacters
-from picogpt.data.articles import ArticleReader, count_first_articles, draw_validation
+from picogpt.data.articles import ArticleReader, Validation, count_first_articles, draw_validation
 from picogpt.data.batches import Source, TextSource
 from picogpt.data.corpora import DATASETS, Progress, load_dataset
 from picogpt.data.hub import StreamSpec, find_shards, resolve_stream
@@ -176,9 +176,11 @@ class _HubStream:
         """Make batches drawn from a pool; the validation text is drawn here, or comes from the resumed run."""
         self._notify(f"{self._spec.describe(self._shards)}, streamed; one article in twenty is held out for validation")
         sequence_len = config.windows * model.context_len
+        # A resumed run has the length of a pass in its checkpoint.
+        train_chars = None
         if val_ids is None:
             # A new run reads the start of the stream once for validation, and again for training.
-            val_ids = self._draw_validation(config.seed, sequence_len)
+            val_ids, train_chars = self._draw_validation(config.seed, sequence_len)
         # Later starts load the stored validation text, so the validation losses of a run stay comparable.
         self._notify(f"validation text: {len(val_ids):,} characters, the same for the whole run")
         return StreamSource(
@@ -187,9 +189,10 @@ class _HubStream:
             sequence_len=sequence_len,
             batch_size=config.batch_size,
             seed=config.seed,
+            train_chars=train_chars,
         )
 
-    def _draw_validation(self, seed: int, sequence_len: int) -> Ids:
+    def _draw_validation(self, seed: int, sequence_len: int) -> Validation:
         """Draw the validation text, and check the characters of the articles read for it.
 
         Raises:
@@ -199,10 +202,10 @@ class _HubStream:
         reader = ArticleReader(
             self._shards, seed, self._notify, fold=self._fold, alphabet=self._alphabet, patience=START_PATIENCE
         )
-        ids = draw_validation(reader, sequence_len=sequence_len)
+        validation = draw_validation(reader, sequence_len=sequence_len)
         self._notify(f"{self._spec.path}: of its first {reader.tally.characters:,} characters: {reader.tally}")
         check_unknown(self._spec.path, reader.tally, self._notify, alphabet=self._alphabet)
-        return ids
+        return validation
 
 
 def stored_shards(spec: StreamSpec, stored: DataConfig | None) -> Shards | None:

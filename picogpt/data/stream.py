@@ -83,10 +83,20 @@ class StreamSource:
         sequence_len: T, characters in a sequence.
         batch_size: B, sequences in a batch.
         seed: seed of the draws from the pool.
+        train_chars: characters to train on in a pass, where that is known; a restored source takes those of the snapshot.
     """
 
-    def __init__(self, reader: ArticleReader, val_ids: Ids, *, sequence_len: int, batch_size: int, seed: int) -> None:
-        self.val_ids = val_ids
+    def __init__(
+        self,
+        reader: ArticleReader,
+        val_ids: Ids,
+        *,
+        sequence_len: int,
+        batch_size: int,
+        seed: int,
+        train_chars: int | None = None,
+    ) -> None:
+        self.val_ids, self._train_chars = val_ids, train_chars
         self._reader, self._sequence_len, self._batch_size, self._seed = reader, sequence_len, batch_size, seed
         self._first_fill = max(POOL, 2 * batch_size)  # at least two batches, or there would be little to shuffle
         size = POOL_GROWTH * self._first_fill
@@ -106,8 +116,8 @@ class StreamSource:
 
     @property
     def train_chars(self) -> int | None:
-        """None: a stream has no end."""
-        return None
+        """Characters to train on in a pass over a short data set; None for a longer one, which is not read to its end first."""
+        return self._train_chars
 
     def begin(self, run: ValidationStore) -> None:
         """Start at the first article of the data set, and save the validation text in `run`."""
@@ -208,6 +218,7 @@ class StreamSource:
             "place": list(self._cursor),
             "usage": asdict(self._usage),
             "fresh": [article for _, article in self._fresh],
+            "train_chars": self._train_chars,
         }
         return arrays, plain
 
@@ -219,4 +230,6 @@ class StreamSource:
         self._carry = arrays["carry"].copy()
         self._fresh = list(zip(arrays["fresh"].copy(), plain["fresh"], strict=True))
         self._cursor, self._usage = Cursor(*plain["place"]), Usage(**plain["usage"])
+        # Snapshots of earlier versions have no length of a pass.
+        self._train_chars = plain.get("train_chars")
         self._start_reading()

@@ -45,7 +45,7 @@ class Forecast:
     chars: int
     """Characters of the whole run, including earlier starts."""
     passes: float | None
-    """Passes over the text; None for a stream."""
+    """Passes over the text; None for a stream of unknown length."""
     seconds: float
     """Wall time from the start of the command to its end: loading, steps, validation, saving, samples and plots."""
     elapsed: float
@@ -157,7 +157,7 @@ class Forecaster:
     Args:
         schedule: returns the run's current schedule.
         chars_per_step: characters in a step.
-        train_chars: length of the text that is trained on; None for a stream.
+        train_chars: length of the text that is trained on; None for a stream of unknown length.
         val_batches: validation batches per epoch.
         disk: bytes of the run's folder.
         network: bytes to download for the characters that are left.

@@ -120,7 +120,7 @@ def test_a_folder_before_a_part(here: Path) -> None:
     [
         (
             "notes.md",
-            r"^dataset notes.md: not a file of .parquet, .*, .txt, which may be packed \(.gz, .bz2, .xz\); give a plain text",
+            r"^dataset notes.md: not a file of .parquet, .*, .txt, which may be compressed \(.gz, .bz2, .xz\); give a plain text",
         ),
         ("packed.gz", "^dataset packed.gz: not a file of .parquet, .arrow, .jsonl"),
         (".jsonl", "^dataset .jsonl: not a file of .parquet, .arrow, .jsonl"),

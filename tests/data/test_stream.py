@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import itertools
+import json
 import os
 import random
 import re
@@ -85,7 +86,7 @@ def rows_of(file: str, row: int) -> Iterator[Row]:
 def make_source(*, batch_size: int = 2, sequence_len: int = 40, read: Any = rows_of, notify: Any = None) -> StreamSource:
     """A source on that data set."""
     reader = ArticleReader(SHARDS, 7, notify or (lambda _: None), read)
-    validation = draw_validation(ArticleReader(SHARDS, 7, lambda _: None, rows_of), 3000)
+    validation = draw_validation(ArticleReader(SHARDS, 7, lambda _: None, rows_of), 3000).ids
     return StreamSource(reader, validation, sequence_len=sequence_len, batch_size=batch_size, seed=7)
 
 
@@ -440,6 +441,46 @@ def test_too_small_for_validation() -> None:
 
     with pytest.raises(DataError, match="file-0 and 2 more files: too small, no article is held out for validation"):
         draw_validation(reader)
+
+
+def test_the_length_of_a_short_stream() -> None:
+    """A data set that ends before the validation text is complete has a known length, which a resumed run keeps."""
+
+    def draw(characters: int) -> articles.Validation:
+        return draw_validation(ArticleReader(SHARDS, 7, lambda _: None, rows_of), characters)
+
+    first_pass = itertools.takewhile(
+        lambda item: item.cursor.epoch == 0, ArticleReader(SHARDS, 7, print, rows_of).articles(Cursor(0, 0, 0))
+    )
+    trained_on = [len(item.ids) + 2 for item in first_pass if not item.for_validation]
+    whole = draw(10**6)
+    reader = ArticleReader(SHARDS, 7, print, rows_of)
+    source = StreamSource(reader, whole.ids, sequence_len=40, batch_size=2, seed=7, train_chars=whole.train_chars)
+    resumed = make_source()
+    source.begin(NOWHERE)
+    resumed.restore(*source.snapshot())
+    for each in (source, resumed):
+        each.close()
+
+    assert whole.train_chars == sum(trained_on)
+    assert draw(3000).train_chars is None
+    assert (make_source().train_chars, source.train_chars, resumed.train_chars) == (None, whole.train_chars, whole.train_chars)
+
+
+def test_a_short_stream_has_a_suitable_length(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a length a small file is not read twenty million times over, and its passes are counted, also after a resume."""
+    rows = [json.dumps({"text": "sentences of some letters. " * 9}) for _ in range(100)]
+    (here / "rows.jsonl").write_text("\n".join(rows))
+    assert train.main(["--dataset", "rows.jsonl", *TINY_FLAGS, "--dry-run"]) == 0
+    told = capsys.readouterr()
+    assert "20 passes over the text" in told.out + told.err
+    assert (
+        train.main(["--dataset", "rows.jsonl", *TINY_FLAGS, "--chars", "2400", "--steps-per-epoch", "50", "--val-steps", "1"])
+        == 0
+    )
+    assert "epoch 2 of 2, 0.1 passes" in capsys.readouterr().out
+    assert train.main(["--run", "rows", "--chars", "4800", "--val-steps", "1"]) == 0
+    assert "0.2 passes" in capsys.readouterr().out
 
 
 def test_stop_while_waiting() -> None:
