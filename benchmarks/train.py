@@ -79,6 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"sequences in a step (default: {default.batch_size})",
     )
     parser.add_argument(
+        "--windows", metavar="N", type=int, default=default.windows, help=f"windows in a sequence (default: {default.windows})"
+    )
+    parser.add_argument(
         "--muon-interval",
         metavar="N",
         type=int,
@@ -89,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def training(arguments: argparse.Namespace) -> None:
     """Print the comparison for each profile."""
-    config = TrainConfig(batch_size=arguments.batch_size, muon_interval=arguments.muon_interval)
+    config = TrainConfig(batch_size=arguments.batch_size, windows=arguments.windows, muon_interval=arguments.muon_interval)
     print(f"{flops_per_char(GPTConfig()) / 1e6:.1f} MFLOP a character: (6 x 12 C^2 + 12 S C) x layers x S / (S - 1) + 6 V C")
     print(f"{config.batch_size} x {config.windows} windows a step, Muon's interval {config.muon_interval}")
     for profile in PROFILES if arguments.profile == "both" else (arguments.profile,):

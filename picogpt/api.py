@@ -114,7 +114,7 @@ class Model:
         """Continue `prompt`, a few characters at a time.
 
         Args:
-            prompt: the text to continue; of a long one the last ten windows are read, as many as in training.
+            prompt: the text to continue; of a long one the last ten windows are read.
             max_new_tokens: characters to generate; None for no end.
             temperature: divides the logits; 0 always takes the likeliest character.
             top_k: sample from the k likeliest characters; 0 from all.

@@ -6,10 +6,11 @@ show it in its own way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
-__all__ = ["Notify", "format_bytes", "format_passes", "format_seconds", "plural", "say_nothing"]
+__all__ = ["Notify", "did_you_mean", "format_bytes", "format_passes", "format_seconds", "plural", "say_nothing"]
 
 Notify = Callable[[str], None]
 """Callback for a line about the work, for example to print it on stderr."""
@@ -28,6 +29,12 @@ def plural(count: int, noun: str, nouns: str | None = None) -> str:
         nouns: the plural, if it is not the singular with an `s`.
     """
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question that names the most similar of the `known` names, or nothing: a wrong suggestion is worse than none."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {nearest[0]}?" if nearest else ""
 
 
 def format_passes(passes: float) -> str:

@@ -184,13 +184,13 @@ def test_expected_steps(budget: Budget, train_chars: int | None, expected: int) 
 
 
 def test_a_sequence_for_each_rank() -> None:
-    """The default step has one sequence for each rank; a requested number stays, and so does that of recipe seed."""
+    """The default step has a sequence for each rank; a requested number stays, and so does that of recipe seed."""
     sizes = [
         TrainRequest(**given).training(None, 3)[0].batch_size for given in ({}, {"train": {"batch_size": 1}}, {"recipe": "seed"})
     ]
 
     assert sizes == [3, 1, 8]
-    assert TrainRequest().training(None)[0].batch_size == 1
+    assert [TrainRequest().training(None, ranks)[0].batch_size for ranks in (1, 2, 3, 4)] == [2, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ Importing it loads neither torch nor numpy, so that --help and a wrong flag answ
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from picogpt import __version__
 from picogpt.checks import parse_count
 from picogpt.config import LOGS_DIR
 from picogpt.errors import ConfigError
+from picogpt.wording import did_you_mean
 
 __all__ = ["Parser", "add_model", "add_setting", "count"]
 
@@ -103,18 +103,16 @@ class Parser(argparse.ArgumentParser):
         if not argument.startswith("-"):
             self.error(f"unexpected argument {argument!r}" + (f"; {self._stray}" if self._stray else ""))
         flag = argument.partition("=")[0]
-        nearest = self._nearest_flag(flag)
-        self.error(f"unknown flag {flag}" + (f"; did you mean {nearest}?" if nearest else ""))
+        suggestion = self._suggest(flag)
+        self.error(f"unknown flag {flag}" + (f"; {suggestion}" if suggestion else ""))
 
-    def _nearest_flag(self, flag: str) -> str | None:
-        """Return our flag for another program's name, else the flag with the most similar name, or None."""
+    def _suggest(self, flag: str) -> str:
+        """Return a question that names our flag for another program's name, else the flag with the most similar name, if any."""
         name = flag.lstrip("-").replace("_", "-").lower()  # --learning_rate and -lr count too
         for ours, others in _SYNONYMS.items():
             if name in others and self.has_flag(ours):
-                return ours
-        # Nothing similar gives no suggestion: a wrong one is worse.
-        nearest = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
-        return nearest[0] if nearest else None
+                return f"did you mean {ours}?"
+        return did_you_mean(f"--{name}", self._option_string_actions)
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line."""

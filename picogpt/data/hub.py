@@ -6,7 +6,6 @@ files, and each file is streamed on its own. So this package controls file order
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from picogpt.data.network import check_environment, disable_retries, explain, fi
 from picogpt.data.outage import START_PATIENCE, Outage, run_in_thread
 from picogpt.data.shards import Row, Shards, as_row
 from picogpt.errors import ConfigError, DataError
-from picogpt.wording import plural
+from picogpt.wording import did_you_mean, plural
 
 __all__ = ["NAMED_STREAMS", "StreamSpec", "find_shards", "read_rows", "resolve_stream"]
 
@@ -110,10 +109,11 @@ def resolve_stream(name: str, text_column: str | None) -> StreamSpec:
         path, _, config = name.partition(":")
         return StreamSpec(name=name, path=path, config=config or None, columns=columns)
     names = (*DATASETS, *NAMED_STREAMS)
-    nearest = difflib.get_close_matches(name, names, n=1)
-    suggestion = f"; did you mean {nearest[0]}?" if nearest else ""
+    suggestion = did_you_mean(name, names)
     raise ConfigError(
-        f"dataset must be {', '.join(names)}, ORG/NAME[:CONFIG], a folder, or {_FILES}, got {name!r}{suggestion}", "dataset"
+        f"dataset must be {', '.join(names)}, ORG/NAME[:CONFIG], a folder, or {_FILES}, got {name!r}"
+        + (f"; {suggestion}" if suggestion else ""),
+        "dataset",
     )
 
 

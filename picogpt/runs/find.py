@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from picogpt.errors import RunError
-from picogpt.runs.names import CHECKPOINT_FILES, LOG_FILE, MODEL_FILE
+from picogpt.runs.names import LOG_FILE, MODEL_FILE, has_checkpoint
+from picogpt.wording import did_you_mean
 
 __all__ = ["find_log", "find_model", "picture_path"]
 
@@ -34,7 +34,7 @@ def find_model(name: str | None, logs_dir: Path) -> tuple[Path, str]:
         return path, f"model {path}"
     runs = _runs(logs_dir, MODEL_FILE)
     # Runs with a checkpoint were trained here; others are imported, copied or bundled.
-    own = [run / MODEL_FILE for run in runs if _has_checkpoint(run)]
+    own = [run / MODEL_FILE for run in runs if has_checkpoint(run)]
     if own:
         path = max(own, key=lambda path: path.stat().st_mtime_ns)
         return path, f"model {path}" + (f", saved last of {len(own)}" if len(own) > 1 else "")
@@ -71,20 +71,14 @@ def _find(name: str, logs_dir: Path, filename: str) -> Path:
         if path is not None and path.is_file():
             return path
     runs = sorted({run.name for run in _runs(logs_dir, filename)} | bundled.keys())
-    nearest = difflib.get_close_matches(name, runs, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"runs there: {', '.join(runs) or 'none'}"
+    hint = did_you_mean(name, runs) or f"runs there: {', '.join(runs) or 'none'}"
     raise RunError(f"{name}: no such file, and no run of that name with a {filename} under {logs_dir}; {hint}")
 
 
 def _bundled(filename: str) -> list[Path]:
     """Return the folders of the bundled models that contain `filename`, sorted by name."""
     # In a clone runs of its user are beside them, which `--logs-dir` must not find by name.
-    return [run for run in _runs(PRETRAINED, filename) if not _has_checkpoint(run)]
-
-
-def _has_checkpoint(run: Path) -> bool:
-    # Without `RunFolder`, whose imports would take as long as the rest of the search.
-    return any((run / name).exists() for name in CHECKPOINT_FILES)
+    return [run for run in _runs(PRETRAINED, filename) if not has_checkpoint(run)]
 
 
 def _runs(folder: Path, filename: str) -> list[Path]:

@@ -20,7 +20,6 @@ Writes are atomic: a file is either complete or absent. Reading never runs code 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -40,7 +39,6 @@ from picogpt.runs.loss_log import LossLog, read_log
 from picogpt.runs.model_file import load_text_config, model_metadata
 from picogpt.runs.names import (
     CHECKPOINT_FILE,
-    CHECKPOINT_FILES,
     CONFIG_FILE,
     CSV_FILE,
     DAMAGED_FILE,
@@ -50,10 +48,11 @@ from picogpt.runs.names import (
     PLOT_FILE,
     PREVIOUS_FILE,
     VALIDATION_FILE,
+    has_checkpoint,
 )
 from picogpt.runs.settings import RunSettings
 from picogpt.runs.tensor_file import FORMAT_VERSION, check_version, digest, open_tensors, serialize_tensors
-from picogpt.wording import Notify
+from picogpt.wording import Notify, did_you_mean
 
 __all__ = ["RunFolder", "default_run", "named_run", "resumable_runs"]
 
@@ -101,7 +100,7 @@ class RunFolder:
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint, intact or damaged."""
-        return any((self.path / name).exists() for name in CHECKPOINT_FILES)
+        return has_checkpoint(self.path)
 
     def create(self) -> None:
         """Create the folder and its parents."""
@@ -335,8 +334,7 @@ def named_run(path: Path, *, may_be_new: bool, notify: Notify) -> RunFolder:
     if not others:
         notify(f"{path}: a new run, as there is none to resume; neither --dataset nor --text is given, so the text is auto")
         return folder
-    nearest = difflib.get_close_matches(folder.name, others, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"the runs there are {', '.join(others)}."
+    hint = did_you_mean(folder.name, others) or f"the runs there are {', '.join(others)}."
     raise ConfigError(
         f"run {folder.name}: no such run under {path.parent}; {hint} For a new run, give --dataset or --text too",
         "run",

@@ -1,10 +1,11 @@
-"""Names of the files in a run folder; `picogpt.runs.folder` says what each contains.
+"""Names of the files in a run folder, and which of them resume it; `picogpt.runs.folder` says what each contains.
 
 A module of its own that imports nothing of picogpt: finding a model then does not load what training needs.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "PLOT_FILE",
     "PREVIOUS_FILE",
     "VALIDATION_FILE",
+    "has_checkpoint",
 ]
 
 CONFIG_FILE: Final = "config.json"
@@ -37,3 +39,8 @@ CSV_FILE: Final = "log.csv"
 PLOT_FILE: Final = "log.jpg"
 PAGE_FILE: Final = "log.html"
 EPOCHS_FILE: Final = "epochs.json"
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether the folder has a checkpoint, intact or damaged."""
+    return any((run / name).exists() for name in CHECKPOINT_FILES)

@@ -137,8 +137,9 @@ class TrainRequest:
         # Any length replaces the recipe's: minutes together with its 300 epochs would contradict each other.
         budget = Budget(**{**({} if self.gives_a_length else RECIPE_BUDGETS.get(recipe, {})), **length})
         config = TrainConfig.from_recipe(recipe, self.train)
-        if "batch_size" not in self.train and config.batch_size == 1:
-            config = replace(config, batch_size=ranks)  # each rank needs a sequence
+        if "batch_size" not in self.train and recipe == "fast":
+            # Each rank needs a sequence, and all have the same number.
+            config = replace(config, batch_size=-(-config.batch_size // ranks) * ranks)
         return config, budget
 
     def _resumed_train_config(self, stored: RunSettings) -> TrainConfig:

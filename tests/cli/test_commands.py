@@ -166,7 +166,7 @@ class TestTrain:
         ("flags", "message"),
         [
             (["--n-layer", "3"], "n_layer is 3 and was 2"),
-            (["--seed", "5", "--batch-size", "4"], "batch_size is 4 and was 1; seed is 5 and was 1337"),
+            (["--seed", "5", "--batch-size", "4"], "batch_size is 4 and was 2; seed is 5 and was 1337"),
             (["--recipe", "seed"], "recipe is seed and was fast"),
         ],
     )
