@@ -94,7 +94,7 @@ def test_recipes() -> None:
     """Recipe seed is the original's; what is given comes before the recipe; None gives nothing."""
     seed = TrainConfig.from_recipe("seed", {"lr": None, "grad_clip": 0.5})
 
-    assert (seed.batch_size, seed.lr, seed.min_lr, seed.warmup_steps) == (8, 6e-4, 6e-5, 2000)
+    assert (seed.batch_size, seed.windows, seed.lr, seed.min_lr, seed.warmup_steps) == (8, 10, 6e-4, 6e-5, 2000)
     assert (seed.decay, seed.decay_steps, seed.beta1, seed.beta2, seed.weight_decay) == ("cosine", 600_000, 0.9, 0.95, 0.1)
     assert seed.grad_clip == 0.5
     with pytest.raises(ConfigError, match="recipe must be one of fast, seed, got 'x'"):
