@@ -475,12 +475,12 @@ def test_a_short_stream_has_a_suitable_length(here: Path, capsys: pytest.Capture
     told = capsys.readouterr()
     assert "20 passes over the text" in told.out + told.err
     assert (
-        train.main(["--dataset", "rows.jsonl", *TINY_FLAGS, "--chars", "2400", "--steps-per-epoch", "50", "--val-steps", "1"])
+        train.main(["--dataset", "rows.jsonl", *TINY_FLAGS, "--chars", "4800", "--steps-per-epoch", "50", "--val-steps", "1"])
         == 0
     )
-    assert "epoch 2 of 2, 0.1 passes" in capsys.readouterr().out
-    assert train.main(["--run", "rows", "--chars", "4800", "--val-steps", "1"]) == 0
-    assert "0.2 passes" in capsys.readouterr().out
+    assert "epoch 2 of 2, 0.2 passes" in capsys.readouterr().out
+    assert train.main(["--run", "rows", "--chars", "9600", "--val-steps", "1"]) == 0
+    assert "0.4 passes" in capsys.readouterr().out
 
 
 def test_stop_while_waiting() -> None:

@@ -337,7 +337,7 @@ class TestCommand:
 
         assert re.search(LINE, err)
         assert "parameters; 2 layers" in err
-        assert "6 steps of 1 x 24 characters" in err
+        assert "6 steps of 2 x 24 characters" in err
         assert "dry run: nothing was trained and nothing is kept" in err
         assert out == ""
         assert list(Path().iterdir()) == []
@@ -346,7 +346,7 @@ class TestCommand:
         """5,400 characters to train on are passed over 20 times, which is said; recipe seed has the original's length."""
         assert train.main(["--text", str(text_file), *TINY_FLAGS, "--dry-run"]) == 0
         err = capsys.readouterr().err
-        assert "4,500 steps of 1 x 24 characters, 225 an epoch, 20 epochs, 20 passes over the text; recipe fast" in err
+        assert "2,250 steps of 2 x 24 characters, 113 an epoch, 20 epochs, 20 passes over the text; recipe fast" in err
         assert "no length given: this one suits the text" in err
 
         assert train.main(["--text", str(text_file), *TINY_FLAGS, "--dry-run", "--recipe", "seed"]) == 0
