@@ -2,7 +2,7 @@
 
 python scripts/benchmark.py generate [--model RUN] [--profile native|laptop|both] [--dtypes TYPE...] [--threads N...] [--texts N]
 python scripts/benchmark.py load --folder DIR
-python scripts/benchmark.py train [--profile native|laptop|both] [--batch-size N]
+python scripts/benchmark.py train [--profile native|laptop|both] [--batch-size N] [--windows N]
 python scripts/benchmark.py kernels [--batch-size N]
 python scripts/benchmark.py ranks [--link RATE]
 python scripts/benchmark.py learn --text FILE... | --folder DIR --loss X [--chars N] [--only fast|seed]
