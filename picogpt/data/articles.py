@@ -412,26 +412,21 @@ def draw_validation(reader: ArticleReader, characters: int | None = None, *, seq
     # Looked up on each call, so that tests can lower it.
     wanted = VALIDATION_CHARS if characters is None else characters
     parts: list[Ids] = []
-    drawn, left, ended = 0, 0, False
-    check = PassLengthCheck(reader.name, sequence_len, Cursor(0, 0, 0))
+    drawn, check = 0, PassLengthCheck(reader.name, sequence_len, Cursor(0, 0, 0))
     with contextlib.closing(reader.from_start()) as articles:
         for article in articles:
             # Raises at the start of the second pass if the first had too little text to train on.
             check.count(article)
-            ended = article.cursor.epoch > 0
-            if ended or drawn >= wanted:
+            if article.cursor.epoch > 0 or drawn >= wanted:
                 break
-            length = len(article.ids) + _SEPARATOR_CHARS
             if article.for_validation:
                 # Articles keep their stream order, so the same seed gives the same validation text.
                 parts += [article.ids, reader.separator]
-                drawn += length
-            else:
-                left += length
+                drawn += len(article.ids) + _SEPARATOR_CHARS
     # A prediction needs an input and a target character.
     if drawn < 2:
         raise DataError(f"{reader.name}: too small, no article is held out for validation; use --text for small texts")
-    return Validation(np.concatenate(parts)[:wanted], left if ended else None)
+    return Validation(np.concatenate(parts)[:wanted], check.whole_pass)
 
 
 class PassLengthCheck:
@@ -448,6 +443,8 @@ class PassLengthCheck:
         # A pass that is joined in the middle (a resumed run) proves nothing; only whole passes are judged.
         self._epoch, self._from_start = begun.epoch, begun[1:] == (0, 0)
         self._chars = 0
+        self.whole_pass: int | None = None
+        """Characters to train on in the last whole pass; None before one has ended."""
 
     def count(self, article: Article) -> None:
         """Count the next article.
@@ -463,6 +460,8 @@ class PassLengthCheck:
                     f"{self._sequence_len + 1:,} (one article in {VALIDATION_DIVISOR} is held out for validation); "
                     "give more text, smaller --windows or --context-len, or a small text with --text"
                 )
+            if self._from_start:
+                self.whole_pass = self._chars
             self._epoch, self._from_start, self._chars = article.cursor.epoch, True, 0
         if not article.for_validation:
             self._chars += len(article.ids) + _SEPARATOR_CHARS
