@@ -6,6 +6,7 @@ import base64
 import contextlib
 import itertools
 import json
+import select
 import shutil
 import socket
 import struct
@@ -25,6 +26,9 @@ FIREFOX = next((path for name in ("firefox-esr", "firefox") if (path := shutil.w
 
 # No name is resolved.
 _PREFERENCES = {"network.dns.disabled": True, "network.captive-portal-service.enabled": False}
+# How many seconds an answer may take, and one about the first file.
+_SECONDS = 120
+_FIRST_SECONDS = 30
 # The code points of WebDriver for keys without a character.
 _KEYS = {
     "Tab": "\ue004",
@@ -45,17 +49,17 @@ class _Websocket:
     """A client's end of a websocket (RFC 6455) for messages of text."""
 
     def __init__(self, host: str, port: int, path: str) -> None:
-        self._socket = socket.create_connection((host, port), timeout=120)
-        self._file = self._socket.makefile("rb")
+        self._socket = socket.create_connection((host, port), timeout=_SECONDS)
+        self._came = b""
         key = base64.b64encode(bytes(16)).decode()
         self._socket.sendall(
             f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
         )
-        status = self._file.readline()
-        assert b" 101 " in status, status
-        while self._file.readline().strip():
-            pass
+        while b"\r\n\r\n" not in self._came:
+            self._receive_more()
+        head, _, self._came = self._came.partition(b"\r\n\r\n")
+        assert b" 101 " in head, head
 
     def send(self, text: str) -> None:
         """Send a message."""
@@ -72,23 +76,40 @@ class _Websocket:
         masked = bytes(byte ^ mask for byte, mask in zip(content, itertools.cycle(_MASK), strict=False))
         self._socket.sendall(head + _MASK + masked)
 
-    def receive(self) -> str:
-        """Return the next message; a long one comes in several frames."""
+    def receive(self, seconds: float) -> str:
+        """Return the next message; a long one comes in several frames.
+
+        Raises:
+            TimeoutError: none has begun after so many seconds.
+        """
+        if not self._came and not select.select([self._socket], [], [], seconds)[0]:
+            raise TimeoutError
         content, last = b"", False
         while not last:
-            head, length = self._file.read(2)
+            head, length = self._read(2)
             if length == 126:
-                (length,) = struct.unpack(">H", self._file.read(2))
+                (length,) = struct.unpack(">H", self._read(2))
             elif length == 127:
-                (length,) = struct.unpack(">Q", self._file.read(8))
-            content += self._file.read(length)
+                (length,) = struct.unpack(">Q", self._read(8))
+            content += self._read(length)
             last = bool(head & 0x80)
         return content.decode()
 
     def close(self) -> None:
         """Close the connection."""
-        self._file.close()
         self._socket.close()
+
+    def _read(self, size: int) -> bytes:
+        """Return the next bytes, once all of them have come."""
+        while len(self._came) < size:
+            self._receive_more()
+        content, self._came = self._came[:size], self._came[size:]
+        return content
+
+    def _receive_more(self) -> None:
+        part = self._socket.recv(1 << 16)
+        assert part, "Firefox has closed the connection"
+        self._came += part
 
 
 class Firefox(Browser):
@@ -99,21 +120,44 @@ class Firefox(Browser):
     """
 
     def __init__(self, folder: Path) -> None:
-        assert FIREFOX is not None
         folder.mkdir(exist_ok=True)
         preferences = (f"user_pref({json.dumps(name)}, {json.dumps(value)});\n" for name, value in _PREFERENCES.items())
         (folder / "user.js").write_text("".join(preferences))
+        first = folder / "first.html"
+        first.write_text("<!doctype html><title>first</title>")
+        # On a busy machine about one Firefox in a hundred answers nothing from its first file on. Another one is started then.
+        for _ in range(3):
+            self._start(folder)
+            self._seconds = _FIRST_SECONDS
+            with contextlib.suppress(TimeoutError), self.tab() as tab:
+                tab.open(first)
+                break
+            self._kill()
+        else:
+            raise AssertionError("three Firefoxes answered nothing about their first file")
+        self._seconds = _SECONDS
+
+    def _start(self, folder: Path) -> None:
+        """Start Firefox and connect to it."""
+        assert FIREFOX is not None
+        address = folder / "WebDriverBiDiServer.json"
+        address.unlink(missing_ok=True)
         command = [FIREFOX, "--headless", "--no-remote", "--profile", str(folder), "--remote-debugging-port=0"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self._number = 0
+        self._number, self._seconds = 0, _SECONDS
         self.events: list[dict[str, Any]] = []
         try:
-            self._socket = _Websocket(*self._address(folder / "WebDriverBiDiServer.json"), "/session")
+            self._socket = _Websocket(*self._address(address), "/session")
             self.call("session.new", {"capabilities": {}})
             self.call("session.subscribe", {"events": ["log.entryAdded", "network.beforeRequestSent"]})
         except BaseException:
             self.process.kill()
             raise
+
+    def _kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._socket.close()
 
     def _address(self, file: Path) -> tuple[str, int]:
         """Return host and port, which Firefox writes into its profile."""
@@ -132,16 +176,22 @@ class Firefox(Browser):
             self.call("browser.close")
             self.process.wait(timeout=20)
         finally:
-            self.process.kill()
-            self.process.wait()
-            self._socket.close()
+            self._kill()
 
     def call(self, method: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Call a method of the protocol and return its result."""
+        """Call a method of the protocol and return its result.
+
+        Raises:
+            TimeoutError: no message has come for two minutes, or for half of one while Firefox starts.
+        """
         self._number += 1
         self._socket.send(json.dumps({"id": self._number, "method": method, "params": parameters or {}}))
-        while (message := json.loads(self._socket.receive())).get("id") != self._number:
-            self.events.append(message)
+        try:
+            while (message := json.loads(self._socket.receive(self._seconds))).get("id") != self._number:
+                if message["type"] == "event":
+                    self.events.append(message)
+        except TimeoutError:
+            raise TimeoutError(f"Firefox did not answer {method} in {self._seconds} seconds") from None
         assert message["type"] == "success", message
         result: dict[str, Any] = message["result"]
         return result
