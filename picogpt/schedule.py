@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -30,7 +30,6 @@ __all__ = [
     "Budget",
     "Pace",
     "Schedule",
-    "cool_down",
     "decay_progress",
     "epochs_since_best",
     "fraction_of_peak",
@@ -51,9 +50,6 @@ EPOCHS_OF_A_BUDGET = 20  # so that a curve, a sample and a checkpoint come early
 """Approximate number of epochs in a run with a budget."""
 SHARE_OF_EPOCH_ENDS = 0.25
 """Largest fraction of a budget of minutes that ends of epochs may take; a short run has fewer epochs."""
-
-COOL_DOWN_SHARE = 0.2
-"""Length of a cool-down as a fraction of the steps to the weights that it starts from."""
 
 # Constants of `suitable_chars`.
 SUITABLE_PASSES = 4
@@ -194,7 +190,9 @@ class Budget:
     chars: int | None = None
     """Characters to train on, rounded up to whole steps."""
     patience: int | None = None
-    """Epochs without a better validation loss after which the run cools down and ends; None trains to the end."""
+    """Epochs without a better validation loss after which the run ends; None trains to the end.
+
+    By default epochs have at most a pass over the text then."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps_per_epoch", "val_steps", "chars", "patience"):
@@ -244,7 +242,11 @@ class Budget:
         else:
             total = math.ceil((self.chars or suitable_chars(train_chars)) / chars_per_step)
         # Equal epochs over the whole run, also over the steps already taken, so that the loss curve is evenly spaced.
-        share = max(MIN_STEPS_PER_EPOCH, math.ceil(total / n_epochs))
+        share = math.ceil(total / n_epochs)
+        if self.patience is not None and train_chars is not None:
+            # A plan for far more passes than it takes to overfit would have few epochs until then.
+            share = min(share, train_chars // chars_per_step)
+        share = max(MIN_STEPS_PER_EPOCH, share)
         return self._with_validation(total, self.steps_per_epoch or share)
 
     def expected_steps(self, *, chars_per_step: int, train_chars: int | None) -> int:
@@ -322,26 +324,6 @@ def lr_at_step(step: int, schedule: Schedule, config: TrainConfig) -> float:
 def epochs_since_best(val_losses: Sequence[float]) -> int:
     """Count the epochs after the one with the lowest validation loss; `val_losses` has at least one."""
     return len(val_losses) - 1 - min(range(len(val_losses)), key=val_losses.__getitem__)
-
-
-def cool_down(schedule: Schedule, step: int, best_step: int, config: TrainConfig) -> Schedule:
-    """Plan a cool-down at `step` with the weights of `best_step`: the learning rate of that step comes down to its floor.
-
-    A run that was planned to end there would have had a lower rate by then, and so a lower loss. The cool-down makes up for it
-    in a fifth of the steps that led to the weights (compare Hägele et al., arXiv 2405.18392).
-
-    Args:
-        schedule: the schedule until now; its decay must end with the run.
-        step: steps taken.
-        best_step: steps taken when the weights were the best.
-        config: peak, floor and shape of the learning rate.
-    """
-    rate = lr_at_step(max(best_step - 1, 0), schedule, config)
-    # During the warm-up the rate can be below the floor, and the floor can equal the peak.
-    span = config.lr - config.min_lr
-    done = decay_progress(max(0.0, rate - config.min_lr) / span if span else 0.0, config.decay)
-    total = step + math.ceil(COOL_DOWN_SHARE * best_step)
-    return replace(schedule, total_steps=total, decay_start=step, decay_done=done)
 
 
 def warmup_steps_of(total_steps: int, config: TrainConfig) -> int:

@@ -137,7 +137,7 @@ def _add_length(parser: Parser) -> None:
         type=count,
         help=f"epochs (default: none; {SUITABLE_RULE}; recipe seed: {RECIPE_BUDGETS['seed']['epochs']} epochs)",
     )
-    meaning = "end early: after N epochs without a better validation loss, cool down from the best weights; not with --minutes"
+    meaning = "end early, after N epochs without a better validation loss, which is that of the weights' mean; not with --minutes"
     add_setting(group, "--patience", meaning=f"{meaning} (default: none)")
     add_setting(group, "--steps-per-epoch", meaning="steps per epoch (default: a twentieth of the run; with --epochs 500)")
     meaning = "validation batches per epoch, at most the whole validation text (default: a fifth of the steps)"

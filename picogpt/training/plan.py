@@ -65,7 +65,7 @@ class Plan:
             request.check_changes(stored, data, folder.name, console.notify)
         model = request.model_config(stored, origin.config if origin else None, data.alphabet.vocab_size)
         train, budget = request.training(stored, ranks.count)
-        _check_patience(budget, train, ranks)
+        _check_patience(budget, ranks)
         # Before the backend: a text too short for the model's shape is rejected here, before attention is timed on that shape.
         source = text.source(model, train, folder.load_validation() if stored and folder.has_validation() else None)
         if stored is None and train.recipe == "fast":
@@ -138,21 +138,13 @@ def _locate(request: TrainRequest, console: Console) -> tuple[InitFrom | None, R
     return origin, folder, stored, text
 
 
-def _check_patience(budget: Budget, train: TrainConfig, ranks: Ranks) -> None:
-    """Check that a run with patience can cool down.
+def _check_patience(budget: Budget, ranks: Ranks) -> None:
+    """Check that a run with patience can end early.
 
     Raises:
-        ConfigError: the decay has a fixed end, or there are several ranks.
+        ConfigError: there are several ranks.
     """
-    if budget.patience is None:
-        return
-    if train.decay_steps is not None:
-        raise ConfigError(
-            f"patience needs a learning rate that decays to the end of the run, and in recipe {train.recipe} it decays within "
-            f"{train.decay_steps:,} steps; leave --patience out, or use recipe fast",
-            "patience",
-        )
-    if ranks.count > 1:
+    if budget.patience is not None and ranks.count > 1:
         raise ConfigError(f"patience needs a single process, got {ranks.count} ranks; leave --patience out", "patience")
 
 

@@ -98,7 +98,7 @@ class TrainingRun:
                 raise RunError(f"{folder.path}: another process has begun this run meanwhile; start again to resume it")
             self._prepare()
             finished = self._fit(stop, show)
-            # A pacer or a cool-down has replaced the schedule: config.json gets the final one.
+            # A pacer or patience has replaced the schedule: config.json gets the final one.
             if self.trainer.schedule not in {None, self.schedule}:
                 self.schedule = self.trainer.schedule
                 self._write_config()
@@ -154,6 +154,7 @@ class TrainingRun:
         """Restore or initialize the trainer, and determine the number of steps."""
         plan = self.plan
         self._check_folder()
+        self.trainer.set_patience(plan.budget.patience)
         if self.folder.has_checkpoint():
             self._restore()
         else:
@@ -243,17 +244,15 @@ class TrainingRun:
     def _fix_schedule(self) -> Schedule:
         """Return the run's schedule: as stored, or computed from the budget. With minutes the trainer gets a pacer."""
         trainer, budget, stored = self.trainer, self.plan.budget, self.plan.stored
-        trainer.patience = budget.patience
         # What is stored holds unless another length was requested: the schedule in config.json, and the newer one that a pacer or
-        # a cool-down left in the checkpoint.
+        # patience left in the checkpoint.
         kept = stored.schedule if stored is not None and budget == stored.budget else None
         saved = trainer.stored_schedule if kept else None
         if budget.minutes is not None:
             if kept is not None and saved is None and self.folder.has_checkpoint():
                 return kept  # a run that is older than pacers keeps its number of steps
             return self._pace(budget.minutes * 60, Schedule(**saved["schedule"]) if saved else None)
-        # A cool-down that has started is finished.
-        trainer.cooling_down = saved is not None
+        trainer.ended_early = saved is not None
         return Schedule(**saved["schedule"]) if saved else kept or self._new_schedule(None)
 
     def _pace(self, seconds: float, schedule: Schedule | None) -> Schedule:
@@ -264,7 +263,7 @@ class TrainingRun:
             schedule: the schedule of a run that is resumed with the same budget; None measures the speed and makes one.
         """
         trainer = self.trainer
-        measured = trainer.stored_schedule["pacer"] if trainer.stored_schedule else None  # a cool-down has no pacer
+        measured = trainer.stored_schedule["pacer"] if trainer.stored_schedule else None  # a run that patience ended has none
         # Seconds that earlier starts have spent; suspended time is not counted by the pacer.
         before = float(measured["seconds_spent"]) if measured else trainer.seconds
         if schedule is not None and measured is not None:

@@ -22,6 +22,7 @@ from picogpt.model.gpt import GPT
 from picogpt.rng import Stream, philox
 from picogpt.runs.tensor_file import Tensors
 from picogpt.schedule import fraction_of_peak
+from picogpt.training.averaging import WeightAverage
 from picogpt.training.concurrent import count_thread_groups, parallel_backward
 from picogpt.training.optim import Muon, build_optimizers, set_learning_rate
 
@@ -32,7 +33,7 @@ _MIN_SHARED_VOCAB = 1024
 
 
 class TrainState:
-    """A model, its optimizers and the number of steps taken.
+    """A model, its optimizers, the mean of its weights and the number of steps taken.
 
     Data-parallel training extends this class: see `picogpt.training.data_parallel`.
 
@@ -62,6 +63,8 @@ class TrainState:
         # Attached from outside: the model's own code is plain torch, and its state dict does not change.
         self.runner = accelerate(self.model, kernels)
         """What computes the model without its head."""
+        self.average: WeightAverage | None = None
+        """Mean of the weights over the last steps; None for a run without patience."""
         self.optimizers = build_optimizers(self.model, config, dtype, kernels)
         self.step = 0
         """Optimizer steps taken so far, without the steps of an imported run."""
@@ -148,10 +151,13 @@ class TrainState:
                 f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm}; the last finite state is "
                 "kept; start again with a smaller --lr and --fresh, or --dtype float32"
             )
-        set_learning_rate(self.optimizers, fraction_of_peak(lr, self.config))
+        fraction = fraction_of_peak(lr, self.config)
+        set_learning_rate(self.optimizers, fraction)
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.step, fraction)
         return loss
 
     def mean_over_processes(self, loss: float, norm: float) -> tuple[float, float]:
@@ -200,8 +206,10 @@ class TrainState:
         self.model.load_arrays(weights)
 
     def state_tensors(self) -> Tensors:
-        """Return the weights and the optimizers' state, by name."""
+        """Return the weights, their mean and the optimizers' state, by name."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.arrays().items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": tensor for name, tensor in self.average.arrays().items()}
         for optimizer in self.optimizers:
             for name, parameter in self._parameters_of(optimizer):
                 for key, value in optimizer.state[parameter].items():
@@ -210,7 +218,7 @@ class TrainState:
 
     def checkpoint_bytes(self) -> int:
         """Return the bytes of the tensors in a checkpoint, including optimizer state that the first step creates."""
-        weights = sum(parameter.numel() for parameter in self.model.parameters())
+        weights = sum(parameter.numel() for parameter in self.model.parameters()) * (1 if self.average is None else 2)
         moments = 0
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -227,6 +235,11 @@ class TrainState:
             RunError: the weights have another shape; nothing is changed.
         """
         self.model.load_arrays(strip_prefix("model.", tensors))
+        if self.average is not None:
+            if mean := strip_prefix("average.", tensors):
+                self.average.load_arrays(mean)
+            else:
+                self.average.restart()  # the run has got its patience only now
         optimizer_tensors = strip_prefix("optimizer.", tensors)
         for optimizer in self.optimizers:
             for name, parameter in self._parameters_of(optimizer):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -24,10 +25,9 @@ from picogpt.kernels.compiled import Kernels
 from picogpt.runs.checkpoint import Checkpoint
 from picogpt.runs.folder import RunFolder
 from picogpt.runs.loss_log import LossLog
-from picogpt.runs.model_file import load_model
-from picogpt.runs.names import MODEL_FILE
 from picogpt.runs.tensor_file import Tensors
-from picogpt.schedule import Schedule, cool_down, epochs_since_best, fraction_of_peak, lr_at_step
+from picogpt.schedule import Schedule, epochs_since_best, fraction_of_peak, lr_at_step
+from picogpt.training.averaging import WeightAverage
 from picogpt.training.history import History, target_probabilities
 from picogpt.training.pacing import Pacer
 from picogpt.training.state import TrainState, strip_prefix
@@ -99,15 +99,23 @@ class Trainer(TrainState):
         self.pacer: Pacer | None = None
         """Fits the schedule to a budget of minutes; None for other runs."""
         self.patience: int | None = None
-        """Epochs without a better validation loss after which the run cools down and ends; None trains to the end."""
-        self.cooling_down = False
-        """Whether patience is exhausted: the learning rate decays to its floor, and the run then ends."""
+        """Epochs without a better validation loss after which the run ends; None trains to the end."""
+        self.ended_early = False
+        """Whether patience has ended the run before its planned end."""
         self.stored_schedule: dict[str, Any] | None = None
-        """Schedule in the loaded checkpoint, with the pacer's state; None for a run with neither a pacer nor a cool-down."""
+        """Schedule in the loaded checkpoint, with the pacer's state; None where neither a pacer nor patience has changed it."""
         # Steps and characters of an imported run, which the log counts but the schedule does not.
         self._steps_before, self._chars_before = 0, 0
         # Sum of the losses and number of steps since the last log entry.
         self._epoch_loss, self._epoch_steps = 0.0, 0
+
+    def set_patience(self, patience: int | None) -> None:
+        """End the run after so many epochs without a better validation loss, that of the weights' mean; None trains to the end.
+
+        Call it before `restore`, which restores the mean.
+        """
+        self.patience = patience
+        self.average = None if patience is None else WeightAverage(self.model)
 
     @property
     def chars_per_step(self) -> int:
@@ -129,7 +137,7 @@ class Trainer(TrainState):
 
         Args:
             run: the run's folder, created and locked.
-            schedule: number of steps and their division into epochs; a pacer or a cool-down replaces it during the run.
+            schedule: number of steps and their division into epochs; a pacer or patience replaces it during the run.
             observer: receives the run's events.
             stop: polled after every step and validation batch; once it returns True, the run is saved and the loop ends.
             notify: receives warnings about files that could not be written, which do not end the run, and lines about patience.
@@ -164,7 +172,8 @@ class Trainer(TrainState):
                 saved_at = time.perf_counter()
                 # The checkpoint is saved by now, so a failure below loses no training.
                 if finished:
-                    self.history.record(self, self.source, self.log, notify)
+                    with self._mean_weights():
+                        self.history.record(self, self.source, self.log, notify)
                     self._write_log(run, notify)
                     self._write_history(run, notify, in_training=self.step < self.schedule.total_steps)
                     self._show_epoch(run, self.schedule, observer)
@@ -245,9 +254,23 @@ class Trainer(TrainState):
         if not run.has_checkpoint():
             # Checkpoint first: a folder with only a model looks like a finished run that cannot be resumed.
             self.save(run)
-        val_loss = self.validate(schedule.val_steps, stop)
-        if val_loss is None:
-            return False
+        with self._mean_weights():
+            val_loss = self.validate(schedule.val_steps, stop)
+            if val_loss is None:
+                return False
+            # Never replace good weights by broken ones, whatever the loss.
+            if self._log_epoch(val_loss, schedule) and self._is_finite():
+                # model.safetensors keeps the best weights, the checkpoint the latest ones.
+                run.save_model(self.model.arrays(), self.model.config, self.source.text)
+        # Reschedule before saving, so that the checkpoint contains the schedule that a resumed run follows.
+        if self.pacer is not None and self.schedule is not None:
+            self.schedule = self.pacer.after_validation(self.schedule, self.step)
+        self._apply_patience(notify)
+        self.save(run)
+        return True
+
+    def _log_epoch(self, val_loss: float, schedule: Schedule) -> bool:
+        """Append an epoch to the log; return whether its validation loss is the best so far."""
         # All lists grow together: the log is written with one entry per epoch.
         log = self.log
         log.train.append(self._epoch_loss / self._epoch_steps)
@@ -257,21 +280,17 @@ class Trainer(TrainState):
         log.steps.append(log.iter_num)
         log.rates.append(lr_at_step(self.step - 1, schedule, self.config))
         self._epoch_loss, self._epoch_steps = 0.0, 0
-        if log.best_loss is None or val_loss < log.best_loss:
+        is_best = log.best_loss is None or val_loss < log.best_loss
+        if is_best:
             log.best_loss = val_loss
-            # Never replace good weights by broken ones, whatever the loss.
-            if self._is_finite():
-                # model.safetensors keeps the best weights, the checkpoint the latest ones.
-                run.save_model(self.model.arrays(), self.model.config, self.source.text)
-        # Reschedule before saving, so that the checkpoint contains the schedule that a resumed run follows.
-        if self.pacer is not None and self.schedule is not None:
-            self.schedule = self.pacer.after_validation(self.schedule, self.step)
-        self._apply_patience(run, notify)
-        self.save(run)
-        return True
+        return is_best
 
-    def _apply_patience(self, run: RunFolder, notify: Notify) -> None:
-        """Start the cool-down if patience is exhausted; without patience, print a hint once that the model may be overfitting."""
+    def _mean_weights(self) -> AbstractContextManager[None]:
+        """Give the model the mean of its weights, where there is one, for validation and the sample."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def _apply_patience(self, notify: Notify) -> None:
+        """End the run if patience is exhausted; without patience, print a hint once that the model may be overfitting."""
         schedule, imported = self.schedule, self.imported_epochs
         val = self.log.val[imported:]
         waited = epochs_since_best(val)
@@ -284,15 +303,10 @@ class Trainer(TrainState):
                     f"{message}: the model may be overfitting; the best weights are kept, so the run can end now (Ctrl-C); for "
                     "the next one use more text, --dropout 0.1, a shorter run or --patience"
                 )
-        elif waited >= self.patience and not self.cooling_down and schedule is not None and self.step < schedule.total_steps:
-            # The log also counts the characters of an imported run, whose steps came before this run's first.
-            best_step = max(0, (self.log.chars[-1 - waited] - self._chars_before) // self.chars_per_step)
-            self.schedule = cool_down(schedule, self.step, best_step, self.config)
-            self.cooling_down = True
-            # Only the weights go back; the optimizer keeps its state.
-            self.load_weights(load_model(run.path / MODEL_FILE).weights)
-            steps = plural(self.schedule.total_steps - self.step, "step")
-            notify(f"{message}: restored its weights; cooling down from them in {steps}")
+        elif waited >= self.patience and schedule is not None and self.step < schedule.total_steps:
+            self.schedule = replace(schedule, total_steps=self.step)
+            self.ended_early = True
+            notify(f"{message}: the run ends here, with the weights of that epoch")
 
     def _write_log(self, run: RunFolder, notify: Notify) -> None:
         """Write `log.pkl`, `log.csv` and `log.jpg`. A failure is only a warning: the checkpoint contains the log too."""
@@ -351,7 +365,7 @@ class Trainer(TrainState):
             "seconds": self.seconds,
             "log": self.log.to_dict(),
         }
-        if self.schedule is not None and (self.pacer is not None or self.cooling_down):
+        if self.schedule is not None and (self.pacer is not None or self.ended_early):
             # A schedule that depends on measured times or losses is part of the state.
             state["plan"] = {"schedule": asdict(self.schedule), "pacer": self.pacer.state() if self.pacer else None}
         run.save_checkpoint(Checkpoint(tensors=tensors, state=state))

@@ -1,12 +1,15 @@
-"""Runs that end early: the cool-down, and the notice that validation no longer improves."""
+"""Runs that end early: the mean of the weights, and the notice that validation no longer improves."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -16,9 +19,14 @@ from picogpt.config import TrainConfig
 from picogpt.errors import ConfigError
 from picogpt.runs.folder import RunFolder
 from picogpt.runs.loss_log import LossLog
-from picogpt.schedule import Budget, Schedule, cool_down, epochs_since_best, lr_at_step
+from picogpt.runs.model_file import load_model
+from picogpt.runs.names import MODEL_FILE
+from picogpt.runs.tensor_file import Tensors
+from picogpt.schedule import Budget, Schedule, epochs_since_best, lr_at_step
+from picogpt.training.averaging import WeightAverage
 from picogpt.training.distributed import Ranks
 from picogpt.training.plan import _check_patience
+from picogpt.training.state import strip_prefix
 from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, Watcher, tiny_source
 
@@ -34,11 +42,11 @@ class Scripted(Trainer):
     def __init__(self, losses: Sequence[float]) -> None:
         super().__init__(TINY, CONFIG, tiny_source(CONFIG, TINY), torch.float32)
         self.losses = list(losses)
-        self.weights_after: list[list[torch.Tensor]] = []
+        self.weights_after: list[Tensors] = []
 
     def validate(self, _val_steps: int, _stop: object = None) -> float:
         """The next loss of the script."""
-        self.weights_after.append([p.detach().clone() for p in self.model.parameters()])
+        self.weights_after.append(named(self))
         n = len(self.log.val)
         return self.losses[n] if n < len(self.losses) else 0.5 - 0.01 * n
 
@@ -63,78 +71,133 @@ def test_epochs_since_best() -> None:
     assert epochs_since_best([1.0, 1.0]) == 1
 
 
-@pytest.mark.parametrize("decay", ["linear", "cosine"])
-@pytest.mark.parametrize("min_lr", [0.0, 1e-3, 1e-2])
-@pytest.mark.parametrize("best_step", [1, 12, 13, 60, 90])
-def test_rates_of_a_cool_down(decay: Literal["linear", "cosine"], min_lr: float, best_step: int) -> None:
-    """They begin with the rate of the best weights, and come down to the floor in a fifth of the steps to them."""
-    config = TrainConfig(lr=1e-2, min_lr=min_lr, warmup_steps=10, decay=decay)
-    plan = cool_down(PLAN, 95, best_step, config)
-    rates = [lr_at_step(step, plan, config) for step in range(95, plan.total_steps + 1)]
+def named(trainer: Trainer) -> Tensors:
+    """Copies of a trainer's weights, by name."""
+    return {name: array.copy() for name, array in trainer.model.arrays().items()}
 
-    assert plan.total_steps - 95 == -(-best_step // 5)
-    assert rates[0] == pytest.approx(max(min_lr, lr_at_step(best_step - 1, PLAN, config)))
-    assert rates[-1] == pytest.approx(min_lr)
-    assert rates == sorted(rates, reverse=True)
+
+def same(ones: Mapping[str, npt.NDArray[Any]], others: Mapping[str, npt.NDArray[Any]]) -> list[bool]:
+    """Whether each weight is the same in both."""
+    assert ones.keys() == others.keys()
+    return [np.array_equal(ones[name], others[name]) for name in ones]
 
 
 def test_patience_ends_a_run(run: RunFolder) -> None:
-    """Two epochs without a better loss: back to the best weights, with the rate on its way to zero."""
+    """Two epochs without a better loss are the last ones; the file of the model has the weights of the best one."""
     trainer = Scripted(RISING)
-    trainer.patience = 2
+    trainer.set_patience(2)
     finished, said = fit(trainer, run)
 
     assert finished
-    # 25 steps until patience is at an end; the best weights came after 15 of them, a fifth of which is 3.
-    assert trainer.step == 28
+    assert trainer.step == 25
     assert said == [
-        "validation loss has not improved for 2 epochs (best 1.0000, in epoch 3): restored its weights; cooling down from them "
-        "in 3 steps"
+        "validation loss has not improved for 2 epochs (best 1.0000, in epoch 3): the run ends here, with the weights of that epoch"
     ]
-    assert len(trainer.log.val) == 6
+    assert len(trainer.log.val) == 5
+    best = load_model(run.path / MODEL_FILE).weights
+    assert all(same(best, trainer.weights_after[2]))
+    assert not any(same(best, named(trainer)))
 
 
-def test_a_cool_down_starts_from_the_best_weights(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights of its first step are those after the third epoch, not the latest ones."""
-    trainer, first = Scripted(RISING), list[list[torch.Tensor]]()
-    trainer.patience = 2
-    step = Trainer.train_step
+def test_without_patience_nothing_is_averaged(run: RunFolder) -> None:
+    """A run without it validates and keeps the weights themselves."""
+    trainer = Scripted([3.0, 2.0])
+    fit(trainer, run, Schedule(total_steps=10, steps_per_epoch=5, val_steps=1))
 
-    def watched(self: Trainer, *given: object) -> float:
-        if self.step == 25:
-            first.append([p.detach().clone() for p in self.model.parameters()])
-        return step(self, *given)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Trainer, "train_step", watched)
-    fit(trainer, run)
-
-    assert all(map(torch.equal, first[0], trainer.weights_after[2]))
-    assert not all(map(torch.equal, first[0], trainer.weights_after[4]))
+    assert trainer.average is None
+    assert all(same(trainer.weights_after[1], named(trainer)))
 
 
-@pytest.mark.parametrize("stop_after", [24, 25, 26, 27])
-def test_a_cool_down_is_resumed(run: RunFolder, tmp_path: Path, stop_after: int) -> None:
-    """A run that is stopped before, at or in its cool-down ends with the weights of one that was not stopped."""
+def test_the_mean_is_validated(run: RunFolder) -> None:
+    """Validation sees the mean of the weights so far; training goes on with the weights, as it would without patience."""
+    trainer, alone = Scripted([3.0, 2.0]), Scripted([3.0, 2.0])
+    trainer.set_patience(2)
+    plan = Schedule(total_steps=12, steps_per_epoch=4, val_steps=1)
+    means, fractions = named(trainer), [lr_at_step(step, plan, CONFIG) / CONFIG.lr for step in range(12)]
+    # By hand, from the weights after steps 4 and 8 of a run that averages nothing.
+    for end in (4, 8):
+        while alone.step < end:
+            alone.train_step(lr_at_step(alone.step, plan, CONFIG))
+        share = 4 / (0.1 * end * fractions[end - 1] + 4)
+        own = named(alone)
+        means = {name: mean + share * (own[name] - mean) for name, mean in means.items()}
+    alone.train_step(lr_at_step(8, plan, CONFIG))
+    fit(trainer, run, plan, stop_after=9)
+
+    for name, seen in trainer.weights_after[1].items():
+        np.testing.assert_allclose(seen, means[name], rtol=1e-5, atol=1e-7)
+    assert all(same(named(trainer), named(alone)))
+
+
+def test_the_mean_at_rate_zero() -> None:
+    """It is the weights: a run that comes to its planned end has lost nothing by its patience."""
+    trainer = Scripted([])
+    average = WeightAverage(trainer.model)
+    trainer.train_step(1e-2)
+    average.update(400, 0.0)
+
+    assert all(same(average.arrays(), named(trainer)))
+
+
+def test_a_stopped_validation_leaves_the_weights(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped while the mean is validated is saved with its own weights."""
+    trainer = Scripted([])
+    trainer.set_patience(2)
+    monkeypatch.setattr(Scripted, "validate", lambda *_: None)
+    stops = iter([False] * 5 + [True] * 5)
+    trainer.fit(run, PLAN, Watcher(), lambda: next(stops))
+    saved = strip_prefix("model.", run.load_checkpoint()[0].tensors)
+
+    assert trainer.step == 5
+    assert all(same(saved, named(trainer)))
+    assert trainer.average is not None
+    assert not any(same(saved, trainer.average.arrays()))
+
+
+@pytest.mark.parametrize("stop_after", [3, 10, 14, 24])
+def test_a_mean_is_resumed(run: RunFolder, tmp_path: Path, stop_after: int) -> None:
+    """A stopped run ends with the weights, and the mean of them, of one that was not stopped."""
     other = RunFolder(tmp_path / "straight")
     other.create()
     straight = Scripted(RISING)
-    straight.patience = 2
+    straight.set_patience(2)
     fit(straight, other)
     stopped = Scripted(RISING)
-    stopped.patience = 2
+    stopped.set_patience(2)
     assert not fit(stopped, run, stop_after=stop_after)[0]
     resumed = Scripted(RISING)
-    resumed.patience = 2
+    resumed.set_patience(2)
     resumed.restore(run.load_checkpoint()[0])
-    plan = resumed.stored_schedule
-    assert (plan is not None) == (stop_after > 25)
-    resumed.cooling_down = plan is not None
-    finished, _ = fit(resumed, run, Schedule(**plan["schedule"]) if plan else PLAN)
+    finished, _ = fit(resumed, run)
 
     assert finished
-    assert resumed.step == 28
+    assert resumed.step == 25
     assert resumed.log.val == straight.log.val
-    assert all(map(torch.equal, resumed.model.parameters(), straight.model.parameters()))
+    assert all(same(named(resumed), named(straight)))
+    assert resumed.average is not None
+    assert straight.average is not None
+    assert all(same(resumed.average.arrays(), straight.average.arrays()))
+
+
+def test_patience_that_comes_later(run: RunFolder) -> None:
+    """A run that is resumed with patience has no mean yet: it begins with the weights as they are."""
+    first = Scripted([])
+    fit(first, run, stop_after=7)
+    resumed = Scripted([])
+    resumed.set_patience(2)
+    resumed.restore(run.load_checkpoint()[0])
+
+    assert resumed.average is not None
+    assert all(same(resumed.average.arrays(), named(first)))
+
+
+@pytest.mark.parametrize(("patience", "expected"), [(None, 40), (2, 10)])
+def test_epochs_of_a_pass(patience: int | None, expected: int) -> None:
+    """With patience an epoch has at most a pass over the text; an explicit length of epochs is kept."""
+    budget = Budget(chars=80_000, patience=patience)
+    assert budget.schedule(chars_per_step=100, train_chars=1099).steps_per_epoch == expected
+    assert budget.schedule(chars_per_step=100).steps_per_epoch == 40
+    assert replace(budget, steps_per_epoch=33).schedule(chars_per_step=100, train_chars=1099).steps_per_epoch == 33
 
 
 def test_a_rise_is_said_once(run: RunFolder) -> None:
@@ -155,7 +218,7 @@ def test_imported_epochs_do_not_count(run: RunFolder) -> None:
         trainer = Scripted([0.0, 0.0, 2.9, 2.8, 2.7, 2.6, 2.5])
         log = LossLog(train=[0.5, 0.6], val=[0.5, 0.6], chars=[10, 20], seconds=[1.0, 2.0], best_loss=None, iter_num=8)
         trainer.init_from_weights(trainer.model.arrays(), log)
-        trainer.patience = patience
+        trainer.set_patience(patience)
         finished, said = fit(trainer, run, Schedule(total_steps=25, steps_per_epoch=5, val_steps=1))
 
         assert (finished, said, trainer.step, trainer.imported_epochs) == (True, [], 25, 2)
@@ -195,10 +258,6 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (
-            ["--recipe", "seed"],
-            "--patience needs a learning rate that decays to the end of the run, and in recipe seed it decays within",
-        ),
         (["--minutes", "1"], "--patience must be given without minutes, got 2"),
         (["--patience", "0"], "--patience must be a whole number"),
     ],
@@ -211,14 +270,14 @@ def test_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[s
 
 
 def test_needs_a_single_process() -> None:
-    """Two ranks cannot cool down together."""
+    """Ranks have no common mean of their weights."""
     with pytest.raises(ConfigError, match="^patience needs a single process, got 2 ranks; leave --patience out$"):
-        _check_patience(Budget(patience=2), TrainConfig(), Ranks(0, 2))
+        _check_patience(Budget(patience=2), Ranks(0, 2))
 
 
 @pytest.mark.usefixtures("short_text")
-def test_minutes_after_a_cool_down(capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that has cooled down is trained on by the clock, which has no patience."""
+def test_minutes_after_patience(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that patience has ended is trained on by the clock, which has none."""
     start = time.monotonic()
     assert train.main(overfitting("--chars", "20000", "--patience", "2")) == 0
     step = RunFolder(Path("logs/short")).load_checkpoint()[0].state["step"]
@@ -227,7 +286,7 @@ def test_minutes_after_a_cool_down(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert RunFolder(Path("logs/short")).load_checkpoint()[0].state["step"] > step
     assert RunFolder(Path("logs/short")).read_config()["budget"]["patience"] is None
-    assert "cooling down" not in capsys.readouterr().err.rpartition("resuming")[2]
+    assert "the run ends here" not in capsys.readouterr().err.rpartition("resuming")[2]
 
 
 @pytest.mark.usefixtures("short_text")
