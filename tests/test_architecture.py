@@ -95,6 +95,7 @@ def test_no_cycles() -> None:
                 "model.attention",
                 "model.dropout",
                 "model.gpt",
+                "training.averaging",
                 "training.concurrent",
                 "training.data_parallel",
                 "training.distributed",
