@@ -178,7 +178,7 @@ def _watch(run: RunView) -> str:
     label = html.escape(_epoch_label(run.log, len(run.log.val)))
     excerpt = (
         '<h2 id="expects">What it expects</h2>\n<p class="legend">Text it has not trained on. The darker a character, '
-        "the more probable the model found it; dotted lines mark those below 5 %.</p>\n"
+        "the more probable the model found it; dotted lines mark those below 5&nbsp;%.</p>\n"
         f'<p class="excerpt" id="excerpt" lang="">{html.escape("".join(run.excerpt))}</p>\n'
         if run.excerpt
         else ""
