@@ -135,7 +135,9 @@ class TrainingRun:
 
     def _build(self, source: Source) -> Trainer:
         plan = self.plan
-        return build_trainer(plan.model, plan.train, source, plan.backend, plan.ranks)
+        trainer = build_trainer(plan.model, plan.train, source, plan.backend, plan.ranks)
+        trainer.set_patience(plan.budget.patience)  # before the forecast, for which the mean of the weights counts
+        return trainer
 
     def _command(self) -> str:
         """Return the command that resumes the run."""
@@ -154,7 +156,6 @@ class TrainingRun:
         """Restore or initialize the trainer, and determine the number of steps."""
         plan = self.plan
         self._check_folder()
-        self.trainer.set_patience(plan.budget.patience)
         if self.folder.has_checkpoint():
             self._restore()
         else:

@@ -241,14 +241,17 @@ def test_rehearsal_with_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    "config", [TrainConfig(), TrainConfig(optimizer="adamw"), TrainConfig(sync_every=2)], ids=["muon", "adamw", "DiLoCo"]
+    ("config", "patience"),
+    [(TrainConfig(), None), (TrainConfig(optimizer="adamw"), None), (TrainConfig(sync_every=2), None), (TrainConfig(), 2)],
+    ids=["muon", "adamw", "DiLoCo", "patience"],
 )
-def test_disk_need(tmp_path: Path, config: TrainConfig) -> None:
+def test_disk_need(tmp_path: Path, config: TrainConfig, patience: int | None) -> None:
     """What a run's files take is known before the first step, to a few kilobytes of names."""
     config = replace(config, batch_size=2, windows=3)
     shape = GPTConfig(n_layer=2, n_head=2, n_embd=64, context_len=8)
     made = RankZeroTrainer if config.sync_every else Trainer
     trainer = made(shape, config, tiny_source(config, shape), torch.float32)
+    trainer.set_patience(patience)
     need = trainer.checkpoint_bytes()
     for _ in range(4):
         trainer.train_step(1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -252,6 +253,19 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert RunFolder(Path("logs/short")).read_config()["schedule"]["total_steps"] == log["step"]
     assert train.main(["--run", "short", "--chars", "30000"]) == 0
     assert RunFolder(Path("logs/short")).load_checkpoint()[0].state["step"] > log["step"]
+
+
+@pytest.mark.usefixtures("short_text")
+def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """The mean of the weights counts for the forecast: it is in both checkpoints and in memory."""
+    disk = []
+    for more in ([], ["--patience", "2"]):
+        assert train.main(overfitting("--chars", "20000", "--n-embd", "128", "--dry-run", *more)) == 0
+        found = re.search(r"disk (\d+) MB", capsys.readouterr().err)
+        assert found
+        disk.append(int(found[1]))
+
+    assert disk[1] > disk[0]
 
 
 @pytest.mark.usefixtures("short_text")
