@@ -32,7 +32,7 @@ class WeightAverage:
 
     def __init__(self, model: GPT) -> None:
         self._model = model
-        self._parameters: list[torch.Tensor] = list(model.parameters())
+        self._parameters = list(model.parameters())
         self._means = [parameter.detach().clone() for parameter in self._parameters]
 
     @torch.no_grad()
@@ -44,8 +44,9 @@ class WeightAverage:
             fraction: learning rate of the last one, as a fraction of the peak.
         """
         if step % AVERAGE_INTERVAL == 0:
-            length = AVERAGE_SHARE * step * fraction
-            torch._foreach_lerp_(self._means, self._parameters, AVERAGE_INTERVAL / (length + AVERAGE_INTERVAL))
+            share = AVERAGE_INTERVAL / (AVERAGE_SHARE * step * fraction + AVERAGE_INTERVAL)
+            for mean, parameter in zip(self._means, self._parameters, strict=True):
+                mean.lerp_(parameter, share)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
