@@ -26,6 +26,7 @@ from picogpt.runs.tensor_file import Tensors
 from picogpt.schedule import Budget, Schedule, epochs_since_best, lr_at_step
 from picogpt.training.averaging import WeightAverage
 from picogpt.training.distributed import Ranks
+from picogpt.training.history import History
 from picogpt.training.plan import _check_patience
 from picogpt.training.state import strip_prefix
 from picogpt.training.trainer import Trainer
@@ -128,6 +129,17 @@ def test_the_mean_is_validated(run: RunFolder) -> None:
     for name, seen in trainer.weights_after[1].items():
         np.testing.assert_allclose(seen, means[name], rtol=1e-5, atol=1e-7)
     assert all(same(named(trainer), named(alone)))
+
+
+def test_the_sample_is_of_the_mean(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is generated after an epoch is generated with the weights that were validated."""
+    trainer, recorded = Scripted([3.0, 2.0]), list[Tensors]()
+    trainer.set_patience(2)
+    monkeypatch.setattr(History, "record", lambda _history, state, *_: recorded.append(named(state)))
+    fit(trainer, run, Schedule(total_steps=10, steps_per_epoch=5, val_steps=1))
+
+    assert len(recorded) == 2
+    assert all(same(recorded[1], trainer.weights_after[1]))
 
 
 def test_the_mean_at_rate_zero() -> None:
