@@ -78,7 +78,3 @@ class WeightAverage:
         """
         with self.applied():
             self._model.load_arrays(weights)
-
-    def restart(self) -> None:
-        """Begin again with the model's present weights."""
-        self.load_arrays({name: array.copy() for name, array in self._model.arrays().items()})

@@ -253,7 +253,6 @@ class TrainingRun:
             if kept is not None and saved is None and self.folder.has_checkpoint():
                 return kept  # a run that is older than pacers keeps its number of steps
             return self._pace(budget.minutes * 60, Schedule(**saved["schedule"]) if saved else None)
-        trainer.ended_early = saved is not None
         return Schedule(**saved["schedule"]) if saved else kept or self._new_schedule(None)
 
     def _pace(self, seconds: float, schedule: Schedule | None) -> Schedule:
@@ -264,7 +263,7 @@ class TrainingRun:
             schedule: the schedule of a run that is resumed with the same budget; None measures the speed and makes one.
         """
         trainer = self.trainer
-        measured = trainer.stored_schedule["pacer"] if trainer.stored_schedule else None  # a run that patience ended has none
+        measured = trainer.stored_schedule["pacer"] if trainer.stored_schedule else None  # a run with patience has none
         # Seconds that earlier starts have spent; suspended time is not counted by the pacer.
         before = float(measured["seconds_spent"]) if measured else trainer.seconds
         if schedule is not None and measured is not None:

@@ -234,12 +234,11 @@ class TrainState:
         Raises:
             RunError: the weights have another shape; nothing is changed.
         """
-        self.model.load_arrays(strip_prefix("model.", tensors))
+        weights = strip_prefix("model.", tensors)
+        self.model.load_arrays(weights)
         if self.average is not None:
-            if mean := strip_prefix("average.", tensors):
-                self.average.load_arrays(mean)
-            else:
-                self.average.restart()  # the run has got its patience only now
+            # A run that has got its patience only now has no mean yet, and begins it with its weights.
+            self.average.load_arrays(strip_prefix("average.", tensors) or weights)
         optimizer_tensors = strip_prefix("optimizer.", tensors)
         for optimizer in self.optimizers:
             for name, parameter in self._parameters_of(optimizer):

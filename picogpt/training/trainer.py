@@ -100,10 +100,8 @@ class Trainer(TrainState):
         """Fits the schedule to a budget of minutes; None for other runs."""
         self.patience: int | None = None
         """Epochs without a better validation loss after which the run ends; None trains to the end."""
-        self.ended_early = False
-        """Whether patience has ended the run before its planned end."""
         self.stored_schedule: dict[str, Any] | None = None
-        """Schedule in the loaded checkpoint, with the pacer's state; None where neither a pacer nor patience has changed it."""
+        """Schedule in the loaded checkpoint, with the pacer's state; None for a run with neither a pacer nor patience."""
         # Steps and characters of an imported run, which the log counts but the schedule does not.
         self._steps_before, self._chars_before = 0, 0
         # Sum of the losses and number of steps since the last log entry.
@@ -305,7 +303,6 @@ class Trainer(TrainState):
                 )
         elif waited >= self.patience and schedule is not None and self.step < schedule.total_steps:
             self.schedule = replace(schedule, total_steps=self.step)
-            self.ended_early = True
             notify(f"{message}: the run ends here, with the weights of that epoch")
 
     def _write_log(self, run: RunFolder, notify: Notify) -> None:
@@ -365,7 +362,7 @@ class Trainer(TrainState):
             "seconds": self.seconds,
             "log": self.log.to_dict(),
         }
-        if self.schedule is not None and (self.pacer is not None or self.ended_early):
+        if self.schedule is not None and (self.pacer is not None or self.patience is not None):
             # A schedule that depends on measured times or losses is part of the state.
             state["plan"] = {"schedule": asdict(self.schedule), "pacer": self.pacer.state() if self.pacer else None}
         run.save_checkpoint(Checkpoint(tensors=tensors, state=state))
