@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_info
 from picogpt.errors import TrainingError
 from picogpt.signals import deferred_interrupt
 from picogpt.threads import Threads, choose_threads
+from picogpt.wording import plural
 
 __all__ = [
     "CPU",
@@ -154,9 +155,9 @@ def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
     # All ranks of a machine may share its CPU.
     found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[name]
     if local_rank >= found and name != "cpu":
+        seen = f"{plural(found, 'such device')} here, and {local_rank + 1} are needed" if found else "no such device here"
         raise TrainingError(
-            f"--device {name}: torch {torch.__version__} sees {found} such devices here, and {local_rank + 1} are needed; "
-            "install a torch that is built for it, or take --device cpu"
+            f"--device {name}: torch {torch.__version__} sees {seen}; install a torch that is built for it, or take --device cpu"
         )
     return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name), reason
 

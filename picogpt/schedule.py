@@ -203,7 +203,8 @@ class Budget:
         # Two lengths would contradict each other.
         require(self.minutes is None or self.chars is None, "minutes", "given without chars", self.minutes)
         # A budget of minutes is rescheduled during the run, which always ends with the clock.
-        require(self.minutes is None or self.patience is None, "patience", "given without minutes", self.patience)
+        if self.minutes is not None and self.patience is not None:
+            raise ConfigError("patience cannot be combined with minutes", "patience")
 
     @property
     def is_open(self) -> bool:

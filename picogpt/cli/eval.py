@@ -76,7 +76,7 @@ def build_parser() -> Parser:
         "--output",
         metavar="FILE",
         type=Path,
-        help="file of the plot, .jpg or .png (default: eval.jpg next to the model; wikipedia-eval.jpg for a wheel's model)",
+        help="file of the plot, .jpg or .png (default: eval.jpg next to the model; wikipedia-eval.jpg for a bundled model)",
     )
     output.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
     return parser

@@ -208,7 +208,8 @@ def _read_prompt(arguments: argparse.Namespace) -> str:
         try:
             content = Path(arguments.prompt_file).read_bytes()
         except (OSError, ValueError) as error:
-            raise DataError(f"{arguments.prompt_file}: cannot be read ({error}); check the path of --prompt-file") from error
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{arguments.prompt_file}: cannot be read ({reason}); check the path of --prompt-file") from error
     else:
         content = b"" if sys.stdin is None else sys.stdin.buffer.read()
     # Decoded as in training. Editors and echo end a file with a newline, which is not meant as part of the prompt.
@@ -246,6 +247,7 @@ def _enable_line_editing() -> None:
 def _loop(generator: TextGenerator, *, shades: bool) -> int:
     """Read prompts from the terminal until Ctrl-D, and answer each; a chat keeps the conversation."""
     _enable_line_editing()
+    notice("type a prompt; Ctrl-C ends a text, Ctrl-D the command")
     while True:
         try:
             prompt = _decode_argument(_read_line())

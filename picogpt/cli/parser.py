@@ -18,7 +18,7 @@ from picogpt.config import LOGS_DIR
 from picogpt.errors import ConfigError
 from picogpt.wording import did_you_mean
 
-__all__ = ["Parser", "add_model", "add_setting", "count"]
+__all__ = ["Parser", "add_model", "add_setting", "count", "number"]
 
 _WRONG_USAGE = 2  # exit code, as in argparse
 
@@ -132,12 +132,24 @@ def count(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error  # argparse puts the flag in front
 
 
+def number(text: str) -> float:
+    """Parse the value of a flag that takes a number.
+
+    Raises:
+        argparse.ArgumentTypeError: the value is not a number.
+    """
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+
+
 def add_setting(
     group: argparse._ActionsContainer, *names: str, meaning: str, kind: Callable[[str], Any] = int, default: float | None = None
 ) -> None:
     """Add a flag that takes one value of type int, float or str; its metavar follows from the type."""
-    parse = count if kind is int else kind
-    group.add_argument(*names, metavar=_METAVARS[kind], type=parse, default=default, help=meaning)
+    parsers: Mapping[Callable[[str], Any], Callable[[str], Any]] = {int: count, float: number}
+    group.add_argument(*names, metavar=_METAVARS[kind], type=parsers.get(kind, kind), default=default, help=meaning)
 
 
 def add_model(flags: argparse._ActionsContainer) -> None:

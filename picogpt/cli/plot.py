@@ -36,7 +36,7 @@ def build_parser() -> Parser:
         metavar="FILE",
         type=Path,
         help="file of the plot, .jpg or .png (default: log.jpg in the run's folder, or compare.jpg in the logs folder; "
-        "wikipedia-log.jpg for a wheel's model)",
+        "wikipedia-log.jpg for a bundled model)",
     )
     output.add_argument(
         "--html",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from picogpt.cli.common import end_process, notice, run_command
-from picogpt.cli.parser import Parser, add_setting, count
+from picogpt.cli.parser import Parser, add_setting, count, number
 from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, request_of
 from picogpt.config import LOGS_DIR, RECIPES, GPTConfig, TrainConfig
 from picogpt.errors import RanksError
@@ -127,7 +127,7 @@ def _add_length(parser: Parser) -> None:
     length.add_argument(
         "--minutes",
         metavar="M",
-        type=float,
+        type=number,
         help="wall-clock minutes from the start of the command to its end (default: none)",
     )
     length.add_argument("--chars", metavar="N", type=count, help="characters to train on, such as 2000000 or 2M (default: none)")

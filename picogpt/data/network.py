@@ -197,7 +197,9 @@ def explain(error: BaseException) -> str:
         return f"{innermost.filename}: {innermost.strerror}"
     if "StopIteration" in repr(innermost):  # how the library reports an empty file
         return "it has no rows"
-    return f"{type(innermost).__name__}: {first_line(innermost)[:200]}"
+    # The name of the class says something, but for our own, whose message is complete.
+    name = "" if isinstance(innermost, HubError) else f"{type(innermost).__name__}: "
+    return f"{name}{first_line(innermost)[:200]}"
 
 
 def first_line(error: BaseException) -> str:

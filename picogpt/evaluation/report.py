@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,10 @@ _COMPRESSOR_LABELS: Mapping[str, str] = {
     "bz2": "bz2 -9, starting from nothing",
     "lzma": "lzma -9e, starting from nothing",
 }
-_WIDTH = 36  # of the labels, which are the first column
+# Tables fit a terminal of 80 columns: the conditions have their full names as rows, and a word as columns.
+_LINE = 80
+_WIDTH = 34  # of the labels, which are the first column
+_HEADINGS: Mapping[str, str] = {"as_is": "as it is", "zeroed": "zeroed", "other": "another", "sliding": "no roll"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,7 @@ class Report:
     def table(self) -> str:
         """Return the scores as text: overall, by window of the sequence, by position in the window, and the sentences."""
         # Parts with an empty line between them, as each has its own columns.
-        sentences = [self.sentence(), *([sentence] if (sentence := self.rounding_sentence()) else [])]
+        sentences = [textwrap.fill(sentence, _LINE) for sentence in (self.sentence(), self.rounding_sentence()) if sentence]
         return "\n\n".join("\n".join(part) for part in (self._overall(), self._windows(), self._positions(), sentences))
 
     def title(self) -> str:
@@ -138,55 +142,52 @@ class Report:
         """Name and label of each row with a loss for every character; compressors have only a total."""
         yield from CONDITIONS.items()
         if _FLOAT32 in self.scores.losses:
-            yield _FLOAT32, "context vector as it is, in float32"
+            yield _FLOAT32, "as it is, in float32"
         if _NGRAM in self.scores.losses:
             yield _NGRAM, f"{self.ngram_order}-gram"
 
     def _overall(self) -> list[str]:
-        rows = [f"{'':{_WIDTH}}  {'nats/char':>18}  {'bits/char':>18}  {'more than as it is*':>20}"]
+        rows = [f"{'':{_WIDTH}}  {'nats/char':>16}  {'bits':>6}  {'more*':>17}"]
         # The last column compares with the first row, so that row has none.
         for name, label in self._labels():
             mean = self.scores.mean(name)
             more = "" if name == "as_is" else _pair(self.scores.mean(name, minus="as_is", first_window=1), sign="+")
-            bits = f"{mean.bits:.4f} +- {mean.bits_error:.4f}"
-            rows.append(f"{label:{_WIDTH}}  {_pair(mean):>18}  {bits:>18}  {more:>20}".rstrip())
+            rows.append(f"{label:{_WIDTH}}  {_pair(mean):>16}  {mean.bits:6.4f}  {more:>17}".rstrip())
         # Compressors give one number for the whole text, so their rows have no error.
         for name, bits_per_char in self.compressors.items():
             label = _COMPRESSOR_LABELS[name]
-            rows.append(f"{label:{_WIDTH}}  {bits_per_char * math.log(2):<7.4f}{'':11}  {bits_per_char:<7.4f}".rstrip())
-        # The footnote of the last column: what is compared, and over which samples the errors are.
+            rows.append(f"{label:{_WIDTH}}  {bits_per_char * math.log(2):<16.4f}  {bits_per_char:6.4f}".rstrip())
         windows, _ = self._shape
-        rows.append(f"* nats per character on windows 1 to {windows - 1}, paired; +- is a standard error over {self.unit}")
-        return rows
+        footnote = f"* nats per character more than as it is, on windows 1 to {windows - 1}, paired"
+        return [*rows, footnote, f"+- is a standard error over {self.unit}"]
 
     def _windows(self) -> list[str]:
         windows, _ = self._shape
-        heading = ["nats per character by window of the sequence", _row("", [str(i) for i in range(windows)])]
-        return [*heading, *(self._line(label, self.scores.by_window(name)) for name, label in self._labels()), self._errors(None)]
+        by_window = {name: self.scores.by_window(name) for name, _ in self._labels()}
+        labels = [str(i) for i in range(windows)]
+        return ["nats per character by window of the sequence", *self._columns("window", labels, by_window)]
 
     def _positions(self) -> list[str]:
         windows, context_len = self._shape
-        bins = position_bins(context_len)  # eight columns for a window of 128
-        heading = [
-            f"nats per character by position in the window (characters seen), windows 1 to {windows - 1}",
-            _row("", [f"{first}" if first == last else f"{first}-{last}" for first, last in bins]),
-        ]
-        rows = (self._line(label, self.scores.by_position(name, bins)) for name, label in self._labels())
-        return [*heading, *rows, self._errors(bins)]
+        bins = position_bins(context_len)  # eight rows for a window of 128
+        labels = [f"{first}" if first == last else f"{first}-{last}" for first, last in bins]
+        by_position = {name: self.scores.by_position(name, bins) for name, _ in self._labels()}
+        title = f"nats per character by position in the window (characters seen), windows 1 to {windows - 1}"
+        return [title, *self._columns("position", labels, by_position)]
 
-    def _errors(self, bins: Sequence[tuple[int, int]] | None) -> str:
-        """Return the standard errors of the first row, by window without `bins`; those of the other rows are about the same."""
-        estimates = self.scores.by_window("as_is") if bins is None else self.scores.by_position("as_is", bins)
-        return _row("standard error of the first row", [f"{estimate.error:.4f}" for estimate in estimates])
+    def _columns(self, heading: str, labels: Sequence[str], estimates: Mapping[str, Sequence[Estimate]]) -> list[str]:
+        """Return a table with a row for each label and a column for each name, the first with its standard errors."""
+        headings = {**_HEADINGS, _NGRAM: f"{self.ngram_order}-gram"}
+        first, *others = (headings.get(name, name) for name in estimates)
+        table = [_row(heading, [first, "+-", *others])]
+        # The errors of the other columns are about the same.
+        for label, (one, *rest) in zip(labels, zip(*estimates.values(), strict=True), strict=True):
+            table.append(_row(label, [f"{value:.4f}" for value in (one.nats, one.error, *(other.nats for other in rest))]))
+        return table
 
-    @staticmethod
-    def _line(label: str, estimates: Sequence[Estimate]) -> str:
-        return _row(label, [f"{estimate.nats:.4f}" for estimate in estimates])
 
-
-# Cells of eight columns take losses with four decimals and bins such as 65-128.
 def _row(label: str, cells: Sequence[str]) -> str:
-    return f"{label:{_WIDTH}}" + "".join(f"{cell:>8}" for cell in cells)
+    return f"{label:>8}" + "".join(f"{cell:>10}" for cell in cells)
 
 
 def _pair(estimate: Estimate, sign: str = "") -> str:

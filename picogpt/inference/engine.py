@@ -45,6 +45,7 @@ class EngineBackend:
 
 
 NUMPY = EngineBackend(None, "as requested")
+_NUMPY_DTYPES = ("auto", "float32")
 
 
 def load_engine_backend(notify: Notify = say_nothing) -> EngineBackend:
@@ -94,7 +95,7 @@ class Engine:
         if backend.library is not None:
             self.dtype = "bfloat16" if dtype == "auto" else dtype
             self._native = NativeModel(backend.library, tensors, self.dtype, threads)
-        elif dtype in {"auto", "float32"}:
+        elif dtype in _NUMPY_DTYPES:
             self.dtype = "float32"
             self._weights = Weights(tensors)
         else:
@@ -125,7 +126,7 @@ class Engine:
         """
         if backend is None:
             backend = load_engine_backend(notify)
-            if backend.library is None:
+            if backend.library is None and dtype in _NUMPY_DTYPES:
                 notify(f"numpy computes the model, several times more slowly than C: {backend.reason}")
         count = choose_threads(threads).count
         # The file stays open while the weights are packed, each read on demand: they need not all be in memory at once.

@@ -57,9 +57,10 @@ def find_log(name: str, logs_dir: Path) -> Path:
 
 
 def picture_path(found: Path, filename: str) -> Path:
-    """Return the default path of a run's picture: next to the file `found`, but outside of the installed package."""
-    # Files of a package belong to pip, and its folder is often read-only.
-    return Path(f"{found.parent.name}-{filename}") if _PACKAGED in found.parents else found.with_name(filename)
+    """Return the default path of a run's picture: next to the file `found`, in the working directory for a bundled model."""
+    # Files of a package belong to pip, and those of a clone to git.
+    is_bundled = found.resolve().parent in _bundled(found.name)
+    return Path(f"{found.parent.name}-{filename}") if is_bundled else found.with_name(filename)
 
 
 def _find(name: str, logs_dir: Path, filename: str) -> Path:
@@ -70,6 +71,9 @@ def _find(name: str, logs_dir: Path, filename: str) -> Path:
     for path in (Path(name), Path(name) / filename, logs_dir / name / filename, bundled.get(name)):
         if path is not None and path.is_file():
             return path
+    for run in (Path(name), logs_dir / name):
+        if has_checkpoint(run):
+            raise RunError(f"{run}: no {filename} before the end of the first epoch; picogpt-train --run {run.name} trains on")
     runs = sorted({run.name for run in _runs(logs_dir, filename)} | bundled.keys())
     hint = did_you_mean(name, runs) or f"runs there: {', '.join(runs) or 'none'}"
     raise RunError(f"{name}: no such file, and no run of that name with a {filename} under {logs_dir}; {hint}")

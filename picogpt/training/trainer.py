@@ -178,6 +178,7 @@ class Trainer(TrainState):
             else:
                 report = self._step_or_save(run, lr_at_step(self.step, self.schedule, self.config), stop)
                 if report is None:
+                    self._save_and_stop(run, notify)
                     return False
                 observer.on_step(report)
                 if pacer:
@@ -185,7 +186,7 @@ class Trainer(TrainState):
             # Log and checkpoint count the seconds of all starts.
             self.seconds = before + time.perf_counter() - start
             if stop():
-                self.save(run)
+                self._save_and_stop(run, notify)
                 return False
             # Long epochs are saved in the middle too: a crash costs minutes at most.
             if time.perf_counter() - saved_at > SAVE_INTERVAL:
@@ -193,12 +194,16 @@ class Trainer(TrainState):
                 saved_at = time.perf_counter()
         return True
 
+    def _save_and_stop(self, run: RunFolder, notify: Notify) -> None:
+        # A slow disk takes seconds, in which an impatient user would press Ctrl-C again.
+        notify("saving; a second Ctrl-C would end at once, without what was trained since the last checkpoint")
+        self.save(run)
+
     def _step_or_save(self, run: RunFolder, lr: float, stop: Stop) -> StepReport | None:
         """Take a step; return None if `stop` came while waiting for data. Errors are raised after saving."""
         try:
             loss = self.train_step(lr, stop)
         except WaitInterrupted:
-            self.save(run)
             return None
         except (TrainingError, DataError):
             if self._is_finite():

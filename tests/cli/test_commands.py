@@ -102,8 +102,11 @@ class TestTrain:
         assert "logs/numbers: resuming from step 6" in capsys.readouterr().err
         assert RunFolder(Path("logs/numbers")).read_log().iter_num == 9
 
-        assert train.main(["--run", "numbers"]) == 0
-        assert "finished, all 9 steps are done; give a larger --epochs" in capsys.readouterr().err
+        for dry in ([], ["--dry-run"]):
+            assert train.main(["--run", "numbers", *dry]) == 0
+            err = capsys.readouterr().err
+            assert "finished, all 9 steps are done; give a larger --epochs" in err
+            assert "forecast" not in err
 
     def test_a_length_that_is_over(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """A shorter length than what is done is refused, and the run's own is kept; epochs are counted on."""
@@ -343,6 +346,7 @@ class TestTrain:
             (["--n-embd", "0"], 2, "--n-embd must be"),
             (["--context-len", "0"], 2, "--context-len must be"),
             (["--dropout", "1"], 2, "--dropout must be in [0, 1), got 1.0"),
+            (["--minutes", "five"], 2, "argument --minutes: 'five' is not a number"),
             (["--threads", "0"], 2, "--threads must be from 1 to 1024, got 0"),
             (["--dtype", "int8"], 2, "--dtype must be one of auto, float32, bfloat16, got 'int8'"),
             (["--run", "../x"], 2, "--run must be 1 to 64 letters"),
@@ -546,8 +550,9 @@ def test_signal_saves_and_ends(text_file: Path, number: signal.Signals) -> None:
         _, err = process.communicate(timeout=30)
 
     assert process.returncode == 128 + number
-    match = re.search(r"stopped and saved at step ([\d,]+); picogpt-train --run numbers resumes from there", err)
+    match = re.search(r"stopped and saved at step ([\d,]+); picogpt-train --run numbers --threads 1 resumes from there", err)
     assert match
+    assert "saving; a second Ctrl-C would end at once, without what was trained since the last checkpoint\n" in err
     checkpoint, _ = RunFolder(Path("logs/numbers")).load_checkpoint()
     assert checkpoint.state["log"]["iter_num"] == int(match[1].replace(",", ""))
 
@@ -769,7 +774,8 @@ class TestGenerate:
         reason = "no C compiler (no-such-compiler, by PATH or CC)"
         assert err.splitlines()[0] == f"numpy computes the model, several times more slowly than C: {reason}"
         assert generate.main([*flags[:-1], "int8"]) == 2
-        assert f"--dtype int8 needs the native kernels, which are not available: {reason}" in capsys.readouterr().err
+        message = f"picogpt-generate: --dtype int8 needs the native kernels, which are not available: {reason}\n"
+        assert capsys.readouterr().err == message
 
     def test_needs_no_torch(self, trained: Path) -> None:
         """torch, datasets and matplotlib are never imported."""
@@ -781,6 +787,7 @@ class TestGenerate:
         [
             (["-t", "-1"], 2, "--temperature must be a number from 0 to 1,000,000, got -1.0"),
             (["-t", "nan"], 2, "--temperature must be"),
+            (["-t", "hot"], 2, "argument -t/--temperature: 'hot' is not a number"),
             (["-t", "inf"], 2, "--temperature must be"),
             (["-k", "-1"], 2, "--top-k must be"),
             (["--top-p", "0"], 2, "--top-p must be above 0 and at most 1, got 0.0"),
@@ -824,7 +831,7 @@ class TestGenerate:
         [
             (["--hop", "9"], 2, "--hop must be from 1 to 8, the model's window, got 9"),
             (["--stop", "日"], 2, "--stop must be made of characters that the model knows, got '日'"),
-            (["-f", "nowhere"], 1, "nowhere: cannot be read"),
+            (["-f", "nowhere"], 1, "nowhere: cannot be read (No such file or directory); check the path of --prompt-file"),
         ],
     )
     def test_bad_input_with_a_model(
@@ -931,6 +938,7 @@ def test_loop_on_a_terminal(trained: Path) -> None:
         os.write(primary, b"\x04")
         assert process.wait(timeout=20) == 0
     os.close(primary)
+    assert b"type a prompt; Ctrl-C ends a text, Ctrl-D the command\r\n" in shown
 
 
 class TestPlot:

@@ -30,7 +30,7 @@ from picogpt.data import (
     stream,
 )
 from picogpt.data.articles import Cursor
-from picogpt.data.network import check_environment
+from picogpt.data.network import HubError, check_environment, explain
 from picogpt.data.outage import Outage, run_in_thread
 from picogpt.errors import DataError
 from picogpt.tokenizer import CharTokenizer
@@ -160,6 +160,15 @@ def fail_for_ever(waiting: Outage, *, damaged: bool) -> None:
     """Fail until the outage gives up."""
     while True:
         waiting.wait("x", "reset", damaged=damaged)
+
+
+def test_explain() -> None:
+    """The class of the innermost cause and its message; of our own error, whose message says what failed, that alone."""
+    failed = OSError("request failed")
+    failed.__cause__ = HubError("ConnectError: name not known\nand more")
+
+    assert explain(failed) == "ConnectError: name not known"
+    assert explain(TimeoutError()) == "TimeoutError: TimeoutError"
 
 
 def test_the_stated_time_of_a_start() -> None:

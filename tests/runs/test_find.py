@@ -111,10 +111,26 @@ def test_in_the_clone(pretrained: Path) -> None:
     assert find_model(None, pretrained) == (own, f"model {own}")
 
 
-def test_pictures_stay_out_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture lies next to its run; for a model inside the installed package, in the working directory."""
-    package = tmp_path / "site-packages" / "picogpt" / "pretrained"
-    monkeypatch.setattr(find, "_PACKAGED", package)
+def test_pictures_of_bundled_models(tmp_path: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture lies next to its run, also to one in the clone; for a bundled model, in the working directory."""
+    theirs, own, beside = add(pretrained / "wikipedia", finished=True), add(tmp_path / "logs" / "mine"), add(pretrained / "mine")
+    monkeypatch.chdir(pretrained.parent)
 
-    assert picture_path(tmp_path / "logs" / "mine" / "model.safetensors", "eval.jpg") == tmp_path / "logs" / "mine" / "eval.jpg"
-    assert picture_path(package / "wikipedia" / "log.pkl", "log.jpg") == Path("wikipedia-log.jpg")
+    for model in (theirs, Path("logs", "wikipedia", MODEL_FILE)):
+        assert picture_path(model, "eval.jpg") == Path("wikipedia-eval.jpg")
+    for model in (own, beside):
+        assert picture_path(model, "eval.jpg") == model.with_name("eval.jpg")
+
+
+def test_runs_before_their_first_epoch(tmp_path: Path) -> None:
+    """A run that was stopped so early is not said to be absent."""
+    run = RunFolder(tmp_path / "logs" / "new")
+    run.create()
+    run.save_checkpoint(Checkpoint(tensors={}, state={}))
+
+    for name in ("new", str(run.path)):
+        for lookup, file in ((find_model, MODEL_FILE), (find_log, "log.pkl")):
+            with pytest.raises(RunError) as caught:
+                lookup(name, tmp_path / "logs")
+            message = f"{run.path}: no {file} before the end of the first epoch; picogpt-train --run new trains on"
+            assert str(caught.value) == message

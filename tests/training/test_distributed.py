@@ -464,10 +464,10 @@ def test_missing_device(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     """A GPU that is not there is one line and exit code 1; a name that is none is wrong usage."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert choose_device("cuda") == (torch.device("cuda", 0), "as requested")
-    with pytest.raises(TrainingError, match=r"--device cuda: torch .* sees 1 such devices here, and 2 are needed"):
+    with pytest.raises(TrainingError, match=r"--device cuda: torch .* sees 1 such device here, and 2 are needed"):
         choose_device("cuda", 1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(TrainingError, match=r"--device mps: torch .* sees 0 such devices here, .* or take --device cpu"):
+    with pytest.raises(TrainingError, match=r"--device mps: torch .* sees no such device here; .* or take --device cpu"):
         choose_device("mps")
     assert train.main(["--dataset", "sample", "--device", "gpu"]) == 2
     assert "--device must be one of auto, cpu, cuda, mps, got 'gpu'" in capsys.readouterr().err

@@ -284,7 +284,7 @@ def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--minutes", "1"], "--patience must be given without minutes, got 2"),
+        (["--minutes", "1"], "--patience cannot be combined with minutes"),
         (["--patience", "0"], "--patience must be a whole number"),
     ],
     ids=" ".join,
