@@ -20,7 +20,7 @@ __all__ = ["SECTIONS", "add_arguments", "measure", "page"]
 
 SECTIONS = {
     "training": "train --profile both",
-    "training, steps twice as long": "train --profile both --batch-size 4 --muon-interval 2",
+    "training, two sequences of ten windows": "train --profile both --windows 10",
     "generation": "generate --profile both",
     "commands": "commands",
     "exported page": "page --rounds 3",
