@@ -303,13 +303,13 @@ class TestMeasure:
         assert machine() in text
         assert text.endswith("\n## Training\n\n| a |\n\n## Generation\n\n| b |\n")
 
-    def test_steps_of_two_sequences_and_of_four(self) -> None:
+    def test_sequences_of_five_and_of_ten_windows(self) -> None:
         """No section repeats another, whatever the recipe's defaults have become."""
         parser = argparse.ArgumentParser()
         add_training_arguments(parser)
         trained = [flags.split()[1:] for flags in SECTIONS.values() if flags.split()[0] == "train"]
 
-        assert [parser.parse_args(flags).batch_size for flags in trained] == [2, 4]
+        assert [(step.batch_size, step.windows) for step in map(parser.parse_args, trained)] == [(2, 5), (2, 10)]
 
     def test_the_page_so_far_is_kept(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """A section that fails does not lose those before it."""

@@ -22,6 +22,9 @@ from picogpt.wording import Notify, plural
 
 __all__ = ["Evaluation"]
 
+_FEW_SAMPLES = 10
+"""Articles or stretches below which the standard errors are reported as uncertain."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -115,7 +118,8 @@ def _describe(text: EvalText, sequences: EvalSequences) -> str:
     R, T = len(sequences.ids), sequences.ids.shape[1] - 1  # the last character is only a target
     # Standard errors are over articles; a text without articles is cut into stretches of the same role.
     why = "" if text.unit == "articles" else "; the text has no articles, so it is cut into stretches"
+    few = f"; {sequences.n_articles} {text.unit} are few for a standard error" if sequences.n_articles < _FEW_SAMPLES else ""
     return (
         f"{text.name}, {text.description}: {R:,} sequences of {T:,} characters from {sequences.n_articles:,} of "
-        f"{len(text.articles):,} {text.unit}, {sequences.n_chars:,} characters{why}"
+        f"{len(text.articles):,} {text.unit}, {sequences.n_chars:,} characters{why}{few}"
     )

@@ -196,7 +196,7 @@ class Trainer(TrainState):
 
     def _save_and_stop(self, run: RunFolder, notify: Notify) -> None:
         # A slow disk takes seconds, in which an impatient user would press Ctrl-C again.
-        notify("saving; a second Ctrl-C would end at once, without what was trained since the last checkpoint")
+        notify("saving; a second Ctrl-C ends at once and loses what was trained since the last checkpoint")
         self.save(run)
 
     def _step_or_save(self, run: RunFolder, lr: float, stop: Stop) -> StepReport | None:

@@ -95,6 +95,16 @@ def test_table(run: RunFolder, capsys: Capture) -> None:
     assert (run.path / "eval.jpg").read_text() == "numbers on numbers: 576 characters, 24 stretches, with standard errors 24"
 
 
+def test_few_samples(run: RunFolder, capsys: Capture) -> None:
+    """It says so where too little is scored for the printed errors to mean much."""
+    for chars, scored in (
+        ("48", "48 characters; {}; 2 stretches are few for a standard error\n"),
+        ("250", "240 characters; {}\n"),
+    ):
+        assert evaluate("--chars", chars) == 0
+        assert scored.format("the text has no articles, so it is cut into stretches") in capsys.readouterr().err
+
+
 def test_json(run: RunFolder, capsys: Capture) -> None:
     """One object with all of it; the picture where it was asked for; no more characters than asked for."""
     assert evaluate("--json", "-o", "x.jpg", "--chars", "250") == 0
