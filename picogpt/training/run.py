@@ -126,7 +126,7 @@ class TrainingRun:
             self._notify(f"{folder.path}: would resume from step {self.trainer.step:,}")
         self.schedule = self._fix_schedule()
         plan.request.check_length(self.schedule.total_steps, self.trainer.step)
-        if self._is_finished():
+        if self._tell_if_finished():
             return
         self._announce()
         # Taken before the benchmark, which a real run without minutes does not have.
@@ -145,7 +145,7 @@ class TrainingRun:
         """Return the command that resumes the run."""
         logs_dir = self.plan.request.logs_dir
         logs = "" if logs_dir == LOGS_DIR else f" --logs-dir {shlex.quote(str(logs_dir))}"
-        # Another number of threads would round otherwise.
+        # With another number of threads the run would round differently.
         threads = "" if self.plan.request.threads is None else f" --threads {self.plan.request.threads}"
         text = " --text -, with the same text," if "-" in self.plan.data.text else ""
         command = "picogpt-train" if self.plan.ranks.count == 1 else "torchrun ... -m -- picogpt.cli.train"
@@ -376,8 +376,8 @@ class TrainingRun:
                 "no length given: this one suits the text (docs/training.md); --minutes, --chars or --epochs give another"
             )
 
-    def _is_finished(self) -> bool:
-        """Return whether all steps are done, and say so."""
+    def _tell_if_finished(self) -> bool:
+        """Print a line if all steps are done, and return whether they are."""
         if self.trainer.step < self.schedule.total_steps or self.trainer.epoch_is_open:
             return False
         self._notify(
@@ -389,7 +389,7 @@ class TrainingRun:
     def _fit(self, stop: StopRequest, show: Callable[[Trainer, Schedule], Display]) -> bool:
         """Train; return False if a signal ended the run."""
         trainer, schedule = self.trainer, self.schedule
-        if self._is_finished():
+        if self._tell_if_finished():
             return True
         # The observer prints the forecast above the display's bar, after the first steps.
         display = show(trainer, schedule)
