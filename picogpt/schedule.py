@@ -42,7 +42,7 @@ __all__ = [
 
 RECIPE_BUDGETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"seed": MappingProxyType({"epochs": 300})})
 """Length of each recipe that has its own."""
-MIN_STEPS_PER_EPOCH = 4  # with shorter epochs, validation would take more than a tenth of the time
+MIN_STEPS_PER_EPOCH = 4  # a validation batch, being a forward pass, costs a third of a step: less than a tenth of four
 """Minimum length of an epoch in a run with a budget."""
 VAL_SHARE = 0.2
 """Default number of validation batches per training step."""
@@ -71,7 +71,7 @@ SETTINGS_RULES = {
 }
 """The rules of `suitable_settings`, in words for the help text."""
 NOMINAL_SPEED = 3_000
-"""Characters per second on two cores of a laptop, about; only for the settings that suit a run of minutes."""
+"""Characters per second, of the order of two cores with AVX2; only for the settings that suit a run of minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +183,8 @@ class Budget:
     """Epochs, if neither minutes nor characters are given; None means `suitable_chars`."""
     steps_per_epoch: int | None = None
     """Steps per epoch; None means 500 with `epochs`, else about a twentieth of the run."""
-    val_steps: int | None = None  # a fifth of the steps takes less than a tenth of the time: there is no backward pass
-    """Validation batches per epoch; None means a fifth of the steps."""
+    val_steps: int | None = None
+    """Validation batches per epoch; None means a fifth of the steps, a fifteenth of the work: there is no backward pass."""
     minutes: float | None = None
     """Minutes of wall-clock time from the start of the command to its end, summed over all starts of the run."""
     chars: int | None = None

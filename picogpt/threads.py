@@ -22,7 +22,7 @@ _SPINS = "10000"
 def spin_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
     """Let OpenMP threads sleep at a barrier after a fraction of a millisecond, unless the environment configures their waiting.
 
-    By default gcc's runtime spins for some ten milliseconds. If another program needs a core, threads then spin in turns with the
+    By default gcc's runtime spins for milliseconds. If another program needs a core, threads then spin in turns with the
     thread that they wait for, and training takes half as long again.
 
     Args:

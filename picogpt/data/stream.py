@@ -3,7 +3,7 @@
 Articles are concatenated, separated by empty lines, and cut into sequences of T + 1 characters, so all text is used and short
 articles share a sequence. Each batch draws sequences of different articles from a pool, and the next sequences of the stream take
 their places. The pool starts with about a thousand sequences, so that the first step comes soon, and grows to eight times as
-many: ten million characters, in another order in every pass.
+many: five million characters with the default's sequences, in another order in every pass.
 
 The state covers the articles taken from the reader, not those it has read ahead: a resumed run continues at the exact article.
 

@@ -32,7 +32,7 @@ class Blocks:
         self._weights, self._batch, self._n_head = weights, batch, config.n_head
         head_size, slots = config.n_embd // config.n_head, config.context_len + 1
         shape = (config.n_layer, batch, config.n_head)
-        # Keys are stored transposed: q @ keys then reads memory in order, and takes half the time.
+        # Keys are stored transposed: q @ keys then reads memory in order.
         self._keys = np.zeros((*shape, head_size, slots), np.float32)  # (L, B, H, D, S)
         # With a column of ones after the values, one product gives the weighted sum and the softmax denominator.
         self._values = np.ones((*shape, slots, head_size + 1), np.float32)  # (L, B, H, S, D + 1)

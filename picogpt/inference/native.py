@@ -66,7 +66,7 @@ class NativeModel:
         config = self.config = tensors.config
         self.library, self.dtype, self._arrays = library, dtype, []  # type: ctypes.CDLL, str, list[npt.NDArray[Any]]
         self.head_size = config.n_embd // config.n_head
-        # numpy and the kernels release the interpreter's lock, so two threads pack in about half the time.
+        # numpy and the kernels release the interpreter's lock, so threads pack beside one another.
         with ThreadPoolExecutor(threads) as pool:
             layers = pool.map(lambda i: self._layer(tensors, i), range(config.n_layer))
             self._layers = (LayerStruct * config.n_layer)(*layers)

@@ -57,7 +57,7 @@ class NativeWindow:
         # At least two rows for each text: the context vector's slot and one character.
         self._rows = max(_CHUNK_ROWS, 2 * batch)
         heads, D, S = (config.n_layer, batch, config.n_head), model.head_size, config.context_len + 1
-        # The KV cache of a large batch exceeds the processor's caches: with half the bytes it is read in half the time.
+        # The KV cache of a large batch exceeds the processor's caches: half the bytes are read faster.
         in_bfloat16 = batch >= _BFLOAT16_BATCH and model.dtype != "float32"
         cache_type = np.uint16 if in_bfloat16 else np.float32
         self._keys = aligned((*heads, D, padded(S)), cache_type)  # (L, B, H, D * SP), in panels of slots within a head

@@ -1,7 +1,8 @@
 """The model without its head as one autograd function over the native kernels.
 
-Weight gradients are deferred until all windows have gone backward: one GEMM over all rows of a text. In float32, where their
-inputs take twice the memory, they are accumulated window by window instead if a step has several sequences.
+Weight gradients are deferred until all windows have gone backward: one GEMM over all rows of a text. In float32, where
+their inputs take twice the memory, that gains nothing if a step has several sequences: then they are accumulated window by
+window.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The kernels compute the model without its head, forward and backward, and Muon's updates of the blocks' matrices.
 
 Between two GEMMs torch makes a pass over memory for every elementwise operation, and attention over short
-windows makes two more copies; in bfloat16, where GEMMs are fast, that is almost half of the time. Here it is one fused pass, and
+windows makes two more copies; in bfloat16, where GEMMs are fast, that weighs most. Here it is one fused pass, and
 attention stays in the processor's cache a head at a time, so that its weights are never stored (as in FlashAttention: Dao et al.,
 2022). Activations that are cheap to recompute are not kept for the backward pass. Matrices are packed once a step for all
 windows, and a text is one call, so that threads seldom wait for each other, and never for Python.

@@ -40,9 +40,9 @@ __all__ = ["History", "describe_recipe", "describe_settings", "run_view", "targe
 
 EXCERPT_CHARS = 400
 """Characters of the validation text that the page shades."""
-COUNTED_CHARS = 2_000_000  # about a second
+COUNTED_CHARS = 2_000_000  # more would delay the first epoch
 """Maximum number of training characters to count the n-gram on."""
-PREDICTED_CHARS = 256_000  # a long text would take minutes
+PREDICTED_CHARS = 256_000  # lzma is slow
 """Maximum number of validation characters for the losses of lzma and the n-gram."""
 
 

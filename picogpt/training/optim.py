@@ -55,7 +55,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Replace the singular values of each of `matrices` (n, rows, columns) by about 1: U S V^T becomes U V^T.
 
     An iteration is X <- (a I + b A + c A^2) X with the Gram matrix A = X X^T. For a wide matrix the small A alone can be
-    iterated, and X is multiplied with the result once: all five iterations then take half the time.
+    iterated, and X is multiplied with the result once, which is less arithmetic.
 
     Returns:
         Tensors of the same shape in `dtype`; singular values below a thousandth of the largest stay below 1.

@@ -16,7 +16,7 @@ from picogpt.wording import Notify
 __all__ = ["engine_backend", "sample_text"]
 
 SAMPLE_CHARS = 128
-"""Length of the sample after each epoch: a window of the default model, and 0.3 % of an epoch of a five-minute run."""
+"""Length of the sample after each epoch: a window of the default model, for about a tenth of a second."""
 
 
 def sample_text(model: GPT, text: TextConfig, notify: Notify) -> str:

@@ -85,7 +85,7 @@ static inline vf32 gelu(vf32 x) {
     p = p * t + 0.120753968f;
     p = p * t + 0.119629298f;
     vf32 below = p * t * vexp2(x * x * -0.72134752f);
-    /* Else a product with it may be denormal, which takes a hundred times as long. */
+    /* Else a product with it may be denormal, which takes many times as long. */
     below = select_lanes(size > 12.0f, (vf32){0}, below);
     return x * select_lanes(x < 0.0f, below, 1.0f - below);
 }

@@ -109,8 +109,8 @@ static inline void barrier_wait(struct worker worker) {
 }
 
 /* Flush denormal floats to zero in this thread; returns the setting before. Trained models produce them,
-   in GELU and softmax of very negative numbers, and x86 processors take about a hundred times as long
-   for them. */
+   in GELU and softmax of very negative numbers, and x86 processors are many times slower
+   with them. */
 static unsigned flush_denormals(void) {
 #ifdef __SSE2__
     const unsigned before = _mm_getcsr(), both = 0x8040; /* DAZ and FTZ: operands and results */
