@@ -65,8 +65,7 @@ class Model:
         self.path = path  # public: which model was chosen for None
         self._engine, self._text = engine, text
         self._tokenizer = CharTokenizer(self.alphabet)
-        # A model that is older than folding has seen <?> for accented letters, but it knows the plain letters.
-        self._encoder = TextEncoder(fold=text is None or text.fold, alphabet=self.alphabet)
+        self._encoder = TextEncoder.for_model(text)
 
     @property
     def alphabet(self) -> Alphabet:

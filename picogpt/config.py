@@ -170,7 +170,7 @@ class TrainConfig:
         given = {name: value for name, value in overrides.items() if value is not None}
         base = RECIPES.get(recipe, {})  # an unknown name is rejected with the other fields
         settings = {**base, **given, "recipe": recipe}
-        if "lr" in given and "min_lr" in base:
+        if "lr" in given and "min_lr" in base and "min_lr" not in given:
             # The floor keeps its ratio to the peak.
             settings["min_lr"] = base["min_lr"] / base["lr"] * given["lr"]
         return cls(**settings)

@@ -20,8 +20,6 @@ from picogpt.wording import plural
 
 __all__ = [
     "CPU",
-    "DType",
-    "Device",
     "check_compiler",
     "choose_device",
     "choose_dtype",
@@ -34,15 +32,11 @@ __all__ = [
     "torch_threads",
 ]
 
-# For modules that only pass them on and need nothing else from torch.
-Device = torch.device
-DType = torch.dtype
-
 CPU = torch.device("cpu")
 
 _TORCH_THREADS = torch.get_num_threads()  # torch's own choice, before we set another number
 
-# The model's largest GEMM, for eight sequences: (8 * 129, 256) x (256, 1024).
+# The default model's largest GEMM, for a window of eight sequences: (8 * 129, 256) x (256, 1024).
 _ROWS, _IN, _OUT = 1032, 256, 1024
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -165,7 +159,7 @@ def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
 def choose_dtype(name: str, device: torch.device = CPU) -> tuple[torch.dtype, str]:
     """Return the type of the GEMMs for a name of `picogpt.checks.DTYPES`, and the reason in a few words.
 
-    `auto` asks a GPU whether it supports bfloat16. On a CPU it times a GEMM of the model's shape in both types.
+    `auto` asks a GPU whether it supports bfloat16. On a CPU it times a GEMM of the default model in both types.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name], "as requested"

@@ -1,7 +1,7 @@
 """Exceptions for errors that a user can fix.
 
-Every exception that this package raises on purpose is a `PicoGPTError`. The command line turns it into one line on stderr and an
-exit code; any other exception is a bug and keeps its traceback.
+Every exception that this package raises for something that a user gave it is a `PicoGPTError`. The command line turns it into one
+line on stderr and an exit code; any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -91,7 +91,8 @@ def _temporary_file(path: Path) -> Iterator[tuple[int, Path]]:
     # In the same folder, as a rename works only within a file system; with a random part, as two processes may write at a time.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
     # O_EXCL fails if the file exists, and follows no symbolic link that someone has put there.
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    with _naming(path):
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         yield descriptor, temporary
     finally:
@@ -111,7 +112,7 @@ def _write_all(descriptor: int, chunk: bytes, path: Path) -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Add the file's name to an error of a call that has only a descriptor."""
+    """Name the file that the caller means in an error of a call that has a descriptor or a temporary name."""
     try:
         yield
     except OSError as error:

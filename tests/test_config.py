@@ -262,6 +262,22 @@ def test_settings_of_an_unknown_attention() -> None:
         RunSettings.from_dict({**run_settings().to_dict(), "attention": "flash"})
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("dtype", "fp16", "dtype must be one of auto, float32, bfloat16, got 'fp16'"),
+        ("device", "gpu", "device must be one of auto, cpu, cuda, mps, got 'gpu'"),
+        ("threads", 0, "threads must be from 1 to 1024, got 0"),
+        ("ranks", 0, "ranks must be a whole number of at least 1, got 0"),
+        ("kernels", "cuda", "kernels must be one of auto, c, torch, got 'cuda'"),
+    ],
+)
+def test_settings_of_an_unknown_backend(field: str, value: object, message: str) -> None:
+    """An edited backend is named before torch is asked for it."""
+    with pytest.raises(ConfigError, match=message):
+        RunSettings.from_dict({**run_settings().to_dict(), field: value})
+
+
 def test_settings_of_an_unknown_folding() -> None:
     """A rule of folding that a newer version may have is named, and not read as another one."""
     content = run_settings().to_dict()
@@ -280,6 +296,7 @@ def test_settings_refused(content: dict[str, Any]) -> None:
 def test_recipe_floor_follows_its_peak() -> None:
     """The original's lowest learning rate is a tenth of its highest, also where another one is given."""
     assert TrainConfig.from_recipe("seed", {"lr": 1e-5}).min_lr == pytest.approx(1e-6)
+    assert TrainConfig.from_recipe("seed", {"lr": 1e-5, "min_lr": 0.0}).min_lr == 0
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,14 @@ def test_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert caught.value.filename == str(tmp_path / "a")
 
 
+def test_missing_folder_names_the_file(tmp_path: Path) -> None:
+    """Where the temporary file cannot be made, the error names the file that was to be written."""
+    with pytest.raises(FileNotFoundError) as caught:
+        atomic_write(tmp_path / "none" / "a", b"new")
+
+    assert caught.value.filename == str(tmp_path / "none" / "a")
+
+
 def test_file_systems_without_unnamed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where O_TMPFILE is not supported a file is made and its name removed."""
     unnamed = getattr(os, "O_TMPFILE", 0)

@@ -73,7 +73,11 @@ def build_parser() -> Parser:
     run = parser.add_argument_group("run")
     run.add_argument("--run", metavar="NAME", help="folder under the logs folder (default: the text's name)")
     run.add_argument("--logs-dir", metavar="DIR", type=Path, default=LOGS_DIR, help="folder of all runs (default: logs)")
-    run.add_argument("--fresh", action="store_true", help="start over; the old folder is kept under a new name")
+    run.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start over, on the run's text unless another is named; the old folder is kept under a new name",
+    )
     run.add_argument("--dry-run", action="store_true", help="forecast time, memory, disk and network without training")
     # Initial weights of a new run, from one source at most.
     begin = run.add_mutually_exclusive_group()
@@ -139,7 +143,7 @@ def _add_length(parser: Parser) -> None:
     )
     meaning = "end early, after N epochs without a better validation loss, which is that of the weights' mean; not with --minutes"
     add_setting(group, "--patience", meaning=f"{meaning} (default: none)")
-    add_setting(group, "--steps-per-epoch", meaning="steps per epoch (default: a twentieth of the run; with --epochs 500)")
+    add_setting(group, "--steps-per-epoch", meaning="steps per epoch (default: a twentieth of the run; 500 if --epochs is given)")
     meaning = "validation batches per epoch, at most the whole validation text (default: a fifth of the steps)"
     add_setting(group, "--val-steps", meaning=meaning)
 

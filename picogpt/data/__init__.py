@@ -1,11 +1,9 @@
 """Data loading: files and named corpora in memory, streams of the hub; all cut into batches. No torch here; batches are numpy."""
 
 from picogpt.data.articles import ArticleReader, draw_validation
-from picogpt.data.batches import Batch, RandomSource, Source, Stop, TextSource, ValidationStore, WaitInterrupted, split_text
+from picogpt.data.batches import Batch, RandomSource, Source, Stop, TextSource, WaitInterrupted, split_text
 from picogpt.data.corpora import DATASETS, load_dataset
 from picogpt.data.hub import NAMED_STREAMS, StreamSpec, find_shards, resolve_stream
-from picogpt.data.network import check_environment
-from picogpt.data.outage import START_PATIENCE
 from picogpt.data.shards import Shards
 from picogpt.data.stream import StreamSource, download_bytes
 from picogpt.data.text import Corpus, check_unknown, read_texts
@@ -13,7 +11,6 @@ from picogpt.data.text import Corpus, check_unknown, read_texts
 __all__ = [
     "DATASETS",
     "NAMED_STREAMS",
-    "START_PATIENCE",
     "ArticleReader",
     "Batch",
     "Corpus",
@@ -24,9 +21,7 @@ __all__ = [
     "StreamSource",
     "StreamSpec",
     "TextSource",
-    "ValidationStore",
     "WaitInterrupted",
-    "check_environment",
     "check_unknown",
     "download_bytes",
     "draw_validation",

@@ -88,6 +88,10 @@ class Source(Protocol):
     def summary(self) -> str:
         """Return a line about the text read so far; empty if there is nothing to report."""
 
+    @property
+    def snapshot_bytes(self) -> int:
+        """Most bytes that the arrays of a snapshot take, but for an article of which a part has been read."""
+
     def snapshot(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return the arrays and plain values from which `restore` continues with the next batch."""
 
@@ -192,6 +196,11 @@ class TextSource:
     def summary(self) -> str:
         """Return an empty line: all of the text is used."""
         return ""
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """0: the step is enough."""
+        return 0
 
     def snapshot(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return nothing: batches depend on the step alone."""

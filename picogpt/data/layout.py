@@ -57,7 +57,9 @@ def training_files(folder: Path, config: str | None) -> tuple[str, list[Path]]:
         raise DataError(f"{error.filename or folder}: cannot be read ({error.strerror}); check its permissions") from error
     files = splits.get("train", [])
     if not files:
-        raise DataError(f"{folder}: it has no train split; it has {', '.join(splits)}")
+        what = "no file matches the patterns of its train split" if "train" in splits else "it has no train split"
+        others = ", ".join(split for split in splits if split != "train")
+        raise DataError(f"{folder}: {what}" + (f"; it has {others}" if others else ""))
     # As on the hub, one data set has one format: the most frequent one, ties broken by the order of FORMATS.
     count = Counter(format_of(file) for file in files)
     chosen = max(dict.fromkeys(FORMATS.values()), key=lambda name: count[name])
@@ -85,7 +87,7 @@ def _find_splits(folder: Path, config: str | None) -> dict[str, list[Path]]:
     if config is None and len(configs) == 1:
         # A single configuration needs no name.
         chosen = next(iter(configs.values()))
-    elif config in configs or "default" in configs:
+    elif (config or "default") in configs:
         chosen = configs[config or "default"]
     elif configs or config is not None:
         raise DataError(
@@ -95,7 +97,7 @@ def _find_splits(folder: Path, config: str | None) -> dict[str, list[Path]]:
     else:
         return _split_by_names(folder)
     # data_dir moves the root; without data_files, splits below it are found by name.
-    base = folder / str(chosen.get("data_dir") or "")
+    base = folder / _inside(folder, str(chosen.get("data_dir") or ""))
     if chosen.get("data_files") is None:
         return _split_by_names(base)
     # Patterns are relative to data_dir.
@@ -113,7 +115,7 @@ def _listed_configs(folder: Path) -> dict[str, dict[str, Any]]:
     front = _FRONT_MATTER.match(readme.read_text(encoding="utf-8-sig", errors="replace"))
     try:
         content = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as February 30 is a bare ValueError
         raise DataError(f"{readme}: invalid YAML at its beginning ({_one_line(error)}); fix it, or move the file away") from error
     listed = content.get("configs") if isinstance(content, dict) else None
     if listed is None:
@@ -140,12 +142,17 @@ def _patterns(folder: Path, data_files: Any) -> dict[str, list[str]]:
         if "path" in pairs:
             pairs = {str(pairs.get("split", "train")): pairs["path"]}
         for split, paths in pairs.items():
-            found.setdefault(str(split), []).extend(map(str, paths if isinstance(paths, list) else [paths]))
-    for pattern in (pattern for patterns in found.values() for pattern in patterns):
-        # A README must not make the reader open files elsewhere on the disk.
-        if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-            raise DataError(f"{folder / 'README.md'}: {pattern} is outside the folder; fix it, or move the file away")
+            patterns = paths if isinstance(paths, list) else [paths]
+            found.setdefault(str(split), []).extend(_inside(folder, str(pattern)) for pattern in patterns)
     return found
+
+
+def _inside(folder: Path, path: str) -> str:
+    """Return a path or pattern of the README unless it leads out of `folder`."""
+    # A README must not make the reader open files elsewhere on the disk.
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise DataError(f"{folder / 'README.md'}: {path} is outside the folder; fix it, or move the file away")
+    return path
 
 
 def _matching(base: Path, patterns: Sequence[str]) -> list[Path]:

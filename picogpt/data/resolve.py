@@ -25,7 +25,7 @@ from picogpt.data.network import check_environment
 from picogpt.data.outage import START_PATIENCE
 from picogpt.data.shards import Shards
 from picogpt.data.stream import StreamSource
-from picogpt.data.text import Corpus, check_unknown, read_texts
+from picogpt.data.text import Corpus, check_unknown, read_texts, require_piped_text
 from picogpt.files import existing_folder
 from picogpt.ids import Ids
 from picogpt.wording import Notify
@@ -256,6 +256,7 @@ def find_text(
     # Nothing named: use the text of the run.
     if not asked.is_named and stored is not None:
         paths, dataset = stored.text, stored.dataset
+        require_piped_text(paths)
     check_text_column(column, streamed=not paths and dataset is not None and dataset not in DATASETS)
     # A run keeps its alphabet and its folding for life, as others would change the ids of its text.
     alphabet, fold = (stored.alphabet, stored.fold) if stored else _resolve_characters(asked, inherited)

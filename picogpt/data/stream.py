@@ -203,6 +203,12 @@ class StreamSource:
         """Return a line about how much text was read, for training and for validation."""
         return str(self._usage)
 
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes of the full pool, and of sequences that are not in it yet."""
+        fresh = 2 * self._batch_size * int(self._pool[0].nbytes)
+        return int(self._pool.nbytes) + int(self._article_of.nbytes) + fresh
+
     def snapshot(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return the pool, the text not yet in it, the cursor and the counts."""
         # Copies: the caller may write them while training changes the pool.

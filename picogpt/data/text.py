@@ -31,7 +31,7 @@ from picogpt.ids import Ids, id_dtype
 from picogpt.tokenizer import Tally, TextEncoder, list_commonest
 from picogpt.wording import Notify, plural, say_nothing
 
-__all__ = ["Corpus", "check_unknown", "read_texts"]
+__all__ = ["Corpus", "check_unknown", "read_texts", "require_piped_text"]
 
 MAX_CHARS_IN_MEMORY = 1 << 26
 """Longest text held in memory; the ids of a longer one are mapped from a file in the logs folder."""
@@ -224,6 +224,17 @@ def _blocks(path: str, notify: Notify, copies: Mapping[str, BinaryIO]) -> Iterat
             yield from decode_stream(stream, name=path, notify=notify, block_bytes=_BLOCK_BYTES)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path of --text") from error
+
+
+def require_piped_text(paths: Sequence[str]) -> None:
+    """Check that a run whose text came from standard input gets it again.
+
+    Raises:
+        DataError: `paths` has standard input, which is a terminal.
+    """
+    # Reading would wait for the keyboard without a word.
+    if STDIN in paths and sys.stdin is not None and sys.stdin.isatty():
+        raise DataError("the run's text came from standard input: pipe the same text in again, with --text -")
 
 
 @contextlib.contextmanager

@@ -33,7 +33,6 @@ from picogpt.evaluation.scores import cut_stretches
 from picogpt.ids import Ids
 from picogpt.runs.folder import RunFolder
 from picogpt.runs.model_file import load_text_config
-from picogpt.runs.names import CONFIG_FILE
 from picogpt.runs.settings import RunSettings
 from picogpt.wording import Notify
 
@@ -96,15 +95,12 @@ class TrainedRun:
         run, text = RunFolder(path.parent), load_text_config(path)
         if not run.has_config():  # a model file of its own, outside of any run
             return cls(run, None, text)
-        try:
-            trained = cls(run, RunSettings.from_dict(run.read_config()), text)
-        except ConfigError as error:
-            raise RunError(f"{run.path / CONFIG_FILE}: {error}; move it away and name a text with --text") from error
-        assert trained.settings is not None
-        if trained.settings.data.alphabet != trained.alphabet:
+        settings = run.read_settings("move it away and name a text with --text")
+        trained = cls(run, settings, text)
+        if settings.data.alphabet != trained.alphabet:
             raise RunError(
                 f"{path}: the model has the alphabet {trained.alphabet.describe()}, and its run "
-                f"{trained.settings.data.alphabet.describe()}; put the run's own model back"
+                f"{settings.data.alphabet.describe()}; put the run's own model back"
             )
         return trained
 
@@ -156,8 +152,9 @@ def find_eval_text(trained: TrainedRun, asked: TextRequest, *, sequence_len: int
     # The fingerprint recognises the run's own text under any file name.
     known = trained.settings is not None and corpus.fingerprint == trained.settings.data.sha256
     if known:
+        flag = "--text" if asked.paths else "--dataset"
         notify(
-            f"warning: {corpus.name}: the run was trained on nine tenths of this text; leave out --text to score only the "
+            f"warning: {corpus.name}: the run was trained on nine tenths of this text; leave out {flag} to score only the "
             "last tenth"
         )
     return EvalText(corpus.name, "all of it", cut_stretches(corpus.ids, sequence_len), "stretches", corpus if known else None)
@@ -217,7 +214,7 @@ def _own_text(trained: TrainedRun, sequence_len: int, console: Console) -> EvalT
         if not run.has_validation():
             raise RunError(f"{run.path}: the run's validation text is missing; name a text with --text or --dataset")
         # Empty lines separate paragraphs as well as articles, so the articles cannot be recovered.
-        articles = cut_stretches(run.load_validation(), sequence_len)
+        articles = cut_stretches(run.load_validation("name a text with --text or --dataset"), sequence_len)
         return EvalText(settings.data.name, "the validation text of the run", articles, "stretches")
     corpus = _read_own(settings, trained.scratch, console, local=False)
     _announce(corpus, console.notify)
@@ -273,12 +270,10 @@ def _find_shards(trained: TrainedRun, dataset: str, column: str | None, notify: 
     own = stored is not None and stored.dataset in {spec.name, spec.address}
     if stored is not None and stored.characters is None and not own:
         notify(f"warning: the run was trained on another stream, {stored.dataset}, which may contain some of these articles")
-    shards = None
+    if stored is not None and column is None and stored.text_column:
+        spec = replace(spec, columns=(stored.text_column,))
     # The shards that the run has stored pin its commit: the same articles are for validation as in training.
-    if stored is not None and column is None:
-        run_spec = replace(spec, columns=(stored.text_column,) if stored.text_column else spec.columns)
-        shards = stored_shards(run_spec, stored)
-    shards = shards or find_shards(spec, notify)
+    shards = stored_shards(spec, stored) or find_shards(spec, notify)
     notify(f"{spec.describe(shards)}; scoring validation articles, the one in twenty that no run is trained on")
     return _Stream(spec.path, spec.short_name, shards), own
 

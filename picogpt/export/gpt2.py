@@ -17,10 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.alphabet import PICOGPT, UNKNOWN_ID, Alphabet
-from picogpt.config import GPTConfig, TextConfig, alphabet_of
+from picogpt.config import GPTConfig, SampleConfig, TextConfig, alphabet_of
 from picogpt.errors import RunError
 from picogpt.files import atomic_write
 from picogpt.inference.generate import suppressed_ids
+from picogpt.inference.tensors import Tensors
+from picogpt.inference.weights import Weights
 from picogpt.runs.model_file import load_model
 from picogpt.runs.tensor_file import serialize_tensors
 from picogpt.tokenizer import CharTokenizer
@@ -62,6 +64,7 @@ class Gpt2Model:
             RunError: the model is missing or damaged, or it has no biases.
         """
         model = load_model(path)
+        Weights(Tensors(model.config, model.weights))  # raises where the engine would
         return cls(path.resolve().parent.name, model.config, model.weights, model.text)
 
     @property
@@ -115,7 +118,7 @@ class Gpt2Model:
         return {
             "bos_token_id": self.bos_id,
             "do_sample": True,
-            "temperature": 0.5,
+            "temperature": SampleConfig().temperature,
             "top_k": 0,  # no limit; the default of transformers is 50
             "max_length": self.config.context_len + 1,
             "suppress_tokens": suppressed_ids(self.text).tolist(),

@@ -174,7 +174,6 @@ def _header(view: ModelView) -> dict[str, Any]:
         "context_len": config.context_len,
         "vocab_size": config.vocab_size,
         "hop": GenerateConfig().hop_for(config.context_len),
-        # As many windows of a prompt as in training.
         "roll_windows": MAX_PROMPT_WINDOWS,
         "never": suppressed_ids(view.text).tolist(),
         "characters": [tokenizer.decode([i]) for i in range(alphabet.vocab_size)],

@@ -8,15 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from picogpt.files import atomic_write
-from picogpt.inference.tensors import to_bfloat16
+from picogpt.inference.tensors import Tensors, to_bfloat16
+from picogpt.inference.weights import Weights
 from picogpt.runs.folder import RunFolder
 from picogpt.runs.loss_log import LossLog
 from picogpt.runs.model_file import load_model, model_metadata
 from picogpt.runs.names import MODEL_FILE
-from picogpt.runs.settings import RunSettings
 from picogpt.runs.tensor_file import serialize_tensors
 
 __all__ = ["write_pack"]
+
+_REMEDY = "only a run can be packed, and its config.json is part of it"
 
 
 def write_pack(model: Path, folder: Path) -> LossLog:
@@ -31,13 +33,13 @@ def write_pack(model: Path, folder: Path) -> LossLog:
 
     Raises:
         RunError: something of the run is missing or damaged.
-        ConfigError: its settings are not valid.
         OSError: something cannot be written.
     """
     source, target = RunFolder(model.parent), RunFolder(folder)
-    settings, log = source.read_config(), source.read_log()
-    RunSettings.from_dict(settings)
+    source.read_settings(_REMEDY)  # raises where they are not valid
+    settings, log = source.read_config(_REMEDY), source.read_log()
     stored = load_model(model)
+    Weights(Tensors(stored.config, stored.weights))  # raises where the engine would
     rounded = {name: to_bfloat16(array) for name, array in stored.weights.items()}
     metadata = model_metadata(stored.config, stored.text)
     atomic_write(folder / MODEL_FILE, serialize_tensors(rounded, metadata, bfloat16=True))

@@ -14,7 +14,7 @@ import numpy.typing as npt
 # torch is not imported here, so that generation starts in a fraction of a second.
 from picogpt.config import EngineDType, GPTConfig
 from picogpt.errors import BuildError, ConfigError
-from picogpt.inference.native import NativeModel
+from picogpt.inference.native import MAX_WORKERS, NativeModel
 from picogpt.inference.native_window import NativeWindow, score_windows
 from picogpt.inference.tensors import Floats, Tensors
 from picogpt.inference.weights import Weights
@@ -71,7 +71,7 @@ class Engine:
         config: the model's shape.
         arrays: its state dict as arrays, nanoGPT's names; `lm_head.weight` may be missing, as it is tied to the embedding.
         backend: native kernels or numpy.
-        threads: maximum number of threads.
+        threads: maximum number of threads; the native kernels take at most `picogpt.inference.native.MAX_WORKERS`.
         dtype: type of the matrices; `auto` is bfloat16 in C. numpy supports float32 only.
 
     Raises:
@@ -94,7 +94,8 @@ class Engine:
         # Either way the weights are packed once, here, and the arrays of the file can be freed.
         if backend.library is not None:
             self.dtype = "bfloat16" if dtype == "auto" else dtype
-            self._native = NativeModel(backend.library, tensors, self.dtype, threads)
+            self.threads = min(threads, MAX_WORKERS)
+            self._native = NativeModel(backend.library, tensors, self.dtype, self.threads)
         elif dtype in _NUMPY_DTYPES:
             self.dtype = "float32"
             self._weights = Weights(tensors)

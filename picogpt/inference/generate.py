@@ -44,7 +44,7 @@ Ids = npt.NDArray[np.integer[Any]]
 Filter = Callable[[Scores], Scores]
 
 MAX_PROMPT_WINDOWS = 10
-"""Maximum number of windows read of a prompt, counted from its end: the length of a training sequence."""
+"""Maximum number of windows read of a prompt, counted from its end: 1,280 characters, as far as the original's roll reaches."""
 
 _CALL_SECONDS = 0.02
 """Target duration of one call of `Decoder.decode`: text appears smoothly, and Ctrl-C is handled between two calls."""

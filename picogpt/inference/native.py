@@ -18,7 +18,10 @@ import numpy.typing as npt
 from picogpt.inference.layout import GROUP, PANEL, LayerStruct, MatrixStruct, ModelStruct, NumberType, declare_functions
 from picogpt.inference.tensors import Floats, Tensors, check_largest
 
-__all__ = ["NativeModel", "aligned", "padded"]
+__all__ = ["MAX_WORKERS", "NativeModel", "aligned", "padded"]
+
+MAX_WORKERS = 64
+"""Most threads that work on a model, the caller's included; `MAX_THREADS` in threads.h."""
 
 _TYPES = {"float32": NumberType.FLOAT32, "bfloat16": NumberType.BFLOAT16_PAIRS, "int8": NumberType.INT8_FOURS}
 _INPUTS_PER_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}

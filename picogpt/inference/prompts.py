@@ -67,8 +67,7 @@ class TextGenerator:
         self._hop = make.hop_for(engine.config.context_len)
         alphabet = alphabet_of(text)
         self._tokenizer, self._special_ids = CharTokenizer(alphabet), alphabet.special_ids
-        # A model that is older than folding has seen <?> for accented letters, but it knows the plain letters.
-        self._encoder = TextEncoder(fold=text is None or text.fold, alphabet=alphabet)
+        self._encoder = TextEncoder.for_model(text)
         self._suppressed = suppressed_ids(text, chat=chat)
         self._conversation: list[int] = []  # ids of all questions and answers so far
         self._turns = 0  # prompts so far
@@ -166,7 +165,6 @@ class TextGenerator:
             special = self._special_ids
             self._conversation += [special["<Q>"], *ids, special["</Q>"], *self._newline(), special["<A>"]]
             ids = self._conversation
-        # As many windows as in a training sequence; the model has not learned to use more.
         longest = MAX_PROMPT_WINDOWS * self._engine.config.context_len
         if len(ids) > longest:
             self._notify(f"the prompt has {len(ids):,} characters; the model reads the last {longest:,}")

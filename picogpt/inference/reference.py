@@ -44,6 +44,6 @@ class ReferenceModel:
         new = torch.from_numpy(ids.astype(np.int64))
         self._ids = new if self._ids is None else torch.cat((self._ids, new), dim=1)
         # The model cuts the text into windows itself: the first takes the remainder, all others are full.
-        logits, _ = self.model(self._ids)  # (B, T, V)
+        logits, _ = self.model(self._ids)  # (B, 1, V): without targets, the last position alone
         last: npt.NDArray[np.float32] = logits[:, -1].numpy()
         return last

@@ -36,6 +36,7 @@ from picogpt.kernels.bindings import (
     check_layout,
 )
 from picogpt.kernels.build import load_library
+from picogpt.wording import say_nothing
 
 __all__ = [
     "INSTRUCTIONS",
@@ -224,12 +225,8 @@ def kernels_name(kernels: Kernels | None) -> str:
     return "torch" if kernels is None else "c"
 
 
-def _say_nothing(_: str) -> None:
-    """Drop a message: the default of callers that print nothing."""
-
-
 def select_kernels(
-    name: str, config: GPTConfig, dtype: torch.dtype, device: torch.device, notify: Callable[[str], None] = _say_nothing
+    name: str, config: GPTConfig, dtype: torch.dtype, device: torch.device, notify: Callable[[str], None] = say_nothing
 ) -> tuple[Kernels | None, str]:
     """Return the kernels for a name of `picogpt.checks.KERNELS`, or None for torch; and the reason in a few words.
 
@@ -269,7 +266,7 @@ def _unsupported_reason(config: GPTConfig, device: torch.device) -> str | None:
     return None
 
 
-def compile_kernels(config: GPTConfig, dtype: torch.dtype, notify: Callable[[str], None] = _say_nothing) -> Kernels:
+def compile_kernels(config: GPTConfig, dtype: torch.dtype, notify: Callable[[str], None] = say_nothing) -> Kernels:
     """Return the kernels for this model shape, compiled now or loaded from the cache.
 
     Raises:

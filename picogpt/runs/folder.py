@@ -56,6 +56,9 @@ from picogpt.wording import Notify, did_you_mean
 
 __all__ = ["RunFolder", "default_run", "named_run", "resumable_runs"]
 
+START_OVER = "start over with --fresh, the folder is kept"
+"""What to do about a run whose files are damaged, when training."""
+
 
 class RunFolder:
     """The folder of one run. The constructor does not touch the disk; `create` makes the folder."""
@@ -173,8 +176,11 @@ class RunFolder:
         text = json.dumps({"format": FORMAT_VERSION, **content}, indent=2) + "\n"
         atomic_write(self.path / CONFIG_FILE, text.encode())
 
-    def read_config(self) -> dict[str, Any]:
+    def read_config(self, remedy: str = START_OVER) -> dict[str, Any]:
         """Read `config.json`.
+
+        Args:
+            remedy: what to do if it is damaged, for the message.
 
         Raises:
             RunError: the file is missing, is not a JSON object, or has a newer format.
@@ -183,13 +189,28 @@ class RunFolder:
         try:
             content = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:  # deeply nested JSON recurses
-            raise RunError(f"{path}: cannot be read ({error}); start over with --fresh, the folder is kept") from error
+            raise RunError(f"{path}: cannot be read ({error}); {remedy}") from error
         if not isinstance(content, dict):
-            raise RunError(f"{path}: not a run's config; start over with --fresh, the folder is kept")
+            raise RunError(f"{path}: not a run's config; {remedy}")
         check_version(path, content.get("format"))
         return content
 
-    def read_settings(self) -> RunSettings | None:
+    def read_settings(self, remedy: str = START_OVER) -> RunSettings:
+        """Return the settings in `config.json`.
+
+        Args:
+            remedy: what to do if they are damaged, for the message.
+
+        Raises:
+            RunError: the file is missing or damaged, or has a newer format.
+        """
+        content = self.read_config(remedy)
+        try:
+            return RunSettings.from_dict(content)
+        except ConfigError as error:
+            raise RunError(f"{self.path / CONFIG_FILE}: {error}; {remedy}") from error
+
+    def settings_to_resume(self) -> RunSettings | None:
         """Return the settings of the run to resume, or None if no run has started here.
 
         Raises:
@@ -197,11 +218,7 @@ class RunFolder:
         """
         # A config without a checkpoint and without a model: the run was killed before its first checkpoint, and starts again.
         if self.has_checkpoint() or (self.has_config() and not self.has_model()):
-            content = self.read_config()
-            try:
-                return RunSettings.from_dict(content)
-            except ConfigError as error:
-                raise RunError(f"{self.path / CONFIG_FILE}: {error}; start over with --fresh, the folder is kept") from error
+            return self.read_settings()
         if self.has_model():
             raise RunError(
                 f"{self.path}: a trained model without a checkpoint to resume from; choose another --run, "
@@ -271,8 +288,8 @@ class RunFolder:
                 replace(self.path / CHECKPOINT_FILE, self.path / DAMAGED_FILE)
             return checkpoint, f"{faults[0]}; it is kept as {DAMAGED_FILE}, resuming from the previous checkpoint"
         if faults:
-            raise RunError(f"{'; '.join(faults)}; nothing to resume: start over with --fresh, the folder is kept")
-        raise RunError(f"{self.path}: no checkpoint to resume; start over with --fresh, the folder is kept")
+            raise RunError(f"{'; '.join(faults)}; nothing to resume: {START_OVER}")
+        raise RunError(f"{self.path}: no checkpoint to resume; {START_OVER}")
 
     def save_validation(self, ids: Ids) -> None:
         """Write `validation.safetensors`: a stream's validation text, ids (characters,), drawn once."""
@@ -280,8 +297,11 @@ class RunFolder:
         metadata = {"format": str(FORMAT_VERSION), "sha256": digest({"ids": ids}, "")}
         atomic_write(self.path / VALIDATION_FILE, serialize_tensors({"ids": ids}, metadata))
 
-    def load_validation(self) -> Ids:
+    def load_validation(self, remedy: str = START_OVER) -> Ids:
         """Read `validation.safetensors`.
+
+        Args:
+            remedy: what to do if it is damaged, for the message.
 
         Raises:
             RunError: the file is missing or damaged.
@@ -290,7 +310,7 @@ class RunFolder:
         with open_tensors(path) as stored:
             metadata, tensors = stored.metadata, dict(stored)
         if metadata.get("sha256") != digest(tensors, ""):
-            raise RunError(f"{path}: damaged (its SHA-256 does not match); start over with --fresh, the folder is kept")
+            raise RunError(f"{path}: damaged (its SHA-256 does not match); {remedy}")
         return tensors["ids"]
 
     def write_log(self, log: LossLog) -> None:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from picogpt.alphabet import Alphabet
-from picogpt.checks import ATTENTIONS, KERNELS, check_choice, require
+from picogpt.checks import ATTENTIONS, DEVICES, DTYPES, KERNELS, check_choice, check_threads, require, require_whole
 from picogpt.config import DataConfig, GPTConfig, TrainConfig
 from picogpt.errors import ConfigError
 from picogpt.schedule import Budget, Schedule
@@ -24,7 +24,7 @@ class RunSettings:
     """Everything that determines a run's numbers; stored so that a resumed run continues bit for bit.
 
     Raises:
-        ConfigError: kernels or attention are unknown.
+        ConfigError: a part of the backend is unknown or out of its range.
     """
 
     model: GPTConfig
@@ -51,6 +51,10 @@ class RunSettings:
     """Absolute path of the initial model, or of the original project's log; None for random weights."""
 
     def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("device", self.device, DEVICES)
+        check_threads(self.threads)
+        require_whole("ranks", self.ranks, 1)
         check_choice("kernels", self.kernels, KERNELS)
         check_choice("attention", self.attention, ATTENTIONS)
 

@@ -12,7 +12,7 @@ from picogpt.wording import format_bytes
 
 __all__ = ["DiskNeed", "check_disk"]
 
-SMALL_FILES = 400_000  # config, loss log, plot, and a stream's validation text
+SMALL_FILES = 700_000  # config, loss log, plot, page, and a stream's validation text, two bytes a character at most
 MARGIN = 50_000_000  # bytes that should stay free for other programs; less is a warning
 
 

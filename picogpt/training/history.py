@@ -30,7 +30,6 @@ from picogpt.kernels.compiled import kernels_name
 from picogpt.runs.folder import RunFolder
 from picogpt.runs.loss_log import LossLog
 from picogpt.runs.names import EPOCHS_FILE
-from picogpt.runs.settings import RunSettings
 from picogpt.tokenizer import CharTokenizer
 from picogpt.training.sample import sample_text
 from picogpt.training.state import TrainState
@@ -156,7 +155,7 @@ def run_view(name: str, folder: Path, log: LossLog) -> RunView:
     if view.settings:
         return view
     try:
-        settings = RunSettings.from_dict(RunFolder(folder).read_config())
+        settings = RunFolder(folder).read_settings()
     except PicoGPTError:
         return view  # a log without its run
     return replace(view, settings=describe_recipe(settings.model, settings.train))

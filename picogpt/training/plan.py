@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from picogpt.alphabet import PICOGPT
+from picogpt.alphabet import PICOGPT, TEXT
 from picogpt.backend import Backend, BackendChoice
-from picogpt.config import DataConfig, GPTConfig, TrainConfig
+from picogpt.config import DataConfig, GPTConfig, TextRequest, TrainConfig
 from picogpt.data import Source
 from picogpt.data.resolve import Console, FoundText, find_text
-from picogpt.errors import ConfigError, TrainingError
+from picogpt.data.text import require_piped_text
+from picogpt.errors import ConfigError, RunError, TrainingError
 from picogpt.runs.folder import RunFolder, default_run, named_run
+from picogpt.runs.names import CONFIG_FILE
 from picogpt.runs.settings import RunSettings
 from picogpt.schedule import Budget
 from picogpt.training.distributed import Ranks
@@ -119,23 +121,52 @@ class Plan:
 
 def _locate(request: TrainRequest, console: Console) -> tuple[InitFrom | None, RunFolder, RunSettings | None, FoundText]:
     """Find the model to start from, the run's folder and settings, and the text, whose name is the default for the run."""
-    origin = InitFrom.find(request)
+    origin, asked = InitFrom.find(request), request.text
+    if request.fresh and request.run is not None and not asked.is_named:
+        asked = _text_of_run(RunFolder(request.logs_dir / request.run), asked, console.notify)
     # A new run with no alphabet requested has that of the model it starts from.
     find = functools.partial(
-        find_text, request.text, scratch=request.logs_dir, console=console, inherited=origin.alphabet if origin else PICOGPT
+        find_text, asked, scratch=request.logs_dir, console=console, inherited=origin.alphabet if origin else PICOGPT
     )
     if request.run is None:
-        # The text is found first: it is not read yet, and a stream sends no request.
+        # The text is found first, as the run is named after it. Files are not read yet, and a stream sends no request.
         text = find(None)
         folder = default_run(request.logs_dir / text.name, console.notify)
     else:
         text = None
         folder = named_run(request.logs_dir / request.run, may_be_new=request.names_a_text, notify=console.notify)
-    stored = None if request.fresh else folder.read_settings()
+    stored = None if request.fresh else folder.settings_to_resume()
     if text is None or stored is not None:
         # A resumed run keeps its folding, and a stream its commit, which are known only now.
         text = find(stored.data if stored else None)
     return origin, folder, stored, text
+
+
+def _text_of_run(folder: RunFolder, asked: TextRequest, notify: Notify) -> TextRequest:
+    """Return the request for the text of a run that starts over; `asked`, which names none, if there is no such run.
+
+    Raises:
+        ConfigError: the run's settings are damaged, so that its text is not known.
+    """
+    if not folder.has_config():
+        if folder.path.exists():
+            notify(f"{folder.path}: no config.json names its text, and neither --dataset nor --text is given: the text is auto")
+        return asked
+    try:
+        data = folder.read_settings().data
+    except RunError as error:
+        raise ConfigError(
+            f"{folder.path / CONFIG_FILE}: damaged, so that the run's text is not known; to start over, name it with --text or "
+            "--dataset"
+        ) from error
+    require_piped_text(data.text)
+    notify(f"{folder.path}: starting over with its text, {data.name}")
+    # The text's own characters may be others by now.
+    alphabet = asked.alphabet or (TEXT if data.alphabet.name == TEXT else data.alphabet)
+    # Another alphabet has its own rule of folding.
+    fold = data.fold if asked.fold is None and asked.alphabet is None else asked.fold
+    column = asked.column or data.text_column
+    return replace(asked, paths=data.text, dataset=data.dataset, column=column, fold=fold, alphabet=alphabet)
 
 
 def _check_patience(budget: Budget, ranks: Ranks) -> None:

@@ -144,7 +144,7 @@ class TrainRequest:
 
     def _resumed_train_config(self, stored: RunSettings) -> TrainConfig:
         overrides = dict(self.train)
-        if "lr" in overrides:
+        if "lr" in overrides and "min_lr" not in overrides:
             # The floor keeps its ratio to the peak.
             overrides["min_lr"] = stored.train.min_lr / stored.train.lr * overrides["lr"]
         return TrainConfig(**{**asdict(stored.train), **overrides})

@@ -120,9 +120,7 @@ class TrainingRun:
             self._notify(f"the existing run would be kept as {folder.next_backup_name()}")
         if plan.stored is not None and folder.has_checkpoint():
             # Only the counters are needed; a damaged checkpoint is not renamed, as a dry run changes nothing.
-            state = folder.load_checkpoint(rename=False)[0].state
-            self.trainer.step, self.trainer.seconds = int(state["step"]), float(state["seconds"])
-            self.trainer.stored_schedule = state.get("plan")
+            self.trainer.restore_counters(folder.load_checkpoint(rename=False)[0].state)
             self._notify(f"{folder.path}: would resume from step {self.trainer.step:,}")
         self.schedule = self._fix_schedule()
         plan.request.check_length(self.schedule.total_steps, self.trainer.step)
@@ -186,7 +184,7 @@ class TrainingRun:
     def _disk_need(self) -> DiskNeed:
         # float32 on disk, whatever the type of the GEMMs.
         weights = sum(4 * parameter.numel() for parameter in self.trainer.model.parameters())
-        return DiskNeed(model=weights, checkpoint=self.trainer.checkpoint_bytes())
+        return DiskNeed(model=weights, checkpoint=self.trainer.checkpoint_bytes() + self._source.snapshot_bytes)
 
     def _restore(self) -> None:
         checkpoint, fault = self.folder.load_checkpoint()

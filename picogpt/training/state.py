@@ -204,6 +204,8 @@ class TrainState:
             RunError: the weights have another shape; nothing is changed.
         """
         self.model.load_arrays(weights)
+        if self.average is not None:
+            self.average = WeightAverage(self.model)  # it has begun with the weights before
 
     def state_tensors(self) -> Tensors:
         """Return the weights, their mean and the optimizers' state, by name."""

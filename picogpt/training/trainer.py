@@ -9,7 +9,7 @@ machine. With minutes, the number of steps and the learning rates also depend on
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -400,8 +400,12 @@ class Trainer(TrainState):
         tensors, state = checkpoint.tensors, checkpoint.state
         # First, as it validates all shapes before it changes anything.
         self.load_tensors(tensors)
-        self.step = int(state["step"])
         self.source.restore(strip_prefix("data.", tensors), state["data"])
+        self.restore_counters(state)
+
+    def restore_counters(self, state: Mapping[str, Any]) -> None:
+        """Restore what a checkpoint's `state` says of the run's course: steps, seconds, the log and the schedule."""
+        self.step = int(state["step"])
         self.log = LossLog.from_dict(state["log"])
         self._steps_before, self._chars_before = int(state["steps_before"]), int(state["chars_before"])
         self._epoch_loss, self._epoch_steps = float(state["epoch_loss"]), int(state["epoch_steps"])

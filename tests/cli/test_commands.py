@@ -139,6 +139,67 @@ class TestTrain:
         assert "kept as logs/numbers.old-1" in capsys.readouterr().err
         assert Path("logs/numbers.old-1/model.safetensors").exists()
 
+    def test_fresh_takes_the_text_of_the_run(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A run that starts over by its name alone reads its own text again, as it read it, unless another one is named."""
+        train.main(training(text_file, "--run", "book", "--alphabet", "text"))
+        before = json.loads(Path("logs/book/config.json").read_text())["data"]
+        flags = [*TINY_FLAGS, "--epochs", "1", "--steps-per-epoch", "2", "--run", "book", "--fresh"]
+        assert train.main(flags) == 0
+        assert "logs/book: starting over with its text, numbers\n" in capsys.readouterr().err
+        assert json.loads(Path("logs/book/config.json").read_text())["data"] == before
+
+        Path("other.txt").write_text(text_file.read_text().upper())
+        assert train.main([*flags, "--text", "other.txt"]) == 0
+        assert "starting over" not in capsys.readouterr().err
+        after = json.loads(Path("logs/book/config.json").read_text())["data"]
+        assert (after["name"], after["alphabet"]) == ("other", None)
+        assert train.main([*flags, "--alphabet", "text"]) == 0
+        after = json.loads(Path("logs/book/config.json").read_text())["data"]
+        assert (after["name"], after["fold"], after["alphabet"]["name"]) == ("other", False, "text")
+
+    def test_fresh_without_settings(
+        self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Settings that cannot be read do not say what the text was, and another one is not taken for it in silence."""
+        train.main(training(text_file))
+        capsys.readouterr()
+        Path("logs/numbers/config.json").write_text("{")
+        assert train.main(["--run", "numbers", "--fresh"]) == 2
+        assert capsys.readouterr().err == (
+            "picogpt-train: logs/numbers/config.json: damaged, so that the run's text is not known; to start over, name it with "
+            "--text or --dataset\n"
+        )
+        assert train.main(training(text_file, "--fresh")) == 0
+
+        monkeypatch.setattr("picogpt.data.resolve.load_dataset", lambda *_, **__: read_texts([str(text_file)], name="numbers"))
+        Path("logs/numbers/config.json").unlink()
+        capsys.readouterr()
+        assert train.main(["--run", "numbers", "--fresh", *TINY_FLAGS, "--epochs", "1", "--steps-per-epoch", "2"]) == 0
+        expected = "logs/numbers: no config.json names its text, and neither --dataset nor --text is given: the text is auto\n"
+        assert expected in capsys.readouterr().err
+
+    def test_a_text_that_was_piped_in(
+        self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A run on standard input that is started again at a terminal says so, instead of waiting for the keyboard."""
+        piped = io.TextIOWrapper(io.BytesIO(text_file.read_bytes()))
+        monkeypatch.setattr(sys, "stdin", piped)
+        assert train.main(["--text", "-", *TINY_FLAGS, "--epochs", "1", "--steps-per-epoch", "2"]) == 0
+        monkeypatch.setattr(sys, "stdin", Terminal())
+        capsys.readouterr()
+        for flags in ([], ["--fresh"]):
+            assert train.main(["--run", "stdin", *flags]) == 1
+            assert capsys.readouterr().err == (
+                "picogpt-train: the run's text came from standard input: pipe the same text in again, with --text -\n"
+            )
+
+    def test_dry_run_counts_past_epochs(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A forecast of a run that goes on has all of its epochs."""
+        train.main(training(text_file))
+        capsys.readouterr()
+        assert train.main(["--run", "numbers", "--epochs", "5", "--dry-run"]) == 0
+        assert "3 an epoch, 5 epochs, " in capsys.readouterr().err
+
     def test_weight_decay_by_passes(self, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Reading a text twice brings weight decay, unless another one is requested; the original's recipe has its own."""
         once, twice = ["--chars", "5400"], ["--chars", "10800"]

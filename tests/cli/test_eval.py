@@ -212,6 +212,11 @@ def test_articles_of_a_stream(run: RunFolder, capsys: Capture, monkeypatch: pyte
     assert "name, the first validation articles of over 24 characters: 12 sequences of 24 characters from 4 of 4 articles" in err
     assert "n-gram counted on training articles of name: 80 characters" in err  # a step of 10 windows of 8
     assert {(shards.columns, shards.commit) for shards in asked} == {(("body",), "c" * 40)}
+    # Naming the run's own column, or another one, is no reason to leave its commit.
+    assert evaluate("--dataset", "org/name", "--chars", "300", "--text-column", "body") == 0
+    assert evaluate("--dataset", "org/name", "--chars", "300", "--text-column", "title") == 0
+    assert {(shards.columns, shards.commit) for shards in asked} == {(("body",), "c" * 40), (("title",), "c" * 40)}
+    capsys.readouterr()
     assert evaluate("--dataset", "org/name", "--chars", "9999") == 0
     found = re.search(r"from (\d+) of", capsys.readouterr().err)
     assert found

@@ -218,6 +218,8 @@ def test_parts_listed_in_the_readme(here: Path) -> None:
         names_of(here, "four")
     (here / "README.md").write_text(README.replace("data_dir: two", "data_dir: two\n  default: true"))
     assert names_of(here) == ["two/train.jsonl"]
+    with pytest.raises(DataError, match=r"lists no configuration four; name one as .*:CONFIG, of one, two, three"):
+        names_of(here, "four")
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,14 @@ def test_parts_listed_in_the_readme(here: Path) -> None:
         ("configs: [", "README.md: invalid YAML at its beginning"),
         ("configs: 3", "README.md: its configs are not a list of configurations"),
         ("configs:\n- data_files: ../*", r"README.md: \.\./\* is outside the folder"),
-        ("configs:\n- data_files: none/*", "it has no train split; it has train"),
+        ("configs:\n- data_files: ../*.txt\n  data_dir: one", r"README.md: \.\./\*\.txt is outside the folder"),
+        ("configs:\n- data_dir: ../secret", r"README.md: \.\./secret is outside the folder"),
+        ("configs:\n- data_dir: /secret", r"README.md: /secret is outside the folder"),
+        ("configs:\n- data_dir: [", "README.md: invalid YAML at its beginning"),
+        ("date: 2024-02-30", "README.md: invalid YAML at its beginning .day is out of range for month."),
+        ("x: " + 2000 * "[", "README.md: invalid YAML at its beginning"),
+        ("configs:\n- data_files: none/*", "no file matches the patterns of its train split$"),
+        ("configs:\n- data_files: {train: none/*, test: t*}", "no file matches the patterns of its train split; it has test$"),
     ],
 )
 def test_damaged_readme(here: Path, yaml: str, message: str) -> None:

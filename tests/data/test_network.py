@@ -137,7 +137,6 @@ def test_a_start_gives_up_after_a_stated_time(
     """Where every request from the k-th on fails, a start says how long it tries, then ends with one line and exit code 1."""
     monkeypatch.setattr(outage, "START_PATIENCE", 0.2)
     monkeypatch.setattr(hub, "START_PATIENCE", 0.2)
-    monkeypatch.setattr("picogpt.data.START_PATIENCE", 0.2)
     monkeypatch.setattr(outage, "DAMAGE_PATIENCE", 0.2)
     monkeypatch.setattr(network, "REQUEST_TIMEOUT", 0.05)
     forget()

@@ -137,6 +137,22 @@ def test_the_pool_grows() -> None:
     assert sizes == [min(64 + 2 * (k + 1), 512) for k in range(300)]
 
 
+def test_snapshot_bytes() -> None:
+    """What a checkpoint holds of a stream is known before the first step, but for a part of an article."""
+    source = make_source()
+    need = source.snapshot_bytes
+    source.begin(NOWHERE)
+    for k in range(300):
+        source.train_batch(k)
+    arrays, _ = source.snapshot()
+    source.close()
+
+    carry = arrays.pop("carry")
+    assert 0 <= need - sum(array.nbytes for array in arrays.values()) < 1000
+    assert len(carry) < 1000
+    assert source.snapshot_bytes == need
+
+
 def digests(file: str, row: int) -> Iterator[Row]:
     """Rows of a data set of three files of 200 articles without a word in common."""
     for i in range(row, 200):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,3 +53,54 @@ def test_half_a_run(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert export.main(["-m", "a", "--format", "pack", "c"]) == 1
     assert "log.pkl: cannot be read" in capsys.readouterr().err
     assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda content: {**content, "dtype": "fp16"}, "dtype must be one of auto, float32, bfloat16, got 'fp16'"),
+        (lambda _: {"format": 1}, "the run's config is not valid (KeyError: 'data')"),
+    ],
+)
+def test_damaged_settings(
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    edit: Callable[[dict[str, Any]], dict[str, Any]],
+    message: str,
+) -> None:
+    """Settings that no run can have are one line that names their file and gives no advice for training."""
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--text", str(text_file), "--run", "a", *TINY_FLAGS, "--epochs", "1", "--steps-per-epoch", "2"]) == 0
+    config = Path("logs/a/config.json")
+    config.write_text(json.dumps(edit(json.loads(config.read_text()))))
+    capsys.readouterr()
+
+    assert export.main(["-m", "a", "--format", "pack", "c"]) == 1
+    expected = f"picogpt-export: logs/a/config.json: {message}; only a run can be packed, and its config.json is part of it\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("name", ["pack", "gpt2"])
+@pytest.mark.parametrize("damage", ["missing", "shape", "nan"])
+def test_damaged_weights(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, damage: str
+) -> None:
+    """Weights that no engine would run are not given away."""
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--text", str(text_file), "--run", "a", *TINY_FLAGS, "--epochs", "1", "--steps-per-epoch", "2"]) == 0
+    model = load_model(Path("logs/a") / MODEL_FILE)
+    weights, broken = dict(model.weights), "transformer.wte.weight"
+    if damage == "missing":
+        del weights[broken]
+    else:
+        weights[broken] = weights[broken][:1] if damage == "shape" else np.full_like(weights[broken], np.nan)
+    RunFolder(Path("logs/a")).save_model(weights, model.config, model.text)
+    capsys.readouterr()
+
+    assert export.main(["-m", "a", "--format", name, "c"]) == 1
+    err = capsys.readouterr().err
+    assert "the weights are" in err
+    assert broken in err
+    assert not Path("c").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from picogpt.inference import Engine, EngineBackend, load_engine_backend
 from picogpt.inference.engine import SOURCE
 from picogpt.inference.generate import RollingDecoder, Sampler, StepwiseDecoder
 from picogpt.inference.layout import STRUCTURES, MatrixStruct
+from picogpt.inference.native import MAX_WORKERS
 from picogpt.inference.tuner import ThreadTuner
 from picogpt.kernels.processor import vector_instructions
 from picogpt.model.gpt import GPT
@@ -95,6 +97,16 @@ def test_threads_change_nothing(config: GPTConfig, dtype: EngineDType, compiled_
     expected = results(1)
     for threads in (2, 3, 7):
         assert results(threads) == expected
+
+
+def test_most_threads(compiled_backend: EngineBackend) -> None:
+    """The engine says how many threads the kernels take at most, as the C source has it."""
+    engine = engine_of(rough_model(SHAPES[0], 0.1), compiled_backend, threads=1000)
+    source = SOURCE.with_name("threads.h").read_text()
+    limit = re.search(r"^#define MAX_THREADS (\d+)$", source, re.M)
+
+    assert limit
+    assert engine.threads == MAX_WORKERS == int(limit[1])
 
 
 @pytest.mark.parametrize("config", SHAPES[:2], ids=name_of)

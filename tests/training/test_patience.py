@@ -238,6 +238,18 @@ def test_imported_epochs_do_not_count(run: RunFolder) -> None:
         assert divergence(LossLog(train=[1.0, 2.9], val=[1.0, 2.9], chars=[1, 2], seconds=[1.0, 2.0]), 88, first=1) is None
 
 
+def test_the_mean_begins_with_the_initial_weights() -> None:
+    """The mean of a run that starts from another model is that model's, not that of the random weights before."""
+    trainer, other = Scripted([1.0]), Scripted([1.0])
+    trainer.set_patience(2)
+    weights = {name: array + 1 for name, array in other.model.arrays().items()}
+    trainer.init_from_weights(weights)
+
+    assert trainer.average is not None
+    for name, mean in trainer.average.arrays().items():
+        np.testing.assert_array_equal(mean, weights[name])
+
+
 def overfitting(*more: str) -> list[str]:
     """Flags of a run on a text so short that it is soon known by heart."""
     flags = "--run short --text short.txt --n-layer 1 --n-head 2 --n-embd 16 --context-len 8 --windows 2 --lr 0.03 --threads 1 --kernels torch"

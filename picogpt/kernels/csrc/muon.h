@@ -134,8 +134,8 @@ static void update_x(struct iteration *it, float weight) {
     swap(&it->x, &it->next);
 }
 
-/* Apply `count` polynomials p[0] + p[1] G + p[2] G^2, with the Gram matrix G formed once: `_iterate` of
-   picogpt.training.optim. X itself is read for G and for the last product only. */
+/* Apply `count` polynomials p[0] + p[1] G + p[2] G^2, with the Gram matrix G formed once: `_polar_iterations`
+   of picogpt.training.optim. X itself is read for G and for the last product only. */
 static void iterate(struct iteration *it, const float (*polynomials)[3], int count) {
     const struct epilogue plain = {1, 0, 0};
     const float *p = polynomials[0];
@@ -197,7 +197,7 @@ static float nesterov(const struct muon_matrix *matrix, float momentum, float *o
 
 /* NorMuon (Li et al., 2025): each row of the update is divided by the root of its mean square over time,
    as Adam divides each entry. A common factor keeps the Frobenius norm as it was; the step size is part
-   of it. out = x (rows, WIDTH) scaled: `_evened_out` of picogpt.training.optim. */
+   of it. out = x (rows, WIDTH) scaled: `_normuon_scale` of picogpt.training.optim. */
 static void normuon_scale(const elem *x, float *mean_square, const struct muon_settings *settings, float *out, int rows) {
     float factors[4 * WIDTH], before = 0, after = 0;
     for (int r = 0; r < rows; r++) {
