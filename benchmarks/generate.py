@@ -19,20 +19,14 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.common import ROOT, interleave, kilobytes, load_source, machine, process
+from benchmarks.reference import ReferenceModel
 from benchmarks.train import PROFILES
 from picogpt.checks import ENGINE_DTYPES
 from picogpt.config import EngineDType, GenerateConfig, GPTConfig, SampleConfig
 from picogpt.inference import Engine
-from picogpt.inference.generate import (
-    Decoder,
-    RollingDecoder,
-    Sampler,
-    StepwiseDecoder,
-    StopSequenceFilter,
-    generate,
-    suppressed_ids,
-)
-from picogpt.inference.reference import ReferenceModel
+from picogpt.inference.decoder import Decoder, RollingDecoder, StepwiseDecoder
+from picogpt.inference.generate import StopSequenceFilter, generate
+from picogpt.inference.sampling import Sampler, suppressed_ids
 from picogpt.kernels.processor import vector_instructions
 from picogpt.model.accelerate import accelerate
 from picogpt.rng import sample_generator

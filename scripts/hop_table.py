@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from picogpt.data import TextSource, read_texts
 from picogpt.inference import Engine
-from picogpt.inference.generate import RollingDecoder
+from picogpt.inference.decoder import RollingDecoder
 from picogpt.runs.find import find_model
 
 HOPS = (128, 120, 112, 96, 64, 32, 16, 1)

@@ -87,7 +87,6 @@ def test_no_cycles() -> None:
             {
                 "backend",
                 "device",
-                "inference.reference",
                 "kernels.autograd",
                 "kernels.compiled",
                 "kernels.workspace",

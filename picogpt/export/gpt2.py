@@ -20,7 +20,7 @@ from picogpt.alphabet import PICOGPT, UNKNOWN_ID, Alphabet
 from picogpt.config import GPTConfig, SampleConfig, TextConfig, alphabet_of
 from picogpt.errors import RunError
 from picogpt.files import atomic_write
-from picogpt.inference.generate import suppressed_ids
+from picogpt.inference.sampling import suppressed_ids
 from picogpt.inference.tensors import Tensors
 from picogpt.inference.weights import Weights
 from picogpt.runs.model_file import load_model

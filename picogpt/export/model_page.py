@@ -25,7 +25,8 @@ from picogpt.config import Fold, GenerateConfig, GPTConfig, TextConfig, alphabet
 from picogpt.export.log_page import RunView, render_curve
 from picogpt.export.page import resource, script_json
 from picogpt.export.wasm import assemble
-from picogpt.inference.generate import MAX_PROMPT_WINDOWS, suppressed_ids
+from picogpt.inference.generate import MAX_PROMPT_WINDOWS
+from picogpt.inference.sampling import suppressed_ids
 from picogpt.inference.tensors import Floats, Tensors, to_bfloat16
 from picogpt.runs.loss_log import LossLog, read_log
 from picogpt.runs.model_file import load_model

@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.ids import id_dtype
-from picogpt.inference import Engine
-from picogpt.inference.generate import Floats, Ids, RollingDecoder, Scores, softmax
+from picogpt.inference import Engine, Ids
+from picogpt.inference.decoder import RollingDecoder
+from picogpt.inference.sampling import Scores, softmax
+from picogpt.inference.tensors import Floats
 
 __all__ = ["Predictor"]
 

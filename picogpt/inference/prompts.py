@@ -13,8 +13,9 @@ import numpy as np
 
 from picogpt.config import GenerateConfig, SampleConfig, TextConfig, alphabet_of
 from picogpt.inference import Engine
-from picogpt.inference.generate import MAX_PROMPT_WINDOWS, Sampler, continue_prompt, suppressed_ids
+from picogpt.inference.generate import MAX_PROMPT_WINDOWS, continue_prompt
 from picogpt.inference.predictions import Predictor
+from picogpt.inference.sampling import Sampler, suppressed_ids
 from picogpt.rng import sample_generator
 from picogpt.tokenizer import CharTokenizer, Tally, TextEncoder, encode_stop
 from picogpt.wording import Notify, say_nothing

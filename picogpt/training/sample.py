@@ -7,7 +7,8 @@ import functools
 from picogpt.config import EngineDType, GenerateConfig, SampleConfig, TextConfig
 from picogpt.errors import PicoGPTError
 from picogpt.inference import Engine, EngineBackend, load_engine_backend
-from picogpt.inference.generate import Sampler, continue_prompt, suppressed_ids
+from picogpt.inference.generate import continue_prompt
+from picogpt.inference.sampling import Sampler, suppressed_ids
 from picogpt.model.gpt import GPT
 from picogpt.rng import sample_generator
 from picogpt.tokenizer import CharTokenizer

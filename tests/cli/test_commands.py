@@ -33,7 +33,7 @@ from picogpt.cli.parser import Parser
 from picogpt.data import read_texts
 from picogpt.data.resolve import text_name
 from picogpt.errors import Interrupted, PicoGPTError
-from picogpt.inference.generate import RollingDecoder
+from picogpt.inference.decoder import RollingDecoder
 from picogpt.kernels.compiled import Kernels
 from picogpt.runs import find
 from picogpt.runs.folder import RunFolder

@@ -18,7 +18,7 @@ from picogpt.cli import export
 from picogpt.config import Fold, GPTConfig, TextConfig
 from picogpt.export.model_page import ModelView, quantize_rows, render_model_page
 from picogpt.inference import Engine
-from picogpt.inference.generate import RollingDecoder
+from picogpt.inference.decoder import RollingDecoder
 from picogpt.runs.loss_log import LossLog
 from picogpt.runs.model_file import open_model
 from tests.browser import Browser

@@ -15,7 +15,7 @@ from picogpt.alphabet import Alphabet
 from picogpt.config import TextConfig
 from picogpt.export.model_page import render_model_page
 from picogpt.inference import Engine
-from picogpt.inference.generate import RollingDecoder
+from picogpt.inference.decoder import RollingDecoder
 from picogpt.inference.tensors import Floats
 from picogpt.runs.loss_log import LossLog
 from picogpt.tokenizer import TextEncoder

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from picogpt.config import EngineDType, GPTConfig, SampleConfig
 from picogpt.errors import ConfigError
 from picogpt.inference import Engine, EngineBackend, load_engine_backend
+from picogpt.inference.decoder import RollingDecoder, StepwiseDecoder
 from picogpt.inference.engine import SOURCE
-from picogpt.inference.generate import RollingDecoder, Sampler, StepwiseDecoder
 from picogpt.inference.layout import STRUCTURES, MatrixStruct
 from picogpt.inference.native import MAX_WORKERS
+from picogpt.inference.sampling import Sampler
 from picogpt.inference.tuner import ThreadTuner
 from picogpt.kernels.processor import vector_instructions
 from picogpt.model.gpt import GPT

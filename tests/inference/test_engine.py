@@ -16,8 +16,8 @@ from picogpt.config import GPTConfig
 from picogpt.errors import RunError
 from picogpt.inference import Engine, EngineBackend
 from picogpt.inference import weights as weights_module
+from picogpt.inference.decoder import RollingDecoder
 from picogpt.inference.engine import NUMPY
-from picogpt.inference.generate import RollingDecoder
 from picogpt.inference.tensors import Tensors
 from picogpt.model.gpt import GPT
 from picogpt.runs.folder import RunFolder

@@ -13,20 +13,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.reference import ReferenceModel
 from picogpt.config import SampleConfig, TextConfig
-from picogpt.inference.generate import (
+from picogpt.inference.decoder import StepwiseDecoder
+from picogpt.inference.generate import StopSequenceFilter, generate
+from picogpt.inference.sampling import (
     Sampler,
-    StepwiseDecoder,
-    StopSequenceFilter,
     build_filters,
-    generate,
     min_p_filter,
     suppressed_ids,
     temperature_filter,
     top_k_filter,
     top_p_filter,
 )
-from picogpt.inference.reference import ReferenceModel
 from picogpt.model.gpt import GPT
 from picogpt.rng import sample_generator
 from picogpt.runs.folder import RunFolder

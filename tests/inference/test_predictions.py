@@ -12,9 +12,9 @@ import torch
 from picogpt.config import GenerateConfig, SampleConfig
 from picogpt.inference import Engine, EngineBackend
 from picogpt.inference.engine import NUMPY
-from picogpt.inference.generate import Sampler, softmax
 from picogpt.inference.predictions import Predictor
 from picogpt.inference.prompts import TextGenerator
+from picogpt.inference.sampling import Sampler, softmax
 from picogpt.model.gpt import GPT
 from tests.conftest import TINY, needs_any_compiler
 

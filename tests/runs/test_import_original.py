@@ -27,7 +27,7 @@ from picogpt.cli import generate, train
 from picogpt.config import GPTConfig
 from picogpt.errors import RunError
 from picogpt.inference import Engine
-from picogpt.inference.generate import RollingDecoder
+from picogpt.inference.decoder import RollingDecoder
 from picogpt.model.gpt import GPT
 from picogpt.plot import draw_losses
 from picogpt.runs.folder import RunFolder

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from picogpt.inference import Engine
-from picogpt.inference.generate import RollingDecoder
+from picogpt.inference.decoder import RollingDecoder
 from picogpt.runs.find import PRETRAINED, find_model
 from picogpt.runs.folder import RunFolder
 from picogpt.tokenizer import CharTokenizer

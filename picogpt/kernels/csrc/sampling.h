@@ -1,4 +1,4 @@
-/* Sampling one id from logits (V), for one text: the same steps as `picogpt.inference.generate.Sampler.draw`, in the
+/* Sampling one id from logits (V), for one text: the same steps as `picogpt.inference.sampling.Sampler.draw`, in the
    same order and in float64, so that C and numpy draw the same ids from the same random numbers.
    Filtered ids have a score of -inf. */
 

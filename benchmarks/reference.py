@@ -20,7 +20,7 @@ __all__ = ["ReferenceModel"]
 
 
 class ReferenceModel:
-    """The torch model without a KV cache; `picogpt.inference.generate.StepwiseDecoder` makes a decoder of it."""
+    """The torch model without a KV cache; `picogpt.inference.decoder.StepwiseDecoder` makes a decoder of it."""
 
     def __init__(self, model: GPT) -> None:
         self.model = model.eval()  # no dropout
