@@ -1,8 +1,9 @@
 """Data loading: files and named corpora in memory, streams of the hub; all cut into batches. No torch here; batches are numpy."""
 
-from picogpt.data.articles import ArticleReader, draw_validation
+from picogpt.data.articles import ArticleReader
 from picogpt.data.batches import Batch, RandomSource, Source, Stop, TextSource, WaitInterrupted, split_text
 from picogpt.data.corpora import DATASETS, load_dataset
+from picogpt.data.first_articles import draw_validation
 from picogpt.data.hub import NAMED_STREAMS, StreamSpec, find_shards, resolve_stream
 from picogpt.data.shards import Shards
 from picogpt.data.stream import StreamSource, download_bytes

@@ -17,9 +17,10 @@ from picogpt.alphabet import PICOGPT, TEXT, Alphabet
 from picogpt.checks import check_text_column
 from picogpt.config import DataConfig, Fold, GPTConfig, TextRequest, TrainConfig
 from picogpt.data.alphabets import TextCharacters
-from picogpt.data.articles import ArticleReader, Validation, count_first_articles, draw_validation
+from picogpt.data.articles import ArticleReader
 from picogpt.data.batches import Source, TextSource
 from picogpt.data.corpora import DATASETS, Progress, load_dataset
+from picogpt.data.first_articles import Validation, count_first_articles, draw_validation
 from picogpt.data.hub import StreamSpec, find_shards, resolve_stream
 from picogpt.data.network import check_environment
 from picogpt.data.outage import START_PATIENCE

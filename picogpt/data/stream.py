@@ -20,8 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.config import TextConfig
-from picogpt.data.articles import READ_AHEAD, VALIDATION_DIVISOR, Article, ArticleReader, Cursor, PassLengthCheck
+from picogpt.data.articles import VALIDATION_DIVISOR, Article, ArticleReader, Cursor
 from picogpt.data.batches import Batch, Stop, ValidationStore, evenly_spaced_batches
+from picogpt.data.first_articles import PassLengthCheck
+from picogpt.data.read_ahead import READ_AHEAD
 from picogpt.ids import Ids, id_dtype
 from picogpt.rng import Stream, stream_generator
 from picogpt.wording import plural

@@ -24,8 +24,8 @@ from picogpt.data import (
     resolve_stream,
     split_text,
 )
-from picogpt.data.articles import join_articles
 from picogpt.data.corpora import DATASET_FOLDER
+from picogpt.data.first_articles import join_articles
 from picogpt.data.resolve import Console, stored_shards
 from picogpt.errors import ConfigError, DataError, RunError
 from picogpt.evaluation.baselines import NGRAM_CHARS
@@ -310,7 +310,7 @@ def validation_articles(reader: ArticleReader, sequence_len: int, chars: int) ->
     with contextlib.closing(reader.from_start()) as taken:
         for article in taken:
             # Stop after the whole stream, with enough characters of two articles (a standard error needs two), or at the limit.
-            if article.cursor.epoch > 0 or (total >= chars and count >= 2) or read >= MAX_CHARS_READ:
+            if article.cursor.pass_number > 0 or (total >= chars and count >= 2) or read >= MAX_CHARS_READ:
                 return
             read += len(article.ids)
             n_sequences = (len(article.ids) - 1) // sequence_len  # whole sequences, each with its last target

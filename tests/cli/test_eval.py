@@ -17,7 +17,7 @@ import torch
 from picogpt import plot
 from picogpt.cli import eval as evaluation
 from picogpt.config import DataConfig, TrainConfig
-from picogpt.data import Shards, articles, read_texts
+from picogpt.data import Shards, articles, read_ahead, read_texts
 from picogpt.evaluation import texts as eval_texts
 from picogpt.evaluation.report import Report
 from picogpt.evaluation.scores import Scores
@@ -265,7 +265,7 @@ def test_a_stream_of_short_articles(run: RunFolder, monkeypatch: pytest.MonkeyPa
     """It is not searched without end for articles of enough length."""
     of(run, dataset="org/name", characters=None, commit="c" * 40, files=("one",), format="parquet")
     monkeypatch.setattr(eval_texts, "MAX_CHARS_READ", 1000)
-    monkeypatch.setattr(articles, "READ_AHEAD", 2000)
+    monkeypatch.setattr(read_ahead, "READ_AHEAD", 2000)
     asked: list[int] = []
 
     def rows(_shards: Shards, _file: str, start: int) -> Iterator[tuple[str]]:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from picogpt.data import ArticleReader, Shards, read_texts
 from picogpt.data.alphabets import COVERAGE, TextCharacters, count_characters
-from picogpt.data.articles import Cursor, count_first_articles
+from picogpt.data.articles import Cursor
 from picogpt.data.batches import RandomSource, TextSource
+from picogpt.data.first_articles import count_first_articles
 from picogpt.folding import to_code_points
 from picogpt.tokenizer import CharTokenizer
 
@@ -121,7 +122,7 @@ class TestStreams:
     def test_first_articles(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A stream's alphabet comes from its first articles, so many characters of them, question and answer alike."""
         articles = [("Αα", "Бб"), ("\r\nγ", ""), ("zz", "z")]
-        monkeypatch.setattr("picogpt.data.articles.ALPHABET_CHARS", 6)
+        monkeypatch.setattr("picogpt.data.first_articles.ALPHABET_CHARS", 6)
         reader = ArticleReader(SHARDS, 0, lambda _: None, lambda _, row: iter(articles[row:]), alphabet=None)
 
         assert TextCharacters.of(count_first_articles(reader)).alphabet.characters == "\nΑαγБб"

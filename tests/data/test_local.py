@@ -14,7 +14,7 @@ import pytest
 
 from picogpt.cli import eval as evaluation
 from picogpt.cli import train
-from picogpt.data import ArticleReader, StreamSpec, articles, find_shards, local, resolve_stream
+from picogpt.data import ArticleReader, StreamSpec, find_shards, first_articles, local, resolve_stream
 from picogpt.data.articles import Cursor
 from picogpt.data.hub import read_rows
 from picogpt.errors import ConfigError, DataError
@@ -505,7 +505,7 @@ def test_damage_further_in(here: Path, suffix: str, content: bytes, message: str
     (folder / f"a{suffix}").write_bytes(content)
     flags = [*FLAGS[:-6], "--epochs", "1", "--steps-per-epoch", "10000", "--val-steps", "1", "--batch-size", "2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(articles, "VALIDATION_CHARS", 10)
+        patch.setattr(first_articles, "VALIDATION_CHARS", 10)
         patch.setattr("picogpt.data.stream.POOL", 4)
         code = train.main(["--dataset", "d", *flags])
     err = capsys.readouterr().err

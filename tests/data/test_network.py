@@ -24,6 +24,7 @@ from picogpt.data import (
     articles,
     draw_validation,
     find_shards,
+    first_articles,
     hub,
     network,
     outage,
@@ -50,7 +51,7 @@ def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "REQUEST_TIMEOUT", 0.3)
     monkeypatch.setattr(outage, "LONGEST_WAIT", 0.01)
     monkeypatch.setattr(stream, "POOL", 8)
-    monkeypatch.setattr(articles, "VALIDATION_CHARS", 500)
+    monkeypatch.setattr(first_articles, "VALIDATION_CHARS", 500)
     monkeypatch.setattr("time.sleep", lambda _: None)
 
 
@@ -87,7 +88,7 @@ def resume(shards: Shards) -> list[str]:
     forget()
     found = []
     for item in ArticleReader(shards, 7, lambda _: None).articles(Cursor(0, 0, 5)):
-        if item.cursor.epoch:
+        if item.cursor.pass_number:
             break
         found.append(decode(item.ids))
     return found
@@ -230,7 +231,7 @@ def test_formats_of_the_hub(name: str) -> None:
         served.faults += ["short", "cut", "reset"]
         found = []
         for item in ArticleReader(shards, 7, lambda _: None).articles(Cursor(0, 0, 0)):
-            if item.cursor.epoch:
+            if item.cursor.pass_number:
                 break
             found.append(decode(item.ids))
 
@@ -429,7 +430,7 @@ def test_a_bug_in_the_reader_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("stage", ["listing", "validation", "pool"])
 def test_signals_while_it_starts(served: Hub, number: int, stage: str, tmp_path: Path) -> None:
     """Ctrl-C and SIGTERM end a start at once, or as soon as it is saved, while the hub hangs, or sends articles that never fill the pool."""
-    endless = "stream.POOL=1000000" if stage == "pool" else "articles.VALIDATION_CHARS=1000000000"
+    endless = "stream.POOL=1000000" if stage == "pool" else "first_articles.VALIDATION_CHARS=1000000000"
     home = tmp_path / "home"
     forget()
     find_shards(WIKIPEDIA)

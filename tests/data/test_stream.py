@@ -39,11 +39,13 @@ from picogpt.data import (
     articles,
     draw_validation,
     find_shards,
+    first_articles,
     outage,
     resolve_stream,
     stream,
 )
 from picogpt.data.articles import Article, Cursor
+from picogpt.data.first_articles import Validation
 from picogpt.data.outage import Outage
 from picogpt.data.shards import Row
 from picogpt.errors import ConfigError, DataError
@@ -177,9 +179,9 @@ def test_every_article_is_read_once_a_pass() -> None:
     reader = ArticleReader(SHARDS, 7, lambda _: None, rows_of)
     read = []
     for item in reader.articles(Cursor(0, 0, 0)):
-        if item.cursor.epoch == 2:
+        if item.cursor.pass_number == 2:
             break
-        read.append((item.cursor.epoch, decode(item.ids).partition(" ")[0]))
+        read.append((item.cursor.pass_number, decode(item.ids).partition(" ")[0]))
     expected = {f"({n})" for n in range(600) if n % 11}
 
     for epoch in (0, 1):
@@ -254,7 +256,7 @@ def sides(seed: int) -> dict[str, bool]:
     """Of each article of the first pass, whether it is for validation."""
     found: dict[str, bool] = {}
     for item in ArticleReader(SHARDS, seed, lambda _: None, rows_of).articles(Cursor(0, 0, 0)):
-        if item.cursor.epoch:
+        if item.cursor.pass_number:
             return found
         found[decode(item.ids).partition(" ")[0]] = item.for_validation
     return found
@@ -462,11 +464,11 @@ def test_too_small_for_validation() -> None:
 def test_the_length_of_a_short_stream() -> None:
     """A data set that ends before the validation text is complete has a known length, which a resumed run keeps."""
 
-    def draw(characters: int) -> articles.Validation:
+    def draw(characters: int) -> Validation:
         return draw_validation(ArticleReader(SHARDS, 7, lambda _: None, rows_of), characters)
 
     first_pass = itertools.takewhile(
-        lambda item: item.cursor.epoch == 0, ArticleReader(SHARDS, 7, print, rows_of).articles(Cursor(0, 0, 0))
+        lambda item: item.cursor.pass_number == 0, ArticleReader(SHARDS, 7, print, rows_of).articles(Cursor(0, 0, 0))
     )
     trained_on = [len(item.ids) + 2 for item in first_pass if not item.for_validation]
     whole = draw(10**6)
@@ -600,7 +602,7 @@ def first_pass(shards: Shards, notices: list[str]) -> list[str]:
     """All texts of the first pass, in the data set's own order."""
     found: dict[str, list[str]] = {}
     for item in ArticleReader(shards, 7, notices.append).articles(Cursor(0, 0, 0)):
-        if item.cursor.epoch:
+        if item.cursor.pass_number:
             break
         text = decode(item.ids)
         found.setdefault(str(item.cursor.file), []).append(text)
@@ -840,7 +842,7 @@ def test_clear_lines(hub: Hub, here: Path, flags: list[str], changes: dict[str, 
 @pytest.mark.slow
 def test_folder_like_the_hubs(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of parquet files is streamed like the hub's, under its own name; a changed one stops the run."""
-    monkeypatch.setattr(articles, "VALIDATION_CHARS", 2000)
+    monkeypatch.setattr(first_articles, "VALIDATION_CHARS", 2000)
     folder = here / "my-articles"
     folder.mkdir()
     for i in range(2):

@@ -3,11 +3,11 @@
 import time
 
 from picogpt.cli.train import command
-from picogpt.data import articles, outage, stream
+from picogpt.data import first_articles, outage, read_ahead, stream
 
 stream.POOL = 64
-articles.VALIDATION_CHARS = 2000
-articles.READ_AHEAD = 2000
+first_articles.VALIDATION_CHARS = 2000
+read_ahead.READ_AHEAD = 2000
 outage.LONGEST_WAIT = 0.2
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(float(seconds), 0.05))

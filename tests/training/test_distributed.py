@@ -25,7 +25,7 @@ from torch.distributed.distributed_c10d import Store
 
 from picogpt.cli import train
 from picogpt.config import TrainConfig
-from picogpt.data import Batch, Stop, TextSource, WaitInterrupted, articles, read_texts, stream
+from picogpt.data import Batch, Stop, TextSource, WaitInterrupted, first_articles, read_texts, stream
 from picogpt.device import CPU, choose_device, choose_dtype
 from picogpt.errors import ConfigError, RanksError, TrainingError
 from picogpt.runs.checkpoint import Checkpoint, pack, unpack
@@ -126,7 +126,7 @@ def test_other_numbers_of_ranks(
     here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sync: str
 ) -> None:
     """A stream that is read by two ranks, one, four and two is read as by one: nothing is lost and nothing repeated."""
-    monkeypatch.setattr(articles, "VALIDATION_CHARS", 2000)
+    monkeypatch.setattr(first_articles, "VALIDATION_CHARS", 2000)
     monkeypatch.setattr(stream, "POOL", 64)
     Path("articles").mkdir()
     Path("articles/train-0.parquet").write_bytes(parquet(0))
