@@ -38,7 +38,7 @@ def test_arm_without_a_setting(word: str) -> None:
 
 
 def test_paired_by_roll() -> None:
-    """With one seed: differences 1, 3 of the rolls have mean 2 and a standard error of 1."""
+    """With one seed: differences 1, 3 of the sequences have mean 2 and a standard error of 1."""
     assert paired([outcome("b", 1, [2.0, 5.0])], [outcome("a", 1, [1.0, 2.0])]) == pytest.approx((2.0, 1.0))
 
 

@@ -1,6 +1,6 @@
 """The model without its head as one autograd function over the native kernels.
 
-Weight gradients are deferred until all windows have gone backward: one GEMM over all rows of a text. In float32, where
+Weight gradients are deferred until all windows have gone backward: one GEMM over all rows of a batch. In float32, where
 their inputs take twice the memory, that gains nothing if a step has several sequences: then they are accumulated window by
 window.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from picogpt.kernels.bindings import Activations, LayerWeights, ParamGrads, Text, TextGrads, WeightGrads
+from picogpt.kernels.bindings import Activations, Batch, BatchGrads, LayerWeights, ParamGrads, WeightGrads
 from picogpt.kernels.compiled import Kernels, WorkspaceSpec, data_ptrs, structure_of
 from picogpt.kernels.workspace import Workspace
 
@@ -83,7 +83,7 @@ class _VectorGrads(NamedTuple):
 
 
 class FusedTransformer:
-    """The model without its head on the native kernels, for texts of one shape.
+    """The model without its head on the native kernels, for batches of one shape.
 
     Args:
         kernels: native kernels compiled for the model's shape.
@@ -93,10 +93,10 @@ class FusedTransformer:
     def __init__(self, kernels: Kernels, spec: WorkspaceSpec) -> None:
         self.kernels, self.spec = kernels, spec
         self.is_free = True
-        """Whether the workspace is free: no text waits for its backward pass."""
+        """Whether the workspace is free: no batch waits for its backward pass."""
         self._workspace = Workspace(kernels, spec)
         width, entries = kernels.shape[0], spec.n_layer + 1
-        # Tables of pointers, made once: the buffers stay where they are. The weights' is filled for each text.
+        # Tables of pointers, made once: the buffers stay where they are. The weights' is filled for each batch.
         blocks = [block for window in self._workspace.windows for block in window]
         self._activations = (Activations * len(blocks))(*(structure_of(Activations, block) for block in blocks))
         self._slots = (c_int32 * len(spec.slots))(*spec.slots)
@@ -115,22 +115,22 @@ class FusedTransformer:
         """
         # The kernels look embeddings up without a check.
         assert 0 <= int(idx.min()) <= int(idx.max()) < len(parameters[0]), "an id is not in the vocabulary"
-        hidden: Tensor = _Text.apply(self, idx.contiguous(), *parameters)  # type: ignore[no-untyped-call]
+        hidden: Tensor = _Batch.apply(self, idx.contiguous(), *parameters)  # type: ignore[no-untyped-call]
         return hidden
 
-    def forward(self, idx: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Text]:
+    def forward(self, idx: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Batch]:
         """Compute the final hidden states (B, T, C); return them, and the arguments of the kernels for `backward`.
 
         All tensors must stay alive, and as they are, until then.
         """
-        assert self.is_free, "the workspace holds a text whose backward pass is due"
+        assert self.is_free, "the workspace holds a batch whose backward pass is due"
         self.is_free = not self.spec.trained
         wte, wpe, *_, ln_f_weight, ln_f_bias = parameters
-        # The optimizer has changed the weights since the last text, so they are packed again.
+        # The optimizer has changed the weights since the last batch, so they are packed again.
         self._pack(_blocks_of(parameters))
         self._weights[self.spec.n_layer] = LayerWeights(ln1_weight=ln_f_weight.data_ptr(), ln1_bias=ln_f_bias.data_ptr())
         hidden = torch.empty(*idx.shape, self.kernels.shape[0], dtype=self.kernels.dtype)
-        text = Text(
+        batch = Batch(
             weights=self._weights,
             activations=self._activations,
             wte=wte.data_ptr(),
@@ -141,14 +141,14 @@ class FusedTransformer:
             residual=self._residual.data_ptr(),
             context=self._context.zero_().data_ptr(),
             layers=self.spec.n_layer,
-            rolls=self.spec.sequences,
+            sequences=self.spec.sequences,
             windows=len(self.spec.slots),
             chars=idx.size(1),
             threads=self.kernels.threads,
             save=self.spec.save,
         )
-        self.kernels.forward(text)
-        return hidden, text
+        self.kernels.forward(batch)
+        return hidden, batch
 
     def _pack(self, blocks: Sequence[_Weights]) -> None:
         """Pack the current values of all matrices for the GEMMs, once a step instead of once a window."""
@@ -164,11 +164,11 @@ class FusedTransformer:
                 tensors[name], tensors[f"{name}_back"] = next(packed), next(packed)
             self._weights[index] = structure_of(LayerWeights, tensors)
 
-    def backward(self, text: Text, d_hidden: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    def backward(self, batch: Batch, d_hidden: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of all parameters, given that of what `forward` returned, and free the workspace."""
         assert self._vectors is not None, "not allocated for training"
         wte, wpe, *_ = parameters
-        # Autograd keeps the gradients that it gets, so each text has new ones.
+        # Autograd keeps the gradients that it gets, so each batch has new ones.
         d_wte, d_wpe = torch.zeros_like(wte), torch.zeros_like(wpe)
         deferred = self._workspace.weight_grads is WeightGrads.DEFERRED
         # Deferred weight gradients are written by one GEMM; the others are accumulated and start from zero.
@@ -177,7 +177,7 @@ class FusedTransformer:
         for field in self._vectors:
             field.zero_()
         d_hidden = d_hidden.contiguous()
-        grads = TextGrads(
+        grads = BatchGrads(
             params=self._param_grads(matrices),
             wte=d_wte.data_ptr(),
             wpe=d_wpe.data_ptr(),
@@ -185,7 +185,7 @@ class FusedTransformer:
             weight_grads=self._workspace.weight_grads,
         )
         self._context.zero_()
-        self.kernels.backward(text, grads)
+        self.kernels.backward(batch, grads)
         if deferred:
             for of_block, activations in zip(matrices, self._workspace.all_windows, strict=False):
                 # dW = dY^T X over the rows of all windows.
@@ -228,13 +228,13 @@ def _blocks_of(parameters: Sequence[Tensor]) -> list[_Weights]:
     return [_Weights(*parameters[start : start + size]) for start in range(2, len(parameters) - 2, size)]
 
 
-class _Text(torch.autograd.Function):
-    """Autograd node of the model without its head, for a whole text."""
+class _Batch(torch.autograd.Function):
+    """Autograd node of the model without its head, for a whole batch."""
 
     @staticmethod
     def forward(ctx: Any, fused: FusedTransformer, idx: Tensor, *parameters: Tensor) -> Tensor:
-        hidden, text = fused.forward(idx, parameters)
-        ctx.fused, ctx.text, ctx.idx = fused, text, idx
+        hidden, batch = fused.forward(idx, parameters)
+        ctx.fused, ctx.batch, ctx.idx = fused, batch, idx
         ctx.save_for_backward(*parameters)  # autograd raises if they are changed before backward
         return hidden
 
@@ -244,4 +244,4 @@ class _Text(torch.autograd.Function):
         if ctx.fused is None:
             raise RuntimeError("backward can run only once per forward; run forward again for a second one")
         fused, ctx.fused = ctx.fused, None
-        return None, None, *fused.backward(ctx.text, d_hidden, ctx.saved_tensors)
+        return None, None, *fused.backward(ctx.batch, d_hidden, ctx.saved_tensors)

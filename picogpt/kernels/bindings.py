@@ -14,14 +14,14 @@ from picogpt.kernels.layout import compare_layouts, fields_of
 
 __all__ = [
     "Activations",
+    "Batch",
+    "BatchGrads",
     "LayerWeights",
     "MatrixGrad",
     "MuonMatrix",
     "MuonSettings",
     "ParamGrads",
     "Save",
-    "Text",
-    "TextGrads",
     "WeightGrads",
     "check_layout",
 ]
@@ -73,8 +73,8 @@ class WeightGrads(IntEnum):
     DEFERRED = 1  # one GEMM after all windows
 
 
-class Text(Structure):
-    """Arguments of forward and backward for a text: all windows of all sequences, through the model without its head."""
+class Batch(Structure):
+    """Arguments of forward and backward for a batch: all windows of all sequences, through the model without its head."""
 
     _fields_ = (
         ("weights", POINTER(LayerWeights)),
@@ -82,11 +82,11 @@ class Text(Structure):
         *fields_of(c_void_p, "wte wpe ids"),
         ("slots", POINTER(c_int32)),
         *fields_of(c_void_p, "hidden residual context"),
-        *fields_of(c_int32, "layers rolls windows chars threads save"),
+        *fields_of(c_int32, "layers sequences windows chars threads save"),
     )
 
 
-class TextGrads(Structure):
+class BatchGrads(Structure):
     """Outputs of the backward pass, and its workspace."""
 
     _fields_ = (
@@ -127,8 +127,8 @@ _STRUCTURES: dict[str, type[Structure]] = {
     "layer_weights": LayerWeights,
     "activations": Activations,
     "param_grads": ParamGrads,
-    "text": Text,
-    "text_grads": TextGrads,
+    "batch": Batch,
+    "batch_grads": BatchGrads,
     "matrix_grad": MatrixGrad,
     "muon_matrix": MuonMatrix,
     "muon_settings": MuonSettings,

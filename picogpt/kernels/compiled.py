@@ -6,7 +6,7 @@ Between two GEMMs torch makes a pass over memory for every elementwise operation
 windows makes two more copies; in bfloat16, where GEMMs are fast, that weighs most. Here it is one fused pass, and
 attention stays in the processor's cache a head at a time, so that its weights are never stored (as in FlashAttention: Dao et al.,
 2022). Activations that are cheap to recompute are not kept for the backward pass. Matrices are packed once a step for all
-windows, and a text is one call, so that threads seldom wait for each other, and never for Python.
+windows, and a batch is one call, so that threads seldom wait for each other, and never for Python.
 
 Dimensions: B sequences, T characters of a sequence, C = n_embd.
 """
@@ -27,12 +27,12 @@ from picogpt.config import GPTConfig
 from picogpt.device import has_amx, instruction_set
 from picogpt.errors import BuildError, TrainingError
 from picogpt.kernels.bindings import (
+    Batch,
+    BatchGrads,
     MatrixGrad,
     MuonMatrix,
     MuonSettings,
     Save,
-    Text,
-    TextGrads,
     check_layout,
 )
 from picogpt.kernels.build import load_library
@@ -65,8 +65,8 @@ _MAX_CONTEXT_LEN = 512
 """Longest supported window: a head's attention scores have to fit in a core's cache."""
 _FUNCTIONS: dict[str, tuple[object, Sequence[object]]] = {
     "pack": (None, (c_void_p, c_void_p, c_int, c_int)),
-    "forward": (None, (POINTER(Text),)),
-    "backward": (None, (POINTER(Text), POINTER(TextGrads))),
+    "forward": (None, (POINTER(Batch),)),
+    "backward": (None, (POINTER(Batch), POINTER(BatchGrads))),
     "weight_grad": (None, (POINTER(MatrixGrad), c_void_p)),
     "update_matrices": (None, (POINTER(MuonMatrix), POINTER(MuonSettings), c_void_p)),
     "uses_matrix_tiles": (c_int, ()),
@@ -82,7 +82,7 @@ class WorkspaceSpec(NamedTuple):
     n_layer: int
     sequences: int
     slots: tuple[int, ...]
-    """Slots of each window of the text."""
+    """Slots of each window of the batch."""
     trained: bool
     """Whether there will be a backward pass."""
     recompute: bool
@@ -158,14 +158,14 @@ class Kernels:
         """Pack the four matrices of each block: attn.c_attn, attn.c_proj, mlp.c_fc and mlp.c_proj."""
         self._library.pack(matrices, packed, layers, self.threads)
 
-    def forward(self, text: Text) -> None:
-        """Compute the final hidden states `text.hidden` (B, T, C) of a text."""
-        self._library.forward(byref(text))
+    def forward(self, batch: Batch) -> None:
+        """Compute the final hidden states `batch.hidden` (B, T, C) of a batch."""
+        self._library.forward(byref(batch))
 
-    def backward(self, text: Text, grads: TextGrads) -> None:
+    def backward(self, batch: Batch, grads: BatchGrads) -> None:
         """Turn `grads.hidden` (B, T, C), the gradient of what `forward` computed, into the gradients of all weights."""
         grads.workspace = self.workspace.data_ptr()
-        self._library.backward(byref(text), byref(grads))
+        self._library.backward(byref(batch), byref(grads))
 
     def weight_grad(self, d_out: Tensor, x: Tensor, grad: Tensor) -> None:
         """Write a weight gradient (out, in), float32: grad = d_out^T x, with d_out (N, out) and the input x (N, in)."""

@@ -1,8 +1,8 @@
-"""Activation buffers for all blocks and windows of a text, reused for the next text.
+"""Activation buffers for all blocks and windows of a batch, reused for the next batch.
 
 They are reused because allocating them takes longer than filling them.
 
-Dimensions: R rows of one window, N rows of a whole text: one row for each slot of each sequence.
+Dimensions: R rows of one window, N rows of a whole batch: one row for each slot of each sequence.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Buffer(NamedTuple):
 
 
 class Workspace:
-    """Activation buffers for all blocks and windows of a text, and for the final LayerNorm.
+    """Activation buffers for all blocks and windows of a batch, and for the final LayerNorm.
 
     Args:
         kernels: native kernels that fill the buffers.

@@ -400,7 +400,7 @@ class TestBatches:
         assert np.array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
 
     def test_a_pass_reads_everything_once(self) -> None:
-        """The rolls of a pass touch and do not overlap; passes differ in order and starting point."""
+        """The sequences of a pass touch and do not overlap; passes differ in order and starting point."""
         source = tiny_source(TrainConfig(batch_size=2, windows=3))
         passes = [source._starts_of_pass(number) for number in range(4)]
 
@@ -419,7 +419,7 @@ class TestBatches:
         assert int(corpora_share() * 1_115_394) == 1_003_854
 
     def test_validation_is_the_same_every_time(self) -> None:
-        """Validation rolls are fixed, spread evenly, and read everything at most once."""
+        """Validation sequences are fixed, spread evenly, and read everything at most once."""
         source = tiny_source(TrainConfig(batch_size=5, windows=3))
         batches = list(source.val_batches(100))
 

@@ -294,10 +294,10 @@ def test_another_shape() -> None:
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        (lambda fields: (fields[1], fields[0], *fields[2:]), r"\('text.activations', 0, 8\), \('text.activations', 8, 8\)"),
-        (lambda fields: fields[:-1], r"\('text.save', 92, 4\)"),
-        (lambda fields: (*fields[:-1], ("save", ctypes.c_int64)), r"\('text.save', 92, 4\), \('text.save', 96, 8\)"),
-        (lambda fields: (*fields[:-1], ("saved", ctypes.c_int32)), r"\('text.save', 92, 4\), \('text.saved', 92, 4\)"),
+        (lambda fields: (fields[1], fields[0], *fields[2:]), r"\('batch.activations', 0, 8\), \('batch.activations', 8, 8\)"),
+        (lambda fields: fields[:-1], r"\('batch.save', 92, 4\)"),
+        (lambda fields: (*fields[:-1], ("save", ctypes.c_int64)), r"\('batch.save', 92, 4\), \('batch.save', 96, 8\)"),
+        (lambda fields: (*fields[:-1], ("saved", ctypes.c_int32)), r"\('batch.save', 92, 4\), \('batch.saved', 92, 4\)"),
     ],
     ids=["swapped", "missing", "longer", "renamed"],
 )
@@ -305,10 +305,10 @@ def test_layouts_that_differ(
     change: Callable[[tuple[Any, ...]], tuple[Any, ...]], difference: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A structure that is not the same on both sides is noticed when the library is loaded, and named."""
-    other = type("Text", (ctypes.Structure,), {"_fields_": change(tuple(bindings.Text._fields_))})
+    other = type("Batch", (ctypes.Structure,), {"_fields_": change(tuple(bindings.Batch._fields_))})
     library = kernels_for("heads of 8")._library
     bindings.check_layout(library)
-    monkeypatch.setitem(bindings._STRUCTURES, "text", other)
+    monkeypatch.setitem(bindings._STRUCTURES, "batch", other)
 
     with pytest.raises(AssertionError, match=rf"^bindings.h and bindings.py differ: \[.*{difference}"):
         bindings.check_layout(library)
@@ -467,13 +467,13 @@ def test_matrix_tiles_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rolls", [1, 3])
-def test_rows_that_no_tile_divides(rolls: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_rows_that_no_tile_divides(sequences: int, dtype: torch.dtype) -> None:
     """Any number of rows, in more texts than are summed at once, has the gradients of float32's modules."""
     model = model_of("heads of 32", spread=0.1)
     torch.manual_seed(3)
     for length in (1, 15, 16, 33, 128, 600):
-        ids = torch.randint(0, 88, (rolls, length))
+        ids = torch.randint(0, 88, (sequences, length))
         gradients = []
         for kernels in (None, kernels_for("heads of 32", dtype)):
             accelerate(model, kernels)

@@ -84,7 +84,7 @@ def check_driver(compiler: str, flags: list[str], folder: Path) -> None:
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sanitizers(compiler: str, shape: str, instructions: str, dtype: str, tmp_path: Path) -> None:
-    """Texts and Muon read and write nothing out of place, for windows of 1 to 511 characters, 1 and 7 rolls, 9 threads."""
+    """Texts and Muon read and write nothing out of place, for windows of 1 to 511 characters, 1 and 7 sequences, 9 threads."""
     check_driver(compiler, flags_of(shape, dtype, instructions), tmp_path)
 
 
@@ -99,7 +99,7 @@ def test_sanitizers_of_matrix_tiles(tmp_path: Path) -> None:
     [
         (".qkv = buffer(rows * 3 * WIDTH, sizeof(elem))", ".qkv = buffer(rows * 3 * WIDTH - 1, sizeof(elem))", "overflow"),
         (".ln1 = zeros(threads * 3 * WIDTH)", ".ln1 = zeros(threads * 3 * WIDTH - 1)", "overflow"),
-        (".hidden = buffer(rolls * chars * WIDTH,", ".hidden = buffer((rolls * chars - 1) * WIDTH,", "overflow"),
+        (".hidden = buffer(sequences * chars * WIDTH,", ".hidden = buffer((sequences * chars - 1) * WIDTH,", "overflow"),
         ("ids[i] = i % VOCAB", "ids[i] = i", "overflow"),
         ("m->wpe = floats_of(slots * WIDTH, 1)", "m->wpe = buffer(slots * WIDTH, 4)", "the hidden states are not finite"),
     ],

@@ -123,13 +123,13 @@ static void make_activations(struct activations *a, size_t rows) {
     };
 }
 
-/* Gradients, with a row for each thread or each roll where bindings.h says so. */
-static void make_grads(struct param_grads *g, int rolls, int threads) {
+/* Gradients, with a row for each thread or each sequence where bindings.h says so. */
+static void make_grads(struct param_grads *g, int sequences, int threads) {
     for (int i = 0; i < LAYERS; i++) {
         g[i] = (struct param_grads){
             .ln1 = zeros(threads * 3 * WIDTH),
             .attn = zeros(3 * WIDTH * WIDTH),
-            .attn_bias = zeros(rolls * 3 * WIDTH),
+            .attn_bias = zeros(sequences * 3 * WIDTH),
             .proj = zeros(WIDTH * WIDTH),
             .ln2 = zeros(threads * 3 * WIDTH),
             .fc = zeros(4 * WIDTH * WIDTH),
@@ -150,50 +150,50 @@ static void check_hidden(const elem *hidden, size_t count) {
 }
 
 /* Forward and backward; returns the gradient of the position embeddings (slots, C), or null without a
-   backward pass. The text has a window of one character, and one of `slots`. All buffers are new and hold
+   backward pass. The batch has a window of one character, and one of `slots`. All buffers are new and hold
    NaN, so each call shows what it reads too early. */
-static float *run(const struct model *m, int rolls, int slots, int threads, enum save save, enum weight_grads when) {
+static float *run(const struct model *m, int sequences, int slots, int threads, enum save save, enum weight_grads when) {
     const int32_t of_windows[WINDOWS] = {2, slots};
-    const size_t chars = slots, rows = (size_t)rolls * slots; /* 1 + slots - 1 characters */
+    const size_t chars = slots, rows = (size_t)sequences * slots; /* 1 + slots - 1 characters */
     struct activations activations[WINDOWS][LAYERS + 1];
     struct param_grads params[LAYERS + 1];
     /* As SAVE_ACTIVATIONS needs them; others use fewer. */
-    for (int i = 0; i < WINDOWS; i++) make_activations(activations[i], (size_t)rolls * of_windows[i]);
-    make_grads(params, rolls, threads);
-    int64_t *ids = buffer(rolls * chars, sizeof *ids);
-    for (size_t i = 0; i < rolls * chars; i++) ids[i] = i % VOCAB;
-    struct text text = {
+    for (int i = 0; i < WINDOWS; i++) make_activations(activations[i], (size_t)sequences * of_windows[i]);
+    make_grads(params, sequences, threads);
+    int64_t *ids = buffer(sequences * chars, sizeof *ids);
+    for (size_t i = 0; i < sequences * chars; i++) ids[i] = i % VOCAB;
+    struct batch batch = {
         .weights = m->layers,
         .activations = activations[0],
         .wte = m->wte,
         .wpe = m->wpe,
         .ids = ids,
         .slots = of_windows,
-        .hidden = buffer(rolls * chars * WIDTH, sizeof(elem)),
+        .hidden = buffer(sequences * chars * WIDTH, sizeof(elem)),
         .residual = buffer(rows * WIDTH, 4),
-        .context = zeros(rolls * WIDTH),
+        .context = zeros(sequences * WIDTH),
         .layers = LAYERS,
-        .rolls = rolls,
+        .sequences = sequences,
         .windows = WINDOWS,
         .chars = chars,
         .threads = threads,
         .save = save,
     };
     packed_elem *workspace = buffer(workspace_elems(threads), sizeof *workspace);
-    forward(&text);
-    check_hidden(text.hidden, rolls * chars * WIDTH);
+    forward(&batch);
+    check_hidden(batch.hidden, sequences * chars * WIDTH);
     /* Validation ends here. The gradient of the hidden states is, for want of a loss, what they are. */
     if (save == SAVE_NOTHING) return 0;
-    text.context = zeros(rolls * WIDTH);
-    struct text_grads grads = {
+    batch.context = zeros(sequences * WIDTH);
+    struct batch_grads grads = {
         .params = params,
         .wte = zeros(VOCAB * WIDTH),
         .wpe = zeros(slots * WIDTH),
-        .hidden = text.hidden,
+        .hidden = batch.hidden,
         .workspace = workspace,
         .weight_grads = when,
     };
-    backward(&text, &grads);
+    backward(&batch, &grads);
     check_finite(grads.wte, VOCAB * WIDTH, "an embedding's gradient is not finite");
     check_finite(grads.wpe, slots * WIDTH, "an embedding's gradient is not finite");
     check_finite(params[LAYERS].ln1, 3 * WIDTH, "the final norm's gradient is not finite");
@@ -203,7 +203,7 @@ static float *run(const struct model *m, int rolls, int slots, int threads, enum
            one window after the other, as their buffers are apart. */
         for (int window = 0; when == GRADS_DEFERRED && window < WINDOWS; window++) {
             const struct activations *a = activations[window] + i;
-            const int n = rolls * of_windows[window];
+            const int n = sequences * of_windows[window];
             const struct matrix_grad of[MATRICES] = {
                 /* left: gradient of the GEMM's output, which now stands in qkv, d_attn_out, fc and
                    d_mlp_out; right: its input */
@@ -248,10 +248,10 @@ static void update(int rows, int columns, int threads) {
     }
 }
 
-/* All combinations of rolls, window lengths and threads: fewer rolls than threads, one character, and
+/* All combinations of sequences, window lengths and threads: fewer sequences than threads, one character, and
    full windows. */
 int main(void) {
-    static const int rolls[] = {1, 7}, characters[] = {1, 37, SLOTS - 1}, threads[] = {1, 9};
+    static const int sequences[] = {1, 7}, characters[] = {1, 37, SLOTS - 1}, threads[] = {1, 9};
     for (int r = 0; r < 2; r++) {
         for (int c = 0; c < 3; c++) {
             for (int t = 0; t < 2; t++) {
@@ -259,12 +259,12 @@ int main(void) {
                 const size_t bytes = (size_t)slots * WIDTH * sizeof(float);
                 struct model model;
                 make_model(&model, slots, threads[t]);
-                run(&model, rolls[r], slots, threads[t], SAVE_NOTHING, GRADS_PER_WINDOW);
+                run(&model, sequences[r], slots, threads[t], SAVE_NOTHING, GRADS_PER_WINDOW);
                 /* The three ways to train: from saved activations, from recomputed ones, and with weight
                    gradients at the end. */
-                float *saved = run(&model, rolls[r], slots, threads[t], SAVE_ACTIVATIONS, GRADS_PER_WINDOW);
-                float *recomputed = run(&model, rolls[r], slots, threads[t], SAVE_INPUTS, GRADS_PER_WINDOW);
-                float *deferred = run(&model, rolls[r], slots, threads[t], SAVE_ACTIVATIONS, GRADS_DEFERRED);
+                float *saved = run(&model, sequences[r], slots, threads[t], SAVE_ACTIVATIONS, GRADS_PER_WINDOW);
+                float *recomputed = run(&model, sequences[r], slots, threads[t], SAVE_INPUTS, GRADS_PER_WINDOW);
+                float *deferred = run(&model, sequences[r], slots, threads[t], SAVE_ACTIVATIONS, GRADS_DEFERRED);
                 /* To the last bit, not nearly. */
                 check(!memcmp(saved, deferred, bytes), "deferred weight gradients change the gradient");
                 check(!memcmp(saved, recomputed, bytes), "recomputed activations change the gradient");

@@ -80,7 +80,7 @@ def train_in_two_parts(run: RunFolder) -> Trainer:
     half = config.batch_size // 2
     for k in range(settings.schedule.total_steps):
         inputs, targets = source.train_batch(k)
-        losses = [trainer.loss(Batch(inputs[rolls], targets[rolls])) for rolls in (slice(half), slice(half, None))]
+        losses = [trainer.loss(Batch(inputs[part], targets[part])) for part in (slice(half), slice(half, None))]
         gradients = [torch.autograd.grad(loss, parameters) for loss in losses]
         for parameter, first, second in zip(parameters, *gradients, strict=True):
             parameter.grad = first / 2 + second / 2

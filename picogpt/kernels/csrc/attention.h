@@ -64,7 +64,7 @@ struct softmax_row {
 #include "attention_vectors.h"
 #endif
 
-/* Head n, counted over all sequences, of qkv (R, 3C), out (R, C) and stats (2, rolls, H, slots): row
+/* Head n, counted over all sequences, of qkv (R, 3C), out (R, C) and stats (2, sequences, H, slots): row
    max, then 1 / denominator. */
 static struct head head_of(elem *qkv, elem *out, float *stats, const struct work *work, long n) {
     /* first row of its sequence, first entry of its head */
@@ -79,7 +79,7 @@ static void attention(elem *qkv, elem *out, float *stats, struct work work) {
 }
 
 /* Backward, for this thread's heads: d_out (R, C) is the gradient of `out`. The gradient of qkv is
-   written over qkv. The gradient of its bias, the sum over rows, is added to `bias_grad` (rolls, 3C): a
+   written over qkv. The gradient of its bias, the sum over rows, is added to `bias_grad` (sequences, 3C): a
    row for each sequence, as heads of one sequence may belong to several threads but have columns of
    their own. */
 static void attention_backward(const elem *d_out, const struct activations *a, float *bias_grad, struct work work) {

@@ -2,9 +2,8 @@
 
    picogpt/kernels/bindings.py has the same ones, with the same names in the same order; `layout` lets it
    compare every offset and size when it loads the library, so that neither side can be changed alone.
-   Dimensions: R = rolls x slots rows of one window, C = WIDTH, H = heads, T = threads; a roll is one
-   sequence of a step, a slot one position of its window. Buffers are row-major; `elem` and `packed_elem`
-   are as in simd.h and gemm.h. */
+   Dimensions: R = sequences x slots rows of one window, C = WIDTH, H = heads, T = threads; a slot is one
+   position of a window. Buffers are row-major; `elem` and `packed_elem` are as in simd.h and gemm.h. */
 
 #include "layout.h"
 
@@ -32,7 +31,7 @@ struct activations {
     elem *ln1_out;        /* (R, C) written by the backward pass: right operand of the gradient of attn */
     elem *qkv;            /* (R, 3C) q, k, v; then their gradient */
     elem *att_out;        /* (R, C) outputs of the heads, side by side */
-    float *softmax_stats; /* (2, rolls, H, slots) row max, and 1 / softmax denominator */
+    float *softmax_stats; /* (2, sequences, H, slots) row max, and 1 / softmax denominator */
     float *resid_mid;     /* (R, C) x + attention: input of the second LayerNorm */
     float *ln2_stats;     /* (2, R) */
     elem *ln2_out;        /* (R, C) like ln1_out, for fc */
@@ -47,11 +46,11 @@ struct activations {
 };
 
 /* Gradients of one block's weights, which the backward pass adds to. Vectors have a row for each thread,
-   or for each roll, so that sums do not depend on timing; Python adds the rows up. */
+   or for each sequence, so that sums do not depend on timing; Python adds the rows up. */
 struct param_grads {
     float *ln1;       /* (T, 3, C) of ln1_weight, ln1_bias, and the bias of the GEMM before ln1 */
     float *attn;      /* (3C, C) */
-    float *attn_bias; /* (rolls, 3C) */
+    float *attn_bias; /* (sequences, 3C) */
     float *proj;      /* (C, C) */
     float *ln2;       /* (T, 3, C) of ln2_weight, ln2_bias and proj_bias */
     float *fc;        /* (4C, C) */
@@ -72,27 +71,27 @@ enum weight_grads {
     GRADS_DEFERRED,   /* by `weight_grad`, for all windows at once: their inputs are saved until then */
 };
 
-/* A text of `rolls` sequences, window by window through the model without its head. Behind the blocks
+/* A batch, window by window through the model without its head. Behind the blocks
    there is an entry for the final LayerNorm, which is the ln1 of a block that does not exist: of its
    activations only x, ln1_stats and the scratch buffers are used. */
-struct text {
+struct batch {
     const struct layer_weights *weights;   /* (layers + 1) */
     const struct activations *activations; /* (windows, layers + 1) */
     const float *wte, *wpe;                /* (V, C) embeddings of characters, and (max S, C) of positions */
-    const int64_t *ids;                    /* (rolls, chars) */
+    const int64_t *ids;                    /* (sequences, chars) */
     const int32_t *slots;                  /* (windows) slots of each window: the context slot and its characters */
-    elem *hidden;                          /* (rolls, chars, C) written: final hidden states of all characters */
+    elem *hidden;                          /* (sequences, chars, C) written: final hidden states of all characters */
     float *residual;                       /* (max R, C) scratch: the residual stream; its gradient in the backward pass */
-    float *context;                        /* (rolls, C) zeros: context vector of the next window, or its gradient */
-    int32_t layers, rolls, windows, chars, threads;
+    float *context;                        /* (sequences, C) zeros: context vector of the next window, or its gradient */
+    int32_t layers, sequences, windows, chars, threads;
     int32_t save; /* enum save */
 };
 
 /* Outputs of the backward pass, and its workspace. */
-struct text_grads {
+struct batch_grads {
     const struct param_grads *params; /* (layers + 1) */
     float *wte, *wpe;                 /* gradients of the embeddings, added to */
-    const elem *hidden;               /* (rolls, chars, C) gradient of the final hidden states */
+    const elem *hidden;               /* (sequences, chars, C) gradient of the final hidden states */
     packed_elem *workspace;           /* packed_elems, as many as `workspace_elems` says */
     int32_t weight_grads;             /* enum weight_grads */
 };
@@ -145,11 +144,11 @@ const struct layout_entry *layout(void) {
         STRUCTURE(param_grads), FIELD(param_grads, ln1), FIELD(param_grads, attn), FIELD(param_grads, attn_bias),
         FIELD(param_grads, proj), FIELD(param_grads, ln2), FIELD(param_grads, fc), FIELD(param_grads, fc_bias),
         FIELD(param_grads, out),
-        STRUCTURE(text), FIELD(text, weights), FIELD(text, activations), FIELD(text, wte), FIELD(text, wpe), FIELD(text, ids),
-        FIELD(text, slots), FIELD(text, hidden), FIELD(text, residual), FIELD(text, context), FIELD(text, layers),
-        FIELD(text, rolls), FIELD(text, windows), FIELD(text, chars), FIELD(text, threads), FIELD(text, save),
-        STRUCTURE(text_grads), FIELD(text_grads, params), FIELD(text_grads, wte), FIELD(text_grads, wpe),
-        FIELD(text_grads, hidden), FIELD(text_grads, workspace), FIELD(text_grads, weight_grads),
+        STRUCTURE(batch), FIELD(batch, weights), FIELD(batch, activations), FIELD(batch, wte), FIELD(batch, wpe), FIELD(batch, ids),
+        FIELD(batch, slots), FIELD(batch, hidden), FIELD(batch, residual), FIELD(batch, context), FIELD(batch, layers),
+        FIELD(batch, sequences), FIELD(batch, windows), FIELD(batch, chars), FIELD(batch, threads), FIELD(batch, save),
+        STRUCTURE(batch_grads), FIELD(batch_grads, params), FIELD(batch_grads, wte), FIELD(batch_grads, wpe),
+        FIELD(batch_grads, hidden), FIELD(batch_grads, workspace), FIELD(batch_grads, weight_grads),
         STRUCTURE(matrix_grad), FIELD(matrix_grad, sums), FIELD(matrix_grad, left), FIELD(matrix_grad, right),
         FIELD(matrix_grad, outputs), FIELD(matrix_grad, inputs), FIELD(matrix_grad, rows), FIELD(matrix_grad, threads),
         STRUCTURE(muon_matrix), FIELD(muon_matrix, weights), FIELD(muon_matrix, gradient), FIELD(muon_matrix, momentum),

@@ -219,9 +219,9 @@ static void gelu_backward(const elem *d_out, const struct activations *a, float 
 
 /* ---- Blocks ---- */
 
-/* The calling thread's part of a window of `rolls` sequences with `slots` positions each. */
-static struct work work_of(long rolls, long slots) {
-    long thread = omp_get_thread_num(), threads = omp_get_num_threads(), rows = rolls * slots, heads = rolls * HEADS;
+/* The calling thread's part of a window of `sequences` sequences with `slots` positions each. */
+static struct work work_of(long sequences, long slots) {
+    long thread = omp_get_thread_num(), threads = omp_get_num_threads(), rows = sequences * slots, heads = sequences * HEADS;
     return (struct work){
         .thread = thread,
         .threads = threads,
@@ -279,13 +279,13 @@ static __attribute__((noinline)) void forward_block(const struct layer_weights *
 
 /* This thread's rows of x (R, C) for the window that begins at character `start`: the context vector in
    slot 0, the embeddings of the characters in the others, and the position embeddings of all. */
-static void embed(const struct text *text, float *x, long start, struct work work) {
+static void embed(const struct batch *batch, float *x, long start, struct work work) {
     for (long i = work.first; i < work.end; i++) {
-        const long roll = i / work.slots, slot = i % work.slots;
-        const float *token =
-            slot ? text->wte + text->ids[roll * text->chars + start + slot - 1] * WIDTH : text->context + roll * WIDTH;
+        const long sequence = i / work.slots, slot = i % work.slots;
+        const float *token = slot ? batch->wte + batch->ids[sequence * batch->chars + start + slot - 1] * WIDTH
+                                  : batch->context + sequence * WIDTH;
         for (long c = 0; c < WIDTH; c += LANES) {
-            store_float(x + i * WIDTH + c, load_float(token + c) + load_float(text->wpe + slot * WIDTH + c));
+            store_float(x + i * WIDTH + c, load_float(token + c) + load_float(batch->wpe + slot * WIDTH + c));
         }
     }
 }
@@ -297,10 +297,10 @@ static inline long first_column(struct work work, int next) {
 }
 
 /* The end of a window, whose final hidden states are `rows` (R, C): those of characters go to
-   text->hidden, and their mean over all slots is the context vector of the next window. */
-static void end_window(const struct text *text, const elem *rows, long start, struct work work) {
-    for (long roll = 0; roll < text->rolls; roll++, rows += work.slots * WIDTH) {
-        elem *hidden = text->hidden + (roll * text->chars + start) * WIDTH;
+   batch->hidden, and their mean over all slots is the context vector of the next window. */
+static void end_window(const struct batch *batch, const elem *rows, long start, struct work work) {
+    for (long sequence = 0; sequence < batch->sequences; sequence++, rows += work.slots * WIDTH) {
+        elem *hidden = batch->hidden + (sequence * batch->chars + start) * WIDTH;
         for (long c = first_column(work, 0); c < first_column(work, 1); c += LANES) {
             vf32 sum = load(rows + c);
             for (long slot = 1; slot < work.slots; slot++) {
@@ -308,35 +308,35 @@ static void end_window(const struct text *text, const elem *rows, long start, st
                 sum += y;
                 store(hidden + (slot - 1) * WIDTH + c, y);
             }
-            store_float(text->context + roll * WIDTH + c, sum * (1.0f / work.slots));
+            store_float(batch->context + sequence * WIDTH + c, sum * (1.0f / work.slots));
         }
     }
 }
 
 /* Backward of `end_window`, for this thread's rows: the gradient of a final hidden state comes from the
    head, unless it is slot 0, and from the mean. The residual stream begins without a gradient. */
-static void end_window_backward(const struct text *text, const elem *d_hidden, elem *d_rows, long start, struct work work) {
+static void end_window_backward(const struct batch *batch, const elem *d_hidden, elem *d_rows, long start, struct work work) {
     for (long i = work.first; i < work.end; i++) {
-        const long roll = i / work.slots, slot = i % work.slots;
-        const elem *d = slot ? d_hidden + (roll * text->chars + start + slot - 1) * WIDTH : 0;
+        const long sequence = i / work.slots, slot = i % work.slots;
+        const elem *d = slot ? d_hidden + (sequence * batch->chars + start + slot - 1) * WIDTH : 0;
         for (long c = 0; c < WIDTH; c += LANES) {
-            vf32 sum = load_float(text->context + roll * WIDTH + c) * (1.0f / work.slots);
+            vf32 sum = load_float(batch->context + sequence * WIDTH + c) * (1.0f / work.slots);
             if (d) sum += load(d + c);
             store(d_rows + i * WIDTH + c, sum);
-            store_float(text->residual + i * WIDTH + c, (vf32){0});
+            store_float(batch->residual + i * WIDTH + c, (vf32){0});
         }
     }
 }
 
-/* Backward of `embed`, for this thread's columns: the gradient of x, in text->residual, is added to that
+/* Backward of `embed`, for this thread's columns: the gradient of x, in batch->residual, is added to that
    of the embeddings; that of slot 0 is the gradient of the context vector. */
-static void embed_backward(const struct text *text, const struct text_grads *grads, long start, struct work work) {
+static void embed_backward(const struct batch *batch, const struct batch_grads *grads, long start, struct work work) {
     for (long i = 0; i < work.rows; i++) {
-        const long roll = i / work.slots, slot = i % work.slots;
-        float *token =
-            slot ? grads->wte + text->ids[roll * text->chars + start + slot - 1] * WIDTH : text->context + roll * WIDTH;
+        const long sequence = i / work.slots, slot = i % work.slots;
+        float *token = slot ? grads->wte + batch->ids[sequence * batch->chars + start + slot - 1] * WIDTH
+                            : batch->context + sequence * WIDTH;
         for (long c = first_column(work, 0); c < first_column(work, 1); c += LANES) {
-            vf32 d = load_float(text->residual + i * WIDTH + c);
+            vf32 d = load_float(batch->residual + i * WIDTH + c);
             accumulate(grads->wpe + slot * WIDTH + c, d);
             if (slot) accumulate(token + c, d);
             else store_float(token + c, d);
@@ -347,31 +347,31 @@ static void embed_backward(const struct text *text, const struct text_grads *gra
 /* ---- Forward ---- */
 
 /* Forward pass of the window that begins at character `start`. */
-static void forward_window(const struct text *text, const struct activations *a, long slots, long start) {
-    struct work work = work_of(text->rolls, slots);
-    const struct layer_weights *w = text->weights;
-    float *resid = text->residual;
-    embed(text, a->x, start, work);
+static void forward_window(const struct batch *batch, const struct activations *a, long slots, long start) {
+    struct work work = work_of(batch->sequences, slots);
+    const struct layer_weights *w = batch->weights;
+    float *resid = batch->residual;
+    embed(batch, a->x, start, work);
     layer_norm(a->x, norm_1(w, a, a->ln_scratch), work);
-    for (int i = 0; i < text->layers; i++, w++, a++) {
-        forward_block(w, a, i ? resid : a->x, resid, text->save, work);
+    for (int i = 0; i < batch->layers; i++, w++, a++) {
+        forward_block(w, a, i ? resid : a->x, resid, batch->save, work);
         /* The block's last addition, fused with the LayerNorm that follows: the next block's, or the final one. */
-        struct residual residual = {resid, a->branch, w->out_bias, resid, text->save == SAVE_NOTHING ? 0 : a[1].x};
+        struct residual residual = {resid, a->branch, w->out_bias, resid, batch->save == SAVE_NOTHING ? 0 : a[1].x};
         add_layer_norm(residual, norm_1(w + 1, a + 1, a[1].ln_scratch), work);
     }
 #pragma omp barrier
-    end_window(text, a->ln_scratch, start, work); /* sums over the rows of all threads */
+    end_window(batch, a->ln_scratch, start, work); /* sums over the rows of all threads */
 #pragma omp barrier
 }
 
-/* Forward pass of a text. One parallel region for all of it: threads start once, and no Python runs
+/* Forward pass of a batch. One parallel region for all of it: threads start once, and no Python runs
    between the windows. */
-void forward(const struct text *text) {
-#pragma omp parallel num_threads(text->threads)
+void forward(const struct batch *batch) {
+#pragma omp parallel num_threads(batch->threads)
     {
         begin_tiles();
-        for (long i = 0, start = 0; i < text->windows; start += text->slots[i++] - 1) {
-            forward_window(text, text->activations + i * (text->layers + 1), text->slots[i], start);
+        for (long i = 0, start = 0; i < batch->windows; start += batch->slots[i++] - 1) {
+            forward_window(batch, batch->activations + i * (batch->layers + 1), batch->slots[i], start);
         }
         finish_streams(); /* before other threads, or the backward pass, read what was streamed */
         end_tiles();
@@ -416,7 +416,7 @@ static void add_weight_grad(float *sums, const elem *left, int n, const elem *ri
    dx of a GEMM is dout W, by the copy of W that was packed untransposed (`*_back`). Activations that are
    read for the last time become gradients in place: fc, qkv. */
 static void backward_block(const struct layer_weights *w, const struct activations *a, const struct param_grads *g,
-                           const struct text_grads *grads, float *dx, elem *d_branch, struct work work) {
+                           const struct batch_grads *grads, float *dx, elem *d_branch, struct work work) {
     const enum weight_grads when = grads->weight_grads;
     /* MLP: back through `out`, GELU, `fc` and the second LayerNorm. */
     gemm_c_4c(a->fc_scratch, a->d_mlp_out, w->out_back, 0, work);
@@ -455,20 +455,20 @@ static void backward_block(const struct layer_weights *w, const struct activatio
 /* Backward pass of the window that begins at character `start`, last block first. With SAVE_INPUTS each
    block's activations are recomputed from its x before its backward pass (gradient checkpointing; Chen
    et al., 2016). */
-static void backward_window(const struct text *text, const struct text_grads *grads, const struct activations *a, long slots,
+static void backward_window(const struct batch *batch, const struct batch_grads *grads, const struct activations *a, long slots,
                             long start) {
-    struct work work = work_of(text->rolls, slots);
-    const struct layer_weights *w = text->weights + text->layers;
-    const struct param_grads *g = grads->params + text->layers;
-    float *dx = text->residual;
-    a += text->layers;
-    end_window_backward(text, grads->hidden, a->ln_scratch, start, work);
+    struct work work = work_of(batch->sequences, slots);
+    const struct layer_weights *w = batch->weights + batch->layers;
+    const struct param_grads *g = grads->params + batch->layers;
+    float *dx = batch->residual;
+    a += batch->layers;
+    end_window_backward(batch, grads->hidden, a->ln_scratch, start, work);
     /* The final LayerNorm; its output, which is recomputed to a->branch, is not needed. */
     struct norm_grads final = {a->ln_scratch, a->x, dx, a[-1].d_mlp_out, g->ln1};
     layer_norm_backward(final, norm_1(w, a, a->branch), GRADS_PER_WINDOW, work);
-    for (int i = text->layers - 1; i >= 0; i--) {
+    for (int i = batch->layers - 1; i >= 0; i--) {
         w--, a--, g--;
-        if (text->save == SAVE_INPUTS) {
+        if (batch->save == SAVE_INPUTS) {
             /* qkv is about to be overwritten, which other threads may still read. */
 #pragma omp barrier
             layer_norm(a->x, norm_1(w, a, a->ln_scratch), work);
@@ -478,19 +478,19 @@ static void backward_window(const struct text *text, const struct text_grads *gr
         backward_block(w, a, g, grads, dx, i ? a[-1].d_mlp_out : 0, work);
     }
 #pragma omp barrier
-    embed_backward(text, grads, start, work); /* adds the rows of all threads */
+    embed_backward(batch, grads, start, work); /* adds the rows of all threads */
 #pragma omp barrier
 }
 
-/* Backward pass of a text, last window first: each gets a part of its gradient by way of the context
+/* Backward pass of a batch, last window first: each gets a part of its gradient by way of the context
    vector of the next one. */
-void backward(const struct text *text, const struct text_grads *grads) {
-#pragma omp parallel num_threads(text->threads)
+void backward(const struct batch *batch, const struct batch_grads *grads) {
+#pragma omp parallel num_threads(batch->threads)
     {
         begin_tiles();
-        for (long i = text->windows - 1, start = text->chars; i >= 0; i--) {
-            start -= text->slots[i] - 1;
-            backward_window(text, grads, text->activations + i * (text->layers + 1), text->slots[i], start);
+        for (long i = batch->windows - 1, start = batch->chars; i >= 0; i--) {
+            start -= batch->slots[i] - 1;
+            backward_window(batch, grads, batch->activations + i * (batch->layers + 1), batch->slots[i], start);
         }
         finish_streams();
         end_tiles();

@@ -250,7 +250,7 @@ static inline void prefetch_lines(const void *memory, long first, long end) {
     for (long line = first; line < end; line++) __builtin_prefetch((const char *)memory + 64 * line);
 }
 
-/* One thread's part of a window. R = rolls x slots rows stand sequence after sequence. */
+/* One thread's part of a window. R = sequences x slots rows stand sequence after sequence. */
 struct work {
     int thread, threads;
     long rows, slots;          /* of the whole window: R, and slots of a sequence */
