@@ -24,6 +24,7 @@ __all__ = [
     "RECIPE_BUDGETS",
     "SETTINGS_RULES",
     "SHARE_OF_EPOCH_ENDS",
+    "STEPS_PER_EPOCH",
     "SUITABLE_PASSES",
     "SUITABLE_RULE",
     "VAL_SHARE",
@@ -42,6 +43,8 @@ __all__ = [
 
 RECIPE_BUDGETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"seed": MappingProxyType({"epochs": 300})})
 """Length of each recipe that has its own."""
+STEPS_PER_EPOCH = 500
+"""Default length of an epoch in a run with a number of epochs."""
 MIN_STEPS_PER_EPOCH = 4  # a validation batch, being a forward pass, costs a third of a step: less than a tenth of four
 """Minimum length of an epoch in a run with a budget."""
 VAL_SHARE = 0.2
@@ -182,7 +185,7 @@ class Budget:
     epochs: int | None = None
     """Epochs, if neither minutes nor characters are given; None means `suitable_chars`."""
     steps_per_epoch: int | None = None
-    """Steps per epoch; None means 500 with `epochs`, else about a twentieth of the run."""
+    """Steps per epoch; None means `STEPS_PER_EPOCH` with `epochs`, else about a twentieth of the run."""
     val_steps: int | None = None
     """Validation batches per epoch; None means a fifth of the steps, a fifteenth of the work: there is no backward pass."""
     minutes: float | None = None
@@ -222,24 +225,15 @@ class Budget:
             pace: measured speed of this machine; required for minutes.
             steps_done: steps that the run has already taken; they count, as do the seconds of `pace`.
         """
+        # Epochs give the number of steps directly, whatever the text and the machine.
+        if self.minutes is None and self.chars is None and self.epochs is not None:
+            steps = self.steps_per_epoch or STEPS_PER_EPOCH
+            return self._with_validation(self.epochs * steps, steps)
         n_epochs = EPOCHS_OF_A_BUDGET
         if self.minutes is not None:
             assert pace is not None
-            # A resumed run has the rest of its budget, which may be used up.
-            left = max(0.0, self.minutes * 60 - pace.seconds_spent)
-            step, end = self._with_share_of_validation(pace)
-            # As few epochs as keep their ends within their share of the time, and at least the minimum of steps in each.
-            n_epochs = max(1, min(n_epochs, int(SHARE_OF_EPOCH_ENDS * left / end), int(left / step / MIN_STEPS_PER_EPOCH)))
-            # Solve left = steps * step + epochs * end, for a given length of the epochs or a given number.
-            if self.steps_per_epoch is not None:
-                steps = round(left / (step + end / self.steps_per_epoch))
-            else:
-                steps = round((left - n_epochs * end) / step)
+            steps, n_epochs = self._steps_in_time(max(0.0, self.minutes * 60 - pace.seconds_spent), pace)
             total = steps_done + max(steps, 0 if steps_done else 1)  # a new run takes at least one step
-        # Epochs give the number of steps directly, whatever the text and the machine.
-        elif self.chars is None and self.epochs is not None:
-            steps = self.steps_per_epoch or 500
-            return self._with_validation(self.epochs * steps, steps)
         else:
             total = math.ceil((self.chars or suitable_chars(train_chars)) / chars_per_step)
         # Equal epochs over the whole run, also over the steps already taken, so that the loss curve is evenly spaced.
@@ -264,6 +258,17 @@ class Budget:
         """Return the settings that suit a new run of this length: see the function of the same name."""
         steps = self.expected_steps(chars_per_step=chars_per_step, train_chars=train_chars)
         return suitable_settings(steps, steps * chars_per_step / (train_chars or math.inf))
+
+    def _steps_in_time(self, left: float, pace: Pace) -> tuple[int, int]:
+        """Return the numbers of steps and of epochs that fit into `left` seconds; no step if the budget is used up."""
+        step, end = self._with_share_of_validation(pace)
+        # As few epochs as keep their ends within their share of the time, and at least the minimum of steps in each.
+        by_time, by_steps = int(SHARE_OF_EPOCH_ENDS * left / end), int(left / step / MIN_STEPS_PER_EPOCH)
+        n_epochs = max(1, min(EPOCHS_OF_A_BUDGET, by_time, by_steps))
+        # Solve left = steps * step + epochs * end, for a given length of the epochs or a given number.
+        if self.steps_per_epoch is not None:
+            return round(left / (step + end / self.steps_per_epoch)), n_epochs
+        return round((left - n_epochs * end) / step), n_epochs
 
     def _with_share_of_validation(self, pace: Pace) -> tuple[float, float]:
         """Return the seconds of a step and of an epoch's end; validation is included in one of them."""

@@ -15,7 +15,7 @@ from picogpt.cli.parser import Parser, add_setting, count, number
 from picogpt.cli.settings import MODEL_FLAGS, TRAIN_FLAGS, request_of
 from picogpt.config import LOGS_DIR, RECIPES, GPTConfig, TrainConfig
 from picogpt.errors import RanksError
-from picogpt.schedule import RECIPE_BUDGETS, SETTINGS_RULES, SUITABLE_RULE
+from picogpt.schedule import RECIPE_BUDGETS, SETTINGS_RULES, STEPS_PER_EPOCH, SUITABLE_RULE
 from picogpt.signals import StopRequest, deferred_interrupt
 from picogpt.threads import spin_briefly
 from picogpt.uptime import process_seconds
@@ -143,7 +143,8 @@ def _add_length(parser: Parser) -> None:
     )
     meaning = "end early, after N epochs without a better validation loss, which is that of the weights' mean; not with --minutes"
     add_setting(group, "--patience", meaning=f"{meaning} (default: none)")
-    add_setting(group, "--steps-per-epoch", meaning="steps per epoch (default: a twentieth of the run; 500 if --epochs is given)")
+    meaning = f"steps per epoch (default: a twentieth of the run; {STEPS_PER_EPOCH} if --epochs is given)"
+    add_setting(group, "--steps-per-epoch", meaning=meaning)
     meaning = "validation batches per epoch, at most the whole validation text (default: a fifth of the steps)"
     add_setting(group, "--val-steps", meaning=meaning)
 

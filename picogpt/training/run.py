@@ -16,8 +16,9 @@ from picogpt.errors import Interrupted, RunError
 from picogpt.files import existing_folder
 from picogpt.runs.loss_log import LossLog
 from picogpt.runs.settings import RunSettings
-from picogpt.schedule import MAX_SUITABLE_PASSES, Pace, Schedule
+from picogpt.schedule import Pace, Schedule
 from picogpt.signals import StopRequest
+from picogpt.training.announce import announcement
 from picogpt.training.build import build_trainer
 from picogpt.training.disk import DiskNeed, check_disk
 from picogpt.training.embeddings import transfer_embeddings
@@ -26,7 +27,7 @@ from picogpt.training.import_run import describe_losses
 from picogpt.training.pacing import Pacer
 from picogpt.training.plan import Plan
 from picogpt.training.trainer import Observer, Trainer
-from picogpt.wording import Notify, format_passes, plural
+from picogpt.wording import Notify, plural
 
 __all__ = ["Display", "TrainingRun"]
 
@@ -338,41 +339,8 @@ class TrainingRun:
         )
 
     def _announce(self) -> None:
-        """Print the model, the backend and the length of the run."""
-        plan, train, backend = self.plan, self.plan.train, self.plan.backend
-        self._notify(f"model: {self.trainer.model.num_params():,} parameters; {plan.model.describe()}")
-        self._notify(f"device {backend.device.type} ({backend.device_reason})")
-        self._notify(backend.describe())
-        if backend.gradient_checkpointing:
-            self._notify("activations are recomputed in the backward pass, to save memory")
-        if plan.ranks.count > 1:
-            sequences = train.batch_size // plan.ranks.count
-            how = (
-                f", with an outer step every {train.sync_every} steps"
-                if train.sync_every
-                else "; gradients are averaged every step"
-            )
-            self._notify(f"{plan.ranks.count} ranks, each with {sequences} of a step's sequences{how}")
-        self._announce_length()
-
-    def _announce_length(self) -> None:
-        train, schedule, train_chars = self.plan.train, self.schedule, self._source.train_chars
-        sequence_len = train.windows * self.plan.model.context_len
-        # Past epochs may have had another length, so they are counted in the log.
-        n_epochs = len(self.trainer.log.val) + schedule.epochs_left(self.trainer.step)
-        read = ""
-        if train_chars is not None:  # an epoch is a number of steps, not a pass over the text
-            passes = schedule.total_steps * self.trainer.chars_per_step / train_chars
-            read = f", {format_passes(passes)}" + (", enough to memorize it" if passes > 2 * MAX_SUITABLE_PASSES else "")
-        self._notify(
-            f"{self.folder.path}: {plural(schedule.total_steps, 'step')} of {train.batch_size} x {sequence_len:,} characters, "
-            f"{schedule.steps_per_epoch:,} an epoch, {plural(n_epochs, 'epoch')}{read}; recipe {train.recipe}, "
-            f"{train.describe_rates()}, seed {train.seed}"
-        )
-        if self.plan.budget.is_open:
-            self._notify(
-                "no length given: this one suits the text (docs/training.md); --minutes, --chars or --epochs give another"
-            )
+        for line in announcement(self.plan, self.trainer, self.schedule):
+            self._notify(line)
 
     def _tell_if_finished(self) -> bool:
         """Print a line if all steps are done, and return whether they are."""
