@@ -130,12 +130,12 @@ class Model:
             ConfigError: a setting is out of its range.
         """
         # Not a generator function, so that an invalid setting raises here and not when the first piece is requested.
-        make = GenerateConfig(max_new_tokens=max_new_tokens, hop=hop, stop=tuple(stop))
-        draw = SampleConfig(
+        generation = GenerateConfig(max_new_tokens=max_new_tokens, hop=hop, stop=tuple(stop))
+        sampling = SampleConfig(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=secrets.randbits(32) if seed is None else seed
         )
         # The same class as in `picogpt-generate`, so that both give the same text for a seed.
-        return filter(None, TextGenerator(self._engine, self._text, draw, make).stream(prompt))
+        return filter(None, TextGenerator(self._engine, self._text, sampling, generation).stream(prompt))
 
     def logits(self, text: str) -> npt.NDArray[np.float32]:
         """Compute the logits after each character of `text`, as the torch model does.

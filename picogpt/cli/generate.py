@@ -99,27 +99,27 @@ def main(argv: list[str] | None = None) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     # Validate before the model is loaded. A new seed is drawn here, so that it can be printed.
-    draw = SampleConfig(
+    sampling = SampleConfig(
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         min_p=arguments.min_p,
         seed=secrets.randbits(32) if arguments.seed is None else arguments.seed,
     )
-    make = GenerateConfig(
+    generation = GenerateConfig(
         max_new_tokens=parse_new_tokens(arguments.max_new_tokens),
         hop=arguments.hop,
         num_samples=arguments.num_samples,
         stop=tuple(map(_decode_argument, arguments.stop)),
     )
     # JSON is printed once a text is complete.
-    if arguments.json and make.max_new_tokens is None:
+    if arguments.json and generation.max_new_tokens is None:
         raise ConfigError("max_new_tokens must be a number with --json, got 'inf'", "max_new_tokens")
     if arguments.prompt is None:
         arguments.prompt = arguments.text
     # No prompt and no pipe: prompts are typed, one after the other.
     at_terminal = arguments.prompt is None and arguments.prompt_file is None and sys.stdin is not None and sys.stdin.isatty()
-    for name, given in (("json", arguments.json), ("num_samples", make.num_samples > 1)):
+    for name, given in (("json", arguments.json), ("num_samples", generation.num_samples > 1)):
         if at_terminal and given:
             raise ConfigError(f"{name} needs a prompt: give one with -p, -f or through a pipe", name)
     # Imported after the checks, so that a wrong flag answers at once.
@@ -134,8 +134,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     path, chosen = find_model(arguments.model, arguments.logs_dir)
     engine = Engine.load(path, threads=check_threads(arguments.threads), dtype=arguments.dtype, notify=notice)
     # Everything that is needed to repeat the text.
-    notice(f"{chosen}, seed {draw.seed}, {engine.dtype}, threads {engine.threads}")
-    generator = TextGenerator(engine, load_text_config(path), draw, make, chat=arguments.chat, notify=notice)
+    notice(f"{chosen}, seed {sampling.seed}, {engine.dtype}, threads {engine.threads}")
+    generator = TextGenerator(engine, load_text_config(path), sampling, generation, chat=arguments.chat, notify=notice)
     shades = arguments.show_probs and not arguments.json and can_shade(sys.stdout)
     if shades:
         notice(LEGEND)
@@ -144,10 +144,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     prompt = _read_prompt(arguments)
     if arguments.json:
         for i, sample in enumerate(_json_samples(generator, prompt, show_probs=arguments.show_probs)):
-            print(json.dumps({"model": str(path), "seed": draw.seed, "sample": i, "prompt": prompt, **sample}), flush=True)
+            print(json.dumps({"model": str(path), "seed": sampling.seed, "sample": i, "prompt": prompt, **sample}), flush=True)
         return 0
     echo = "" if arguments.no_echo or arguments.chat else generator.normalize(prompt)
-    _print_texts(generator, prompt, echo, several=make.num_samples > 1, shades=shades)
+    _print_texts(generator, prompt, echo, several=generation.num_samples > 1, shades=shades)
     return 0
 
 

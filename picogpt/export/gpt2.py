@@ -21,7 +21,7 @@ from picogpt.config import GPTConfig, SampleConfig, TextConfig, alphabet_of
 from picogpt.errors import RunError
 from picogpt.files import atomic_write
 from picogpt.inference.sampling import suppressed_ids
-from picogpt.inference.tensors import Tensors
+from picogpt.inference.tensors import WeightReader
 from picogpt.inference.weights import Weights
 from picogpt.runs.model_file import load_model
 from picogpt.runs.tensor_file import serialize_tensors
@@ -64,7 +64,7 @@ class Gpt2Model:
             RunError: the model is missing or damaged, or it has no biases.
         """
         model = load_model(path)
-        Weights(Tensors(model.config, model.weights))  # raises where the engine would
+        Weights(WeightReader(model.config, model.weights))  # raises where the engine would
         return cls(path.resolve().parent.name, model.config, model.weights, model.text)
 
     @property

@@ -27,7 +27,7 @@ from picogpt.export.page import resource, script_json
 from picogpt.export.wasm import assemble
 from picogpt.inference.generate import MAX_PROMPT_WINDOWS
 from picogpt.inference.sampling import suppressed_ids
-from picogpt.inference.tensors import Floats, Tensors, to_bfloat16
+from picogpt.inference.tensors import Floats, WeightReader, to_bfloat16
 from picogpt.runs.loss_log import LossLog, read_log
 from picogpt.runs.model_file import load_model
 from picogpt.runs.names import LOG_FILE
@@ -79,8 +79,8 @@ def render_model_page(view: ModelView) -> str:
     Raises:
         RunError: a weight is missing, has another shape or is not finite.
     """
-    # `Tensors` validates each weight when it is read.
-    tensors, weights = _pack(Tensors(view.config, view.arrays))
+    # `WeightReader` validates each weight when it is read.
+    tensors, weights = _pack(WeightReader(view.config, view.arrays))
     parts = {
         "title": html.escape(view.name),
         "parameters": f"{_parameters(view.config, tensors):,}",
@@ -109,7 +109,7 @@ def quantize_rows(weight: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
     return np.rint(weight * by[:, None]).astype(np.int8), scales
 
 
-def _pack(tensors: Tensors) -> tuple[dict[str, dict[str, Any]], bytes]:
+def _pack(tensors: WeightReader) -> tuple[dict[str, dict[str, Any]], bytes]:
     """Return the layout of the weights (type, shape and offset of each by name) and their bytes, concatenated."""
     layout: dict[str, dict[str, Any]] = {}
     content = bytearray()

@@ -16,7 +16,7 @@ from picogpt.config import EngineDType, GPTConfig
 from picogpt.errors import BuildError, ConfigError
 from picogpt.inference.native import MAX_WORKERS, NativeModel
 from picogpt.inference.native_window import NativeWindow, score_windows
-from picogpt.inference.tensors import Floats, Tensors
+from picogpt.inference.tensors import Floats, WeightReader
 from picogpt.inference.weights import Weights
 from picogpt.inference.window import Ids, NumpyWindow, Window
 from picogpt.kernels.build import load_library
@@ -88,7 +88,7 @@ class Engine:
         threads: int = 1,
         dtype: EngineDType = "auto",
     ) -> None:
-        tensors = Tensors(config, arrays)
+        tensors = WeightReader(config, arrays)
         self.config, self.threads, self.backend = config, threads, backend
         self._native: NativeModel | None = None
         # Either way the weights are packed once, here, and the arrays of the file can be freed.

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.inference.layout import GROUP, PANEL, LayerStruct, MatrixStruct, ModelStruct, NumberType, declare_functions
-from picogpt.inference.tensors import Floats, Tensors, check_largest
+from picogpt.inference.tensors import Floats, WeightReader, check_largest
 
 __all__ = ["MAX_WORKERS", "NativeModel", "aligned", "padded"]
 
@@ -64,7 +64,7 @@ class NativeModel:
         RunError: a weight is missing, has another shape, is not finite or has diverged.
     """
 
-    def __init__(self, library: ctypes.CDLL, tensors: Tensors, dtype: str, threads: int = 1) -> None:
+    def __init__(self, library: ctypes.CDLL, tensors: WeightReader, dtype: str, threads: int = 1) -> None:
         declare_functions(library)
         config = self.config = tensors.config
         self.library, self.dtype, self._arrays = library, dtype, []  # type: ctypes.CDLL, str, list[npt.NDArray[Any]]
@@ -96,7 +96,7 @@ class NativeModel:
         self._arrays.append(array)
         return int(array.ctypes.data)
 
-    def _layer(self, tensors: Tensors, index: int) -> LayerStruct:
+    def _layer(self, tensors: WeightReader, index: int) -> LayerStruct:
         config, name = self.config, f"h.{index}."
         C, H, D = config.n_embd, config.n_head, self.head_size
 

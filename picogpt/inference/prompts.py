@@ -45,8 +45,8 @@ class TextGenerator:
     Args:
         engine: the inference engine with the model's weights.
         text: properties of the model's training text; None if its file has none.
-        draw: settings for sampling, with a seed.
-        make: settings for the length and the end of a text.
+        sampling: settings for sampling, with a seed.
+        generation: settings for the length and the end of a text.
         chat: whether prompts are questions, <Q>...</Q>, and texts answers, <A>...</A>.
         notify: receives a line about a prompt that is not read as it is.
 
@@ -58,14 +58,14 @@ class TextGenerator:
         self,
         engine: Engine,
         text: TextConfig | None,
-        draw: SampleConfig,
-        make: GenerateConfig,
+        sampling: SampleConfig,
+        generation: GenerateConfig,
         *,
         chat: bool = False,
         notify: Notify = say_nothing,
     ) -> None:
-        self._engine, self._draw, self._make, self._chat, self._notify = engine, draw, make, chat, notify
-        self._hop = make.hop_for(engine.config.context_len)
+        self._engine, self._sampling, self._generation, self._chat, self._notify = engine, sampling, generation, chat, notify
+        self._hop = generation.hop_for(engine.config.context_len)
         alphabet = alphabet_of(text)
         self._tokenizer, self._special_ids = CharTokenizer(alphabet), alphabet.special_ids
         self._encoder = TextEncoder.for_model(text)
@@ -73,7 +73,7 @@ class TextGenerator:
         self._conversation: list[int] = []  # ids of all questions and answers so far
         self._turns = 0  # prompts so far
         # Stop sequences are matched as ids: they are lower-cased and folded like the text.
-        self._stops = [encode_stop(self._encoder, stop) for stop in make.stop]
+        self._stops = [encode_stop(self._encoder, stop) for stop in generation.stop]
         if chat:
             # An answer ends where the model closes its tag.
             self._stops.append([self._special_ids["</A>"]])
@@ -113,14 +113,14 @@ class TextGenerator:
     def sample_characters(self, prompt: str) -> list[tuple[list[Character], bool]]:
         """Like `samples`, and return each character with its probability."""
         ids = self._prompt_ids(prompt)
-        predictor = self._predictor(ids, self._make.num_samples)
+        predictor = self._predictor(ids, self._generation.num_samples)
         return [(self._characters(predictor, i, new), ended) for i, (new, ended) in enumerate(self._samples(ids))]
 
     def _samples(self, prompt: Sequence[int]) -> list[tuple[list[int], bool]]:
-        steps = list(self._continue(prompt, self._make.num_samples))
+        steps = list(self._continue(prompt, self._generation.num_samples))
         _, stopped = steps[-1]  # the state after the last step
         # Each step has a few ids for every sample: concatenate them by sample.
-        texts = [[token for parts, _ in steps for token in parts[i]] for i in range(self._make.num_samples)]
+        texts = [[token for parts, _ in steps for token in parts[i]] for i in range(self._generation.num_samples)]
         return list(zip(texts, stopped, strict=True))
 
     @cached_property
@@ -143,18 +143,20 @@ class TextGenerator:
 
     def _continue(self, prompt: Sequence[int], count: int) -> Iterator[tuple[list[list[int]], list[bool]]]:
         """Generate `count` texts after `prompt`; yield the new ids of each as they become final, and which have stopped."""
-        assert self._draw.seed is not None
+        assert self._sampling.seed is not None
         # Each prompt has its own random numbers, or the same prompt would get the same answer again.
-        first = self._turns * self._make.num_samples
+        first = self._turns * self._generation.num_samples
         self._turns += 1
         sampler = Sampler(
-            self._draw,
-            [sample_generator(self._draw.seed, first + i) for i in range(count)],
+            self._sampling,
+            [sample_generator(self._sampling.seed, first + i) for i in range(count)],
             self._suppressed,
             vocab_size=self._engine.config.vocab_size,
         )
         ids = np.array(prompt)  # (k,)
-        return continue_prompt(self._engine, ids, self._make.max_new_tokens, hop=self._hop, sampler=sampler, stops=self._stops)
+        return continue_prompt(
+            self._engine, ids, self._generation.max_new_tokens, hop=self._hop, sampler=sampler, stops=self._stops
+        )
 
     def _prompt_ids(self, prompt: str) -> Sequence[int]:
         """Return the ids to read before generation: the end of the prompt, or of the conversation with the new question."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from picogpt.config import GPTConfig
 from picogpt.errors import RunError
 
-__all__ = ["Floats", "Tensors", "check_largest", "to_bfloat16"]
+__all__ = ["Floats", "WeightReader", "check_largest", "to_bfloat16"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -48,7 +48,7 @@ def to_bfloat16(array: Floats) -> npt.NDArray[np.uint16]:
     return rounded
 
 
-class Tensors:
+class WeightReader:
     """The weights of one model, each read on demand, so that they need not all be in memory at once.
 
     Args:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from picogpt.inference.tensors import Floats, Tensors, check_largest
+from picogpt.inference.tensors import Floats, WeightReader, check_largest
 
 __all__ = ["Layer", "Weights"]
 
@@ -64,7 +64,7 @@ class Weights:
         RunError: a weight is missing, has another shape, is not finite or has diverged.
     """
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: WeightReader) -> None:
         config = self.config = tensors.config
         C = config.n_embd
         embedding = tensors.get("wte.weight", config.vocab_size, C)
@@ -77,7 +77,7 @@ class Weights:
         # One table serves all layers, as long as the widest of them needs.
         self.gelu_values, self.gelu_slopes = _gelu_table(max(layer.largest_input for layer in self.layers))
 
-    def _layer(self, tensors: Tensors, name: str) -> Layer:
+    def _layer(self, tensors: WeightReader, name: str) -> Layer:
         C, D = self.config.n_embd, self.config.n_embd // self.config.n_head
         # W (gain * x + bias) + b = (W * gain) x + (W bias + b): LayerNorm folded into the matrix after it.
         gain, bias = tensors.get(name + "ln_1.weight", C), tensors.bias(name + "ln_1.bias", C)

@@ -18,7 +18,7 @@ from picogpt.inference import Engine, EngineBackend
 from picogpt.inference import weights as weights_module
 from picogpt.inference.decoder import RollingDecoder
 from picogpt.inference.engine import NUMPY
-from picogpt.inference.tensors import Tensors
+from picogpt.inference.tensors import WeightReader
 from picogpt.model.gpt import GPT
 from picogpt.runs.folder import RunFolder
 from tests.conftest import needs_any_compiler, one_window
@@ -186,7 +186,7 @@ def test_gelu_table() -> None:
 def test_gelu_table_is_long_enough() -> None:
     """The largest input is bounded by the weights: no input of the right norm goes beyond the table."""
     model = rough_model(GPTConfig(n_layer=3, n_head=3, n_embd=48, context_len=12))
-    weights = weights_module.Weights(Tensors(model.config, model.arrays()))
+    weights = weights_module.Weights(WeightReader(model.config, model.arrays()))
     n = np.random.default_rng(0).normal(size=(1000, 48)).astype(np.float32)
     n *= math.sqrt(48) / np.linalg.norm(n, axis=1, keepdims=True)
 
