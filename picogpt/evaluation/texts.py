@@ -270,7 +270,7 @@ def _find_shards(trained: TrainedRun, dataset: str, column: str | None, notify: 
     own = stored is not None and stored.dataset in {spec.name, spec.address}
     if stored is not None and stored.characters is None and not own:
         notify(f"warning: the run was trained on another stream, {stored.dataset}, which may contain some of these articles")
-    if stored is not None and column is None and stored.text_column:
+    if stored is not None and own and column is None and stored.text_column:
         spec = replace(spec, columns=(stored.text_column,))
     # The shards that the run has stored pin its commit: the same articles are for validation as in training.
     shards = stored_shards(spec, stored) or find_shards(spec, notify)

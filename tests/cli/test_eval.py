@@ -17,7 +17,7 @@ import torch
 from picogpt import plot
 from picogpt.cli import eval as evaluation
 from picogpt.config import DataConfig, TrainConfig
-from picogpt.data import Shards, articles, read_ahead, read_texts
+from picogpt.data import Shards, StreamSpec, articles, read_ahead, read_texts
 from picogpt.evaluation import texts as eval_texts
 from picogpt.evaluation.report import Report
 from picogpt.evaluation.scores import Scores
@@ -250,13 +250,20 @@ def test_ngram_of_a_stream(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_articles_of_another_stream(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """That the run may have read them elsewhere is said, and its n-gram is not counted on what it has not read."""
-    of(run, dataset="org/other", characters=None, commit="d" * 40, files=("x",), format="parquet")
+    of(run, dataset="org/other", characters=None, commit="d" * 40, files=("x",), format="parquet", text_column="body")
     shards = Shards(files=("one",), format="parquet", columns=("text",), commit="c" * 40)
-    monkeypatch.setattr("picogpt.evaluation.texts.find_shards", lambda *_: shards)
+    asked: list[tuple[str, ...]] = []
+
+    def find(spec: StreamSpec, _: object) -> Shards:
+        asked.append(spec.columns)
+        return shards
+
+    monkeypatch.setattr("picogpt.evaluation.texts.find_shards", find)
     monkeypatch.setattr(articles, "read_rows", lambda _shards, file, start: ((f"{file} {i}. " * 9,) for i in range(start, 99)))
     assert evaluate("--dataset", "org/name", "--chars", "100") == 0
     err = capsys.readouterr().err
 
+    assert asked == [("text",)]  # the run's own column is of its own stream
     assert "warning: the run was trained on another stream, org/other, which may contain some of these articles" in err
     assert "no n-gram: the run's text is a stream; name a text with --ngram-text" in err
 
