@@ -316,6 +316,12 @@ def alphabet_of(text: TextConfig | None) -> Alphabet:
     return PICOGPT if text is None else text.alphabet
 
 
+def fold_of(text: TextConfig | None) -> Fold:
+    """Return how texts for a model are folded, given what its file says of its texts."""
+    # A model that is older than folding has seen <?> for accented letters, but it knows the plain letters.
+    return True if text is None else text.fold
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextRequest:
     """A request for a text; an empty one takes the stored run's text, or `auto`."""

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.alphabet import PICOGPT, UNKNOWN_ID, Alphabet
-from picogpt.config import Fold, TextConfig, alphabet_of
+from picogpt.config import Fold, TextConfig, alphabet_of, fold_of
 from picogpt.errors import ConfigError
 from picogpt.folding import N_CODE_POINTS, Folding, fold_character, to_code_points, transliterate_character
 from picogpt.ids import Ids, id_dtype
@@ -171,8 +171,7 @@ class TextEncoder:
     @classmethod
     def for_model(cls, text: TextConfig | None) -> TextEncoder:
         """Return the encoder of a model's texts, given the properties of its training text as far as its file has them."""
-        # A model that is older than folding has seen <?> for accented letters, but it knows the plain letters.
-        return cls(fold=text is None or text.fold, alphabet=alphabet_of(text))
+        return cls(fold=fold_of(text), alphabet=alphabet_of(text))
 
     def fold(self, text: str) -> str:
         """Return the text to which `encode` assigns one id per character."""

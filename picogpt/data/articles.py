@@ -38,11 +38,11 @@ Read = Callable[[str, int], Iterator[Row]]
 
 VALIDATION_DIVISOR = 20
 """One article in this many is held out for validation."""
+SEPARATOR_CHARS = 2
+"""Newlines between two articles: an empty line."""
 
 _QUESTION_TOKENS = ("<Q>", "</Q>", "<A>", "</A>")
 """Special tokens that wrap a question and its answer."""
-SEPARATOR_CHARS = 2
-"""Newlines between two articles: an empty line."""
 _ARTICLE_OVERHEAD = 500
 """Bytes charged per article for its Python objects; without it, millions of tiny articles would fit into the buffer."""
 _SHORT_READ_AHEAD = 1 << 20

@@ -21,8 +21,7 @@ from picogpt.config import GPTConfig, SampleConfig, TextConfig, alphabet_of
 from picogpt.errors import RunError
 from picogpt.files import atomic_write
 from picogpt.inference.sampling import suppressed_ids
-from picogpt.inference.tensors import WeightReader
-from picogpt.inference.weights import Weights
+from picogpt.inference.weights import check_weights
 from picogpt.runs.model_file import load_model
 from picogpt.runs.tensor_file import serialize_tensors
 from picogpt.tokenizer import CharTokenizer
@@ -64,7 +63,7 @@ class Gpt2Model:
             RunError: the model is missing or damaged, or it has no biases.
         """
         model = load_model(path)
-        Weights(WeightReader(model.config, model.weights))  # raises where the engine would
+        check_weights(model.config, model.weights)
         return cls(path.resolve().parent.name, model.config, model.weights, model.text)
 
     @property

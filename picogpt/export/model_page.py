@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt.alphabet import PICOGPT, Alphabet
-from picogpt.config import Fold, GenerateConfig, GPTConfig, TextConfig, alphabet_of
+from picogpt.config import Fold, GenerateConfig, GPTConfig, TextConfig, alphabet_of, fold_of
 from picogpt.export.log_page import RunView, render_curve
 from picogpt.export.page import resource, script_json
 from picogpt.export.wasm import assemble
@@ -182,7 +182,7 @@ def _header(view: ModelView) -> dict[str, Any]:
         "knows": knows,
         # Assembled here, so that the repository contains source and no binary.
         "products": base64.b64encode(assemble(resource("products.wat"))).decode(),
-        "folding": _folding(alphabet, view.text is None or view.text.fold),
+        "folding": _folding(alphabet, fold_of(view.text)),
     }
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from picogpt.files import atomic_write
-from picogpt.inference.tensors import WeightReader, to_bfloat16
-from picogpt.inference.weights import Weights
+from picogpt.inference.tensors import to_bfloat16
+from picogpt.inference.weights import check_weights
 from picogpt.runs.folder import RunFolder
 from picogpt.runs.loss_log import LossLog
 from picogpt.runs.model_file import load_model, model_metadata
@@ -39,7 +39,7 @@ def write_pack(model: Path, folder: Path) -> LossLog:
     source.read_settings(_REMEDY)  # raises where they are not valid
     settings, log = source.read_config(_REMEDY), source.read_log()
     stored = load_model(model)
-    Weights(WeightReader(stored.config, stored.weights))  # raises where the engine would
+    check_weights(stored.config, stored.weights)
     rounded = {name: to_bfloat16(array) for name, array in stored.weights.items()}
     metadata = model_metadata(stored.config, stored.text)
     atomic_write(folder / MODEL_FILE, serialize_tensors(rounded, metadata, bfloat16=True))

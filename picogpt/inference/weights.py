@@ -15,13 +15,17 @@ Dimensions: S slots of a window, C = n_embd, H = n_head, D = C / H, V = vocab_si
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from picogpt.config import GPTConfig
 from picogpt.inference.tensors import Floats, WeightReader, check_largest
 
-__all__ = ["Layer", "Weights"]
+__all__ = ["Layer", "Weights", "check_weights"]
 
 _GELU_FLOOR = 6
 """Below minus this value GELU is taken as 0; it is within 6e-9 of 0 there."""
@@ -52,6 +56,15 @@ class Layer:
     proj: Floats  # (4C + 1, C)
     largest_input: float
     """Upper bound of the GELU inputs."""
+
+
+def check_weights(config: GPTConfig, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Check that the engine can run a model.
+
+    Raises:
+        RunError: see `Weights`.
+    """
+    Weights(WeightReader(config, arrays))
 
 
 class Weights:

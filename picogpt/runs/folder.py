@@ -341,13 +341,17 @@ def named_run(path: Path, *, may_be_new: bool, notify: Notify) -> RunFolder:
     Args:
         path: folder of the run.
         may_be_new: whether the user named a text too, and so may mean a new run.
-        notify: receives a line about a run that is begun without a text having been named.
+        notify: receives a line if the run is begun with no text named, now or by its settings.
 
     Raises:
         ConfigError: there is no such run but there are others, and no text was named: the name is probably mistyped.
     """
     folder = RunFolder(path)
-    if may_be_new or path.exists():
+    if may_be_new:
+        return folder
+    if path.exists():
+        if not folder.has_config():
+            notify(f"{path}: no config.json names its text, and neither --dataset nor --text is given: the text is auto")
         return folder
     # A new run named like a mistyped old one would train for hours before anyone notices.
     others = resumable_runs(path.parent)

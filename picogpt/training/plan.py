@@ -149,8 +149,6 @@ def _text_of_run(folder: RunFolder, asked: TextRequest, notify: Notify) -> TextR
         ConfigError: the run's settings are damaged, so that its text is not known.
     """
     if not folder.has_config():
-        if folder.path.exists():
-            notify(f"{folder.path}: no config.json names its text, and neither --dataset nor --text is given: the text is auto")
         return asked
     try:
         data = folder.read_settings().data

@@ -174,9 +174,13 @@ class TestTrain:
         monkeypatch.setattr("picogpt.data.resolve.load_dataset", lambda *_, **__: read_texts([str(text_file)], name="numbers"))
         Path("logs/numbers/config.json").unlink()
         capsys.readouterr()
-        assert train.main(["--run", "numbers", "--fresh", *TINY_FLAGS, "--epochs", "1", "--steps-per-epoch", "2"]) == 0
-        expected = "logs/numbers: no config.json names its text, and neither --dataset nor --text is given: the text is auto\n"
-        assert expected in capsys.readouterr().err
+        Path("logs/empty").mkdir()
+        for name, fresh in (("numbers", ["--fresh"]), ("empty", [])):
+            assert train.main(["--run", name, *fresh, *TINY_FLAGS, "--epochs", "1", "--steps-per-epoch", "2"]) == 0
+            expected = (
+                f"logs/{name}: no config.json names its text, and neither --dataset nor --text is given: the text is auto\n"
+            )
+            assert capsys.readouterr().err.count(expected) == 1
 
     def test_a_text_that_was_piped_in(
         self, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
