@@ -24,7 +24,6 @@ DTYPES = tuple(name for name in ENGINE_DTYPES if name != "auto")
 
 def build_parser() -> Parser:
     """Return the parser of the command."""
-    defaults = EvalConfig()
     parser = Parser(
         "picogpt-eval",
         "Score a text with a trained model, in nats and bits per character: with its\n"
@@ -33,6 +32,14 @@ def build_parser() -> Parser:
         "Prints a table and saves a plot next to the model (docs/evaluation.md).",
     )
     add_model(parser)
+    _add_text(parser)
+    _add_machine(parser)
+    _add_output(parser)
+    return parser
+
+
+def _add_text(parser: Parser) -> None:
+    defaults = EvalConfig()
     group = parser.add_argument_group("text (default: the run's validation text)")
     # One text: several would need several reports.
     text = group.add_mutually_exclusive_group()
@@ -59,6 +66,9 @@ def build_parser() -> Parser:
         help="training text of the n-gram (default: the run's, if it is on this machine, or the stream of --dataset)",
     )
     add_setting(group, "--windows", default=defaults.windows, meaning="windows in a sequence (default: %(default)s)")
+
+
+def _add_machine(parser: Parser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--dtype",
@@ -69,6 +79,9 @@ def build_parser() -> Parser:
         "rounding costs (default: float32)",
     )
     add_setting(machine, "--threads", meaning="threads; scores do not depend on their number (default: one per core)")
+
+
+def _add_output(parser: Parser) -> None:
     # Results: the table or JSON on stdout, and a plot.
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -79,7 +92,6 @@ def build_parser() -> Parser:
         help="file of the plot, .jpg or .png (default: eval.jpg next to the model; wikipedia-eval.jpg for a bundled model)",
     )
     output.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

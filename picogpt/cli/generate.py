@@ -34,7 +34,6 @@ _DECIMALS = 6  # of a probability in JSON
 
 def build_parser() -> Parser:
     """Return the parser of the command."""
-    draw, make = SampleConfig(), GenerateConfig()
     parser = Parser(
         "picogpt-generate",
         "Generate text from a prompt with a trained model, character by character.\n"
@@ -43,6 +42,14 @@ def build_parser() -> Parser:
         'Example: picogpt-generate "the lamp was out, and"',
         stray="put a prompt of several words in quotes",
     )
+    _add_prompt(parser)
+    _add_model(parser)
+    _add_sampling(parser)
+    _add_output(parser)
+    return parser
+
+
+def _add_prompt(parser: Parser) -> None:
     prompt = parser.add_argument_group("prompt")
     source = prompt.add_mutually_exclusive_group()
     source.add_argument("text", metavar="TEXT", nargs="?", help="text to continue (default: read a pipe or the terminal)")
@@ -51,6 +58,9 @@ def build_parser() -> Parser:
     )
     source.add_argument("-f", "--prompt-file", metavar="FILE", help="file to continue, - for stdin (default: none)")
     prompt.add_argument("--chat", action="store_true", help="ask questions, <Q>...</Q>, and generate answers, <A>...</A>")
+
+
+def _add_model(parser: Parser) -> None:
     model = parser.add_argument_group("model")
     add_model(model)
     add_setting(
@@ -64,6 +74,10 @@ def build_parser() -> Parser:
         default="auto",
         help=f"type of the weights: {', '.join(ENGINE_DTYPES)}; auto is bfloat16, or float32 without a compiler (default: auto)",
     )
+
+
+def _add_sampling(parser: Parser) -> None:
+    draw = SampleConfig()
     sampling = parser.add_argument_group("sampling")
     meaning = "divides the logits: lower is more predictable, 0 always takes the likeliest character (default: %(default)g)"
     add_setting(sampling, "-t", "--temperature", kind=float, default=draw.temperature, meaning=meaning)
@@ -74,6 +88,10 @@ def build_parser() -> Parser:
     meaning = "sample from characters with at least X times the top probability (default: %(default)g)"
     add_setting(sampling, "--min-p", kind=float, default=draw.min_p, meaning=meaning)
     add_setting(sampling, "-s", "--seed", meaning="random seed; the same seed gives the same text (default: a new one)")
+
+
+def _add_output(parser: Parser) -> None:
+    make = GenerateConfig()
     output = parser.add_argument_group("output")
     output.add_argument(
         "-n", "--max-new-tokens", metavar="N", default=str(make.max_new_tokens), help="characters, or inf (default: %(default)s)"
@@ -89,7 +107,6 @@ def build_parser() -> Parser:
         help="shade each character by its probability, on a terminal and without NO_COLOR; with --json add the probabilities and "
         "the ten likeliest characters",
     )
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,23 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    # Validate before the model is loaded. A new seed is drawn here, so that it can be printed.
-    sampling = SampleConfig(
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        seed=secrets.randbits(32) if arguments.seed is None else arguments.seed,
-    )
-    generation = GenerateConfig(
-        max_new_tokens=parse_new_tokens(arguments.max_new_tokens),
-        hop=arguments.hop,
-        num_samples=arguments.num_samples,
-        stop=tuple(map(_decode_argument, arguments.stop)),
-    )
-    # JSON is printed once a text is complete.
-    if arguments.json and generation.max_new_tokens is None:
-        raise ConfigError("max_new_tokens must be a number with --json, got 'inf'", "max_new_tokens")
+    sampling, generation = _settings(arguments)  # validated before the model is loaded
     if arguments.prompt is None:
         arguments.prompt = arguments.text
     # No prompt and no pipe: prompts are typed, one after the other.
@@ -149,6 +150,27 @@ def _generate(arguments: argparse.Namespace) -> int:
     echo = "" if arguments.no_echo or arguments.chat else generator.normalize(prompt)
     _print_texts(generator, prompt, echo, several=generation.num_samples > 1, shades=shades)
     return 0
+
+
+def _settings(arguments: argparse.Namespace) -> tuple[SampleConfig, GenerateConfig]:
+    # A new seed is drawn here, so that it can be printed.
+    sampling = SampleConfig(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        seed=secrets.randbits(32) if arguments.seed is None else arguments.seed,
+    )
+    generation = GenerateConfig(
+        max_new_tokens=parse_new_tokens(arguments.max_new_tokens),
+        hop=arguments.hop,
+        num_samples=arguments.num_samples,
+        stop=tuple(map(_decode_argument, arguments.stop)),
+    )
+    # JSON is printed once a text is complete.
+    if arguments.json and generation.max_new_tokens is None:
+        raise ConfigError("max_new_tokens must be a number with --json, got 'inf'", "max_new_tokens")
+    return sampling, generation
 
 
 def _print_texts(generator: TextGenerator, prompt: str, echo: str, *, several: bool, shades: bool) -> None:

@@ -42,7 +42,7 @@ def build_parser() -> Parser:
         "--html",
         metavar="FILE",
         type=Path,
-        help="write a page instead: of one run what training writes as log.html, of several runs a comparison",
+        help="write a page instead: of one run what training writes as log.html, of several runs a comparison (default: none)",
     )
     # No choices=: `check_choice` gives the message that all commands have.
     parser.add_argument(

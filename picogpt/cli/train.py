@@ -37,6 +37,15 @@ def build_parser() -> Parser:
         "  torchrun --nproc-per-node N -m -- picogpt.cli.train ...",
         stray="name a text with --text or --dataset",
     )
+    _add_text(parser)
+    _add_run(parser)
+    _add_length(parser)
+    _add_settings(parser)
+    _add_machine(parser)
+    return parser
+
+
+def _add_text(parser: Parser) -> None:
     # No choices= in argparse: values are validated for callers in Python too, with the same message.
     text = parser.add_argument_group("text")
     source = text.add_mutually_exclusive_group()
@@ -69,6 +78,9 @@ def build_parser() -> Parser:
         const="latin",
         help="also write other scripts in Latin letters: Cyrillic, Greek, Bengali, Chinese, ... (default: they are read as <?>)",
     )
+
+
+def _add_run(parser: Parser) -> None:
     # A run's name is the name of a folder and not a path; --logs-dir is for paths.
     run = parser.add_argument_group("run")
     run.add_argument("--run", metavar="NAME", help="folder under the logs folder (default: the text's name)")
@@ -87,40 +99,6 @@ def build_parser() -> Parser:
         metavar="FILE",
         type=Path,
         help="start from a log.pkl of the original project; with --epochs 0 only import it (default: none)",
-    )
-    _add_length(parser)
-    # Defaults are in the help text only: a flag's value stays None, which means the run's own setting.
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--recipe", metavar="NAME", help=f"{' or '.join(RECIPES)} (the original's settings) (default: fast)")
-    for name, (kind, meaning) in TRAIN_FLAGS.items():
-        add_setting(recipe, _flag(name), kind=kind, meaning=f"{meaning} ({_recipe_default(name)})")
-    model = parser.add_argument_group("model (PicoGPT's shape by default)")
-    for name, (kind, meaning) in MODEL_FLAGS.items():
-        add_setting(model, _flag(name), kind=kind, meaning=f"{meaning} (default: {getattr(GPTConfig(), name)})")
-    _add_machine(parser)
-    return parser
-
-
-def _add_machine(parser: Parser) -> None:
-    # Flags of the backend: they change speed and rounding, but not what is computed.
-    machine = parser.add_argument_group("machine")
-    meaning = "threads per process (default: OMP_NUM_THREADS, else one per core within a CPU quota; at most OMP_THREAD_LIMIT)"
-    add_setting(machine, "--threads", meaning=meaning)
-    meaning = "cpu, cuda, mps (Apple), or auto: a CUDA GPU if there is one, else the CPU (default: auto)"
-    add_setting(machine, "--device", kind=str, meaning=meaning)
-    meaning = "type of the GEMMs: float32, bfloat16, or auto: bfloat16 if a benchmark finds it clearly faster (default: auto)"
-    machine.add_argument("--dtype", metavar="TYPE", help=meaning)
-    meaning = "kernels on a CPU: c (native, compiled here), torch, or auto: c where that works for the model (default: auto)"
-    add_setting(machine, "--kernels", kind=str, meaning=meaning)
-    machine.add_argument(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="recompute activations in the backward pass: less memory, slower; bit-identical but for native kernels' rounding",
-    )
-    machine.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="compile the blocks with torch.compile instead, which needs a C++ compiler (default: --no-compile)",
     )
 
 
@@ -147,6 +125,40 @@ def _add_length(parser: Parser) -> None:
     add_setting(group, "--steps-per-epoch", meaning=meaning)
     meaning = "validation batches per epoch, at most the whole validation text (default: a fifth of the steps)"
     add_setting(group, "--val-steps", meaning=meaning)
+
+
+def _add_settings(parser: Parser) -> None:
+    # Defaults are in the help text only: a flag's value stays None, which means the run's own setting.
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--recipe", metavar="NAME", help=f"{' or '.join(RECIPES)} (the original's settings) (default: fast)")
+    for name, (kind, meaning) in TRAIN_FLAGS.items():
+        add_setting(recipe, _flag(name), kind=kind, meaning=f"{meaning} ({_recipe_default(name)})")
+    model = parser.add_argument_group("model (PicoGPT's shape by default)")
+    for name, (kind, meaning) in MODEL_FLAGS.items():
+        add_setting(model, _flag(name), kind=kind, meaning=f"{meaning} (default: {getattr(GPTConfig(), name)})")
+
+
+def _add_machine(parser: Parser) -> None:
+    # Flags of the backend: they change speed and rounding, but not what is computed.
+    machine = parser.add_argument_group("machine")
+    meaning = "threads per process (default: OMP_NUM_THREADS, else one per core within a CPU quota; at most OMP_THREAD_LIMIT)"
+    add_setting(machine, "--threads", meaning=meaning)
+    meaning = "cpu, cuda, mps (Apple), or auto: a CUDA GPU if there is one, else the CPU (default: auto)"
+    add_setting(machine, "--device", kind=str, meaning=meaning)
+    meaning = "type of the GEMMs: float32, bfloat16, or auto: bfloat16 if a benchmark finds it clearly faster (default: auto)"
+    machine.add_argument("--dtype", metavar="TYPE", help=meaning)
+    meaning = "kernels on a CPU: c (native, compiled here), torch, or auto: c where that works for the model (default: auto)"
+    add_setting(machine, "--kernels", kind=str, meaning=meaning)
+    machine.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass: less memory, slower; bit-identical but for native kernels' rounding",
+    )
+    machine.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the blocks with torch.compile instead, which needs a C++ compiler (default: --no-compile)",
+    )
 
 
 def _flag(field: str) -> str:
