@@ -112,7 +112,7 @@ class NativeWindow:
     def _prefill(self, ids: Ids, *, all_logits: bool) -> Floats:
         V = self._model.config.vocab_size
         # C gets only the addresses of the arrays, so these names must stay referenced until the call returns.
-        ids = np.ascontiguousarray(ids, np.int32)  # (B, k)
+        ids = _checked(ids, V)  # (B, k)
         logits: Floats = aligned((*ids.shape, padded(V)) if all_logits else (len(ids), padded(V)), np.float32)
         request = PrefillStruct(
             **self._request_fields(ids, self._tuner.threads), logits=logits.ctypes.data, length=ids.shape[1], every=all_logits
@@ -137,7 +137,7 @@ class NativeWindow:
         assert len(sampling.allowed) == self._model.config.vocab_size, len(sampling.allowed)  # C reads all of it
         if self._struct.filled == 0:
             self._prefill(np.empty((self._batch, 0), np.int32), all_logits=False)  # only the context vector's slot
-        ids, drawn = np.ascontiguousarray(ids, np.int32), np.empty(uniforms.shape, np.int32)
+        ids, drawn = _checked(ids, self._model.config.vocab_size), np.empty(uniforms.shape, np.int32)
         parameters, done = sampling.struct(), 0
         # Each block is one call of C; the tuner chooses its length and the number of threads.
         while done < len(uniforms):
@@ -165,11 +165,17 @@ class NativeWindow:
         }
 
 
+def _checked(ids: Ids, vocab_size: int) -> npt.NDArray[np.int32]:
+    """Return `ids` as C reads them: it looks embeddings and logits up without a check."""
+    assert not ids.size or 0 <= int(ids.min()) <= int(ids.max()) < vocab_size, "an id is not in the vocabulary"
+    return np.ascontiguousarray(ids, np.int32)
+
+
 def score_windows(model: NativeModel, threads: int, ids: Ids, contexts: Floats) -> tuple[Floats, Floats]:
     """Return the losses of W independent windows; see `picogpt.inference.Engine.score`."""
     C, (windows, length) = model.config.n_embd, (ids.shape[0], ids.shape[1] - 1)
     assert 1 <= length <= model.config.context_len, ids.shape
-    ids = np.ascontiguousarray(ids, np.int32)
+    ids = _checked(ids, model.config.vocab_size)
     losses = np.empty((windows, length), np.float32)
     starts, means = aligned((2, windows, padded(C)), np.float32)
     starts[:, :C] = contexts

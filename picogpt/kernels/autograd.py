@@ -113,7 +113,9 @@ class FusedTransformer:
             idx: ids.
             parameters: those of `picogpt.model.gpt.GPT.transformer`, in the order of the module.
         """
-        # The kernels look embeddings up without a check.
+        # The kernels look embeddings up without a check, and see bare pointers.
+        assert idx.dtype == torch.int64
+        assert all(parameter.dtype == torch.float32 for parameter in parameters)
         assert 0 <= int(idx.min()) <= int(idx.max()) < len(parameters[0]), "an id is not in the vocabulary"
         hidden: Tensor = _Batch.apply(self, idx.contiguous(), *parameters)  # type: ignore[no-untyped-call]
         return hidden
@@ -126,7 +128,8 @@ class FusedTransformer:
         assert self.is_free, "the workspace holds a batch whose backward pass is due"
         self.is_free = not self.spec.trained
         wte, wpe, *_, ln_f_weight, ln_f_bias = parameters
-        # The optimizer has changed the weights since the last batch, so they are packed again.
+        # All of them, each time: torch does not count every change of a weight (those of a fused AdamW, for one), so which ones
+        # the optimizer has changed since the last batch cannot be told.
         self._pack(_blocks_of(parameters))
         self._weights[self.spec.n_layer] = LayerWeights(ln1_weight=ln_f_weight.data_ptr(), ln1_bias=ln_f_bias.data_ptr())
         hidden = torch.empty(*idx.shape, self.kernels.shape[0], dtype=self.kernels.dtype)
@@ -171,9 +174,8 @@ class FusedTransformer:
         # Autograd keeps the gradients that it gets, so each batch has new ones.
         d_wte, d_wpe = torch.zeros_like(wte), torch.zeros_like(wpe)
         deferred = self._workspace.weight_grads is WeightGrads.DEFERRED
-        # Deferred weight gradients are written by one GEMM; the others are accumulated and start from zero.
-        new = torch.empty_like if deferred else torch.zeros_like
-        matrices = [{name: new(getattr(block, name)) for name in _WGRAD_INPUTS} for block in _blocks_of(parameters)]
+        # Written by the first window that goes backward, or by one GEMM.
+        matrices = [{name: torch.empty_like(getattr(block, name)) for name in _WGRAD_INPUTS} for block in _blocks_of(parameters)]
         for field in self._vectors:
             field.zero_()
         d_hidden = d_hidden.contiguous()

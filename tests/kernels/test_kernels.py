@@ -13,7 +13,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -230,7 +230,7 @@ def test_scores_of_any_size(shape: str, instructions: str | None) -> None:
 
 @needs_compiler
 def test_the_same_again() -> None:
-    """The same bytes each time, and when blocks are computed again instead of kept; other threads round otherwise."""
+    """The same bytes each time, and when blocks are computed again instead of kept."""
     model, length = model_of("heads of 16"), 51
     _, first = loss_and_gradients(model, kernels_for("heads of 16"), length)
     _, second = loss_and_gradients(model, kernels_for("heads of 16"), length)
@@ -250,14 +250,14 @@ def test_recomputing_keeps_less(made: list[FusedTransformer]) -> None:
             accelerate(model, kernels_for("heads of 16", dtype)).gradient_checkpointing = recompute
             with torch.set_grad_enabled(trained), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 model(ids, ids)
-            held.append(bytes_of_room(made[-1]))
+            held.append(workspace_bytes(made[-1]))
         everything, inputs, nothing = held
 
         assert inputs < everything / 4
         assert nothing < 0.75 * inputs
 
 
-def bytes_of_room(fused: FusedTransformer) -> int:
+def workspace_bytes(fused: FusedTransformer) -> int:
     """Of all memory that is held for the blocks."""
     values = [tensor for blocks in fused._workspace.windows for block in blocks for tensor in block.values()]
     storages = {tensor.untyped_storage() for tensor in values}
@@ -405,15 +405,44 @@ def test_memory_is_used_again() -> None:
     """The next text of the same shape has the memory of the one before, whatever comes in between; another shape has its own."""
     model, ids = model_of("heads of 8"), torch.zeros(2, 21, dtype=torch.long)
     fast = accelerate(model, kernels_for("heads of 8"))
-    rooms = []
+    workspaces = []
     for n in (21, 21, 13):
         torch.autograd.grad(model(ids[:, :n], ids[:, :n])[1], list(model.parameters()))
-        rooms.append(fast._fused)
+        workspaces.append(fast._fused)
         with torch.no_grad():
             model(ids, ids)
 
-    assert rooms[0] is rooms[1]
-    assert rooms[1] is not rooms[2]
+    assert workspaces[0] is workspaces[1]
+    assert workspaces[1] is not workspaces[2]
+
+
+@needs_compiler
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_change_of_a_weight_is_seen(optimizer: Literal["muon", "adamw"]) -> None:
+    """A step computes with the weights that the optimizer has left, also where torch does not count its changes."""
+    config = TrainConfig(batch_size=2, windows=3, lr=1e-2, warmup_steps=0, optimizer=optimizer)
+    trainer = Trainer(TINY, config, tiny_source(config), torch.float32, kernels=kernels_for("heads of 8"))
+    for _ in range(3):
+        trainer.train_step(1e-2)
+    batch = next(iter(trainer.source.val_batches(1)))
+    with torch.no_grad():
+        found = trainer.loss(batch).item()
+        trainer.model.runner = None
+        assert found == pytest.approx(trainer.loss(batch).item(), abs=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("instructions", [None, "AVX2", ""])
+def test_any_number_of_rows(instructions: str | None) -> None:
+    """Windows of any length give what torch gives: their rows are tiles of two heights, or single rows."""
+    model = model_of("half a panel")
+    for length in range(1, 21):
+        ids = torch.arange(length)[None]
+        with torch.no_grad():
+            accelerate(model, kernels_for("half a panel", instructions=instructions))
+            found = model(ids, ids)[0]
+            model.runner = None
+            torch.testing.assert_close(found, model(ids, ids)[0], rtol=1e-4, atol=1e-4)
 
 
 @needs_compiler

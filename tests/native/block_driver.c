@@ -46,7 +46,7 @@ static float *floats_of(size_t count, float scale) {
     return x;
 }
 
-/* Gradients are added to, so they begin as zeros. */
+/* Gradients of vectors are added to, so they begin as zeros. */
 static float *zeros(size_t count) { return memset(buffer(count, sizeof(float)), 0, count * sizeof(float)); }
 
 /* End with an error unless `holds`. */
@@ -128,13 +128,13 @@ static void make_grads(struct param_grads *g, int sequences, int threads) {
     for (int i = 0; i < LAYERS; i++) {
         g[i] = (struct param_grads){
             .ln1 = zeros(threads * 3 * WIDTH),
-            .attn = zeros(3 * WIDTH * WIDTH),
+            .attn = buffer(3 * WIDTH * WIDTH, 4),
             .attn_bias = zeros(sequences * 3 * WIDTH),
-            .proj = zeros(WIDTH * WIDTH),
+            .proj = buffer(WIDTH * WIDTH, 4),
             .ln2 = zeros(threads * 3 * WIDTH),
-            .fc = zeros(4 * WIDTH * WIDTH),
+            .fc = buffer(4 * WIDTH * WIDTH, 4),
             .fc_bias = zeros(threads * 4 * WIDTH),
-            .out = zeros(4 * WIDTH * WIDTH),
+            .out = buffer(4 * WIDTH * WIDTH, 4),
         };
     }
     g[LAYERS] = (struct param_grads){.ln1 = zeros(threads * 3 * WIDTH)};
@@ -217,6 +217,8 @@ static float *run(const struct model *m, int sequences, int slots, int threads, 
         /* Row 0 of each vector's gradient, and the matrices. */
         check_finite(g->ln1, 3 * WIDTH, "a norm's gradient is not finite");
         check_finite(g->attn, 3 * WIDTH * WIDTH, "a matrix's gradient is not finite");
+        check_finite(g->proj, WIDTH * WIDTH, "a matrix's gradient is not finite");
+        check_finite(g->fc, 4 * WIDTH * WIDTH, "a matrix's gradient is not finite");
         check_finite(g->out, 4 * WIDTH * WIDTH, "a matrix's gradient is not finite");
         check_finite(g->fc_bias, 4 * WIDTH, "a bias's gradient is not finite");
     }

@@ -102,13 +102,18 @@ static inline void add_weights_t_times_pairs(float sums[SIDE][HEAD], elem weight
     }
 }
 
-/* Softmax numerators of row i, times row.inv_sum: rounded to `weights`, with zeros from column i + 1 to
-   `end`, as the GEMM reads whole blocks. Returns their sum in float32, before rounding. */
-static inline float softmax_numerators(elem *weights, const float *scores, int i, int end, struct softmax_row row) {
+/* The softmax of a row: inv_sum x e^(scale x score - row_max). */
+struct softmax_row {
+    float scale, row_max, inv_sum;
+};
+
+/* Softmax numerators of row i, e^(scale x score - row_max): rounded to `weights`, with zeros from column
+   i + 1 to `end`, as the GEMM reads whole blocks. Returns their sum in float32, before rounding. */
+static inline float softmax_numerators(elem *weights, const float *scores, int i, int end, float scale, float row_max) {
     vf32 sum = {0};
     int j = 0;
     for (; j <= i; j += LANES) {
-        vf32 found = vexp(load_float(scores + j) * row.scale - row.row_max) * row.inv_sum;
+        vf32 found = vexp(load_float(scores + j) * scale - row_max);
         if (j + LANES > i + 1) found = mask_and(causal_mask(i, j), found); /* the vector on the diagonal */
         store(weights + j, found);
         sum += found;
@@ -132,8 +137,8 @@ static void attend(struct buffers *b, struct head head) {
             int i = first + r;
             /* row_max is of the scaled scores, so that scale x score - row_max is one multiply-subtract. */
             head.row_max[i] = scale * causal_row_max(b->scores[r], i);
-            struct softmax_row softmax = {scale, head.row_max[i], 1};
-            head.inv_sum[i] = 1 / softmax_numerators(b->weights[r], b->scores[r], i, first + 32, softmax);
+            float sum = softmax_numerators(b->weights[r], b->scores[r], i, first + 32, scale, head.row_max[i]);
+            head.inv_sum[i] = 1 / sum;
         }
         weights_times_pairs(b->result, b->weights, b->v_pairs, first);
         for (int r = 0; r < count; r++) {
@@ -195,7 +200,7 @@ static void load_for_backward(struct buffers *b, struct head head, const elem *d
 }
 
 /* Backward pass of one head. d_out (slots, C) is the gradient of the head's output; the gradients of q,
-   k and v are written over them, and their sums over slots are added to `bias_grad` (3C). For each block
+   k and v go to head.d_qkv, and their sums over slots are added to `bias_grad` (3C). For each block
    of 32 rows it recomputes scores and weights, then d_q = d_scores k; d_k and d_v are sums over all
    blocks. */
 static void attend_backward(struct buffers *b, struct head head, const elem *d_out, float *bias_grad) {
@@ -224,11 +229,11 @@ static void attend_backward(struct buffers *b, struct head head, const elem *d_o
             }
         }
         weights_times_pairs(b->result, b->d_scores, b->k_pairs, first);
-        /* d_q replaces q: no later block reads these rows of q */
-        store_rows(head.qkv + first * row, row, bias_grad, b->result, count);
+        /* may replace q, all of which has been copied */
+        store_rows(head.d_qkv + first * row, row, bias_grad, b->result, count);
         add_weights_t_times_pairs(b->d_k, b->d_scores, b->q_pairs, first);
         add_weights_t_times_pairs(b->d_v, b->weights, b->d_out_pairs, first);
     }
-    store_rows(head.qkv + WIDTH, row, bias_grad + WIDTH, b->d_k, slots);
-    store_rows(head.qkv + 2 * WIDTH, row, bias_grad + 2 * WIDTH, b->d_v, slots);
+    store_rows(head.d_qkv + WIDTH, row, bias_grad + WIDTH, b->d_k, slots);
+    store_rows(head.d_qkv + 2 * WIDTH, row, bias_grad + 2 * WIDTH, b->d_v, slots);
 }

@@ -30,10 +30,10 @@ static _Thread_local struct buffers tls_buffers;
 /* Copy a head's slots, `stride` elems apart, to vectors of floats, times `scale`. Rows beyond the last
    slot are zeros, as tiles reach beyond it. */
 static void load_rows(vf32 to[PADDED][VECTORS], const elem *from, long stride, float scale, int slots) {
-    for (int v = 0; v < VECTORS; v++) {
-        for (int i = 0; i < slots; i++) to[i][v] = load(from + i * stride + v * LANES) * scale;
-        for (int i = slots; i < PADDED; i++) to[i][v] = (vf32){0};
+    for (int i = 0; i < slots; i++) {
+        for (int v = 0; v < VECTORS; v++) to[i][v] = load(from + i * stride + v * LANES) * scale;
     }
+    memset(to + slots, 0, (PADDED - slots) * sizeof *to);
 }
 
 /* Transpose (slots, HEAD) to (HEAD, slots), with zeros beyond the last slot: then neighbouring slots are
@@ -150,12 +150,12 @@ static inline int padded_end(int row) {
     return end < COLUMNS ? end : COLUMNS;
 }
 
-/* Softmax numerators of row i, times row.inv_sum, in place of its scores (which were scaled by way of
+/* Softmax numerators of row i, e^(score - row_max), in place of its scores (which were scaled by way of
    q), with zeros beyond column i. Returns their sum. */
-static inline float softmax_numerators(float *scores, int i, struct softmax_row row) {
+static inline float softmax_numerators(float *scores, int i, float row_max) {
     vf32 sum = {0};
     for (int j = 0; j < padded_end(i); j += LANES) {
-        vf32 weights = vexp(load_float(scores + j) - row.row_max) * row.inv_sum;
+        vf32 weights = vexp(load_float(scores + j) - row_max);
         /* the vector on the diagonal, and zeros behind it */
         if (j + LANES > i + 1) weights = mask_and(causal_mask(i, j), weights);
         store_float(scores + j, weights);
@@ -175,7 +175,7 @@ static void attend(struct buffers *b, struct head head) {
     scores_gemm(b->scores, b->q, b->columns, slots);
     for (int i = 0; i < slots; i++) {
         head.row_max[i] = causal_row_max(b->scores[i], i);
-        head.inv_sum[i] = 1 / softmax_numerators(b->scores[i], i, (struct softmax_row){1, head.row_max[i], 1});
+        head.inv_sum[i] = 1 / softmax_numerators(b->scores[i], i, head.row_max[i]);
     }
     causal_gemm(head.out, WIDTH, 0, head.inv_sum, b->scores, b->v, slots);
 }
@@ -187,10 +187,10 @@ static void attend(struct buffers *b, struct head head) {
    The mean is computed from the very weights that it is multiplied with. Where all weight is on one
    slot, the difference then cancels exactly; with the equivalent sum of out x d_out, which is rounded in
    another way, it would not. */
-static inline void softmax_backward(float *weights, float *scores, int i, struct softmax_row row) {
+static inline void softmax_backward(float *weights, float *scores, int i, float row_max, float inv_sum) {
     vf32 products = {0};
     for (int j = 0; j < padded_end(i); j += LANES) {
-        vf32 weight = vexp(load_float(weights + j) - row.row_max) * row.inv_sum, d_weight = load_float(scores + j);
+        vf32 weight = vexp(load_float(weights + j) - row_max) * inv_sum, d_weight = load_float(scores + j);
         if (j + LANES > i + 1) {
             /* Beyond the diagonal both are masked: a score there may be anything, even NaN. */
             vi32 mask = causal_mask(i, j);
@@ -212,8 +212,8 @@ static inline void softmax_backward(float *weights, float *scores, int i, struct
 
       d_weights = d_out v^T,   d_q = d_scores k / sqrt(D),   d_k = d_scores^T q / sqrt(D),   d_v = weights^T d_out
 
-   d_out (slots, C) is the gradient of the head's output. The gradients are written over q, k and v,
-   which have been copied, and their sums over slots are added to `bias_grad` (3C). */
+   d_out (slots, C) is the gradient of the head's output. The gradients go to head.d_qkv, which may be
+   q, k and v, as they have been copied; their sums over slots are added to `bias_grad` (3C). */
 static void attend_backward(struct buffers *b, struct head head, const elem *d_out, float *bias_grad) {
     const long row = 3 * WIDTH;
     const int slots = head.slots;
@@ -227,13 +227,13 @@ static void attend_backward(struct buffers *b, struct head head, const elem *d_o
     transpose_head(b->columns, b->v, slots);
     scores_gemm(b->scores, b->d_out, b->columns, slots); /* d_weights */
     for (int i = 0; i < slots; i++) {
-        softmax_backward(b->weights[i], b->scores[i], i, (struct softmax_row){1, head.row_max[i], head.inv_sum[i]});
+        softmax_backward(b->weights[i], b->scores[i], i, head.row_max[i], head.inv_sum[i]);
     }
     for (int i = 0; i < slots; i++) {
         /* q was scaled when it was read, which serves scores and d_k; d_q needs k scaled. */
         for (int v = 0; v < VECTORS; v++) b->k[i][v] *= scale;
     }
-    causal_gemm(head.qkv, row, bias_grad, 0, b->scores, b->k, slots);
-    causal_gemm_tn(head.qkv + WIDTH, row, bias_grad + WIDTH, b->scores, b->q, slots);
-    causal_gemm_tn(head.qkv + 2 * WIDTH, row, bias_grad + 2 * WIDTH, b->weights, b->d_out, slots);
+    causal_gemm(head.d_qkv, row, bias_grad, 0, b->scores, b->k, slots);
+    causal_gemm_tn(head.d_qkv + WIDTH, row, bias_grad + WIDTH, b->scores, b->q, slots);
+    causal_gemm_tn(head.d_qkv + 2 * WIDTH, row, bias_grad + 2 * WIDTH, b->weights, b->d_out, slots);
 }

@@ -22,20 +22,20 @@ struct layer_weights {
     const float *out_bias;               /* (C) */
 };
 
-/* Activations of one block for one window. The forward pass writes them; the backward pass overwrites
-   those that it has read for the last time with gradients. All but the last four may be shared by
+/* Activations of one block for one window. The forward pass writes them; if weight gradients are
+   deferred, the backward pass overwrites those that it has read for the last time with gradients. All but the last four may be shared by
    several blocks and windows, where they are not saved. */
 struct activations {
-    float *x;             /* (R, C) the block's input: the caller writes the first block's, each block the next one's */
+    float *x;             /* (R, C) the block's input: `embed` writes the first block's, each block the next one's */
     float *ln1_stats;     /* (2, R) mean of each row, and 1 / its standard deviation */
     elem *ln1_out;        /* (R, C) written by the backward pass: right operand of the gradient of attn */
-    elem *qkv;            /* (R, 3C) q, k, v; then their gradient */
+    elem *qkv;            /* (R, 3C) q, k, v; then their gradient, if weight gradients are deferred */
     elem *att_out;        /* (R, C) outputs of the heads, side by side */
     float *softmax_stats; /* (2, sequences, H, slots) row max, and 1 / softmax denominator */
     float *resid_mid;     /* (R, C) x + attention: input of the second LayerNorm */
     float *ln2_stats;     /* (2, R) */
     elem *ln2_out;        /* (R, C) like ln1_out, for fc */
-    elem *fc;             /* (R, 4C) input of GELU; then its gradient */
+    elem *fc;             /* (R, 4C) input of GELU; then its gradient, if weight gradients are deferred */
     elem *fc_gelu;        /* (R, 4C) like ln1_out, for out */
     elem *d_mlp_out;      /* (R, C) gradient of the MLP's output */
     elem *d_attn_out;     /* (R, C) gradient of attention's output */
@@ -45,8 +45,9 @@ struct activations {
     elem *branch;         /* (R, C) output of attention or the MLP, before it is added to the residual path */
 };
 
-/* Gradients of one block's weights, which the backward pass adds to. Vectors have a row for each thread,
-   or for each sequence, so that sums do not depend on timing; Python adds the rows up. */
+/* Gradients of one block's weights. The backward pass writes those of matrices, and adds to those of
+   vectors. Vectors have a row for each thread, or for each sequence, so that sums do not depend on timing;
+   Python adds the rows up. */
 struct param_grads {
     float *ln1;       /* (T, 3, C) of ln1_weight, ln1_bias, and the bias of the GEMM before ln1 */
     float *attn;      /* (3C, C) */

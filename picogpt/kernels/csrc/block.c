@@ -15,9 +15,9 @@
 
    Memory: what only the backward pass will read is written with non-temporal stores, past the cache.
    What the next kernel reads is in scratch buffers that all blocks and windows share, and so in the
-   cache. Gradients are written over activations that have been read for the last time. Gradients of
-   norms and biases go to rows of one thread, or of one sequence, so sums do not depend on timing:
-   results are deterministic. */
+   cache. Gradients that are kept until all windows are done are written over activations that have been
+   read for the last time. Gradients of norms and biases go to rows of one thread, or of one sequence, so
+   sums do not depend on timing: results are deterministic. */
 
 #include <omp.h>
 
@@ -27,6 +27,7 @@
 #include "bindings.h"
 #include "attention.h"
 #include "muon.h"
+#include "denormals.h"
 
 #define EPSILON 1e-5f /* of LayerNorm, as in torch */
 
@@ -35,6 +36,18 @@
    200 ms, on cores that torch's threads need; they sleep after 1 ms instead. */
 __attribute__((constructor)) static void sleep_soon(void) { kmp_set_blocktime(1); }
 #endif
+
+/* What a thread of a parallel region sets up for itself; OpenMP keeps its threads, and torch uses them too.
+   Returns what `end_thread` needs to put back. */
+static unsigned begin_thread(void) {
+    begin_tiles();
+    return flush_denormals();
+}
+
+static void end_thread(unsigned denormals) {
+    restore_denormals(denormals);
+    end_tiles();
+}
 
 /* ---- LayerNorm and the residual path, for the rows of one thread ---- */
 
@@ -198,10 +211,10 @@ static void gelu(elem *x, elem *saved, struct work work) {
     }
 }
 
-/* Backward: a->fc (R, 4C), the input of GELU, becomes its gradient d_out gelu'(fc). gelu(fc) is
-   recomputed into a->fc_gelu for the gradient of `out`: it shares its CDF with gelu'. The bias gradient
-   of `fc` is the sum over rows, added to row `thread` of bias_grad (T, 4C). */
-static void gelu_backward(const elem *d_out, const struct activations *a, float *bias_grad, enum weight_grads when,
+/* Backward: the gradient of GELU's input a->fc (R, 4C), d_out gelu'(fc), goes to d_fc, which may be
+   a->fc or d_out. gelu(fc) is recomputed into a->fc_gelu for the gradient of `out`: it shares its CDF
+   with gelu'. The bias gradient of `fc` is the sum over rows, added to row `thread` of bias_grad (T, 4C). */
+static void gelu_backward(const elem *d_out, const struct activations *a, elem *d_fc, float *bias_grad, enum weight_grads when,
                           struct work work) {
     vf32 sums[4 * WIDTH / LANES] = {0};
     for (long i = work.first; i < work.end; i++) {
@@ -210,7 +223,7 @@ static void gelu_backward(const elem *d_out, const struct activations *a, float 
             vf32 density, y = load(a->fc + at), cdf = normal_cdf(y, &density);
             vf32 d = load(d_out + at) * (cdf + y * density);
             store_or_stream(a->fc_gelu + at, y * cdf, when);
-            store(a->fc + at, d);
+            store(d_fc + at, d);
             sums[v] += d;
         }
     }
@@ -252,9 +265,9 @@ static struct norm norm_2(const struct layer_weights *w, const struct activation
     return (struct norm){w->ln2_weight, w->ln2_bias, a->ln2_stats, out};
 }
 
-/* One block forward. The first LayerNorm has been computed, to a->ln_scratch, and the last residual
-   addition is left to the caller, who fuses it with the next block's first LayerNorm: the block's output
-   is resid + a->branch + out_bias. Reads x (R, C) and writes resid (R, C), which may be x.
+/* One block forward, up to GELU. The first LayerNorm has been computed, to a->ln_scratch. The last GEMM, of
+   a->fc_scratch, is left to the caller: the backward pass does not need it again. Reads x (R, C) and
+   writes resid (R, C), which may be x.
 
    noinline: the backward pass recomputes blocks with the same code, and must round identically. */
 static __attribute__((noinline)) void forward_block(const struct layer_weights *w, const struct activations *a, const float *x,
@@ -272,7 +285,6 @@ static __attribute__((noinline)) void forward_block(const struct layer_weights *
     add_layer_norm(residual, norm_2(w, a, a->ln_scratch), work);
     gemm_c_4c(a->fc_scratch, a->ln_scratch, w->fc, w->fc_bias, work);
     gelu(a->fc_scratch, saves ? a->fc : 0, work);
-    gemm_4c_c(a->branch, a->fc_scratch, w->out, 0, work);
 }
 
 /* ---- Before and after the blocks: embeddings, and the context roll ---- */
@@ -355,6 +367,7 @@ static void forward_window(const struct batch *batch, const struct activations *
     layer_norm(a->x, norm_1(w, a, a->ln_scratch), work);
     for (int i = 0; i < batch->layers; i++, w++, a++) {
         forward_block(w, a, i ? resid : a->x, resid, batch->save, work);
+        gemm_4c_c(a->branch, a->fc_scratch, w->out, 0, work); /* its bias is added below */
         /* The block's last addition, fused with the LayerNorm that follows: the next block's, or the final one. */
         struct residual residual = {resid, a->branch, w->out_bias, resid, batch->save == SAVE_NOTHING ? 0 : a[1].x};
         add_layer_norm(residual, norm_1(w + 1, a + 1, a[1].ln_scratch), work);
@@ -369,12 +382,12 @@ static void forward_window(const struct batch *batch, const struct activations *
 void forward(const struct batch *batch) {
 #pragma omp parallel num_threads(batch->threads)
     {
-        begin_tiles();
+        const unsigned denormals = begin_thread();
         for (long i = 0, start = 0; i < batch->windows; start += batch->slots[i++] - 1) {
             forward_window(batch, batch->activations + i * (batch->layers + 1), batch->slots[i], start);
         }
         finish_streams(); /* before other threads, or the backward pass, read what was streamed */
-        end_tiles();
+        end_thread(denormals);
     }
 }
 
@@ -395,33 +408,43 @@ void weight_grad(const struct matrix_grad *grad, packed_elem *workspace) {
             .result = OVERWRITE,
             .triangle = ALL_ENTRIES,
         };
-        begin_tiles();
+        const unsigned denormals = begin_thread();
         gemm_tn(p, workspace, omp_get_thread_num(), omp_get_num_threads());
-        end_tiles();
+        end_thread(denormals);
     }
 }
 
-/* Add the gradient of a matrix (n, m) over one window to `sums`: left (R, n), the gradient of the GEMM's
-   output, and right (R, m), its input. */
-static void add_weight_grad(float *sums, const elem *left, int n, const elem *right, int m, packed_elem *workspace,
-                            const struct work *work) {
-    const struct gemm_tn p = {sums, left, right, n, m, work->rows, ACCUMULATE, ALL_ENTRIES};
-    gemm_tn(p, workspace, work->thread, work->threads);
+/* Where and how the gradients of a window's matrices are computed: the last window, which comes first,
+   writes them, and the others add to them. */
+struct window_grads {
+    enum weight_grads when;
+    enum result result;
+    packed_elem *workspace;
+};
+
+/* The gradient of a matrix (n, m) over one window, written or added to `sums`: left (R, n) is the
+   gradient of the GEMM's output, and right (R, m) its input. */
+static void window_weight_grad(float *sums, const elem *left, int n, const elem *right, int m, struct window_grads grads,
+                               const struct work *work) {
+    const struct gemm_tn p = {sums, left, right, n, m, work->rows, grads.result, ALL_ENTRIES};
+    gemm_tn(p, grads.workspace, work->thread, work->threads);
 }
 
 /* One block backward: dx (R, C), the gradient of its output, becomes that of its x, by way of scratch
    buffers. a->d_mlp_out holds dx in elems already: the LayerNorm after it left it there. d_branch (R,
    C), or null, is where this block leaves the same for the block before it.
 
-   dx of a GEMM is dout W, by the copy of W that was packed untransposed (`*_back`). Activations that are
-   read for the last time become gradients in place: fc, qkv. */
+   dx of a GEMM is dout W, by the copy of W that was packed untransposed (`*_back`). Deferred, the
+   gradients of fc and qkv are kept in place of the activations; else they are read within the block, and
+   stay in scratch, which never leaves the cache. */
 static void backward_block(const struct layer_weights *w, const struct activations *a, const struct param_grads *g,
-                           const struct batch_grads *grads, float *dx, elem *d_branch, struct work work) {
-    const enum weight_grads when = grads->weight_grads;
+                           struct window_grads grads, float *dx, elem *d_branch, struct work work) {
+    const enum weight_grads when = grads.when;
+    elem *d_fc = when == GRADS_DEFERRED ? a->fc : a->fc_scratch, *d_qkv = when == GRADS_DEFERRED ? a->qkv : a->qkv_scratch;
     /* MLP: back through `out`, GELU, `fc` and the second LayerNorm. */
     gemm_c_4c(a->fc_scratch, a->d_mlp_out, w->out_back, 0, work);
-    gelu_backward(a->fc_scratch, a, g->fc_bias, when, work);
-    gemm_4c_c(a->ln_scratch, a->fc, w->fc_back, 0, work);
+    gelu_backward(a->fc_scratch, a, d_fc, g->fc_bias, when, work);
+    gemm_4c_c(a->ln_scratch, d_fc, w->fc_back, 0, work);
     struct norm_grads ln2 = {a->ln_scratch, a->resid_mid, dx, a->d_attn_out, g->ln2};
     layer_norm_backward(ln2, norm_2(w, a, a->ln2_out), when, work);
     /* Attention: back through `proj`; a->branch becomes the gradient of the heads' outputs. */
@@ -431,24 +454,24 @@ static void backward_block(const struct layer_weights *w, const struct activatio
     if (when == GRADS_DEFERRED) wait_for_rows(work);
     else {
 #pragma omp barrier
-        add_weight_grad(g->out, a->d_mlp_out, WIDTH, a->fc_gelu, 4 * WIDTH, grads->workspace, &work);
-        add_weight_grad(g->fc, a->fc, 4 * WIDTH, a->ln2_out, WIDTH, grads->workspace, &work);
-        add_weight_grad(g->proj, a->d_attn_out, WIDTH, a->att_out, WIDTH, grads->workspace, &work);
+        window_weight_grad(g->out, a->d_mlp_out, WIDTH, a->fc_gelu, 4 * WIDTH, grads, &work);
+        window_weight_grad(g->fc, d_fc, 4 * WIDTH, a->ln2_out, WIDTH, grads, &work);
+        window_weight_grad(g->proj, a->d_attn_out, WIDTH, a->att_out, WIDTH, grads, &work);
     }
-    attention_backward(a->branch, a, g->attn_bias, work);
+    attention_backward(a->branch, a, d_qkv, g->attn_bias, work);
     if (when == GRADS_DEFERRED) wait_for_rows(work);
     else {
         /* gemm_3c_c reads rows of qkv's gradient that other threads wrote, and what follows overwrites
-           buffers that their add_weight_grad may still read. */
+           buffers that their window_weight_grad may still read. */
 #pragma omp barrier
     }
     /* Back through `attn` and the first LayerNorm, into dx. */
-    gemm_3c_c(a->ln_scratch, a->qkv, w->attn_back, 0, work);
+    gemm_3c_c(a->ln_scratch, d_qkv, w->attn_back, 0, work);
     struct norm_grads ln1 = {a->ln_scratch, a->x, dx, d_branch, g->ln1};
     layer_norm_backward(ln1, norm_1(w, a, a->ln1_out), when, work);
     if (when == GRADS_PER_WINDOW) {
 #pragma omp barrier
-        add_weight_grad(g->attn, a->qkv, 3 * WIDTH, a->ln1_out, WIDTH, grads->workspace, &work);
+        window_weight_grad(g->attn, d_qkv, 3 * WIDTH, a->ln1_out, WIDTH, grads, &work);
     }
 }
 
@@ -458,6 +481,8 @@ static void backward_block(const struct layer_weights *w, const struct activatio
 static void backward_window(const struct batch *batch, const struct batch_grads *grads, const struct activations *a, long slots,
                             long start) {
     struct work work = work_of(batch->sequences, slots);
+    const int is_last = start + slots - 1 == batch->chars;
+    const struct window_grads of_window = {grads->weight_grads, is_last ? OVERWRITE : ACCUMULATE, grads->workspace};
     const struct layer_weights *w = batch->weights + batch->layers;
     const struct param_grads *g = grads->params + batch->layers;
     float *dx = batch->residual;
@@ -469,13 +494,13 @@ static void backward_window(const struct batch *batch, const struct batch_grads 
     for (int i = batch->layers - 1; i >= 0; i--) {
         w--, a--, g--;
         if (batch->save == SAVE_INPUTS) {
-            /* qkv is about to be overwritten, which other threads may still read. */
+            /* qkv's gradient, in scratch, is about to be overwritten, which other threads may still read. */
 #pragma omp barrier
             layer_norm(a->x, norm_1(w, a, a->ln_scratch), work);
             forward_block(w, a, a->x, a->resid_mid, SAVE_ACTIVATIONS, work);
             finish_streams(); /* the backward pass reads what was streamed */
         }
-        backward_block(w, a, g, grads, dx, i ? a[-1].d_mlp_out : 0, work);
+        backward_block(w, a, g, of_window, dx, i ? a[-1].d_mlp_out : 0, work);
     }
 #pragma omp barrier
     embed_backward(batch, grads, start, work); /* adds the rows of all threads */
@@ -487,13 +512,13 @@ static void backward_window(const struct batch *batch, const struct batch_grads 
 void backward(const struct batch *batch, const struct batch_grads *grads) {
 #pragma omp parallel num_threads(batch->threads)
     {
-        begin_tiles();
+        const unsigned denormals = begin_thread();
         for (long i = batch->windows - 1, start = batch->chars; i >= 0; i--) {
             start -= batch->slots[i] - 1;
             backward_window(batch, grads, batch->activations + i * (batch->layers + 1), batch->slots[i], start);
         }
         finish_streams();
-        end_tiles();
+        end_thread(denormals);
     }
 }
 
@@ -528,13 +553,13 @@ void pack(const float *const *matrices, packed_elem *const *packed, int layers, 
 void update_matrices(const struct muon_matrix *matrices, const struct muon_settings *settings, packed_elem *workspace) {
 #pragma omp parallel num_threads(settings->threads)
     {
-        begin_tiles();
+        const unsigned denormals = begin_thread();
 /* Dynamic: a thread that is done takes the next matrix. */
 #pragma omp for schedule(dynamic)
         for (int i = 0; i < settings->matrices; i++) {
             update_matrix(matrices + i, settings, workspace + omp_get_thread_num() * MUON_ELEMS);
         }
-        end_tiles();
+        end_thread(denormals);
     }
 }
 

@@ -112,7 +112,7 @@ struct activations {
 
 /* Buffers that each worker has for itself. */
 struct scratch {
-    float *normed, *scores, *panels; /* (C), (SP), (TILE_PANELS, most_inputs, PANEL) */
+    float *normed, *scores, *panels; /* (C), (SP), (TILE_PANELS, max_inputs, PANEL) */
     /* the row that GEMV multiplies, quantized */
     struct quantized int8_row;
     double *probs; /* (V) */

@@ -27,8 +27,8 @@ typedef vf32 packed_vec;
 #endif
 #define PANEL (2 * LANES)    /* columns: two vectors, so each broadcast of x serves two multiply-adds */
 #define PREFETCH_ROWS 16     /* rows of a panel from a load to its prefetch */
-/* Rows of x in a register tile: TILE x 2 accumulators. Eleven instead of twelve for AVX-512, as half of a
-   window's 129 rows is six tiles of that height, almost exactly. */
+/* Rows of x in a register tile: TILE x 2 accumulators. Eleven instead of twelve for AVX-512, as 129 rows
+   of a window are twelve tiles of eleven or ten, and half of them six of eleven, almost exactly. */
 #define TILE (LANES == 16 ? 11 : REGISTERS / 2)
 
 #if defined(AMX) && defined(BFLOAT16) && defined(__AMX_BF16__) && LANES == 16 && WIDTH % 32 == 0
@@ -252,22 +252,30 @@ static inline __attribute__((always_inline)) void gemm(struct gemm p, int first,
         return;
     }
 #endif
+    /* As few tiles as there can be, and `low` of them one row less high, so that they end with the last
+       row: 129 rows are 19 tiles of 6 and 3 of 5. */
+    const int rows = end - first, tiles = UP(rows, TILE) / TILE, low = tiles * TILE - rows;
     for (int j = 0; j < p.columns; j += PANEL) {
         const packed_elem *panel = p.packed + (long)j * depth;
-        int i = first;
-        for (; i + TILE <= end; i += TILE) {
-            prefetch_part(panel + (long)PANEL * depth, depth, i - first, TILE, end - first);
-            gemm_rows(TILE, p, panel, i, j);
+        for (int t = 0, i = first; rows >= TILE && t < tiles; t++) {
+            const int count = t < tiles - low ? TILE : TILE - 1;
+            if (i + count > end) i = end - count; /* of few rows, some are computed twice */
+            prefetch_part(panel + (long)PANEL * depth, depth, i - first, count, rows);
+            if (count == TILE) gemm_rows(TILE, p, panel, i, j);
+            else gemm_rows(TILE - 1, p, panel, i, j);
+            i += count;
         }
-        if (i < end && end - first >= TILE) {
-            /* The last rows: a full tile that ends with them computes some rows again, which takes less
-               time than one row after the other. */
-            gemm_rows(TILE, p, panel, end - TILE, j);
-            i = end;
-        }
-        for (; i < end; i++) gemm_rows(1, p, panel, i, j); /* fewer rows than a tile in all */
+        for (int i = first; rows < TILE && i < end; i++) gemm_rows(1, p, panel, i, j); /* fewer rows than a tile */
     }
 }
+
+/* One thread's part of a window. R = sequences x slots rows stand sequence after sequence. */
+struct work {
+    int thread, threads;
+    long rows, slots;          /* of the whole window: R, and slots of a sequence */
+    long first, end;           /* rows of this thread */
+    long first_head, end_head; /* heads of this thread, counted over all sequences */
+};
 
 /* One function for each shape, so that inner and columns are constants in it. c is WIDTH: gemm_c_3c maps
    rows of C entries to rows of 3 C. noinline keeps one copy of each, which rounds alike wherever it is

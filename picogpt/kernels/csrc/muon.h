@@ -87,11 +87,13 @@ static void gemm_epilogue(elem *out, float *sums, const elem *a, const packed_el
             amx_micro_kernel(32, tls_tile_sums[0], PANEL, OVERWRITE, left, tiles_of_panel(panel), depth / 16);
 #define SUM(r, c) (*(vf32 *)&tls_tile_sums[r][(c) * LANES])
 #else
-            const int count = i + TILE <= rows ? TILE : 1;
+            /* The last tile ends with the last row, and computes some rows again. Only a matrix that is
+               smaller than a tile is computed row by row. */
+            const int count = rows >= TILE ? TILE : 1;
+            if (i + count > rows) i = rows - count;
             vf32 tile[TILE][2];
             if (count == TILE) micro_kernel(TILE, tile, (const packed_elem *)(a + (long)i * WIDTH), depth, 1, panel, depth);
             else micro_kernel(1, tile, (const packed_elem *)(a + (long)i * WIDTH), depth, 1, panel, depth);
-/* Without AMX: the register tile, or a row at a time at the end. */
 #define SUM(r, c) tile[r][c]
 #endif
             for (int r = 0; r < count; r++) {

@@ -249,11 +249,3 @@ static inline long first_of(long count, long thread, long threads) { return coun
 static inline void prefetch_lines(const void *memory, long first, long end) {
     for (long line = first; line < end; line++) __builtin_prefetch((const char *)memory + 64 * line);
 }
-
-/* One thread's part of a window. R = sequences x slots rows stand sequence after sequence. */
-struct work {
-    int thread, threads;
-    long rows, slots;          /* of the whole window: R, and slots of a sequence */
-    long first, end;           /* rows of this thread */
-    long first_head, end_head; /* heads of this thread, counted over all sequences */
-};

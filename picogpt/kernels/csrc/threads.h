@@ -10,9 +10,8 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <time.h>
-#ifdef __SSE2__
-#include <xmmintrin.h>
-#endif
+
+#include "denormals.h"
 
 #define MAX_THREADS 64
 #define SPIN_NANOSECONDS 30000 /* longer than the work between two barriers, shorter than anybody notices */
@@ -106,28 +105,6 @@ static inline void barrier_wait(struct worker worker) {
         atomic_store_explicit(&pool.arrived, 0, memory_order_relaxed);
         set_and_wake(&pool.barrier, met + 1);
     }
-}
-
-/* Flush denormal floats to zero in this thread; returns the setting before. Trained models produce them,
-   in GELU and softmax of very negative numbers, and x86 processors are many times slower
-   with them. */
-static unsigned flush_denormals(void) {
-#ifdef __SSE2__
-    const unsigned before = _mm_getcsr(), both = 0x8040; /* DAZ and FTZ: operands and results */
-    _mm_setcsr(before | both);
-    return before;
-#else
-    return 0;
-#endif
-}
-
-/* Restore what `flush_denormals` returned: the caller's own code may need denormals. */
-static void restore_denormals(unsigned setting) {
-#ifdef __SSE2__
-    _mm_setcsr(setting);
-#else
-    (void)setting;
-#endif
 }
 
 /* A worker: waits for jobs for ever, and takes part in those that have a place for its index. */
