@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,13 +39,15 @@ from picogpt.data import (
 from picogpt.data.batches import evenly_spaced_batches
 from picogpt.device import set_threads
 from picogpt.kernels.compiled import kernels_name
-from picogpt.schedule import learning_rate
+from picogpt.schedule import Budget, learning_rate
 from picogpt.training.trainer import Trainer
 
 __all__ = ["LearningCurve", "add_arguments", "learning", "train_until"]
 
 VALIDATION_BATCH = 8
-"""Rolls that are validated at once."""
+"""Sequences that are validated at once."""
+VALIDATION_LEN = 1280
+"""Characters of such a sequence: the same ones whatever the length of those that are trained on."""
 
 
 @dataclass
@@ -99,8 +102,8 @@ def learning(arguments: argparse.Namespace) -> None:
 
 def learn_fast(arguments: argparse.Namespace) -> LearningCurve:
     """Recipe fast, in this machine's own number type."""
-    config = TrainConfig()
-    source, val_batches = open_source(arguments, config)
+    source, val_batches = open_source(arguments, TrainConfig())
+    config = suitable_config({}, arguments.chars, source)
     trainer = full_trainer(config, source)
     print(f"fast: {describe(trainer)}")
     total = -(-arguments.chars // trainer.chars_per_step)
@@ -182,6 +185,14 @@ def mean_loss(loss: Callable[[Batch], torch.Tensor], batches: list[Batch], model
     return total / sum(batch.targets.size for batch in batches)
 
 
+def suitable_config(settings: Mapping[str, Any], chars: int, source: Source) -> TrainConfig:
+    """Settings of recipe fast for a run of `chars` characters, as `picogpt-train` has them: some depend on the length."""
+    config = TrainConfig(**settings)
+    chars_per_step = config.batch_size * sequence_len(config)
+    suitable = Budget(chars=chars).suitable_settings(chars_per_step=chars_per_step, train_chars=source.train_chars)
+    return TrainConfig(**{**suitable, **settings})
+
+
 def sequence_len(config: TrainConfig) -> int:
     """Characters of a sequence."""
     return config.windows * GPTConfig().context_len
@@ -201,4 +212,4 @@ def open_source(arguments: argparse.Namespace, config: TrainConfig) -> tuple[Sou
         )
         source.begin(_NoRun())
     most = -(-arguments.val_sequences // VALIDATION_BATCH)
-    return source, list(evenly_spaced_batches(source.val_ids, length, VALIDATION_BATCH, most))
+    return source, list(evenly_spaced_batches(source.val_ids, VALIDATION_LEN, VALIDATION_BATCH, most))

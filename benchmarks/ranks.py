@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from benchmarks.common import ROOT
+from picogpt.backend import Backend, BackendChoice
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import RandomSource
-from picogpt.device import choose_dtype, flush_denormals, set_threads
+from picogpt.device import choose_dtype, set_threads
+from picogpt.training.build import build_trainer
 from picogpt.training.distributed import Ranks
-from picogpt.training.rank_zero import RankZeroTrainer
 from picogpt.training.trainer import time_call
 from picogpt.training.worker import run_worker
 
@@ -135,12 +136,13 @@ def rank(steps: int, sync_every: int, threads: int, dtype: str) -> None:
     if ranks.rank:
         run_worker(ranks, threads)
         return
-    flush_denormals()
     set_threads(threads)
     model, config = GPTConfig(), TrainConfig(sync_every=sync_every)
     source = RandomSource(sequence_len=config.windows * model.context_len, batch_size=config.batch_size)
     with ranks.propagate_exit_code():
-        trainer = RankZeroTrainer(model, config, source, choose_dtype(dtype)[0], ranks=ranks)
+        choice = BackendChoice(device="cpu", dtype=dtype, threads=threads)
+        selected = Backend.select(model, choice, sequences=config.batch_size // ranks.count)
+        trainer = build_trainer(model, config, source, selected, ranks)
         for _ in range(2):  # which make buffers and kernels
             trainer.train_step(1e-3)
         print(json.dumps([time_call(lambda: trainer.train_step(1e-3)) for _ in range(steps)]))

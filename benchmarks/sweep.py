@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.common import full_trainer
-from benchmarks.learn import open_source, sequence_len
+from benchmarks.learn import open_source, sequence_len, suitable_config
 from picogpt.config import TrainConfig
 from picogpt.data import Batch
 from picogpt.device import set_threads
@@ -70,7 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--average", action="store_true", help="also score the mean of the weights over the last tenth")
     parser.add_argument(
-        "--results", metavar="FILE", type=Path, help="keep outcomes here, a JSON object a line; runs in it are not repeated"
+        "--results",
+        metavar="FILE",
+        type=Path,
+        help="keep outcomes here, a JSON object a line; runs in it are not repeated: begin a new file for another text or length",
     )
     parser.add_argument(
         "arms",
@@ -126,8 +129,9 @@ def parse_arm(arm: str) -> dict[str, Any]:
 def train_arm(arguments: argparse.Namespace, arm: str, seed: int, threads: int) -> Outcome:
     """Train one run from its first step to its last, and score it."""
     set_threads(threads)
-    config = TrainConfig(**{**parse_arm(arm), "seed": seed})
-    source, val_batches = open_source(arguments, config)
+    settings = {**parse_arm(arm), "seed": seed}
+    source, val_batches = open_source(arguments, TrainConfig(**settings))
+    config = suitable_config(settings, arguments.chars, source)
     trainer = full_trainer(config, source)
     total = math.ceil(arguments.chars / trainer.chars_per_step)
     first_averaged = math.ceil((1 - AVERAGED_SHARE) * total)

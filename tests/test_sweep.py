@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.learn import open_source, suitable_config
 from benchmarks.sweep import Outcome, paired, parse_arm, read_outcomes, report, train_arm
 from picogpt.config import TrainConfig
 from picogpt.data import Batch
+from picogpt.schedule import REPEATED_TEXT_DECAY
 from picogpt.training.trainer import Trainer
 from tests.conftest import TINY, tiny_source
 
@@ -67,6 +69,26 @@ def test_results_are_kept(tmp_path: Path) -> None:
 
     assert read_outcomes(file) == {("lr=1", 2): kept}
     assert read_outcomes(tmp_path / "none") == read_outcomes(None) == {}
+
+
+def test_same_validation_text_for_all_arms(tmp_path: Path) -> None:
+    """Arms with sequences of other lengths are scored on the same sequences."""
+    (tmp_path / "x.txt").write_text("one two three four five six seven\n" * 1500)
+    arguments = argparse.Namespace(text=[str(tmp_path / "x.txt")], folder=None, val_sequences=4)
+    short, long = (open_source(arguments, TrainConfig(windows=windows))[1] for windows in (5, 10))
+
+    assert sum(len(batch.inputs) for batch in short) > 1
+    assert all(np.array_equal(a.targets, b.targets) for a, b in zip(short, long, strict=True))
+
+
+def test_settings_suit_the_length() -> None:
+    """A run has the settings that picogpt-train gives one of its length, but for those that its arm names."""
+    source = tiny_source(TrainConfig())
+    config = suitable_config({"seed": 5}, 2_000_000, source)
+
+    assert config.muon_lr < TrainConfig().muon_lr
+    assert (config.seed, config.weight_decay) == (5, REPEATED_TEXT_DECAY)
+    assert suitable_config({"muon_lr": 0.03}, 2_000_000, source).muon_lr == 0.03
 
 
 def test_run_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
