@@ -17,12 +17,14 @@ import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.numpy import load_file
 
 import picogpt.training.run
 from picogpt.config import GPTConfig, TrainConfig
 from picogpt.data import Corpus, TextSource
 from picogpt.device import instruction_set
-from picogpt.inference import EngineBackend, load_engine_backend
+from picogpt.inference import Engine, EngineBackend, load_engine_backend
+from picogpt.inference.engine import NUMPY
 from picogpt.kernels.compiled import INSTRUCTIONS
 from picogpt.model.gpt import GPT
 from picogpt.training.forecast import EpochEnd
@@ -154,6 +156,12 @@ def compiled_backend() -> EngineBackend:
     return load_engine_backend()
 
 
+@pytest.fixture(scope="module", params=["numpy", pytest.param("c", marks=needs_any_compiler)])
+def backend(request: pytest.FixtureRequest, compiled_backend: EngineBackend) -> EngineBackend:
+    """Both ways to compute what the inference engine does."""
+    return compiled_backend if request.param == "c" else NUMPY
+
+
 @pytest.fixture(autouse=True)
 def _settings_of_the_process() -> None:
     """What a command run in this process leaves: its number of threads, denormal numbers as zero, and the compiler that it found or missed."""
@@ -181,6 +189,16 @@ def write_numbers(path: Path) -> None:
     """Write that text."""
     words = ["one", "two", "three", "four", "five", "six", "seven"]
     path.write_text("".join(f"{words[i % 7]} and {words[i * i % 7]}\n" for i in range(600))[:6000])
+
+
+def checkpoint_bytes(run: str) -> dict[str, bytes]:
+    """The bytes of each tensor in the last checkpoint of a run in the current folder."""
+    return {name: array.tobytes() for name, array in load_file(f"logs/{run}/checkpoint.safetensors").items()}
+
+
+def engine_of(model: GPT, backend: EngineBackend, threads: int = 2) -> Engine:
+    """The engine of a torch model, in float32."""
+    return Engine(model.config, model.arrays(), backend=backend, threads=threads, dtype="float32")
 
 
 def tiny_source(config: TrainConfig, model: GPTConfig = TINY, n_chars: int = 3000) -> TextSource:

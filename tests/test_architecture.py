@@ -42,6 +42,12 @@ def module(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
+def is_module(name: str) -> bool:
+    """Whether `name`, which begins with `picogpt.`, is one of its modules or packages."""
+    path = PACKAGE.joinpath(*name.split(".")[1:])
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
 def imports(tree: ast.AST) -> Iterator[str]:
     """Full names of all that is imported, anywhere in a file."""
     for node in ast.walk(tree):
@@ -49,7 +55,11 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            yield node.module or ""
+            assert node.module is not None
+            yield node.module
+            # What is imported from a package may be a module of it.
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (name for name in names if name.startswith("picogpt.") and is_module(name))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -147,7 +157,7 @@ def test_files_are_written_in_one_place(path: Path) -> None:
         argument.value
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("open")
-        for argument in node.args
+        for argument in [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
         if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
     }
 

@@ -1,4 +1,4 @@
-"""The comparison of settings: arms are read, runs are paired by roll and by seed, weights are averaged."""
+"""The comparison of settings: arms are read, runs are paired by sequence and by seed, weights are averaged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_arm_without_a_setting(word: str) -> None:
         parse_arm(word)
 
 
-def test_paired_by_roll() -> None:
+def test_paired_by_sequence() -> None:
     """With one seed: differences 1, 3 of the sequences have mean 2 and a standard error of 1."""
     assert paired([outcome("b", 1, [2.0, 5.0])], [outcome("a", 1, [1.0, 2.0])]) == pytest.approx((2.0, 1.0))
 

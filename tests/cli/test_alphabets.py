@@ -365,7 +365,7 @@ class TestExport:
         assert "It knows 324 characters; all others are unknown." in Path("gpt2/README.md").read_text()
 
     def test_gpt2_in_transformers(self) -> None:
-        """The library encodes and computes as we do."""
+        """The library encodes as we do."""
         transformers = pytest.importorskip("transformers")
         assert export.main(["-m", "han", "--format", "gpt2", "gpt2"]) == 0
         tokenizer = transformers.AutoTokenizer.from_pretrained("gpt2")

@@ -43,7 +43,7 @@ from picogpt.threads import choose_threads
 from picogpt.tokenizer import CharTokenizer
 from picogpt.training.trainer import Trainer
 from tests.conftest import TINY_FLAGS, Terminal, needs_compiler, type_lines
-from tests.programs import program
+from tests.programs import kill_at_exit, program
 
 RUN = [sys.executable, "-m", "picogpt.cli.train"]
 
@@ -607,7 +607,8 @@ class TestTrain:
 def test_signal_saves_and_ends(text_file: Path, number: signal.Signals) -> None:
     """A signal lets the step finish, saves, says where the run stands, and exits with 128 and its number."""
     flags = ["--text", str(text_file), *TINY_FLAGS, "--epochs", "1000", "--steps-per-epoch", "20", "--val-steps", "1"]
-    with subprocess.Popen([*RUN, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    running = subprocess.Popen([*RUN, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with kill_at_exit(running) as process:
         assert process.stdout is not None
         while not process.stdout.readline().startswith("epoch"):
             pass
@@ -651,13 +652,15 @@ class TestHelp:
         assert min(seconds) < 0.3
 
     @pytest.mark.parametrize(
-        "parser", [train.build_parser(), generate.build_parser(), evaluation.build_parser()], ids=lambda parser: parser.prog
+        "parser",
+        [module.build_parser() for module in (train, generate, evaluation, plot, export)],
+        ids=lambda parser: parser.prog,
     )
     def test_every_default_is_shown(self, parser: Parser) -> None:
         """Each flag says its default, or is one that has none."""
         for action in parser._actions:
             flag = (action.option_strings or [action.dest])[0]
-            if flag not in {
+            if not action.required and flag not in {
                 "-h",
                 "--version",
                 "--fresh",
@@ -917,23 +920,29 @@ class TestGenerate:
         assert f"{flags[0]} needs a prompt: give one with -p, -f or through a pipe" in capsys.readouterr().err
 
 
+def test_closed_stdout(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Text that can be printed nowhere is not generated."""
+    monkeypatch.setattr(sys, "stdout", None)
+
+    assert generate.main(["-p", "one"]) == 1
+    assert "picogpt-generate: standard output is closed; there is nowhere to write to\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("samples", [1, 4])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_a_signal_ends_generation(trained: Path, samples: int, number: signal.Signals, code: int) -> None:
     """Ctrl-C and SIGTERM end the command within seconds, wherever they meet it, and leave no process behind."""
     command = [sys.executable, "-m", "picogpt.cli.generate", "-p", "a", "-n", "1000000", "--num-samples", str(samples)]
     for delay in (0.0, 0.2, 0.31):
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        generating = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        with kill_at_exit(generating) as process:
             assert process.stderr is not None
             # The line about the model; before it may be one about kernels that are compiled.
             loaded = next(line for line in process.stderr if line.startswith("model "))
             time.sleep(delay)
             process.send_signal(number)
-            try:
-                # The pipe ends only when no process holds its other end.
-                _, err = process.communicate(timeout=10)
-            finally:
-                process.kill()
+            # The pipe ends only when no process holds its other end.
+            _, err = process.communicate(timeout=10)
 
         assert process.returncode == code
         # A signal that meets the write of that line leaves it in Python's buffer, which then is written again.
@@ -989,7 +998,8 @@ def test_loop_on_a_terminal(trained: Path) -> None:
             while select.select([primary], [], [], 2.0)[0] and shown.count(b"> ") < count:
                 shown += os.read(primary, 4096)
 
-    with subprocess.Popen(command, stdin=secondary, stdout=secondary, stderr=secondary, start_new_session=True) as process:
+    loop = subprocess.Popen(command, stdin=secondary, stdout=secondary, stderr=secondary, start_new_session=True)
+    with kill_at_exit(loop) as process:
         os.close(secondary)
         interrupt = partial(process.send_signal, signal.SIGINT)
         wait_for_prompt(1)
@@ -1171,7 +1181,7 @@ class TestBoundary:
 
 
 def test_download_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    """The bar counts bytes and ends; where there is no terminal it is silent."""
+    """Where there is no terminal the bar is silent."""
     bar = DownloadBar("text")
     bar(5, 10)
     bar(10, 10)

@@ -18,7 +18,7 @@ import pytest
 
 from picogpt.config import GPTConfig
 from picogpt.runs.folder import RunFolder
-from tests.programs import program
+from tests.programs import kill_at_exit, program
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither such pipes nor such terminals")
 
@@ -77,9 +77,11 @@ def read_slowly(reader: int) -> bytes:
 def output_of(command: list[str]) -> bytes:
     """What a command writes to a non-blocking stdout with a slow reader."""
     reader, writer = small_pipe()
-    with subprocess.Popen(command, stdout=writer, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL) as process:
+    running = subprocess.Popen(command, stdout=writer, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    with kill_at_exit(running) as process:
         os.close(writer)
         content = read_slowly(reader)
+        process.wait(timeout=60)
 
     assert process.returncode == 0
     return content
@@ -107,7 +109,8 @@ def test_slow_writer_is_read_to_the_end() -> None:
     """A prompt that comes bit by bit through a non-blocking stdin is read whole."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
-    with subprocess.Popen([*GENERATE, "-n", "0"], stdin=reader, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    running = subprocess.Popen([*GENERATE, "-n", "0"], stdin=reader, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with kill_at_exit(running) as process:
         os.close(reader)
 
         def write() -> None:

@@ -427,15 +427,15 @@ class TestBatches:
         assert all(np.array_equal(a.inputs, b.inputs) for a, b in zip(batches, source.val_batches(100), strict=True))
         assert len(list(source.val_batches(1))) == 1
 
-    def test_validation_text_shorter_than_a_roll(self) -> None:
-        """It is one shorter roll."""
+    def test_validation_text_shorter_than_a_sequence(self) -> None:
+        """It is one shorter sequence."""
         config = TrainConfig(batch_size=2, windows=10)
         batches = list(tiny_source(config, n_chars=300).val_batches(3))
 
         assert [batch.inputs.shape for batch in batches] == [(1, 29)]
 
     def test_short_text(self) -> None:
-        """A text without room for a roll says how much is needed, and that much is enough."""
+        """A text too short for a sequence says how much is needed, and that much is enough."""
         config = TrainConfig(batch_size=2, windows=10)
         with pytest.raises(DataError, match="tiny: too short, 30 characters where sequences of 80 need at least 91"):
             tiny_source(config, n_chars=30)

@@ -38,7 +38,7 @@ from picogpt.tokenizer import CharTokenizer
 from tests.conftest import HUB_PORT
 from tests.data.test_stream import FLAGS, NOWHERE, README, SHARDS, article, decode, parquet
 from tests.hub import Hub, serving
-from tests.programs import program
+from tests.programs import kill_at_exit, program
 
 KINDS: list[Any] = ["reset", 503, 429, "hang", "cut", "short"]
 WIKIPEDIA = NAMED_STREAMS["wikipedia"]
@@ -136,12 +136,12 @@ def test_a_start_gives_up_after_a_stated_time(
     served: Hub, kind: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where every request from the k-th on fails, a start says how long it tries, then ends with one line and exit code 1."""
+    forget()
+    find_shards(WIKIPEDIA)
     monkeypatch.setattr(outage, "START_PATIENCE", 0.2)
     monkeypatch.setattr(hub, "START_PATIENCE", 0.2)
     monkeypatch.setattr(outage, "DAMAGE_PATIENCE", 0.2)
     monkeypatch.setattr(network, "REQUEST_TIMEOUT", 0.05)
-    forget()
-    find_shards(WIKIPEDIA)
     # The one after those for the list of files and the columns is for the validation text.
     for k in range(len(served.requests) + 1):
         forget()
@@ -247,6 +247,7 @@ def test_formats_of_the_hub(name: str) -> None:
         ({"a.xyz": b"x"}, "some/thing: it has no data files"),
         ({}, "some/thing: it has no data files"),
         ({"train.parquet": b"no parquet"}, "some/thing: cannot be read, tried for .* s .*; the file is damaged"),
+        ({"test.jsonl": b'{"text": "x"}\n'}, "some/thing: it has no train split; it has test"),
         ({"train.txt": b"caf\xe9"}, "some/thing: cannot be read, tried for .* s .*; the file is damaged"),
     ],
 )
@@ -309,7 +310,7 @@ def test_malformed_variables_at_a_start_and_a_resume(
 ) -> None:
     """Both are one line, and nothing is asked for."""
     forget()
-    assert train.main(["--dataset", "wikipedia", *FLAGS[:-8], "--epochs", "1", "--steps-per-epoch", "2", "--val-steps", "1"]) == 0
+    assert train.main(["--dataset", "wikipedia", *FLAGS, "--epochs", "1", "--steps-per-epoch", "2"]) == 0
     capsys.readouterr()
     served.requests.clear()
     monkeypatch.setenv("ALL_PROXY", "nonsense://")
@@ -440,27 +441,28 @@ def test_signals_while_it_starts(served: Hub, number: int, stage: str, tmp_path:
         served.fault_of = lambda count: "hang" if count >= asked else None
     if stage == "listing":
         served.fault_of = lambda _: "hang"
-    process = subprocess.Popen(
+    starting = subprocess.Popen(
         program("train_with_constants", f"picogpt.data.{endless}", "--dataset", "wikipedia", *FLAGS),
         env=served.environment(HUB_PORT, home),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stderr is not None
-    if stage == "pool":
-        for line in iter(process.stderr.readline, ""):
-            if "steps of" in line:
-                break
-    else:
-        wanted = 1 if stage == "listing" else asked + 1
-        deadline = time.monotonic() + 60
-        while len(served.requests) < wanted and time.monotonic() < deadline:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.1)
-    began = time.monotonic()
-    process.send_signal(number)
-    _, err = process.communicate(timeout=20)
+    with kill_at_exit(starting) as process:
+        assert process.stderr is not None
+        if stage == "pool":
+            for line in iter(process.stderr.readline, ""):
+                if "steps of" in line:
+                    break
+        else:
+            wanted = 1 if stage == "listing" else asked + 1
+            deadline = time.monotonic() + 60
+            while len(served.requests) < wanted and time.monotonic() < deadline:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.1)
+        began = time.monotonic()
+        process.send_signal(number)
+        _, err = process.communicate(timeout=20)
 
     assert process.returncode in {128 + number, -number}, err
     assert time.monotonic() - began < 10

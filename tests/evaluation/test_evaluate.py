@@ -15,7 +15,7 @@ from picogpt.inference import Engine, EngineBackend, Ids, NativeWindow
 from picogpt.inference.engine import NUMPY
 from picogpt.inference.tensors import Floats
 from picogpt.model.gpt import GPT
-from tests.conftest import TINY, needs_any_compiler, one_window
+from tests.conftest import TINY, engine_of, needs_any_compiler, one_window
 
 WINDOWS = 3
 N = TINY.context_len
@@ -39,17 +39,6 @@ def sequences() -> EvalSequences:
     return EvalSequences(ids, np.array([0, 0, 1, 1, 1]))
 
 
-@pytest.fixture(scope="module", params=["numpy", pytest.param("c", marks=needs_any_compiler)])
-def backend(request: pytest.FixtureRequest, compiled_backend: EngineBackend) -> EngineBackend:
-    """Both ways to compute."""
-    return compiled_backend if request.param == "c" else NUMPY
-
-
-def engine_of(model: GPT, backend: EngineBackend) -> Engine:
-    """The engine of a torch model, in float32."""
-    return Engine(model.config, model.arrays(), backend=backend, threads=2, dtype="float32")
-
-
 @pytest.fixture(scope="module")
 def losses(model: GPT, sequences: EvalSequences, backend: EngineBackend) -> dict[str, Losses]:
     """What is tested."""
@@ -62,12 +51,12 @@ def nats(logits: Tensor, targets: Tensor) -> Losses:
 
 
 def row(sequences: EvalSequences, i: int) -> Tensor:
-    """Ids (1, T + 1) of one roll."""
+    """Ids (1, T + 1) of one sequence."""
     return torch.from_numpy(sequences.ids[i : i + 1].astype(np.int64))
 
 
 def test_as_is_is_the_loss_of_training(model: GPT, sequences: EvalSequences, losses: dict[str, Losses]) -> None:
-    """Character by character, what the model gives for the whole roll."""
+    """Character by character, what the model gives for the whole sequence."""
     for i in range(5):
         idx = row(sequences, i)
         logits, loss = model(idx[:, :-1], idx[:, 1:])
@@ -88,7 +77,7 @@ def test_zeroed_is_each_window_alone(model: GPT, sequences: EvalSequences, losse
 
 
 def test_other_takes_the_vectors_of_the_partner(model: GPT, sequences: EvalSequences, losses: dict[str, Losses]) -> None:
-    """Window i starts from what window i - 1 of a roll of the other article put out."""
+    """Window i starts from what window i - 1 of a sequence of the other article put out."""
     for i, partner in enumerate([2, 3, 0, 1, 0]):
         contexts = [context for _, context in model.roll(row(sequences, partner)[:, :-1])]
         for window in range(1, WINDOWS):

@@ -25,7 +25,7 @@ def test_stretches(n_chars: int, lengths: list[int]) -> None:
     np.testing.assert_array_equal(np.concatenate([s[1:] for s in stretches]), ids[1 : sum(whole) - len(whole) + 1])
 
 
-def test_rolls_of_articles() -> None:
+def test_sequences_of_articles() -> None:
     """Whole sequences from each beginning on, each with the character after it; what is too short is left out."""
     articles = [text(21) + 0, text(9), text(12) + 100, text(31) + 150]
     sequences = cut_sequences(articles, 10, 1000)
@@ -57,7 +57,7 @@ def test_too_short() -> None:
 
 
 def test_partners() -> None:
-    """A roll of the next article, at the same place where there is one."""
+    """A sequence of the next article, at the same place where there is one."""
     sequences = EvalSequences(np.zeros((6, 3), np.uint8), np.array([0, 0, 0, 1, 2, 2]))
 
     assert sequences.partners().tolist() == [3, 3, 3, 4, 0, 1]

@@ -188,7 +188,7 @@ def test_reloads_until_there_is_no_news(tmp_path: Path, browser: Browser) -> Non
     def wait_for_state(text: str) -> None:
         tab.wait_for(f"document.getElementById('state')?.textContent === {json.dumps(text)}")  # none while the page loads
 
-    write(240)
+    write(0)
     with browser.tab(script=FAST_CLOCK) as tab:
         tab.open(page)
         tab.wait_for("Number(window.name) >= 4")  # 15 seconds are 150 milliseconds here

@@ -32,8 +32,8 @@ from picogpt.rng import sample_generator
 from picogpt.runs.find import PRETRAINED
 from picogpt.runs.model_file import load_model
 from picogpt.tokenizer import CharTokenizer
-from tests.conftest import needs_any_compiler, one_window
-from tests.inference.test_engine import engine_of, rough_model
+from tests.conftest import engine_of, needs_any_compiler, one_window
+from tests.inference.test_engine import rough_model
 
 pytestmark = needs_any_compiler
 
@@ -111,8 +111,8 @@ def test_most_threads(compiled_backend: EngineBackend) -> None:
 
 
 @pytest.mark.parametrize("config", SHAPES[:2], ids=name_of)
-def test_bfloat16_is_exact(config: GPTConfig, compiled_backend: EngineBackend) -> None:
-    """Of weights that are in bfloat16 it computes what float32 does, to the bit."""
+def test_bfloat16_weights(config: GPTConfig, compiled_backend: EngineBackend) -> None:
+    """Of weights that are bfloat16 numbers it computes what float32 does, within rounding."""
     model = rough_model(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -255,8 +255,12 @@ def test_a_forked_process_has_threads_of_its_own(compiled_backend: EngineBackend
     expected = RollingDecoder(engine, 12).prefill_all_logits(some_ids(30)).tobytes()
     child = os.fork()
     if child == 0:
-        signal.alarm(20)
-        os._exit(RollingDecoder(engine, 12).prefill_all_logits(some_ids(30)).tobytes() != expected)
+        code = 1
+        try:
+            signal.alarm(20)
+            code = int(RollingDecoder(engine, 12).prefill_all_logits(some_ids(30)).tobytes() != expected)
+        finally:
+            os._exit(code)
 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

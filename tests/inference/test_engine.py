@@ -17,25 +17,13 @@ from picogpt.errors import RunError
 from picogpt.inference import Engine, EngineBackend
 from picogpt.inference import weights as weights_module
 from picogpt.inference.decoder import RollingDecoder
-from picogpt.inference.engine import NUMPY
 from picogpt.inference.tensors import WeightReader
 from picogpt.model.gpt import GPT
 from picogpt.runs.folder import RunFolder
-from tests.conftest import needs_any_compiler, one_window
+from tests.conftest import engine_of, needs_any_compiler, one_window
 
 Vectors = dict[str, npt.NDArray[Any]]
 SMALL = GPTConfig(n_layer=2, n_head=4, n_embd=32, context_len=16)
-
-
-@pytest.fixture(scope="module", params=["numpy", pytest.param("c", marks=needs_any_compiler)])
-def backend(request: pytest.FixtureRequest, compiled_backend: EngineBackend) -> EngineBackend:
-    """Both ways to compute."""
-    return compiled_backend if request.param == "c" else NUMPY
-
-
-def engine_of(model: GPT, backend: EngineBackend, threads: int = 2) -> Engine:
-    """The engine of a torch model, in float32."""
-    return Engine(model.config, model.arrays(), backend=backend, threads=threads, dtype="float32")
 
 
 def rough_model(config: GPTConfig, scale: float = 0.3) -> GPT:

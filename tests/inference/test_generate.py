@@ -67,14 +67,25 @@ def test_filters(scores: npt.NDArray[np.float64], expected: list[float]) -> None
     assert probabilities(scores) == pytest.approx(expected, abs=2e-6)
 
 
-def test_filters_are_applied_in_the_usual_order() -> None:
-    """Temperature, top-k, top-p, min-p: at temperature 2 top-p 0.35 keeps two of four, where at 1 it would keep one."""
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # The square roots of 0.2, 0.3 and 0.4 are 0.447, 0.548 and 0.632 of 1.627: the largest has 0.389, so a second is needed.
+        (SampleConfig(temperature=2.0, top_k=3, top_p=0.39), [0, 0, 0.464102, 0.535898]),
+        # Of the two that top-k leaves, the largest has 0.536 and is enough; of all four it has 0.325.
+        (SampleConfig(temperature=2.0, top_k=2, top_p=0.5), [0, 0, 0, 1]),
+        # Of all four, top-p needs two, and both are above 0.6 times the top; of those two the largest alone has 4/7.
+        (SampleConfig(temperature=1.0, top_k=0, top_p=0.5, min_p=0.6), [0, 0, 3 / 7, 4 / 7]),
+    ],
+    ids=["temperature, then top-p", "top-k, then top-p", "top-p, then min-p"],
+)
+def test_filters_are_applied_in_the_usual_order(settings: SampleConfig, expected: list[float]) -> None:
+    """Temperature, top-k, top-p, min-p; each of these comes out differently where two of them change places."""
     scores = FOUR
-    for apply in build_filters(SampleConfig(temperature=2.0, top_k=3, top_p=0.39, min_p=0.1)):
+    for apply in build_filters(settings):
         scores = apply(scores)
 
-    # The square roots of 0.2, 0.3 and 0.4 are 0.447, 0.548 and 0.632 of 1.627: the largest has 0.389, so a second is needed.
-    assert probabilities(scores) == pytest.approx([0, 0, 0.464102, 0.535898], abs=1e-5)
+    assert probabilities(scores) == pytest.approx(expected, abs=1e-5)
 
 
 def test_rows_are_filtered_each_by_itself() -> None:

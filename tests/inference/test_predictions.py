@@ -41,19 +41,22 @@ def test_probabilities_are_those_that_were_sampled_from(hop: int, monkeypatch: p
     torch.manual_seed(3)
     engine = Engine(TINY, GPT(TINY).arrays())
     given: list[npt.NDArray[np.float64]] = []
+    drawn: list[int] = []
     draw = Sampler.draw
 
     def spy(self: Sampler, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
         given.append(softmax(logits[0].astype(np.float64)))
-        return draw(self, logits)
+        ids = draw(self, logits)
+        drawn.append(int(ids[0]))
+        return ids
 
     monkeypatch.setattr(Sampler, "draw", spy)
     characters = [c for piece in make_generator(engine, hop=hop).stream_characters(PROMPT) for c in piece]
 
     assert len(characters) == len(given) == 40
-    for character, probabilities in zip(characters, given, strict=True):
+    for character, probabilities, index in zip(characters, given, drawn, strict=True):
         assert [value for _, value in character.top] == pytest.approx(sorted(probabilities, reverse=True)[:10], rel=1e-4)
-        assert min(abs(probabilities - character.probability)) < 1e-6
+        assert character.probability == pytest.approx(probabilities[index], abs=1e-6)
 
 
 def test_the_text_is_the_same(engine: Engine) -> None:

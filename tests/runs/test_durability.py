@@ -1,6 +1,6 @@
 """A run that cannot be lost: one test a row of what can happen to a laptop that trains for days.
 
-`PICOGPT_TORTURE=50 pytest tests/runs/test_durability.py` tries the random ones fifty times as often.
+`PICOGPT_TORTURE=50 pytest -m '' tests/runs/test_durability.py` tries the random ones fifty times as often.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 
 from picogpt import files
 from picogpt.cli import train
@@ -34,8 +33,8 @@ from picogpt.runs.checkpoint import Checkpoint
 from picogpt.runs.folder import RunFolder
 from picogpt.schedule import Schedule
 from picogpt.training.trainer import StepReport, Trainer
-from tests.conftest import TINY, TINY_FLAGS, tiny_source
-from tests.programs import program
+from tests.conftest import TINY, TINY_FLAGS, checkpoint_bytes, tiny_source
+from tests.programs import kill_at_exit, program
 
 TIMES = int(os.environ.get("PICOGPT_TORTURE", "1"))
 RUN = [sys.executable, "-m", "picogpt.cli.train"]
@@ -101,9 +100,11 @@ def test_killed_at_any_call_of_a_save(run: RunFolder) -> None:
             warnings.simplefilter("ignore", DeprecationWarning)  # other threads are asleep
             child = os.fork()
         if child == 0:
-            Calls(pytest.MonkeyPatch(), at, lambda _: os.kill(os.getpid(), signal.SIGKILL))
-            run.save_checkpoint(checkpoint(3))
-            os._exit(1)
+            try:
+                Calls(pytest.MonkeyPatch(), at, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+                run.save_checkpoint(checkpoint(3))
+            finally:
+                os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         survived.append(value_of(run))
         with run.lock():
@@ -320,15 +321,18 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_file: Path) -> li
     ]
 
 
-def weights(run: str) -> dict[str, bytes]:
-    """The bytes of a run's last weights and moments."""
-    return {name: array.tobytes() for name, array in load_file(f"logs/{run}/checkpoint.safetensors").items()}
-
-
 def environment(**changes: str | None) -> dict[str, str]:
     """The environment with some variables changed or, for None, gone."""
     merged = {**os.environ, **changes}
     return {name: value for name, value in merged.items() if value is not None}
+
+
+def time_of_checkpoint(run: RunFolder) -> int:
+    """When it was saved, in nanoseconds; 0 if there is none."""
+    try:
+        return (run.path / "checkpoint.safetensors").stat().st_mtime_ns
+    except FileNotFoundError:  # before the first, and for a moment while it is replaced
+        return 0
 
 
 @pytest.mark.slow
@@ -337,34 +341,52 @@ def test_killed_runs_go_on_to_the_same_bytes(here: list[str], monkeypatch: pytes
     train.main([*here, "--run", "undisturbed"])
     generator = random.Random(0)
     kills = 0
+    run = RunFolder(Path("logs/killed"))
     command = program("train_with_constants", "picogpt.training.trainer.SAVE_INTERVAL=0.02", *here, "--run", "killed")
-    while kills < 2 * TIMES:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=1.5 + generator.random())
-            RunFolder(Path("logs/killed")).archive()  # it was done before it could be killed: once more
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    for _ in range(20 * TIMES):
+        before = time_of_checkpoint(run)
+        with kill_at_exit(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)) as process:
+            # Until this start has saved: before that it has nothing to lose.
+            while time_of_checkpoint(run) == before and process.poll() is None:
+                time.sleep(0.005)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=generator.random() / 2)
+        if process.returncode == -signal.SIGKILL:
             kills += 1
+        else:
+            assert process.returncode == 0
+            run.archive()  # it was done before it could be killed: once more
+        if kills == 2 * TIMES:
+            break
+    assert kills == 2 * TIMES
     subprocess.run(command, check=True, capture_output=True)
 
-    assert weights("killed") == weights("undisturbed")
+    assert checkpoint_bytes("killed") == checkpoint_bytes("undisturbed")
+
+
+def interrupt(flags: list[str]) -> None:
+    """Start a run and press Ctrl-C in its second epoch."""
+    go_on = Path("go-on")
+    with kill_at_exit(
+        subprocess.Popen(program("train_with_a_hold", "45", str(go_on), *flags), stdout=subprocess.PIPE)
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        go_on.touch()
+        process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGINT
+    go_on.unlink()
 
 
 @pytest.mark.slow
 def test_interrupted_runs_go_on_to_the_same_bytes(here: list[str]) -> None:
     """A run that was asked to end goes on to the bytes of one that was not; its validation losses are the same too."""
     train.main([*here, "--run", "undisturbed"])
-    with subprocess.Popen([*RUN, *here, "--run", "asked"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGINT
+    interrupt([*here, "--run", "asked"])
     subprocess.run([*RUN, *here, "--run", "asked"], check=True, capture_output=True)
 
-    assert weights("asked") == weights("undisturbed")
+    assert checkpoint_bytes("asked") == checkpoint_bytes("undisturbed")
     logs = [RunFolder(Path("logs") / name).read_log() for name in ("asked", "undisturbed")]
     assert logs[0].val == logs[1].val
     assert logs[0].train == logs[1].train
@@ -382,18 +404,14 @@ def test_init_from_goes_on_to_the_same_bytes(here: list[str], capsys: pytest.Cap
     first_loss = RunFolder(Path("logs/broken")).read_log().train[0]
     assert first_loss < RunFolder(Path("logs/first")).read_log().train[0]
     # The rate comes down at the end of the schedule, so only the one that both have to the end can be compared.
-    with subprocess.Popen([*RUN, *here, *begin, "--run", "asked"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+    interrupt([*here, *begin, "--run", "asked"])
     assert train.main([*here, *begin, "--run", "asked"]) == 0
 
-    assert weights("asked") == weights("straight")
+    assert checkpoint_bytes("asked") == checkpoint_bytes("straight")
 
 
 def test_init_from_other_shapes(here: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Another shape, or another beginning for a run that has one, is refused by name."""
+    """Another shape, or another origin for a run that has one, is rejected by name."""
     train.main([*here, "--run", "first"])
     capsys.readouterr()
     assert train.main([*here, "--init-from", "first", "--run", "second", "--n-layer", "3"]) == 1
@@ -401,13 +419,20 @@ def test_init_from_other_shapes(here: list[str], capsys: pytest.CaptureFixture[s
     assert not Path("logs/second").exists()
     assert train.main([*here, "--init-from", "nowhere", "--run", "first"]) == 1
     assert "nowhere: no such file, and no run of that name" in capsys.readouterr().err
+    train.main([*here, "--run", "other"])
+    capsys.readouterr()
+    assert train.main([*here, "--init-from", "other", "--run", "first"]) == 1
+    refusal = capsys.readouterr().err
+    assert re.search(
+        r"the run began from nothing, not \S+/logs/other/model.safetensors; choose another --run, or --fresh", refusal
+    )
 
 
 @pytest.mark.timing
 def test_second_signal_ends_at_once(here: list[str]) -> None:
     """The second Ctrl-C does not wait; what was saved loads."""
     command = program("train_with_a_slow_save", *here, "--run", "twice")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with kill_at_exit(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)) as process:
         assert process.stdout is not None
         while not process.stdout.readline().startswith("epoch"):
             pass
@@ -428,7 +453,8 @@ def test_terminal_that_goes_away(here: list[str]) -> None:
     """The window is closed: SIGHUP saves and ends the run although nobody can be told."""
     primary, secondary = os.openpty()
     command = [*RUN, *here, "--run", "hung-up", "--epochs", "1000"]
-    with subprocess.Popen(command, stdin=secondary, stdout=secondary, stderr=secondary, start_new_session=True) as process:
+    hung_up = subprocess.Popen(command, stdin=secondary, stdout=secondary, stderr=secondary, start_new_session=True)
+    with kill_at_exit(hung_up) as process:
         os.close(secondary)
         shown = b""
         while b"epoch 1 " not in shown:
@@ -449,7 +475,8 @@ def test_terminal_that_goes_away(here: list[str]) -> None:
 @pytest.mark.slow
 def test_suspend(here: list[str]) -> None:
     """A laptop that sleeps: the run goes on where it was."""
-    with subprocess.Popen([*RUN, *here, "--run", "asleep"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    asleep = subprocess.Popen([*RUN, *here, "--run", "asleep"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with kill_at_exit(asleep) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(signal.SIGSTOP)
@@ -467,7 +494,7 @@ def test_wall_clock_jumps(here: list[str]) -> None:
     subprocess.run(program("train_on_a_backwards_clock", *here, "--run", "jumping"), check=True, capture_output=True)
     train.main([*here, "--run", "steady"])
 
-    assert weights("jumping") == weights("steady")
+    assert checkpoint_bytes("jumping") == checkpoint_bytes("steady")
 
 
 def test_out_of_memory(here: list[str]) -> None:
@@ -489,15 +516,19 @@ def test_many_starts_at_once(here: list[str]) -> None:
     """Of many trainers in one run, twenty where it is to be tried hard, exactly one trains; the others say who it is."""
     count = 20 if TIMES > 1 else 8
     flags = [*here, "--run", "shared", "--epochs", "1000"]
-    processes = [
-        subprocess.Popen([*RUN, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(count)
-    ]
-    deadline = time.monotonic() + 120
-    while sum(process.poll() is None for process in processes) > 1 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    (holder,) = (process for process in processes if process.poll() is None)
-    holder.terminate()
-    messages = [process.communicate()[1] for process in processes]
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                kill_at_exit(subprocess.Popen([*RUN, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+            )
+            for _ in range(count)
+        ]
+        deadline = time.monotonic() + 120
+        while sum(process.poll() is None for process in processes) > 1 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        (holder,) = (process for process in processes if process.poll() is None)
+        holder.terminate()
+        messages = [process.communicate()[1] for process in processes]
 
     assert holder.returncode == 128 + signal.SIGTERM
     for process, message in zip(processes, messages, strict=True):
@@ -559,12 +590,13 @@ def test_killed_before_the_first_checkpoint(
 def test_ignored_signals_stay_ignored(here: list[str]) -> None:
     """`nohup picogpt-train` survives the end of its terminal."""
     command = [*RUN, *here, "--run", "nohup"]
-    with subprocess.Popen(
+    nohup = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),  # noqa: PLW1509
-    ) as process:
+    )
+    with kill_at_exit(nohup) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(signal.SIGHUP)
@@ -576,16 +608,17 @@ def test_ignored_signals_stay_ignored(here: list[str]) -> None:
 @pytest.mark.slow
 def test_generating_while_training(here: list[str]) -> None:
     """A run in training can be generated from at any time."""
-    with subprocess.Popen(
-        [*RUN, *here, "--run", "busy", "--epochs", "1000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    flags = [*here, "--run", "busy", "--epochs", "1000"]
+    with kill_at_exit(subprocess.Popen([*RUN, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)) as process:
         assert process.stdout is not None
         process.stdout.readline()
         for _ in range(3):
             command = [sys.executable, "-m", "picogpt.cli.generate", "-m", "busy", "-p", "one", "-n", "5"]
             assert subprocess.run(command, check=True, capture_output=True).stdout.startswith(b"one")
+            assert process.poll() is None
         process.terminate()
         process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 @pytest.mark.slow
@@ -630,7 +663,7 @@ def test_closed_streams(here: list[str], closing: str) -> None:
 def test_read_only_folder(here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A run's folder that cannot be written to any more: one line, exit 1, and the checkpoint is as it was."""
     train.main([*here, "--epochs", "1"])
-    before = weights("numbers")
+    before = checkpoint_bytes("numbers")
 
     def fail(*_: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "logs/numbers/x")
@@ -640,7 +673,7 @@ def test_read_only_folder(here: list[str], monkeypatch: pytest.MonkeyPatch, caps
         capsys.readouterr()
         assert train.main([*here, "--epochs", "2"]) == 1
     assert "Read-only file system" in capsys.readouterr().err
-    assert weights("numbers") == before
+    assert checkpoint_bytes("numbers") == before
 
 
 def test_planted_links(run: RunFolder, tmp_path: Path) -> None:

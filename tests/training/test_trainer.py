@@ -192,6 +192,10 @@ def test_stops_during_validation(run: RunFolder) -> None:
     assert not trainer.fit(run, SCHEDULE, Watcher(), stop)
     assert trainer.log.val == []
     assert trainer.epoch_is_open
+    resumed = make_trainer()
+    resumed.restore(run.load_checkpoint()[0])
+    assert not resumed.fit(run, SCHEDULE, Watcher(), lambda: resumed.log.val != [])
+    assert (resumed.step, len(resumed.log.val), resumed.epoch_is_open) == (5, 1, False)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -206,6 +210,19 @@ def test_refuses_a_loss_that_is_not_finite(run: RunFolder, value: float) -> None
         trainer.fit(run, SCHEDULE, Watcher(), lambda: False)
 
     assert trainer.step == 2
+
+
+def test_weights_that_are_not_finite_are_not_saved(run: RunFolder) -> None:
+    """A weight that is NaN after the last step of an epoch is caught before it is saved; what was saved stays."""
+    trainer = make_trainer()
+    trainer.save(run)
+    with torch.no_grad():
+        trainer.model.transformer.ln_f.bias[0] = float("nan")
+
+    with pytest.raises(TrainingError, match=r"step 0: a weight is no longer finite, nothing is saved; the previous checkpoint"):
+        trainer.save(run)
+    tensors = run.load_checkpoint()[0].tensors
+    assert all(np.isfinite(array).all() for array in tensors.values())
 
 
 def test_saves_in_the_middle_of_an_epoch(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +313,7 @@ def test_a_moment_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_compiler() -> None:
-    """Where CXX points nowhere it is one line that says what to do; where there is a compiler, nothing."""
+    """Where CXX points nowhere it is one line that says what to do."""
     from torch._inductor import config
     from torch._inductor.cpp_builder import cpp_compiler_search
 
