@@ -1,6 +1,7 @@
 """Several processes that train one model: the same bytes as one, whatever happens to them.
 
-`PICOGPT_TORTURE=20 pytest -m '' tests/training/test_distributed.py` kills twenty times under torchrun, and stops a rank for ten seconds.
+`PICOGPT_TORTURE=20 pytest -m '' tests/training/test_distributed.py` kills twenty times under torchrun, and stops a rank for ten
+seconds.
 """
 
 from __future__ import annotations

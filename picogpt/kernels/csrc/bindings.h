@@ -23,8 +23,8 @@ struct layer_weights {
 };
 
 /* Activations of one block for one window. The forward pass writes them; if weight gradients are
-   deferred, the backward pass overwrites those that it has read for the last time with gradients. All but the last four may be shared by
-   several blocks and windows, where they are not saved. */
+   deferred, the backward pass overwrites those that it has read for the last time with gradients. All
+   but the last four may be shared by several blocks and windows, where they are not saved. */
 struct activations {
     float *x;             /* (R, C) the block's input: `embed` writes the first block's, each block the next one's */
     float *ln1_stats;     /* (2, R) mean of each row, and 1 / its standard deviation */
